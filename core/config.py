@@ -1,0 +1,331 @@
+"""The configuration: one YAML file per setting, validated before anything runs.
+
+Every model below refuses unknown keys and wrong types. `Config.identity` is the part that decides the numbers of a
+run: two runs with the same identity and the same seed hold the same counts.
+"""
+
+import copy
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from core.confidence import draws_needed, largest_radius
+from core.errors import ConfigError
+
+__all__ = [
+    "BaseModelsConfig",
+    "CertifyConfig",
+    "ComputeConfig",
+    "Config",
+    "DatasetConfig",
+    "EstimatorConfig",
+    "FinetuneConfig",
+    "LabelConfig",
+    "ReportConfig",
+    "load_config",
+    "parse_config",
+]
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("must be finite")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0), AfterValidator(_finite)]
+NonNegative = Annotated[float, Field(ge=0), AfterValidator(_finite)]
+Count = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(gt=0, lt=1, description="failure probability")]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class DatasetConfig(_Section):
+    """Which images."""
+
+    name: Literal["digits"] = "digits"
+    """`digits`: 1,797 real 8x8 grey images that scikit-learn ships, 10 classes."""
+    test_size: Annotated[int, Field(ge=10, le=1700)] = 500
+    """Images held out for the test-time certificates; the rest is the training split."""
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the shuffle that splits them."""
+
+
+class BaseModelsConfig(_Section):
+    """The base models (`jobs.train_base`): trained here, or files of your own, in which case nothing is trained."""
+
+    denoiser_file: str | None = None
+    """A denoiser of your own (safetensors, as `core.models.checkpoints.save_model` writes it)."""
+    classifier_file: str | None = None
+    """A classifier of your own, in the same format."""
+    denoiser_steps: Count = 800
+    denoiser_batch: Count = 128
+    denoiser_lr: Positive = 8e-3
+    denoiser_ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    """Decay of the exponential moving average of the weights."""
+    noise_range: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.05, 1.5)
+    """The denoiser sees noise levels drawn log-uniformly from this range."""
+    classifier_epochs: Count = 40
+    classifier_batch: Count = 128
+    classifier_lr: Positive = 5e-3
+    classifier_width: Count = 16
+    """Channels of the small CNN's first layer (the estimator uses the same)."""
+
+
+class LabelConfig(_Section):
+    """The all-sigma certification of the training set (`jobs.build_dataset`, METHOD step 1)."""
+
+    num_selection: Count = 100
+    num_estimation: Count = 100
+    alpha: Alpha = 0.001
+
+
+class EstimatorConfig(_Section):
+    """The variance estimator (`jobs.train_estimator`, METHOD step 2)."""
+
+    loss: Literal["hard", "soft", "consistency"] = "consistency"
+    """`hard`: cross-entropy on the best sigma; `soft`: on softmax(radii); `consistency`: soft plus consistency."""
+    consistency_weight: Literal["strong", "weak", "max_radius", "min_radius", "none"] = "strong"
+    """w_r of the consistency term: R_c at the largest (strong) or smallest (weak) sigma that is predicted over the
+    noisy copies; or the largest or smallest R_c over Sigma; or 1."""
+    label_radius: Literal["at_n", "at_10k"] = "at_n"
+    """Radii as certified, or those that the same share of votes would give with 10,000 draws."""
+    consistency_lambda: NonNegative = 40.0
+    """Weight of the KL term, lambda."""
+    consistency_eta: NonNegative = 0.5
+    """Weight of the entropy term, eta."""
+    num_copies: Annotated[int, Field(ge=1)] = 2
+    """Noisy copies of each sample in a step, m."""
+    rebalance: bool = True
+    """Weight samples by 1 / (share of samples with the same best sigma)."""
+    epochs: Count = 90
+    batch_size: Count = 256
+    lr: Positive = 0.01
+    weight_decay: NonNegative = 0.01
+    lr_step: Count = 30
+    """The learning rate is multiplied by `lr_gamma` every so many epochs."""
+    lr_gamma: Share = 0.5
+
+
+class FinetuneConfig(_Section):
+    """Fine-tuning of the classifier at the estimated sigmas (`jobs.finetune_classifier`, METHOD step 3)."""
+
+    epochs: Count = 15
+    batch_size: Count = 128
+    lr: Positive = 2e-5
+    weight_decay: NonNegative = 0.01
+    num_sigma_draws: Count = 100
+    """Noisy copies over which the estimator's majority picks the sigma of a training sample."""
+
+
+class CertifyConfig(_Section):
+    """Test-time certification (`jobs.certify`)."""
+
+    num_selection: Count = 100
+    num_estimation: Count = 10_000
+    alpha: Alpha = 0.001
+    """Total failure probability; Dual RS spends half of it on each stage."""
+
+
+class ReportConfig(_Section):
+    """The report (`jobs.report`); changing it needs no new run."""
+
+    radii: Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """l2 radii of the table, pixel scale [0, 1]."""
+    strict: bool = True
+    """Count radius > r (the Dual RS authors) rather than radius >= r (older scripts)."""
+
+
+class ComputeConfig(_Section):
+    """How it runs. Only `batch_size`, `chunk_size` and `device` can touch a count."""
+
+    executor: Literal["ray", "local"] = "ray"
+    """`ray`: replicas on Ray actors; `local`: the reference, one replica in this process, without Ray."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is a GPU."""
+    batch_size: Count = 500
+    """Rows of every forward pass."""
+    chunk_size: Count = 100
+    """Draws that share one noise key."""
+    num_replicas: Annotated[int, Field(ge=0)] = 0
+    """Replicas (one per GPU, or one per CPU slot); 0 takes what the cluster has."""
+    threads_per_replica: Count = 1
+    """CPU threads of a replica."""
+    train_threads: Count = 2
+    """CPU threads of the training jobs; another number may change the last bits of the weights."""
+    shard_examples: Count = 40
+    """Examples per Parquet shard, the unit of work and of what a crash can lose."""
+    progress_interval_s: Positive = 10.0
+    """Seconds between two progress lines where there is no terminal."""
+
+
+class Config(_Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of all noise and all training."""
+    sigmas: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
+    """Sigma, the candidate noise levels: standard deviations in the pixel scale [0, 1], ascending."""
+    sigma_e: Positive | None = None
+    """Noise level of the estimator; max(sigmas) unless given, never below it."""
+    dataset: DatasetConfig = DatasetConfig()
+    base: BaseModelsConfig = BaseModelsConfig()
+    labels: LabelConfig = LabelConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    certify: CertifyConfig = CertifyConfig()
+    report: ReportConfig = ReportConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if list(self.sigmas) != sorted(set(self.sigmas)):
+            raise ValueError(f"sigmas: must be ascending and distinct, got {list(self.sigmas)}; sort them")
+        top = max(self.sigmas)
+        if self.sigma_e is not None and self.sigma_e < top:
+            raise ValueError(
+                f"sigma_e: must be at least max(sigmas) = {top}, got {self.sigma_e}: a smaller one caps every radius; "
+                "raise it or leave it out"
+            )
+        asked, certify = max(self.report.radii), self.certify
+        half = certify.alpha / 2
+        reach = largest_radius(top, certify.num_estimation, half)
+        if asked >= reach:
+            raise ValueError(
+                f"certify.num_estimation: {certify.num_estimation} draws at alpha / 2 = {half:g} certify radii below "
+                f"{reach:.3f} at sigma = {top}, but report.radii asks for {asked:g}; set certify.num_estimation to at "
+                f"least {draws_needed(asked, top, half):,}, or lower report.radii"
+                if asked > 0
+                else f"certify.num_estimation: {certify.num_estimation} draws at alpha / 2 = {half:g} cannot certify "
+                f"anything, every input would abstain; set it to at least {draws_needed(0.0, top, half):,}"
+            )
+        labels = self.labels
+        if largest_radius(top, labels.num_estimation, labels.alpha) <= 0:
+            raise ValueError(
+                f"labels.num_estimation: {labels.num_estimation} draws at alpha = {labels.alpha:g} cannot certify "
+                f"anything; set it to at least {draws_needed(0.0, top, labels.alpha):,}"
+            )
+        low, high = self.base.noise_range
+        if low >= high:
+            raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")
+        return self
+
+    @property
+    def estimator_sigma(self) -> float:
+        """The noise level of the estimator, sigma_e."""
+        return max(self.sigmas) if self.sigma_e is None else self.sigma_e
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides a run's numbers, as plain JSON: all but the report and where things run."""
+        plain = self.model_dump(mode="json", exclude={"report": True})
+        kept = ("batch_size", "chunk_size", "train_threads")
+        plain["compute"] = {key: plain["compute"][key] for key in kept}
+        plain["sigma_e"] = self.estimator_sigma
+        return plain
+
+    def fingerprint(self) -> str:
+        """Short hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; people who write alpha: 1e-3 mean the number."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    try:
+        return float(loader.construct_scalar(node))
+    except ValueError:
+        return float(loader.construct_yaml_float(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read, override and validate a configuration file.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` texts, values in YAML.
+
+    Raises:
+        ConfigError: for a missing or malformed file, an unknown key, a wrong type or value: names key and remedy.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
+    return parse_config(_yaml(text, str(path)), overrides, source=str(path))
+
+
+def parse_config(plain: object, overrides: Iterable[str] = (), source: str = "the configuration") -> Config:
+    """Validate a configuration given as plain data; see `load_config`."""
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{source}: expected `key: value` lines at the top level, got {type(plain).__name__}")
+    plain = copy.deepcopy(plain)
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {override!r}: expected key=value, for example certify.num_estimation=1000")
+        _set(plain, key.split("."), _yaml(value, f"override {override!r}"), override)
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(detail, source) for detail in error.errors())) from None
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+
+
+def _set(plain: dict[str, Any], path: list[str], value: Any, override: str) -> None:
+    for key in path[:-1]:
+        plain = plain.setdefault(key, {})
+        if not isinstance(plain, dict):
+            raise ConfigError(f"override {override!r}: {key!r} is a value, not a section")
+    plain[path[-1]] = value
+
+
+def _explain(detail: Mapping[str, Any], source: str) -> str:
+    """One line of a validation error: file, key, what was got, what was expected."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{source}: unknown key {key!r}; {hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{source}: {message}"
+    if detail["type"] == "missing":
+        return f"{source}: {key!r} is missing; add it"
+    return f"{source}: {key!r} is {detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(path: Iterable[str | int]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in path:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,271 @@
+"""Continuous batching of certification procedures on one device.
+
+Hundreds of procedures (generators, see `core.smoothing`) are live at once. Each asks for draws and waits for votes;
+the engine cuts the requests into rows, packs rows of many examples, phases and noise levels into batches of one fixed
+shape, runs the network, adds up the votes on the device, and resumes the procedures whose requests are complete.
+Finished ones leave and new ones enter, so that the device never sees a half-empty batch until the very end, where the
+last one is padded: every forward pass has the same shape, so a row's result does not depend on what else is running.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError
+from core.network import Network
+from core.noise import GaussianNoise
+from core.records import Draws, Procedure
+
+__all__ = ["Engine", "Finished", "Task"]
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[R]):
+    """One procedure on one image.
+
+    Attributes:
+        key: handed back with the result.
+        example_id: names the image in the noise key.
+        image: ``(C, H, W)`` float32 in [0, 1].
+        procedure: a fresh generator.
+    """
+
+    key: Any
+    example_id: str
+    image: Tensor
+    procedure: Procedure[R]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[R]):
+    """A task's key and its procedure's result."""
+
+    key: Any
+    result: R
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A live procedure's open request. Rows [next_row, draws.num) are still to be launched."""
+
+    task: Task[Any]
+    image: Tensor
+    draws: Draws
+    slot: int
+    next_row: int = 0
+    carry: Tensor | None = None  # the chunk that next_row falls into, when a batch ended inside it
+
+
+@dataclass(slots=True)
+class _Lane:
+    """First come, first served queue of requests that may share a batch."""
+
+    queue: deque[_Request] = field(default_factory=deque)
+    rows: int = 0
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A batch on its way: requests that it completes, and their votes as soon as `event` has happened."""
+
+    requests: list[_Request]
+    votes: Tensor | None
+    event: torch.cuda.Event | None
+
+
+class Engine:
+    """Runs procedures on one network, batched.
+
+    Guarantee: the votes of a request depend on the seed, the example, the phase, the noise level and the network
+    evaluated at this batch shape; never on the other tasks, their number or their order.
+
+    Args:
+        network: what votes.
+        noise: where noise comes from.
+        batch_size: rows of every forward pass.
+        max_live: procedures live at once, at most (bounds the memory for images and votes).
+    """
+
+    def __init__(self, network: Network, noise: GaussianNoise, *, batch_size: int = 1000, max_live: int = 4096):
+        if batch_size < 1 or max_live < 1:
+            raise ConfigError(f"batch_size and max_live must be at least 1, got {batch_size} and {max_live}")
+        self.network = network
+        self.noise = noise
+        self.batch_size = batch_size
+        self.max_live = max_live
+        self.rows_run = 0
+        """Rows sent through the network so far, padding included."""
+        device = network.device
+        self._device = device
+        self._width = 1 + max(head.num_outputs for head in network.heads.values())
+        self._head_index = {name: i for i, name in enumerate(network.heads)}
+        # votes[slot, head, class]; the last class counts draws with non-finite logits; slot 0 takes the padding rows
+        self._votes = torch.zeros((max_live + 1, len(network.heads), self._width), dtype=torch.int64, device=device)
+        self._free_slots = list(range(max_live, 0, -1))
+        self._lanes: dict[Hashable, _Lane] = {}
+        self._noisy: Tensor | None = None
+        self._in_flight: deque[_Launched] = deque()
+        # On an accelerator the next batch is queued before the votes of the last one are read.
+        self._depth = 1 if device.type == "cuda" else 0
+        self.live = 0
+        """Procedures that have started and not finished."""
+
+    def run(self, tasks: Iterable[Task[R] | None]) -> Iterator[Finished[R]]:
+        """Run every task and yield results in the order of completion.
+
+        Args:
+            tasks: pulled as there is room. A None means "nothing at the moment": the engine goes on with what it
+                has; a source that yields None while `live` is 0 is asked again at once, so it should block then.
+
+        Raises:
+            ModelError, ConfigError: from the network or a procedure; the engine must not be used afterwards.
+        """
+        source = iter(tasks)
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and self.live < self.max_live and self._longest_queue() < 2 * self.batch_size:
+                    try:
+                        task = next(source)
+                    except StopIteration:
+                        exhausted = True
+                        break
+                    if task is None:
+                        break
+                    yield from self._start(task)
+                rows = self._longest_queue()
+                if rows >= self.batch_size or (rows and not self._in_flight):
+                    self._launch(max(self._lanes, key=lambda key: self._lanes[key].rows))
+                    while len(self._in_flight) > self._depth:
+                        yield from self._harvest()
+                elif self._in_flight:  # a vote that is on its way may bring more rows: better than padding
+                    yield from self._harvest()
+                elif exhausted:
+                    return
+        finally:
+            self._reset()
+
+    def _reset(self) -> None:
+        """Forget unfinished work, so that an abandoned or failed run leaves nothing to the next one."""
+        self._lanes.clear()
+        self._in_flight.clear()
+        self._free_slots = list(range(self.max_live, 0, -1))
+        self.live = 0
+
+    def _longest_queue(self) -> int:
+        return max((lane.rows for lane in self._lanes.values()), default=0)
+
+    def _start(self, task: Task[R]) -> Iterator[Finished[R]]:
+        self.live += 1
+        image = task.image.to(self._device, torch.float32, non_blocking=True)
+        if self._noisy is None:
+            self._noisy = torch.zeros((self.batch_size, *image.shape), device=self._device)
+        elif self._noisy.shape[1:] != image.shape:
+            raise ConfigError(
+                f"example {task.example_id!r} has shape {tuple(image.shape)}, "
+                f"the others {tuple(self._noisy.shape[1:])}: all images of a run must have one shape"
+            )
+        yield from self._resume(task, image, None)
+
+    def _resume(self, task: Task[R], image: Tensor, answer: dict[str, Any] | None) -> Iterator[Finished[R]]:
+        """Send an answer (None to start) and queue what the procedure asks next, or yield its result."""
+        try:
+            draws = next(task.procedure) if answer is None else task.procedure.send(answer)
+        except StopIteration as stop:
+            self.live -= 1
+            yield Finished(task.key, stop.value)
+            return
+        slot = self._free_slots.pop()
+        self._votes[slot].zero_()
+        lane = self._lanes.setdefault(self.network.lane(draws), _Lane())
+        lane.queue.append(_Request(task, image, draws, slot))
+        lane.rows += draws.num
+
+    @torch.inference_mode()
+    def _launch(self, lane_key: Hashable) -> None:
+        """Fill one batch from a lane, run it and add up its votes."""
+        lane, noisy = self._lanes[lane_key], self._noisy
+        assert noisy is not None
+        slots = np.zeros(self.batch_size, np.int64)
+        sigmas = np.ones(self.batch_size, np.float32)  # padding rows: any valid level, their votes go to slot 0
+        completed: list[_Request] = []
+        row = 0
+        while row < self.batch_size and lane.queue:
+            request = lane.queue[0]
+            taken = self._draw(request, noisy[row:])
+            slots[row : row + taken] = request.slot
+            sigmas[row : row + taken] = request.draws.sigma
+            row += taken
+            lane.rows -= taken
+            if request.next_row == request.draws.num:
+                completed.append(lane.queue.popleft())
+        self.rows_run += self.batch_size
+        slot_of_row = self._to_device(torch.from_numpy(slots))
+        logits = self.network(lane_key, noisy, self._to_device(torch.from_numpy(sigmas)))
+        for name, values in logits.items():
+            valid = torch.isfinite(values).all(dim=1)
+            vote = torch.where(valid, values.argmax(dim=1), self._width - 1)
+            flat = (slot_of_row * len(self._head_index) + self._head_index[name]) * self._width + vote
+            self._votes.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
+        self._in_flight.append(self._read_later(completed))
+
+    def _draw(self, request: _Request, rows: Tensor) -> int:
+        """Write the request's next noisy copies into `rows`, at most up to the end of a chunk; returns how many."""
+        draws, size = request.draws, self.noise.chunk_size
+        chunk, offset = divmod(request.next_row, size)
+        taken = min(size - offset, draws.num - request.next_row, len(rows))
+        target = rows[:taken]
+        if taken == size:
+            self.noise.fill(target, request.task.example_id, draws.phase, draws.sigma, chunk)
+        else:
+            # Noise is defined by whole chunks: draw all of it, use a part, keep it while there is more to use.
+            if request.carry is None:
+                request.carry = torch.empty((size, *rows.shape[1:]), device=self._device)
+                self.noise.fill(request.carry, request.task.example_id, draws.phase, draws.sigma, chunk)
+            target.copy_(request.carry[offset : offset + taken])
+            if offset + taken == size:
+                request.carry = None
+        torch.add(request.image, target, alpha=draws.sigma, out=target)
+        request.next_row += taken
+        return taken
+
+    def _read_later(self, completed: list[_Request]) -> _Launched:
+        """Queue the copy of the completed requests' votes to the host, without waiting for it."""
+        if not completed:
+            return _Launched(completed, None, None)
+        votes = self._votes[[request.slot for request in completed]]
+        if self._device.type != "cuda":
+            return _Launched(completed, votes, None)
+        host = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)
+        host.copy_(votes, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return _Launched(completed, host, event)
+
+    def _harvest(self) -> Iterator[Finished[Any]]:
+        """Resume the procedures whose requests the oldest launched batch completed."""
+        launched = self._in_flight.popleft()
+        if launched.votes is None:
+            return
+        if launched.event is not None:
+            launched.event.synchronize()
+        votes = launched.votes.numpy()
+        for request, counts in zip(launched.requests, votes, strict=True):
+            self._free_slots.append(request.slot)
+            answer = {
+                name: counts[self._head_index[name], : self.network.heads[name].num_outputs].copy()
+                for name in request.draws.heads
+            }
+            yield from self._resume(request.task, request.image, answer)
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        if self._device.type == "cuda":
+            return host.pin_memory().to(self._device, non_blocking=True)
+        return host

@@ -1,0 +1,1 @@
+"""Networks: the one-shot denoiser, small classifiers, and checkpoints that carry their architecture."""

@@ -1,0 +1,119 @@
+"""One-shot diffusion denoising (Carlini et al. 2022, arXiv 2206.10550).
+
+The noise of smoothing, sigma in the pixel scale [0, 1], is 2 sigma on the [-1, 1] scale of diffusion models; after
+scaling by sqrt(alpha_bar_t) it is the noise of the timestep t with sqrt((1 - alpha_bar_t) / alpha_bar_t) = 2 sigma. One
+call of the noise predictor at that t removes it. The certificate depends on the noise added, never on t.
+"""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from core.errors import ModelError
+
+__all__ = ["OneShotDenoiser", "Schedule", "alphas_cumprod", "small_unet_config"]
+
+Schedule = Literal["linear", "cosine"]
+
+
+def alphas_cumprod(schedule: Schedule, num_steps: int) -> NDArray[np.float64]:
+    """alpha_bar_t for t = 0 .. num_steps - 1.
+
+    `linear`: betas from 1e-4 to 0.02, scaled by 1000 / num_steps (Ho et al. 2020). `cosine`: Nichol & Dhariwal 2021,
+    betas capped at 0.999.
+    """
+    if schedule == "linear":
+        scale = 1000 / num_steps
+        betas = np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+    else:
+
+        def bar(u: float) -> float:
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        betas = np.array([min(1 - bar((t + 1) / num_steps) / bar(t / num_steps), 0.999) for t in range(num_steps)])
+    return np.cumprod(1.0 - betas)
+
+
+class OneShotDenoiser(nn.Module):
+    """x + delta -> the diffusion model's estimate of x, in one call.
+
+    Args:
+        unet: noise predictor, a diffusers `UNet2DModel`: ``(B, C, H, W)`` in the diffusion scale and ``(B,)`` timesteps
+            -> noise ``(B, C or 2C, H, W)`` (the second half, a learned variance, is ignored).
+        schedule: the noise schedule that the network was trained with.
+        num_steps: its number of timesteps.
+    """
+
+    _ratio: Tensor
+    _signal: Tensor
+    _noise: Tensor
+
+    def __init__(self, unet: nn.Module, schedule: Schedule = "linear", num_steps: int = 1000) -> None:
+        super().__init__()
+        self.unet = unet
+        self.schedule = schedule
+        self.num_steps = num_steps
+        bar = alphas_cumprod(schedule, num_steps)
+        tables = {"_ratio": np.sqrt((1 - bar) / bar), "_signal": np.sqrt(bar), "_noise": np.sqrt(1 - bar)}
+        for name, table in tables.items():
+            dtype = torch.float64 if name == "_ratio" else torch.float32
+            self.register_buffer(name, torch.from_numpy(table).to(dtype), persistent=False)
+
+    def timestep(self, sigma: float) -> int:
+        """The smallest t >= 1 whose noise is at least `sigma`.
+
+        Raises:
+            ModelError: when the schedule ends below `sigma`.
+        """
+        t = max(1, int(np.searchsorted(self._ratio.cpu().numpy(), 2 * sigma)))
+        if t >= self.num_steps:
+            raise ModelError(
+                f"sigma={sigma} is above the schedule's largest noise level {float(self._ratio[-1]) / 2:.3g}; "
+                "use a smaller sigma or another denoiser"
+            )
+        return t
+
+    def timesteps(self, sigma: Tensor) -> Tensor:
+        """`timestep` of each row: ``(B,)`` float levels -> ``(B,)`` int64, without leaving the device."""
+        return torch.searchsorted(self._ratio, 2 * sigma.double()).clamp_(1, self.num_steps - 1)
+
+    def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Denoise.
+
+        Args:
+            noisy: ``(B, C, H, W)`` float32, pixel scale [0, 1] plus noise.
+            sigma: ``(B,)`` noise level of each row.
+
+        Returns:
+            ``(B, C, H, W)`` float32 in [0, 1].
+        """
+        t = self.timesteps(sigma)
+        signal, noise = self._signal[t].view(-1, 1, 1, 1), self._noise[t].view(-1, 1, 1, 1)
+        scaled = signal * (2 * noisy - 1)
+        predicted = self.predict_noise(scaled, t)
+        clean = ((scaled - noise * predicted) / signal).clamp(-1, 1)
+        return (clean + 1) / 2
+
+    def predict_noise(self, scaled: Tensor, t: Tensor) -> Tensor:
+        """The noise that the network sees in diffusion-scale images at integer timesteps."""
+        predicted: Tensor = self.unet(scaled, t).sample
+        return predicted[:, : scaled.shape[1]]
+
+
+def small_unet_config(channels: int, size: int) -> dict[str, Any]:
+    """A `UNet2DModel` of about 40 thousand parameters for images of a few pixels."""
+    return {
+        "sample_size": size,
+        "in_channels": channels,
+        "out_channels": channels,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 4,
+        "add_attention": False,
+    }

@@ -1,0 +1,38 @@
+"""A small convolutional network for images of a few pixels, where timm has none."""
+
+from torch import Tensor, nn
+
+__all__ = ["SmallConvNet"]
+
+
+class SmallConvNet(nn.Module):
+    """Three convolutions and a linear layer.
+
+    Args:
+        channels: input channels.
+        size: height and width of the input, even.
+        num_outputs: classes (or candidate sigmas).
+        width: channels of the first layer; the others have twice as many.
+    """
+
+    def __init__(self, channels: int, size: int, num_outputs: int, width: int = 16) -> None:
+        super().__init__()
+        self.spec = {"channels": channels, "size": size, "num_outputs": num_outputs, "width": width}
+        self.num_outputs = num_outputs
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.GroupNorm(4, width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.GroupNorm(4, 2 * width),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * (size // 2) ** 2, num_outputs),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` in [0, 1] -> logits ``(B, num_outputs)``."""
+        logits: Tensor = self.layers(2 * images - 1)
+        return logits

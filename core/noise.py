@@ -1,0 +1,61 @@
+"""Noise as a pure function of (run seed, example id, phase, sigma, chunk).
+
+A crash that is retried, another number of workers, another batch size or another order draws the very same noise, so
+nothing that happens to a run can select among certificates (a new draw after a failure would be a selection).
+
+The key goes through BLAKE2b. On the CPU 128 bits of it seed NumPy's SFC64: `torch.Generator` keeps only 32 bits of
+its seed there, and two chunks of one certificate must never coincide. On an accelerator 64 bits of it key the
+device's own Philox; that stream can differ between GPU models, which is why runs record their device.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.records import Phase
+
+__all__ = ["GaussianNoise", "chunk_key"]
+
+
+def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int) -> bytes:
+    """The 16-byte key of one chunk of noise.
+
+    `example_id` comes last and the fields before it hold no "|", so different arguments never meet in one text.
+    """
+    text = f"{seed}|{phase.value}|{float(sigma).hex()}|{chunk}|{example_id}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+class GaussianNoise:
+    """Standard normal noise in chunks of a fixed number of draws.
+
+    Args:
+        seed: the run's seed.
+        chunk_size: draws per chunk. It is part of the noise's definition: other chunk sizes give other noise.
+    """
+
+    def __init__(self, seed: int, chunk_size: int = 100) -> None:
+        self.seed = seed
+        self.chunk_size = chunk_size
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __repr__(self) -> str:
+        return f"GaussianNoise(seed={self.seed}, chunk_size={self.chunk_size})"
+
+    def fill(self, out: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int) -> None:
+        """Overwrite `out` with the chunk's standard normal draws.
+
+        Args:
+            out: contiguous float32 ``(chunk_size, C, H, W)`` on the device that draws.
+            example_id, phase, sigma, chunk: what the noise is a function of, beside the seed and the shape.
+        """
+        key = int.from_bytes(chunk_key(self.seed, example_id, phase, sigma, chunk), "little")
+        if out.device.type == "cpu":
+            np.random.Generator(np.random.SFC64(key)).standard_normal(dtype=np.float32, out=out.numpy())
+            return
+        generator = self._generators.get(out.device)
+        if generator is None:
+            generator = self._generators[out.device] = torch.Generator(out.device)
+        out.normal_(generator=generator.manual_seed(key & (2**63 - 1)))

@@ -1,0 +1,248 @@
+"""The words that the rooms exchange: what a procedure asks for, what it is sent, and what it returns."""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ConfigError
+
+__all__ = [
+    "ABSTAIN",
+    "CLASSIFIER",
+    "ESTIMATOR",
+    "Answer",
+    "Bound",
+    "Certificate",
+    "Counts",
+    "Draws",
+    "DualCertificate",
+    "DualPrediction",
+    "Phase",
+    "Prediction",
+    "Procedure",
+    "Sampling",
+]
+
+ABSTAIN: Final = -1
+"""The prediction of a procedure that could not decide; its radius is 0."""
+
+ESTIMATOR: Final = "estimator"
+CLASSIFIER: Final = "classifier"
+
+Counts = NDArray[np.int64]
+"""Votes per class, shape ``(num_classes,)``. Draws with non-finite logits vote for no class."""
+
+Answer = Mapping[str, Counts]
+"""What the engine sends back for one `Draws`: the counts of each head that was asked."""
+
+
+class Phase(StrEnum):
+    """What noise is drawn for. Phases never share a draw, so that a bound never sees the draws that chose its class."""
+
+    SELECTION = "selection"
+    ESTIMATION = "estimation"
+    PREDICTION = "prediction"
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """A request for the votes of `num` noisy copies of the procedure's input.
+
+    Attributes:
+        sigma: standard deviation of the Gaussian noise, pixel scale [0, 1].
+        num: number of noisy copies.
+        heads: networks that vote on each copy; several heads read the same (denoised) copy.
+        phase: noise of different phases is independent.
+    """
+
+    sigma: float
+    num: int
+    heads: tuple[str, ...]
+    phase: Phase
+
+
+R = TypeVar("R")
+Procedure = Generator[Draws, Answer, R]
+"""A certification algorithm: yields `Draws`, is sent an `Answer`, returns its result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How many noisy copies a certificate may use, and how often it may be wrong.
+
+    Attributes:
+        num_selection: copies that choose the class (Cohen's n0).
+        num_estimation: fresh copies that bound its probability (Cohen's n).
+        alpha: failure probability in (0, 1).
+
+    Raises:
+        ConfigError: for a number of copies below 1 or an alpha outside (0, 1).
+    """
+
+    num_selection: int = 100
+    num_estimation: int = 10_000
+    alpha: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name in ("num_selection", "num_estimation"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not 0.0 < self.alpha < 1.0:
+            raise ConfigError(f"alpha is a failure probability and must lie in (0, 1), got {self.alpha!r}")
+
+
+class Bound(StrEnum):
+    """Which of the two radii of Dual RS is the smaller one."""
+
+    SIGMA = "sigma"
+    CLASS = "class"
+    NONE = "none"
+
+
+class _Record:
+    """Equality for records that hold arrays."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(
+            np.array_equal(getattr(self, f.name), getattr(other, f.name), equal_nan=False)
+            for f in fields(self)  # type: ignore[arg-type]
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Certificate(_Record):
+    """The outcome of CERTIFY (Cohen et al. 2019) for one input at one noise level.
+
+    With probability at least 1 - alpha over the noise, the prediction (if it is not ABSTAIN) is the class of the
+    smoothed classifier everywhere in the open l2 ball of `radius` (pixel scale [0, 1]).
+
+    Attributes:
+        prediction: class index, or ABSTAIN.
+        radius: l2 radius, float64, rounded towards zero; 0.0 where abstaining.
+        p_lower: lower confidence bound of the top class's probability.
+        sigma: noise level that was certified.
+        num_selection, num_estimation: draws of the two phases.
+        counts_selection, counts_estimation: int64 votes per class; they add up to the draws less those with
+            non-finite logits.
+        alpha: failure probability spent.
+    """
+
+    prediction: int
+    radius: float
+    p_lower: float
+    sigma: float
+    num_selection: int
+    num_estimation: int
+    counts_selection: Counts
+    counts_estimation: Counts
+    alpha: float
+
+    @property
+    def abstained(self) -> bool:
+        """Whether nothing was certified."""
+        return self.prediction == ABSTAIN
+
+    @property
+    def num_draws(self) -> int:
+        """Noisy copies spent on this certificate."""
+        return self.num_selection + self.num_estimation
+
+    @property
+    def top_class(self) -> int:
+        """Class that the selection draws chose, certified or not."""
+        return int(self.counts_selection.argmax())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DualCertificate(_Record):
+    """The outcome of Dual RS for one input (arXiv 2512.01782, theorem 4.2).
+
+    With probability at least 1 - alpha over the noise of both stages, if the prediction is not ABSTAIN, then for every
+    x' in the open l2 ball of `radius` the estimator picks `sigma` and the classifier smoothed at `sigma` predicts
+    `prediction`.
+
+    Attributes:
+        prediction: class index, or ABSTAIN when either stage abstained.
+        radius: min(radius_sigma, radius_class), or 0.0.
+        sigma: certified noise level, None when the estimator abstained (no level is certified).
+        radius_sigma: certified radius of local constancy of the noise level, R_sigma.
+        radius_class: certified radius of the class at `sigma`, R_c; 0.0 when it abstained or was not run.
+        bounded_by: which of the two radii is the smaller; NONE when abstaining.
+        alpha, alpha_sigma, alpha_class: total failure probability and its split over the stages.
+        sigma_stage: certificate of the estimator; its `prediction` is an index into Sigma.
+        class_stage: certificate of the classifier, None when the estimator abstained and it was not run.
+    """
+
+    prediction: int
+    radius: float
+    sigma: float | None
+    radius_sigma: float
+    radius_class: float
+    bounded_by: Bound
+    alpha: float
+    alpha_sigma: float
+    alpha_class: float
+    sigma_stage: Certificate
+    class_stage: Certificate | None
+
+    @property
+    def abstained(self) -> bool:
+        """Whether nothing was certified."""
+        return self.prediction == ABSTAIN
+
+    @property
+    def num_draws(self) -> int:
+        """Noisy copies spent on both stages."""
+        return self.sigma_stage.num_draws + (self.class_stage.num_draws if self.class_stage else 0)
+
+    @property
+    def p_lower(self) -> float:
+        """Lower bound of the class's probability at `sigma`; 0.0 when the classifier was not run."""
+        return self.class_stage.p_lower if self.class_stage else 0.0
+
+    @property
+    def counts_selection(self) -> Counts:
+        """The classifier's selection votes; empty when it was not run."""
+        return self.class_stage.counts_selection if self.class_stage else np.zeros(0, np.int64)
+
+    @property
+    def counts_estimation(self) -> Counts:
+        """The classifier's estimation votes; empty when it was not run."""
+        return self.class_stage.counts_estimation if self.class_stage else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction(_Record):
+    """The outcome of PREDICT (Cohen et al. 2019): the smoothed classifier's class at the input, without a radius.
+
+    With probability at least 1 - alpha over the noise, the prediction is the smoothed class or ABSTAIN.
+    """
+
+    prediction: int
+    p_value: float
+    sigma: float
+    num: int
+    counts: Counts
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DualPrediction(_Record):
+    """PREDICT in both stages of Dual RS, alpha / 2 each. `class_stage` is None when the estimator abstained."""
+
+    prediction: int
+    sigma: float | None
+    alpha: float
+    sigma_stage: Prediction
+    class_stage: Prediction | None

@@ -1,0 +1,278 @@
+"""What a report is made of: the rows of each method, aligned by example, and the methods that they amount to.
+
+`core.report.render` writes the report; `core.report.plots` alone imports matplotlib.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core import metrics
+from core.errors import DataError
+from core.records import Bound
+
+__all__ = ["DualRows", "Kind", "Method", "ReportData", "StandardRows"]
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class StandardRows:
+    """Certificates of standard RS at one noise level, N examples.
+
+    Attributes:
+        sigma: noise level, > 0, pixel scale [0, 1].
+        correct: bool ``(N,)``, certified and the class is the label.
+        radius: float64 ``(N,)``, certified l2 radius, 0 where abstaining.
+        p_lower: float64 ``(N,)``, lower bound of the top class's probability, in [0, 1].
+        abstained: bool ``(N,)``.
+        num_draws: int64 ``(N,)``, noisy copies spent.
+
+    Raises:
+        DataError: for lengths that differ, values out of range, or an abstention with a radius or a right class.
+    """
+
+    sigma: float
+    correct: Bools
+    radius: Floats
+    p_lower: Floats
+    abstained: Bools
+    num_draws: Ints
+
+    def __post_init__(self) -> None:
+        if not self.sigma > 0.0:
+            raise DataError(f"sigma must be > 0, got {self.sigma!r}")
+        _check_rows(self, f"Standard RS, sigma = {self.sigma:g}")
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class DualRows:
+    """Certificates of Dual RS, N examples; fields that `StandardRows` shares mean the same.
+
+    Attributes:
+        radius_sigma: float64 ``(N,)``, R_sigma, 0 where the estimator abstained.
+        radius_class: float64 ``(N,)``, R_c, 0 where the classifier abstained or was not run.
+        sigma: float64 ``(N,)``, certified noise level, nan where the estimator abstained.
+        bounded_by: ``(N,)`` strings, values of `core.records.Bound`: "sigma", "class", or "none" where abstaining.
+        sigma_choice: int64 ``(N,)``, index into Sigma that the estimator's selection draws chose, also where it
+            abstained.
+
+    Raises:
+        DataError: as `StandardRows`.
+    """
+
+    correct: Bools
+    radius: Floats
+    radius_sigma: Floats
+    radius_class: Floats
+    sigma: Floats
+    bounded_by: NDArray[np.str_]
+    abstained: Bools
+    num_draws: Ints
+    p_lower: Floats
+    sigma_choice: Ints
+
+    def __post_init__(self) -> None:
+        _check_rows(self, "Dual RS")
+        num = self.correct.size
+        for name in ("radius_sigma", "radius_class", "sigma", "bounded_by", "sigma_choice"):
+            if (shape := getattr(self, name).shape) != (num,):
+                raise DataError(f"Dual RS: {name} must have shape ({num},), got {shape}")
+        if unknown := set(self.bounded_by.tolist()) - {str(bound) for bound in Bound}:
+            raise DataError(f"Dual RS: bounded_by must be one of {[str(b) for b in Bound]}, got {sorted(unknown)}")
+        if np.any(np.isnan(self.sigma) & ~self.abstained):
+            raise DataError("Dual RS: sigma is nan (the estimator abstained) on rows that claim a certificate")
+
+    @property
+    def estimator_abstained(self) -> Bools:
+        """Where no noise level was certified, bool ``(N,)``."""
+        return np.isnan(self.sigma)
+
+    def slack(self) -> Floats:
+        """Delta R_sigma = R_sigma - R_c over the examples that both stages certify; negative: the estimator caps."""
+        return (self.radius_sigma - self.radius_class)[~self.abstained]
+
+
+class Kind(StrEnum):
+    """What a row of the certified-accuracy table is; everything but the oracle is a certificate."""
+
+    STANDARD = "standard"
+    DUAL = "dual"
+    ORACLE = "oracle"
+    BASELINE = "baseline"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Method:
+    """One row of the tables and one curve of the plots. `index` is the position in Sigma (0 for Dual RS, oracle).
+
+    The oracle has no p_lower, no abstentions and no draws of its own: these are None. `strict` counts radius > r,
+    otherwise radius >= r.
+    """
+
+    name: str
+    kind: Kind
+    index: int
+    correct: Bools
+    radius: Floats
+    p_lower: Floats | None
+    abstained: Bools | None
+    num_draws: Ints | None
+    strict: bool
+
+    @property
+    def is_certificate(self) -> bool:
+        """False for the oracle, which picks the noise level with the label in hand."""
+        return self.kind is not Kind.ORACLE
+
+    def accuracy(self, radii: Floats) -> Floats:
+        """Certified accuracy at each of `radii`."""
+        return metrics.certified_accuracy(self.correct, self.radius, radii, self.strict)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ReportData:
+    """Everything that a report shows. All rows are aligned: entry i of each array is the same example.
+
+    Attributes:
+        title: heading of the report.
+        labels: name of the data set.
+        radii: float64 ``(R,)``, columns of the tables, ascending, >= 0.
+        standard: standard RS with the classifier of Dual RS, one per noise level of Sigma, in the order of Sigma.
+        dual: Dual RS, None when it was not run.
+        standard_at_dual_alpha: float64 ``(N, K)``, R_c(x, sigma_i) at the classifier's share of alpha, 0 for a wrong
+            class; None when it was not measured.
+        baseline: standard RS with the off-the-shelf classifier.
+        strict: whether a certificate counts at r when its radius is > r (else >= r).
+        alpha: failure probability per example; Dual RS spends half of it on each stage.
+        num_selection, num_estimation: draws of each certificate (n0 and n).
+        notes: sentences to show below the summary.
+        manifest: configuration, versions, seed; shown as JSON.
+
+    Raises:
+        DataError: for rows that are not aligned, nothing to report, or noise levels that do not match Sigma.
+    """
+
+    title: str
+    labels: str
+    radii: Floats
+    standard: tuple[StandardRows, ...]
+    dual: DualRows | None
+    standard_at_dual_alpha: Floats | None
+    baseline: tuple[StandardRows, ...] = ()
+    strict: bool = True
+    alpha: float
+    num_selection: int
+    num_estimation: int
+    notes: tuple[str, ...] = ()
+    manifest: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        rows: list[StandardRows | DualRows] = [*self.standard, *self.baseline, *([self.dual] if self.dual else [])]
+        sizes = {r.correct.size for r in rows}
+        if not self.standard or len(sizes) != 1:
+            raise DataError(
+                f"a report needs standard RS at one noise level or more, and every method on the same examples; "
+                f"got {len(self.standard)} noise levels and {sorted(sizes)} examples"
+            )
+        if self.radii.ndim != 1 or self.radii.size == 0 or self.radii[0] < 0.0 or np.any(np.diff(self.radii) <= 0.0):
+            raise DataError(f"radii must be ascending numbers >= 0, at least one, got {self.radii!r}")
+        shape = (self.num_examples, len(self.standard))
+        if self.standard_at_dual_alpha is not None and self.standard_at_dual_alpha.shape != shape:
+            raise DataError(f"standard_at_dual_alpha must be (N, K) = {shape}, got {self.standard_at_dual_alpha.shape}")
+        if self.dual is not None:
+            _check_choice(self.dual, self.sigmas)
+
+    @property
+    def num_examples(self) -> int:
+        """N."""
+        return self.standard[0].correct.size
+
+    @property
+    def sigmas(self) -> Floats:
+        """Sigma, float64 ``(K,)``."""
+        return np.array([rows.sigma for rows in self.standard])
+
+    @property
+    def oracle(self) -> tuple[Ints, Floats]:
+        """Best index into Sigma and its radius per example (`core.metrics.oracle` over the standard rows)."""
+        columns = (np.stack([r.correct for r in self.standard], 1), np.stack([r.radius for r in self.standard], 1))
+        return metrics.oracle(*columns)
+
+    def methods(self) -> tuple[Method, ...]:
+        """The rows of the tables in the order in which they are shown."""
+        _, best = self.oracle
+        name = "Oracle over Sigma (not a certificate)"
+        shown = [_standard(r, Kind.STANDARD, i, self.strict) for i, r in enumerate(self.standard)]
+        if (d := self.dual) is not None:
+            columns = (d.correct, d.radius, d.p_lower, d.abstained, d.num_draws)
+            shown.append(Method("Dual RS", Kind.DUAL, 0, *columns, self.strict))
+        shown.append(Method(name, Kind.ORACLE, 0, best > 0.0, best, None, None, None, self.strict))
+        return (*shown, *(_standard(r, Kind.BASELINE, i, self.strict) for i, r in enumerate(self.baseline)))
+
+    def leaders(self) -> list[list[Method]]:
+        """Per radius the certified methods with the highest accuracy, several on a tie, none where that is 0."""
+        methods = [m for m in self.methods() if m.is_certificate]
+        values = np.stack([m.accuracy(self.radii) for m in methods], axis=1)
+        return [[m for m, v in zip(methods, row, strict=True) if v == row.max() > 0.0] for row in values]
+
+    def lost_radius(self) -> Floats:
+        """Delta R_c over the examples that some sigma certifies (R_c* > 0); empty where it was not measured."""
+        if self.dual is None or (radius := self.standard_at_dual_alpha) is None:
+            return np.zeros(0)
+        best = radius.max(axis=1)
+        return np.asarray((best - radius[np.arange(best.size), self.dual.sigma_choice])[best > 0.0], np.float64)
+
+    def choice_counts(self) -> tuple[Ints, Ints, Ints]:
+        """Examples per sigma, ``(K,)``: chosen by the estimator, certified by it, best for the oracle (radius > 0)."""
+        if self.dual is None:
+            raise DataError("Dual RS was not run, so there is no choice of sigma to count")
+        (index, best), choice = self.oracle, self.dual.sigma_choice
+        chosen, certified, ideal = (
+            np.bincount(x, minlength=self.sigmas.size).astype(np.int64)
+            for x in (choice, choice[~self.dual.estimator_abstained], index[best > 0.0])
+        )
+        return chosen, certified, ideal
+
+    def choice_agreement(self) -> float:
+        """Share of the examples with an oracle radius > 0 on which the estimator chose its sigma; nan without any."""
+        index, best = self.oracle
+        same = (index == (-1 if self.dual is None else self.dual.sigma_choice))[best > 0.0]
+        return float(same.mean()) if same.size else float("nan")
+
+
+def _standard(rows: StandardRows, kind: Kind, index: int, strict: bool) -> Method:
+    name = "Standard RS" if kind is Kind.STANDARD else "Standard RS off the shelf"
+    return Method(
+        f"{name}, sigma = {rows.sigma:g}", kind, index,
+        rows.correct, rows.radius, rows.p_lower, rows.abstained, rows.num_draws, strict,
+    )  # fmt: skip
+
+
+def _check_rows(rows: StandardRows | DualRows, name: str) -> None:
+    shape = rows.correct.shape
+    for field in ("correct", "radius", "p_lower", "abstained", "num_draws"):
+        value = getattr(rows, field)
+        if value.shape != shape or len(shape) != 1 or shape == (0,):
+            raise DataError(f"{name}: {field} must be a vector as long as correct {shape}, got {value.shape}")
+        if (value.dtype == np.bool_) != (field in ("correct", "abstained")):
+            raise DataError(f"{name}: {field} has the wrong type, got {value.dtype}")
+    if np.any(rows.abstained & (rows.correct | (rows.radius != 0.0))):
+        raise DataError(f"{name}: an abstention has radius 0 and is never correct; got rows that say otherwise")
+    if not np.all((rows.p_lower >= 0.0) & (rows.p_lower <= 1.0)):
+        raise DataError(f"{name}: p_lower must lie in [0, 1], got {rows.p_lower!r}")
+
+
+def _check_choice(dual: DualRows, sigmas: Floats) -> None:
+    if np.any((dual.sigma_choice < 0) | (dual.sigma_choice >= sigmas.size)):
+        raise DataError(f"sigma_choice must index the {sigmas.size} levels of Sigma, got {dual.sigma_choice!r}")
+    certified = ~dual.estimator_abstained
+    if not np.allclose(dual.sigma[certified], sigmas[dual.sigma_choice[certified]], rtol=1e-6, atol=0.0):
+        raise DataError(
+            f"certified noise levels differ from Sigma[sigma_choice], got Sigma = {sigmas}: check its order"
+        )

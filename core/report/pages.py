@@ -1,0 +1,154 @@
+"""Blocks of a report, written as Markdown and as one self-contained HTML page."""
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["Block", "Heading", "Picture", "Table", "Text", "html_page", "markdown_page", "markdown_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A section's heading."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells as plain text; `bold` holds (row, column)."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    bold: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure: its file for Markdown, its SVG for HTML."""
+
+    file: str
+    caption: str
+    svg: str
+
+
+Block = Heading | Text | Table | Picture
+
+
+# Markdown
+
+
+def _plain(text: str) -> str:
+    """Text that is safe between Markdown's marks and on one line; titles and notes come from outside."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def markdown_table(table: Table) -> str:
+    """A Markdown table whose columns also line up in a terminal."""
+    cells = [[_plain(cell) for cell in row] for row in (table.header, *table.rows)]
+    for i, j in table.bold:
+        cells[i + 1][j] = f"**{cells[i + 1][j]}**"
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:
+    """The report as Markdown; pictures are named, not embedded."""
+    parts = [f"# {_plain(title)}"]
+    for block in blocks:
+        match block:
+            case Heading(text):
+                parts.append(f"## {_plain(text)}")
+            case Text(text):
+                parts.append(_plain(text))
+            case Table():
+                parts.append(markdown_table(block))
+            case Picture(file, caption):
+                parts.append(f"![{_plain(caption)}]({file})")
+    return "\n\n".join([*parts, _manifest(manifest)]) + "\n"
+
+
+# HTML
+
+_CSS: Final = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --line: #d5dae0; --soft: #f4f6f8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --paper: #14171b; --line: #39404a; --soft: #1d2127; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem 1rem 4rem; max-width: 66rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem; line-height: 1.25rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .375rem .7rem; text-align: right; border-bottom: 1px solid var(--line); background: var(--paper); }
+td { white-space: nowrap; } thead tr > th { background: var(--soft); min-width: 4rem; vertical-align: bottom; }
+tbody tr:last-child > * { border-bottom: 0; }
+th:first-child { text-align: left; min-width: 9rem; font-weight: 500; position: sticky; left: 0; }
+figure { margin: 1.4rem 0; } figcaption { font-size: .85rem; opacity: .8; }
+.card { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
+.card svg { display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto; }
+pre { overflow-x: auto; padding: .8rem; background: var(--soft); border-radius: 6px; font-size: .8rem; }
+"""
+
+
+def html_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:
+    """The report as one page that needs nothing but itself."""
+    title = html.escape(title)
+    body = "\n".join(_html_block(block) for block in blocks)
+    # The policy keeps the promise that the page needs nothing but itself.
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+{_manifest(manifest)}
+</body>
+</html>
+"""
+
+
+def _html_block(block: Block) -> str:
+    match block:
+        case Heading(text):
+            return f"<h2>{html.escape(text)}</h2>"
+        case Text(text):
+            return f"<p>{html.escape(text)}</p>"
+        case Picture(_, caption, svg):
+            image = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(caption)}"', 1)
+            return f'<figure><div class="card">{image}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+        case Table(header, rows, bold):
+            head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
+            body = "\n".join(_html_row(row, {j for i, j in bold if i == number}) for number, row in enumerate(rows))
+            table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+            # A region that scrolls takes the focus, so that the keyboard can scroll it.
+            return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(header[0])}">{table}</div>'
+
+
+def _html_row(row: tuple[str, ...], bold: set[int]) -> str:
+    cells = [html.escape(cell) for cell in row]
+    marked = [f"<td><strong>{c}</strong></td>" if j in bold else f"<td>{c}</td>" for j, c in enumerate(cells)]
+    return f'<tr><th scope="row">{cells[0]}</th>{"".join(marked[1:])}</tr>'
+
+
+def _manifest(manifest: Mapping[str, object]) -> str:
+    """The manifest as JSON, folded; the same HTML serves both pages (Markdown passes it through)."""
+    text = json.dumps(dict(manifest), indent=2, ensure_ascii=False, default=str)
+    return f"<details>\n<summary>Manifest</summary>\n<pre>{html.escape(text)}</pre>\n</details>"

@@ -1,0 +1,223 @@
+"""The figures of the report. The only module of the core that imports matplotlib (object API, Agg; never pyplot)."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from core.metrics import ecdf
+from core.report import Kind, Method, ReportData
+
+__all__ = [
+    "certified_accuracy_figure",
+    "delta_figure",
+    "figures",
+    "p_lower_figure",
+    "sigma_choice_figure",
+    "to_bytes",
+    "to_svg",
+]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+# Okabe & Ito's palette without its yellow, which is hard to see on white. Vermillion is kept for Dual RS.
+_COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
+_DUAL: Final = "#D55E00"
+# Dots are kept for the off-the-shelf rows.
+_DASHES: Final = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (12, 2)))
+_MARKERS: Final = ("o", "s", "^", "D", "v", "P")
+
+# Narrow figures with type of full size: a phone shows the SVG at three quarters, and it is still read.
+_WIDTH_IN: Final = 4.6
+_LEGEND_ROW_IN: Final = 0.19
+_STYLE: Final = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "svg.fonttype": "path",  # a reader's machine need not have the font
+    "svg.hashsalt": "report",  # the same data gives the same bytes
+}
+_GRID_POINTS: Final = 600
+
+
+def figures(data: ReportData) -> dict[str, Figure]:
+    """Every figure that `data` has something to show for, by name."""
+    shown = {"certified_accuracy": certified_accuracy_figure(data), "p_lower": p_lower_figure(data)}
+    if data.dual is not None:
+        chosen, _, best = data.choice_counts()
+        shown["sigma_choice"] = sigma_choice_figure([f"{sigma:g}" for sigma in data.sigmas], chosen, best)
+        lost, slack = data.lost_radius(), data.dual.slack()
+        if lost.size or slack.size:
+            shown["delta_radius"] = delta_figure(lost, slack)
+    return shown
+
+
+def certified_accuracy_figure(data: ReportData) -> Figure:
+    """Certified accuracy against the radius, one curve per method, up to the largest certified radius."""
+
+    def draw(axes: Any) -> None:
+        methods = data.methods()
+        largest = max((float(m.radius[m.correct].max(initial=0.0)) for m in methods), default=0.0)
+        grid = np.linspace(0.0, 1.02 * largest if largest > 0.0 else 1.0, _GRID_POINTS)
+        # The oracle first: it runs above the others and must not hide them where they meet.
+        for method in sorted(methods, key=lambda m: m.is_certificate):
+            accuracy = 100.0 * method.accuracy(grid)
+            end = int(np.count_nonzero(accuracy)) + 1  # down to 0, then no further along the axis
+            axes.plot(grid[:end], accuracy[:end], label=method.name, **_look(method))
+        axes.set(xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+        axes.set_xlim(0.0, grid[-1])
+        axes.set_ylim(0.0, 101.0)
+
+    return _figure([draw], height_in=3.5, order=[m.name for m in data.methods()])
+
+
+def delta_figure(lost: Floats, slack: Floats) -> Figure:
+    """ECDFs of the radius that a sub-optimal noise level costs, and of the room that R_sigma leaves above R_c.
+
+    Args:
+        lost: Delta R_c = R_c* - R_c, >= 0; an empty array leaves its panel out.
+        slack: Delta R_sigma = R_sigma - R_c, negative where the estimator caps the radius; may be empty likewise.
+    """
+
+    def draw_lost(axes: Any) -> None:
+        _draw_ecdf(axes, lost, _COLOURS[0], start=0.0)
+        axes.set(title="Radius lost to the choice of sigma", xlabel=r"$\Delta R_c = R_c^* - R_c$")
+
+    def draw_slack(axes: Any) -> None:
+        _draw_ecdf(axes, slack, _DUAL)
+        axes.axvline(0.0, color="#444444", linewidth=1.0, linestyle="--")
+        axes.set(
+            title="Left of the dashed line R_sigma caps the radius".replace("R_sigma", r"$R_\sigma$"),
+            xlabel=r"$\Delta R_\sigma = R_\sigma - R_c$",
+        )
+
+    panels = [draw for draw, values in ((draw_lost, lost), (draw_slack, slack)) if values.size]
+    return _figure(panels, height_in=2.9 * len(panels))
+
+
+def p_lower_figure(data: ReportData) -> Figure:
+    """ECDF of the lower bound of the top class's probability, one curve per method that has one."""
+
+    def draw(axes: Any) -> None:
+        for method in data.methods():
+            if method.p_lower is not None:
+                x, y = ecdf(method.p_lower)
+                steps = np.r_[x[0], x, 1.0], 100.0 * np.r_[0.0, y, 1.0]
+                axes.step(*steps, where="post", label=method.name, **_look(method))
+        axes.axvline(0.5, color="#444444", linewidth=1.0, linestyle="--")
+        axes.set(xlabel="lower bound of the top class's probability", ylabel="share of examples ≤ x [%]")
+        axes.set_xlim(0.0, 1.0)
+        axes.set_ylim(0.0, 101.0)
+
+    return _figure([draw], height_in=3.5)
+
+
+def sigma_choice_figure(labels: Sequence[str], chosen: Ints, best: Ints) -> Figure:
+    """Examples per noise level: as the estimator chose it, and as the oracle would have; ``(K,)`` counts each."""
+
+    def draw(axes: Any) -> None:
+        place = np.arange(len(labels))
+        for counts, shift, label, look in (
+            (chosen, -0.2, "chosen by the estimator", {"color": _DUAL}),
+            (best, 0.2, "best in hindsight (oracle)", {"color": "white", "edgecolor": "black", "hatch": "///"}),
+        ):
+            bars = axes.bar(place + shift, counts, width=0.38, label=label, **look)
+            axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=9)
+        axes.set_xticks(place, labels)
+        axes.grid(visible=False, axis="x")
+        axes.margins(y=0.12)
+        axes.set(xlabel="sigma", ylabel="examples")
+
+    return _figure([draw], height_in=2.8)
+
+
+def to_bytes(figure: Figure, kind: str) -> bytes:
+    """The figure as a file of `kind` ("png" or "pdf"), without date or version: equal data give equal bytes."""
+    silent = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format=kind, dpi=220, metadata=silent[kind])
+    return buffer.getvalue()
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as one `<svg>` element to put into HTML.
+
+    Prolog and metadata are left out, the width is the page's to choose, and every id carries `name`: several figures on
+    one page otherwise share ids.
+    """
+    buffer = io.StringIO()
+    silent = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", metadata=silent)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    head, tail = text.split(">", 1)
+    return re.sub(r' (?:width|height)="[^"]*"', "", head) + ">" + tail
+
+
+def _figure(panels: Sequence[Callable[[Any], None]], height_in: float, order: Sequence[str] = ()) -> Figure:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        for axes, draw in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+            draw(axes)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        if handles:
+            by_name = dict(zip(labels, handles, strict=True))
+            names = list(order) or labels
+            # Outside the axes, so that it covers no curve, on paper of its own, so that it takes none from the axes.
+            figure.legend([by_name[n] for n in names], names, loc="outside lower center", frameon=False)
+            figure.set_size_inches(_WIDTH_IN, height_in + _LEGEND_ROW_IN * len(names))
+    return figure
+
+
+def _draw_ecdf(axes: Any, values: Floats, colour: str, start: float | None = None) -> None:
+    x, y = ecdf(values)
+    margin = 0.03 * max(float(x[-1] - x[0]), 1e-3)
+    left = start if start is not None else float(x[0]) - margin
+    axes.step(np.r_[left, x, x[-1] + margin], 100.0 * np.r_[0.0, y, 1.0], where="post", color=colour, linewidth=2.0)
+    axes.set(ylabel="share of examples ≤ x [%]")
+    axes.set_ylim(0.0, 101.0)
+
+
+def _look(method: Method) -> dict[str, Any]:
+    if method.kind is Kind.ORACLE:
+        return {"color": "black", "linestyle": "--", "linewidth": 1.4}
+    if method.kind is Kind.DUAL:
+        return {
+            "color": _DUAL,
+            "linestyle": "-",
+            "linewidth": 2.6,
+            "marker": "*",
+            "markersize": 9,
+            "markevery": (0.09, 0.2),
+        }
+    # Marks along the drawn line, staggered so that they stay apart where curves meet.
+    marks = (0.02 + 0.03 * method.index + (0.015 if method.kind is Kind.BASELINE else 0.0), 0.2)
+    colour = _COLOURS[method.index % len(_COLOURS)]
+    look = {
+        "color": colour,
+        "marker": _MARKERS[method.index % len(_MARKERS)],
+        "markersize": 5,
+        "linewidth": 1.5,
+        "markevery": marks,
+    }
+    if method.kind is Kind.BASELINE:
+        return look | {"linestyle": (0, (1, 1.5)), "linewidth": 1.2, "markerfacecolor": "white", "alpha": 0.9}
+    return look | {"linestyle": _DASHES[method.index % len(_DASHES)]}

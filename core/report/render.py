@@ -1,0 +1,240 @@
+"""The report as files: one list of blocks, written as Markdown and as one self-contained HTML page.
+
+Every number and every claim is computed from `ReportData` here; nothing is asserted that the rows do not show.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from core.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
+from core.report import DualRows, Kind, ReportData, StandardRows
+from core.report.pages import Block, Heading, Picture, Table, Text, html_page, markdown_page, markdown_table
+
+__all__ = ["DualRows", "ReportData", "StandardRows", "best_method_sentence", "format_table", "write_report"]
+
+_RHO: Final = 0.001
+_NONE: Final = "–"
+
+
+def format_table(data: ReportData) -> str:
+    """Certified accuracy (percent) per method and radius, as a Markdown table that also reads in a terminal.
+
+    The best certified methods of a column are bold, unless nothing is certified there; the oracle never is.
+    """
+    return markdown_table(_accuracy_table(data))
+
+
+def best_method_sentence(data: ReportData) -> str:
+    """Which method is best at each radius of the table, and at how many of them Dual RS (if it was run) is."""
+    leaders = data.leaders()
+    by_names: dict[str, list[str]] = {}
+    for radius, best in zip(data.radii, leaders, strict=True):
+        names = " and ".join(m.name for m in best) + (" (tied)" if len(best) > 1 else "")
+        by_names.setdefault(names or "no method certifies a right class", []).append(f"{radius:g}")
+    clauses = (f"{names} beyond radius {', '.join(radii)}" for names, radii in by_names.items())
+    text = f"Highest certified accuracy: {'; '.join(clauses)}"
+    if data.dual is None:
+        return text + "."
+    wins = [best for best in leaders if any(m.kind is Kind.DUAL for m in best)]
+    shared = sum(len(best) > 1 for best in wins)
+    count = f"{len(wins)} of {len(leaders)} radii" + (f" (tied with another at {shared} of them)" if shared else "")
+    return f"{text}; Dual RS is the best certified method at {count}."
+
+
+def write_report(data: ReportData, folder: Path) -> list[Path]:
+    """Write report.md, report.html, table.csv and the figures; each file appears whole or not at all.
+
+    Args:
+        data: what to report.
+        folder: made if missing; files of an earlier report are replaced.
+
+    Returns:
+        The paths written: table.csv, certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png and delta_radius.png
+        (the last two where Dual RS and what they show were measured), report.md, report.html.
+    """
+    from core.report import plots  # matplotlib: half a second that a terminal table does not need
+
+    figures = plots.figures(data)
+    files = {"table.csv": _csv(data).encode()}
+    files |= {f"{name}.png": plots.to_bytes(figure, "png") for name, figure in figures.items()}
+    files["certified_accuracy.pdf"] = plots.to_bytes(figures["certified_accuracy"], "pdf")
+    blocks = _blocks(data, {name: plots.to_svg(figure, name) for name, figure in figures.items()})
+    # The pages last: they name the other files.
+    files["report.md"] = markdown_page(data.title, blocks, data.manifest).encode()
+    files["report.html"] = html_page(data.title, blocks, data.manifest).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_write(folder / name, content) for name, content in files.items()]
+
+
+def _write(path: Path, content: bytes) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# What the report says
+
+
+def _accuracy_table(data: ReportData) -> Table:
+    methods = data.methods()
+    rows = tuple((m.name, *(f"{100.0 * a:.2f}" for a in m.accuracy(data.radii))) for m in methods)
+    names = [{m.name for m in best} for best in data.leaders()]
+    bold = frozenset((i, j + 1) for i, m in enumerate(methods) for j, best in enumerate(names) if m.name in best)
+    return Table(("Certified accuracy [%] beyond radius", *(f"{r:g}" for r in data.radii)), rows, bold)
+
+
+def _interval_table(data: ReportData) -> Table:
+    rows = []
+    for m in data.methods():
+        ends = clopper_pearson_interval(m.accuracy(data.radii), data.num_examples)
+        rows.append((m.name, *(f"{100.0 * low:.2f} – {100.0 * high:.2f}" for low, high in zip(*ends, strict=True))))
+    return Table(("95% interval [%] beyond radius", *(f"{r:g}" for r in data.radii)), tuple(rows))
+
+
+def _method_table(data: ReportData) -> Table:
+    rows = []
+    for m in data.methods():
+        clean = float(m.accuracy(np.zeros(1))[0])
+        bound = _percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if m.is_certificate else _NONE
+        abstained = _NONE if m.abstained is None else _percent(float(m.abstained.mean()))
+        draws = (_NONE, _NONE) if m.num_draws is None else (f"{m.num_draws.mean():,.1f}", f"{m.num_draws.sum():,}")
+        radius = f"{average_certified_radius(m.correct, m.radius):.4f}"
+        rows.append((m.name, _percent(clean), bound, abstained, *draws, radius))
+    header = (
+        "Method", "Clean certified accuracy (beyond radius 0)", "At least, with 99.9% confidence", "Abstained",
+        "Mean draws per example", "Total draws", "Average certified radius (secondary)",
+    )  # fmt: skip
+    return Table(header, tuple(rows))
+
+
+def _summary(data: ReportData) -> str:
+    sigmas = ", ".join(f"{s:g}" for s in data.sigmas)
+    config = data.manifest.get("config")
+    seed = data.manifest.get("seed", config.get("seed") if isinstance(config, Mapping) else None)
+    text = (
+        f"{data.num_examples:,} examples of {data.labels}, certified with n0 = {data.num_selection:,} selection draws "
+        f"and n = {data.num_estimation:,} estimation draws per certificate, at failure probability alpha = "
+        f"{data.alpha:g} per example. Standard RS spends all of it on one certificate, at each sigma of {{{sigmas}}}."
+    )
+    if data.dual is None:
+        text += " Dual RS was not run."
+    else:
+        text += (
+            f" Dual RS halves it: {data.alpha / 2:g} for the noise level and {data.alpha / 2:g} for the class, "
+            "each stage with its own draws."
+        )
+    text += "" if seed is None else f" Seed {seed}."
+    counted = "radius > r" if data.strict else "radius >= r"
+    return f"{text} Radii are l2, in the pixel scale [0, 1]; a certificate counts at r when its {counted}."
+
+
+def _stage_table(data: ReportData, dual: DualRows) -> Table:
+    certified, capped = ~dual.abstained, dual.bounded_by == "sigma"
+    everyone = np.ones_like(certified)
+    lines = (
+        ("Both stages certified, of all examples", certified, everyone),
+        ("Estimator abstained, of all examples", dual.estimator_abstained, everyone),
+        ("Classifier abstained after the estimator certified, of all examples",
+         dual.abstained & ~dual.estimator_abstained, everyone),
+        ("Radius capped by R_sigma, of the certified examples", capped & certified, certified),
+        ("Radius capped by R_sigma, of all examples", capped, everyone),
+    )  # fmt: skip
+    counts = ((name, int(hits.sum()), int(of.sum())) for name, hits, of in lines)
+    rows = tuple((name, f"{hits:,} of {of:,}", _percent(hits / of) if of else _NONE) for name, hits, of in counts)
+    return Table(("Dual RS", "Examples", "Share"), rows)
+
+
+def _choice_table(data: ReportData, dual: DualRows) -> Table:
+    chosen, certified, best = data.choice_counts()
+    counts = zip(data.sigmas, chosen, certified, best, strict=True)
+    rows = [(f"{s:g}", f"{c:,}", f"{d:,}", f"{o:,}") for s, c, d, o in counts]
+    rows.append(("none", "0", f"{dual.estimator_abstained.sum():,}", f"{data.num_examples - best.sum():,}"))
+    return Table(("sigma", "Chosen by the estimator", "Certified by the estimator", "Best in hindsight"), tuple(rows))
+
+
+def _dual_blocks(data: ReportData, dual: DualRows, svgs: Mapping[str, str]) -> list[Block]:
+    agree = data.choice_agreement()
+    said = "No sigma certifies the right class of any example." if np.isnan(agree) else (
+        f"Where some sigma certifies the right class, the estimator chose the best one for {_percent(agree)} "
+        "of the examples (ties count for the smaller sigma)."
+    )  # fmt: skip
+    blocks: list[Block] = [
+        Heading("Dual RS, stage by stage"), _stage_table(data, dual),
+        Heading("Choice of the noise level"), Text(said), _choice_table(data, dual),
+        Picture("sigma_choice.png", "The estimator's choice of sigma, against the oracle's.", svgs["sigma_choice"]),
+        Heading("Lost and spare radius"),
+    ]  # fmt: skip
+    lost, slack = data.lost_radius(), dual.slack()
+    if data.standard_at_dual_alpha is None:
+        blocks.append(Text("The radius lost to the choice of sigma was not measured."))
+    else:
+        text = f"Some sigma certifies the right class (R_c* > 0) of {lost.size:,} of {data.num_examples:,} examples."
+        if lost.size:
+            text += (
+                " Over these, Delta R_c = R_c* - R_c at the classifier's share of alpha has median "
+                f"{np.median(lost):.4f} and 90% quantile {np.quantile(lost, 0.9):.4f}; "
+                f"{_percent(float((lost <= 0.0).mean()))} lose nothing."
+            )
+        blocks.append(Text(text))
+    text = f"Both stages certify {slack.size:,} of {data.num_examples:,} examples."
+    if slack.size:
+        text += (
+            f" Over these, Delta R_sigma = R_sigma - R_c has median {np.median(slack):.4f};"
+            f" it is negative for {_percent(float((slack < 0.0).mean()))}, where the estimator caps the radius."
+        )
+    blocks.append(Text(text))
+    if "delta_radius" in svgs:
+        caption = "Empirical distribution of the lost radius and of the spare radius, where measured."
+        blocks.append(Picture("delta_radius.png", caption, svgs["delta_radius"]))
+    return blocks
+
+
+def _blocks(data: ReportData, svgs: Mapping[str, str]) -> list[Block]:
+    curve = "Certified accuracy against the radius. The oracle picks the best sigma with the label in hand."
+    blocks: list[Block] = [
+        Text(_summary(data)), *(Text(note) for note in data.notes),
+        Heading("Certified accuracy"), Text(best_method_sentence(data)), _accuracy_table(data),
+        Picture("certified_accuracy.png", curve, svgs["certified_accuracy"]),
+        Heading("How sure the accuracies are"),
+        Text("Exact intervals (Clopper-Pearson, 95% each) over the draw of the test set, for one method at one radius."
+              " The methods share their examples, so these intervals are no test of a difference between two of them."),
+        _interval_table(data),
+        Heading("Per method"),
+        Text("The column 'At least' allows for certificates that are wrong: each bound holds with probability 99.9% "
+              "over their noise, on these examples. The average certified radius favours large radii on easy examples; "
+              "judge by the curve."),
+        _method_table(data),
+    ]  # fmt: skip
+    if data.dual is not None:
+        blocks += _dual_blocks(data, data.dual, svgs)
+    text = "Up to one half (dashed) nothing is certified."
+    if data.dual is not None:
+        text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
+    picture = Picture("p_lower.png", "Empirical distribution of the lower bound.", svgs["p_lower"])
+    return [*blocks, Heading("Lower bound of the top class's probability"), Text(text), picture]
+
+
+def _csv(data: ReportData) -> str:
+    """One line per method and radius; shares, unrounded."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"))
+    for m in data.methods():
+        accuracy = m.accuracy(data.radii)
+        columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, data.num_examples))
+        writer.writerows((m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True))
+    return out.getvalue()
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.2f}%"

@@ -1,0 +1,308 @@
+"""The public face: smoothed classifiers over any torch module, in the manner of Cohen's `Smooth`."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from core.data import as_image
+from core.dual import dual_certify, dual_predict
+from core.engine import Engine, Task
+from core.errors import ConfigError
+from core.network import Denoiser, Head, Module, Network
+from core.noise import GaussianNoise
+from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Procedure, Sampling
+from core.smoothing import certify, predict
+
+__all__ = ["DualSmoothedClassifier", "SmoothedClassifier"]
+
+R = TypeVar("R")
+Image = Tensor | NDArray[np.generic]
+Images = Tensor | NDArray[np.generic] | Sequence[Image]
+
+
+class _Smoothed:
+    """What both classifiers share: a network, a seed, and running procedures over images."""
+
+    def __init__(
+        self,
+        heads: Mapping[str, Head],
+        denoiser: Denoiser | None,
+        seed: int,
+        device: str | torch.device | None,
+        chunk_size: int,
+    ):
+        modules = [heads[name].module for name in heads]
+        self.device = torch.device(device) if device is not None else _device_of([denoiser, *modules])
+        self.seed = seed
+        self.chunk_size = chunk_size
+        self._network = Network(heads, denoiser, self.device)
+
+    def _run(
+        self,
+        images: Images,
+        example_ids: Sequence[str] | None,
+        batch_size: int,
+        procedure: Callable[[], Procedure[R]],
+    ) -> list[R]:
+        if example_ids is not None and len(example_ids) != len(images):
+            raise ConfigError(f"got {len(images)} images but {len(example_ids)} example_ids")
+        names = example_ids if example_ids is not None else [f"image {index}" for index in range(len(images))]
+        tensors = [as_image(image, str(name)) for image, name in zip(images, names, strict=True)]
+        ids = list(map(str, example_ids)) if example_ids is not None else list(_content_ids(tensors))
+
+        def tasks() -> Iterator[Task[R]]:
+            for index, (example_id, image) in enumerate(zip(ids, tensors, strict=True)):
+                yield Task(index, example_id, image, procedure())
+
+        engine = Engine(self._network, GaussianNoise(self.seed, self.chunk_size), batch_size=batch_size)
+        results = {finished.key: finished.result for finished in engine.run(tasks())}
+        return [results[index] for index in range(len(ids))]
+
+
+def _device_of(modules: Sequence[object]) -> torch.device:
+    for module in modules:
+        for candidate in module.values() if isinstance(module, Mapping) else [module]:
+            if isinstance(candidate, nn.Module):
+                for parameter in candidate.parameters():
+                    return parameter.device
+    return torch.device("cpu")
+
+
+def _content_ids(images: Sequence[Tensor]) -> Iterator[str]:
+    """Name images by their content, so that the noise does not depend on their order; repeated ones get a number."""
+    seen: Counter[str] = Counter()
+    for image in images:
+        content = image.cpu().numpy()
+        digest = hashlib.blake2b(repr(content.shape).encode() + content.tobytes(), digest_size=16).hexdigest()
+        yield f"{digest}#{seen[digest]}"
+        seen[digest] += 1
+
+
+class SmoothedClassifier(_Smoothed):
+    """A base classifier smoothed with Gaussian noise of one level (Cohen et al. 2019, arXiv 1902.02918).
+
+    The noise is a pure function of (seed, example id, phase, sigma): the same question gets the same answer. For an
+    independent repetition pass another seed, or other example ids.
+
+    Args:
+        base_classifier: any torch module or function, ``(B, C, H, W)`` float32 in [0, 1] plus noise ->
+            ``(B, num_classes)`` logits. A module is put in evaluation mode.
+        num_classes: width of the logits.
+        sigma: standard deviation of the noise, > 0, pixel scale [0, 1].
+        seed: of the noise.
+        denoiser: runs before the classifier, for example a `core.models.denoiser.OneShotDenoiser`.
+        device: where to run; by default where the classifier's parameters are.
+        chunk_size: draws that share one noise key; part of the definition of the noise.
+
+    Raises:
+        ConfigError: for a sigma that is not positive.
+    """
+
+    def __init__(
+        self,
+        base_classifier: Module,
+        num_classes: int,
+        sigma: float,
+        *,
+        seed: int = 0,
+        denoiser: Denoiser | None = None,
+        device: str | torch.device | None = None,
+        chunk_size: int = 100,
+    ):
+        self.sigma = _check_sigma("sigma", sigma)
+        self.num_classes = num_classes
+        super().__init__({CLASSIFIER: Head(base_classifier, num_classes)}, denoiser, seed, device, chunk_size)
+
+    def __repr__(self) -> str:
+        return f"SmoothedClassifier(num_classes={self.num_classes}, sigma={self.sigma}, seed={self.seed})"
+
+    def certify(
+        self,
+        x: Image,
+        *,
+        num_selection: int = 100,
+        num_estimation: int = 10_000,
+        alpha: float = 0.001,
+        batch_size: int = 1000,
+        example_id: str | None = None,
+    ) -> Certificate:
+        """CERTIFY one image; see `Certificate` for what is promised.
+
+        Args:
+            x: ``(C, H, W)``, floating in [0, 1] or uint8.
+            num_selection: draws that choose the class (n0).
+            num_estimation: fresh draws that bound its probability (n).
+            alpha: failure probability, in (0, 1).
+            batch_size: rows of every forward pass; the last batch is padded to it.
+            example_id: names the image in the noise key; by default a hash of its pixels.
+
+        Raises:
+            DataError: for an image of another shape, dtype or range.
+            ConfigError: for draws below 1 or an alpha outside (0, 1).
+            ModelError: when the logits have another shape.
+        """
+        ids = None if example_id is None else [example_id]
+        return self.certify_many(
+            [x],
+            num_selection=num_selection,
+            num_estimation=num_estimation,
+            alpha=alpha,
+            batch_size=batch_size,
+            example_ids=ids,
+        )[0]
+
+    def certify_many(
+        self,
+        images: Images,
+        *,
+        num_selection: int = 100,
+        num_estimation: int = 10_000,
+        alpha: float = 0.001,
+        batch_size: int = 1000,
+        example_ids: Sequence[str] | None = None,
+    ) -> list[Certificate]:
+        """CERTIFY many images at once, batched over all of them; results in the order of `images`.
+
+        Each certificate equals that of `certify`, and holds with probability 1 - alpha on its own (no joint claim).
+        A repeated image gets fresh noise at each repetition, unless `example_ids` say otherwise.
+        """
+        sampling = Sampling(num_selection, num_estimation, alpha)
+        return self._run(images, example_ids, batch_size, lambda: certify(self.sigma, sampling))
+
+    def predict(
+        self, x: Image, *, num: int = 1000, alpha: float = 0.001, batch_size: int = 1000, example_id: str | None = None
+    ) -> int:
+        """PREDICT one image: the smoothed classifier's class, or ABSTAIN; another class with probability <= alpha."""
+        ids = None if example_id is None else [example_id]
+        return self.predict_many([x], num=num, alpha=alpha, batch_size=batch_size, example_ids=ids)[0]
+
+    def predict_many(
+        self,
+        images: Images,
+        *,
+        num: int = 1000,
+        alpha: float = 0.001,
+        batch_size: int = 1000,
+        example_ids: Sequence[str] | None = None,
+    ) -> list[int]:
+        """PREDICT many images at once, in order."""
+        results = self._run(images, example_ids, batch_size, lambda: predict(self.sigma, num, alpha))
+        return [result.prediction for result in results]
+
+
+class DualSmoothedClassifier(_Smoothed):
+    """Dual randomized smoothing (arXiv 2512.01782): each input is smoothed at a noise level of its own.
+
+    Args:
+        estimator: variance estimator, ``(B, C, H, W)`` -> ``(B, len(sigmas))`` logits.
+        classifier: one network, or a mapping {sigma: network} of experts with one for each of `sigmas`.
+        sigmas: Sigma, in the order of the estimator's outputs; pixel scale [0, 1].
+        sigma_e: noise level of the estimator, at least max(sigmas).
+        num_classes: width of the classifier's logits.
+        seed, denoiser, device, chunk_size: as for `SmoothedClassifier`; the denoiser runs before both networks.
+
+    Raises:
+        ConfigError: for levels that are not positive and distinct, a sigma_e below them, or a missing expert.
+    """
+
+    def __init__(
+        self,
+        estimator: Module,
+        classifier: Module | Mapping[float, Module],
+        sigmas: Sequence[float],
+        sigma_e: float,
+        num_classes: int,
+        *,
+        seed: int = 0,
+        denoiser: Denoiser | None = None,
+        device: str | torch.device | None = None,
+        chunk_size: int = 100,
+    ):
+        self.sigmas = tuple(_check_sigma("sigmas", sigma) for sigma in sigmas)
+        self.sigma_e = _check_sigma("sigma_e", sigma_e)
+        self.num_classes = num_classes
+        if not self.sigmas or len(set(self.sigmas)) != len(self.sigmas):
+            raise ConfigError(f"sigmas must be distinct noise levels, got {self.sigmas}")
+        if self.sigma_e < max(self.sigmas):
+            raise ConfigError(f"sigma_e must be at least max(sigmas) = {max(self.sigmas)}, got {self.sigma_e}")
+        if isinstance(classifier, Mapping):
+            classifier = {float(sigma): module for sigma, module in classifier.items()}
+            if missing := [sigma for sigma in self.sigmas if sigma not in classifier]:
+                raise ConfigError(f"no expert for sigma {missing}; there are experts for {sorted(classifier)}")
+        heads = {ESTIMATOR: Head(estimator, len(self.sigmas)), CLASSIFIER: Head(classifier, num_classes)}
+        super().__init__(heads, denoiser, seed, device, chunk_size)
+
+    def __repr__(self) -> str:
+        return (
+            f"DualSmoothedClassifier(sigmas={self.sigmas}, sigma_e={self.sigma_e}, "
+            f"num_classes={self.num_classes}, seed={self.seed})"
+        )
+
+    def certify(
+        self,
+        x: Image,
+        *,
+        num_selection: int = 100,
+        num_estimation: int = 10_000,
+        alpha: float = 0.001,
+        batch_size: int = 1000,
+        example_id: str | None = None,
+    ) -> DualCertificate:
+        """DUAL-CERTIFY one image; arguments and errors as for `SmoothedClassifier.certify`, draws of each stage."""
+        ids = None if example_id is None else [example_id]
+        return self.certify_many(
+            [x],
+            num_selection=num_selection,
+            num_estimation=num_estimation,
+            alpha=alpha,
+            batch_size=batch_size,
+            example_ids=ids,
+        )[0]
+
+    def certify_many(
+        self,
+        images: Images,
+        *,
+        num_selection: int = 100,
+        num_estimation: int = 10_000,
+        alpha: float = 0.001,
+        batch_size: int = 1000,
+        example_ids: Sequence[str] | None = None,
+    ) -> list[DualCertificate]:
+        """DUAL-CERTIFY many images at once; see `SmoothedClassifier.certify_many`."""
+        sampling = Sampling(num_selection, num_estimation, alpha)
+        return self._run(images, example_ids, batch_size, lambda: dual_certify(self.sigmas, self.sigma_e, sampling))
+
+    def predict(
+        self, x: Image, *, num: int = 1000, alpha: float = 0.001, batch_size: int = 1000, example_id: str | None = None
+    ) -> int:
+        """DUAL-PREDICT one image: the class, or ABSTAIN; another class with probability <= alpha."""
+        ids = None if example_id is None else [example_id]
+        return self.predict_many([x], num=num, alpha=alpha, batch_size=batch_size, example_ids=ids)[0]
+
+    def predict_many(
+        self,
+        images: Images,
+        *,
+        num: int = 1000,
+        alpha: float = 0.001,
+        batch_size: int = 1000,
+        example_ids: Sequence[str] | None = None,
+    ) -> list[int]:
+        """DUAL-PREDICT many images at once, in order."""
+        results = self._run(
+            images, example_ids, batch_size, lambda: dual_predict(self.sigmas, self.sigma_e, num, alpha)
+        )
+        return [result.prediction for result in results]
+
+
+def _check_sigma(name: str, sigma: float) -> float:
+    if not (np.isfinite(sigma) and sigma > 0):
+        raise ConfigError(f"{name}: a noise level must be positive and finite, got {sigma!r}")
+    return float(sigma)

@@ -1,0 +1,203 @@
+"""A replica: denoiser and heads loaded once on one device, and an engine that stays full across shards.
+
+The engine runs in a thread of its own and takes examples from whichever shards are in flight, so the device does not
+drain at a shard's end. A plain class: Ray wraps it at launch (`distributed.scheduler`), the local executor does not.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+
+from core.config import Config
+from core.data import Split, load_dataset
+from core.dual import dual_certify
+from core.engine import Engine, Task
+from core.models.checkpoints import load_model
+from core.models.denoiser import OneShotDenoiser
+from core.network import Head, Network
+from core.noise import GaussianNoise
+from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Sampling
+from core.smoothing import certify
+from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row
+
+__all__ = ["Replica", "Work", "build_network"]
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a replica does; small and picklable: names of files, not weights.
+
+    Attributes:
+        root: the run directory.
+        store: folder of the shards inside it.
+        method: `standard` certifies every example at every sigma; `dual` runs DUAL-CERTIFY once per example.
+        split: which examples.
+        sampling: draws and failure probability of a certificate.
+        models: files by name: `denoiser`, `classifier` and, for `dual`, `estimator`.
+        config: the run's configuration.
+        device: `cpu` or `cuda`.
+    """
+
+    root: Path
+    store: str
+    method: Literal["standard", "dual"]
+    split: Split
+    sampling: Sampling
+    models: Mapping[str, Path]
+    config: Config
+    device: str
+
+    @property
+    def rows_per_example(self) -> int:
+        """Rows that an example gives."""
+        return len(self.config.sigmas) if self.method == "standard" else 1
+
+
+def build_network(models: Mapping[str, Path], config: Config, num_classes: int, device: str) -> Network:
+    """Load denoiser and heads and check them against the configuration.
+
+    Raises:
+        ModelError: for a file that cannot be loaded, or a sigma beyond the denoiser's schedule.
+    """
+    denoiser = load_model(models["denoiser"]) if "denoiser" in models else None
+    if isinstance(denoiser, OneShotDenoiser):
+        for sigma in {*config.sigmas, config.estimator_sigma}:
+            denoiser.timestep(sigma)
+    widths = {CLASSIFIER: num_classes, ESTIMATOR: len(config.sigmas)}
+    heads = {name: Head(load_model(models[name]), width) for name, width in widths.items() if name in models}
+    return Network(heads, cast("OneShotDenoiser | None", denoiser), device)
+
+
+@dataclass(eq=False)
+class _OpenShard:
+    """A shard whose examples are in the engine."""
+
+    number: int
+    missing: int
+    future: "Future[Rows]"
+    rows: Rows = field(default_factory=list)
+
+
+class Replica:
+    """Certifies shards of a plan.
+
+    Args:
+        work: what to do.
+
+    Raises:
+        DualRSError: when the data or the models cannot be loaded.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        config = work.config
+        if work.device == "cpu":
+            torch.set_num_threads(config.compute.threads_per_replica)
+        self._data = load_dataset(config.dataset, work.split)
+        self._store = ShardStore(work.root, work.store)
+        self._plan = Plan.read(self._store.plan_file)
+        network = build_network(work.models, config, self._data.num_classes, work.device)
+        noise = GaussianNoise(config.seed, config.compute.chunk_size)
+        self._engine = Engine(network, noise, batch_size=config.compute.batch_size)
+        self._inbox: queue.SimpleQueue[_OpenShard | None] = queue.SimpleQueue()
+        self._open: set[_OpenShard] = set()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Ray Data's way in: a batch of shard numbers -> one line of facts per committed shard."""
+        for number in np.asarray(batch["shard"]).tolist():
+            start = time.monotonic()
+            rows = await asyncio.wrap_future(self.submit(int(number)))
+            facts = await asyncio.to_thread(self.commit, int(number), rows, start)
+            yield {key: np.array([value]) for key, value in facts.items()}
+
+    def submit(self, number: int) -> "Future[Rows]":
+        """Give a shard to the engine; the future holds its rows. Several shards may be in flight."""
+        future: Future[Rows] = Future()
+        if self._failure is not None:
+            future.set_exception(self._failure)
+        else:
+            shard = _OpenShard(number, len(self._plan.shards[number]) * self.work.rows_per_example, future)
+            self._inbox.put(shard)
+        return future
+
+    def commit(self, number: int, rows: Rows, start: float) -> dict[str, Any]:
+        """Write a finished shard and say what it took."""
+        schema = CERTIFICATE_SCHEMA if self.work.method == "standard" else DUAL_SCHEMA
+        self._store.commit(number, rows, schema)
+        return {
+            "shard": number,
+            "examples": len(self._plan.shards[number]),
+            "draws": sum(row["num_draws"] for row in rows),
+            "latency_s": time.monotonic() - start,
+        }
+
+    def close(self) -> None:
+        """End the engine's thread after what is in flight."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        """The engine's thread: run tasks of whatever shards arrive, complete their futures."""
+        try:
+            for finished in self._engine.run(self._tasks()):
+                shard, index = finished.key
+                shard.rows.append(self._row(index, finished.result))
+                shard.missing -= 1
+                if not shard.missing:
+                    self._open.discard(shard)
+                    shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
+                    shard.future.set_result(shard.rows)
+        except BaseException as error:  # handed to whoever waits, and to all who come later
+            self._failure = error
+            for shard in [*self._open, *self._drain()]:
+                shard.future.set_exception(error)
+
+    def _drain(self) -> Iterator[_OpenShard]:
+        while not self._inbox.empty():
+            if shard := self._inbox.get():
+                yield shard
+
+    def _tasks(self) -> Iterator[Task[Any] | None]:
+        """Tasks of the shards in order of arrival; None while nothing has arrived and the engine has work."""
+        while True:
+            try:
+                shard = self._inbox.get(block=self._engine.live == 0)
+            except queue.Empty:
+                yield None
+                continue
+            if shard is None:
+                return
+            self._open.add(shard)
+            for index in self._plan.shards[shard.number]:
+                image = torch.from_numpy(self._data.images[index]).float().div_(255.0)
+                for procedure in self._procedures():
+                    yield Task((shard, index), self._data.example_ids[index], image, procedure())
+
+    def _procedures(self) -> Iterator[Callable[[], Any]]:
+        """What is run on each example."""
+        work, config = self.work, self.work.config
+        if work.method == "dual":
+            yield lambda: dual_certify(config.sigmas, config.estimator_sigma, work.sampling)
+            return
+        for sigma in config.sigmas:
+            yield lambda sigma=sigma: certify(sigma, work.sampling)  # type: ignore[misc]
+
+    def _row(self, index: int, result: Certificate | DualCertificate) -> dict[str, Any]:
+        example_id, label = self._data.example_ids[index], int(self._data.labels[index])
+        if isinstance(result, DualCertificate):
+            return dual_row(example_id, label, result)
+        return certificate_row(example_id, label, result)

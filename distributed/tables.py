@@ -1,0 +1,126 @@
+"""Reading shards back as arrays for training and for the report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from core.confidence import certified_radius, clopper_pearson_lower
+from core.data import Dataset
+from core.errors import DataError
+from core.report import DualRows, ReportData, StandardRows
+from core.training.estimator import label_radii
+from distributed.run_directory import RunDirectory
+from distributed.shards import ShardStore
+
+__all__ = ["grid", "report_data", "training_radii"]
+
+
+def grid(table: pa.Table, column: str, sigmas: Sequence[float]) -> NDArray[Any]:
+    """A column of (example, sigma) rows, in the order of `ShardStore.read`, as ``(N, K)``.
+
+    Raises:
+        DataError: when the rows are not one per example and sigma.
+    """
+    levels = table.column("sigma").to_numpy()
+    width = len(sigmas)
+    if len(levels) % width or not np.array_equal(levels.reshape(-1, width), np.tile(sigmas, (len(levels) // width, 1))):
+        raise DataError(f"expected one row per example for each sigma of {list(sigmas)}")
+    values = table.column(column)
+    array = np.stack(values.to_numpy()) if pa.types.is_list(values.type) else values.to_numpy()
+    return np.asarray(array.reshape(-1, width, *array.shape[1:]))
+
+
+def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float64]:
+    """The radii R_c(x, sigma_i) of the dataset as the estimator's training wants them, ``(N, K)`` in `train`'s order.
+
+    Raises:
+        DataError: when the dataset does not hold exactly the training split.
+    """
+    config = directory.config
+    table = ShardStore(directory.path, "dataset").read()
+    ids = grid(table, "example_id", config.sigmas)[:, 0].tolist()
+    if ids != sorted(train.example_ids):
+        raise DataError(f"the dataset holds {len(ids)} examples, not the {len(train)} of the training split")
+    order = {example_id: row for row, example_id in enumerate(ids)}
+    votes = grid(table, "counts_estimation", config.sigmas)
+    top = grid(table, "counts_selection", config.sigmas).argmax(axis=2)
+    radii = label_radii(
+        radius=grid(table, "radius", config.sigmas),
+        correct=grid(table, "correct", config.sigmas),
+        votes=np.take_along_axis(votes, top[:, :, None], axis=2)[:, :, 0],
+        num_estimation=grid(table, "num_estimation", config.sigmas),
+        sigmas=np.asarray(config.sigmas),
+        alpha=config.labels.alpha,
+        mode=config.estimator.label_radius,
+    )
+    return radii[[order[example_id] for example_id in train.example_ids]]
+
+
+def report_data(directory: RunDirectory) -> ReportData:
+    """The certificates of a run, aligned by example, as the report wants them.
+
+    Raises:
+        DataError: when standard certificates are missing, or methods cover different examples.
+    """
+    config = directory.config
+    table = ShardStore(directory.path, "certificates/standard").read()
+    standard = _standard_rows(table, config.sigmas)
+    baseline_store = ShardStore(directory.path, "certificates/standard-base")
+    baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() else ()
+    dual_store = ShardStore(directory.path, "certificates/dual")
+    dual = None
+    if dual_store.committed():
+        rows = dual_store.read()
+        if rows.column("example_id").to_pylist() != grid(table, "example_id", config.sigmas)[:, 0].tolist():
+            raise DataError("certificates/standard and certificates/dual cover different examples")
+        dual = DualRows(
+            correct=_column(rows, "correct"),
+            radius=_column(rows, "radius"),
+            radius_sigma=_column(rows, "radius_sigma"),
+            radius_class=_column(rows, "radius_class"),
+            sigma=_column(rows, "sigma"),  # null, an estimator that abstained, becomes nan
+            bounded_by=np.array(rows.column("bounded_by").to_pylist(), dtype=np.str_),
+            abstained=_column(rows, "abstained"),
+            num_draws=_column(rows, "num_draws"),
+            p_lower=_column(rows, "p_lower"),
+            sigma_choice=_column(rows, "sigma_index"),
+        )
+    return ReportData(
+        title=f"Certified accuracy on {config.dataset.name}",
+        labels=config.dataset.name,
+        radii=np.asarray(config.report.radii),
+        strict=config.report.strict,
+        standard=standard,
+        baseline=baseline,
+        dual=dual,
+        standard_at_dual_alpha=_radii_at(table, config.sigmas, config.certify.alpha / 2),
+        alpha=config.certify.alpha,
+        num_selection=config.certify.num_selection,
+        num_estimation=config.certify.num_estimation,
+        manifest=directory.manifest,
+    )
+
+
+def _column(table: pa.Table, name: str) -> NDArray[Any]:
+    return np.array(table.column(name).to_numpy())
+
+
+def _standard_rows(table: pa.Table, sigmas: Sequence[float]) -> tuple[StandardRows, ...]:
+    names = ("correct", "radius", "p_lower", "abstained", "num_draws")
+    columns = {name: grid(table, name, sigmas) for name in names}
+    return tuple(
+        StandardRows(sigma=sigma, **{name: values[:, index] for name, values in columns.items()})
+        for index, sigma in enumerate(sigmas)
+    )
+
+
+def _radii_at(table: pa.Table, sigmas: Sequence[float], alpha: float) -> NDArray[np.float64]:
+    """R_c(x, sigma_i) at another alpha, from the stored counts: ``(N, K)``, 0 for a wrong class."""
+    top = grid(table, "counts_selection", sigmas).argmax(axis=2)
+    votes = np.take_along_axis(grid(table, "counts_estimation", sigmas), top[:, :, None], axis=2)[:, :, 0]
+    p_lower = clopper_pearson_lower(votes, grid(table, "num_estimation", sigmas), alpha)
+    radius = certified_radius(p_lower, np.asarray(sigmas)[None, :])
+    return np.where(top == grid(table, "label", sigmas), radius, 0.0)

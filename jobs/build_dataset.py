@@ -1,0 +1,37 @@
+"""Step 2: certify EVERY training sample under EVERY sigma, on Ray; rows stream into dataset/*.parquet."""
+
+import sys
+
+from distributed.run_directory import RunDirectory
+from jobs._cli import job_parser, open_run, run_job
+
+READS = ("denoiser", "classifier")
+
+
+def run(directory: RunDirectory) -> None:
+    """Commit every shard of the dataset that is not there yet."""
+    if directory.is_done("build_dataset", READS):
+        return
+    from core.records import Sampling
+    from distributed.launch import certify_split
+
+    labels = directory.config.labels
+    certify_split(
+        directory,
+        step="build_dataset",
+        store="dataset",
+        method="standard",
+        split="train",
+        sampling=Sampling(labels.num_selection, labels.num_estimation, labels.alpha),
+        heads={"classifier": "classifier"},
+    )
+
+
+def main() -> int:
+    """Command line."""
+    parser = job_parser("build_dataset", __doc__)
+    return run_job(parser, lambda args: run(open_run(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

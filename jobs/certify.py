@@ -1,0 +1,62 @@
+"""Step 5: certify the test split: standard randomized smoothing at every sigma, or Dual RS."""
+
+import sys
+from typing import Literal
+
+from distributed.run_directory import RunDirectory
+from jobs._cli import job_parser, open_run, run_job
+
+Method = Literal["standard", "dual"]
+Classifier = Literal["finetuned", "base"]
+_MODELS = {"finetuned": "classifier_finetuned", "base": "classifier"}
+
+
+def store_name(method: Method, classifier: Classifier) -> str:
+    """Folder of the certificates: <method> for the fine-tuned classifier, <method>-base for the one before it."""
+    return f"certificates/{method}" + ("-base" if classifier == "base" else "")
+
+
+def run(directory: RunDirectory, method: Method, classifier: Classifier = "finetuned") -> None:
+    """Commit every shard of the certificates that is not there yet."""
+    heads = {"classifier": _MODELS[classifier]}
+    if method == "dual":
+        heads["estimator"] = "estimator"
+    store = store_name(method, classifier)
+    step = store.replace("certificates/", "certify-")
+    if directory.is_done(step, sorted({"denoiser", *heads.values()})):
+        return
+    from core.records import Sampling
+    from distributed.launch import certify_split
+
+    certify = directory.config.certify
+    certify_split(
+        directory,
+        step=step,
+        store=store,
+        method=method,
+        split="test",
+        sampling=Sampling(certify.num_selection, certify.num_estimation, certify.alpha),
+        heads=heads,
+    )
+
+
+def main() -> int:
+    """Command line."""
+    parser = job_parser("certify", __doc__)
+    parser.add_argument(
+        "--method",
+        choices=("standard", "dual"),
+        required=True,
+        help="standard: CERTIFY (Cohen et al. 2019) once per sigma; dual: min(R_sigma, R_c), alpha / 2 each",
+    )
+    parser.add_argument(
+        "--classifier",
+        choices=("finetuned", "base"),
+        default="finetuned",
+        help="base certifies the classifier as it was before fine-tuning, into certificates/<method>-base",
+    )
+    return run_job(parser, lambda args: run(open_run(args), args.method, args.classifier))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Step 6: certified accuracy against radius, as a table, plots, Markdown and one self-contained HTML page."""
+
+import sys
+
+from distributed.run_directory import RunDirectory
+from jobs._cli import job_parser, open_run, run_job
+
+
+def run(directory: RunDirectory) -> None:
+    """Write report/ anew and print the table and where the plot and the page are."""
+    from core.report.render import best_method_sentence, format_table, write_report
+    from distributed.tables import report_data
+
+    data = report_data(directory)
+    folder = directory.path / "report"
+    write_report(data, folder)
+    print(format_table(data))
+    print(best_method_sentence(data))
+    print(f"plot:   {folder / 'certified_accuracy.png'}")
+    print(f"report: {folder / 'report.html'} (and report.md, table.csv beside it)")
+
+
+def main() -> int:
+    """Command line."""
+    parser = job_parser("report", __doc__)
+    return run_job(parser, lambda args: run(open_run(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

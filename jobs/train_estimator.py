@@ -1,0 +1,57 @@
+"""Step 3: train the variance estimator on the radii of the dataset."""
+
+import sys
+
+from core.progress import Progress
+from distributed.run_directory import RunDirectory
+from jobs._cli import job_parser, open_run, run_job
+
+READS = ("denoiser",)
+
+
+def run(directory: RunDirectory) -> None:
+    """Write models/estimator, unless it is done."""
+    if directory.is_done("train_estimator", READS, writes=("estimator",)):
+        return
+    import torch
+
+    from core.data import load_dataset
+    from core.models.checkpoints import file_sha256, load_model, save_model
+    from core.models.denoiser import OneShotDenoiser
+    from core.models.small import SmallConvNet
+    from core.training.estimator import train_estimator
+    from distributed.tables import training_radii
+
+    config = directory.config
+    hashes = directory.model_hashes(READS)
+    torch.set_num_threads(config.compute.train_threads)
+    train = load_dataset(config.dataset, "train")
+    radii = training_radii(directory, train)
+    denoiser = load_model(directory.model("denoiser"))
+    assert isinstance(denoiser, OneShotDenoiser)
+    pixels = train.pixels()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + 2)
+        estimator = SmallConvNet(pixels.shape[1], pixels.shape[2], len(config.sigmas), config.base.classifier_width)
+    with Progress(
+        config.estimator.epochs, "estimator", "epochs", interval_s=config.compute.progress_interval_s
+    ) as progress:
+        history = train_estimator(
+            estimator, denoiser, pixels, radii, config.estimator_sigma, config.estimator, config.seed + 2, progress
+        )
+    save_model(estimator, directory.model("estimator"))
+    facts = {"samples": int((radii.max(axis=1) > 0).sum()), "of": len(radii), "loss": history}
+    print(f"estimator: trained on {facts['samples']} of {facts['of']} samples (the others have radius 0 at every sigma)")
+    directory.finish(
+        "train_estimator", read=hashes, wrote={"estimator": file_sha256(directory.model("estimator"))}, facts=facts
+    )
+
+
+def main() -> int:
+    """Command line."""
+    parser = job_parser("train_estimator", __doc__)
+    return run_job(parser, lambda args: run(open_run(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+import math
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from core.config import load_config, parse_config
+from core.errors import ConfigError
+
+MINIMAL = {"sigmas": [0.25, 0.5], "certify": {"num_estimation": 10_000}, "report": {"radii": [0, 0.5]}}
+
+
+def test_load_config_shipped_file_is_valid() -> None:
+    config = load_config(Path("configs/digits.yaml"), ["seed=3", "certify.alpha=1e-4"])
+    assert (config.seed, config.certify.alpha, config.estimator_sigma) == (3, 1e-4, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("certify.alpah=0.1", r"unknown key 'certify.alpah'; did you mean 'alpha'"),
+        ("frobnicate=9", r"unknown key 'frobnicate'; known keys: seed, sigmas"),
+        ("seed=x", r"'seed' is 'x': input should be a valid integer"),
+        ("seed=1.5", r"'seed' is 1.5"),
+        ("seed=true", r"'seed' is True"),
+        ("sigmas=[0.25, -1]", r"'sigmas.1' is -1: input should be greater than 0"),
+        ("sigmas=[.inf]", r"'sigmas.0' is inf: must be finite"),
+        ("sigmas=[]", r"'sigmas' is \[\]"),
+        ("sigmas=[0.5, 0.25]", r"sigmas: must be ascending and distinct, got \[0.5, 0.25\]; sort them"),
+        ("sigma_e=0.3", r"sigma_e: must be at least max\(sigmas\) = 0.5, got 0.3.*raise it or leave it out"),
+        ("certify.alpha=1.0", r"'certify.alpha' is 1.0: input should be less than 1"),
+        ("certify.alpha=0", r"'certify.alpha' is 0: input should be greater than 0"),
+        ("report.radii=[5]", r"report.radii asks for 5; set certify.num_estimation to at least"),
+        ("certify.num_estimation=3", r"certify.num_estimation: 3 draws"),
+        ("labels.num_estimation=3", r"labels.num_estimation: 3 draws.*at least 10"),
+        ("dataset.name=mnist", r"'dataset.name' is 'mnist': input should be 'digits'"),
+        ("base.noise_range=[1, 0.1]", r"base.noise_range: must be \(low, high\)"),
+        ("certify", r"override 'certify': expected key=value"),
+        ("certify.alpha.x=1", r"'alpha' is a value, not a section"),
+        ("seed=[", r"not valid YAML"),
+    ],
+)
+def test_parse_config_bad_value_names_the_key_and_the_remedy(override: str, message: str) -> None:
+    plain = {**MINIMAL, "certify": {"num_estimation": 10_000, "alpha": 0.001}}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(plain, [override])
+
+
+def test_parse_config_num_estimation_advice_is_enough_and_not_too_much() -> None:
+    # All n draws agree: alpha^(1/n) > Phi(r / sigma), with alpha / 2 for a stage of Dual RS.
+    needed = math.ceil(math.log(0.0005) / math.log(stats.norm.cdf(1.57 / 0.5)))
+    with pytest.raises(ConfigError, match=f"at least {needed:,}") as caught:
+        parse_config({**MINIMAL, "report": {"radii": [1.57]}, "certify": {"num_estimation": 100}})
+    assert "1.57" in str(caught.value)
+    parse_config({**MINIMAL, "report": {"radii": [1.57]}, "certify": {"num_estimation": needed}})
+
+
+def test_parse_config_several_mistakes_are_all_named() -> None:
+    with pytest.raises(ConfigError, match=r"'seed'(.|\n)*'certify.alpha'"):
+        parse_config({**MINIMAL, "seed": -1, "certify": {"alpha": 2.0}})
+
+
+def test_parse_config_missing_sigmas_says_so() -> None:
+    with pytest.raises(ConfigError, match="'sigmas' is missing; add it"):
+        parse_config({})
+    with pytest.raises(ConfigError, match="expected `key: value` lines"):
+        parse_config([1])
+
+
+def test_load_config_missing_file_and_bad_yaml_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml'.*No such file"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "bad.yaml").write_text("sigmas: [1")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_load_config_evaluates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text("sigmas: !!python/object/apply:os.system ['true']")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "evil.yaml")
+
+
+def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> None:
+    base = parse_config(MINIMAL).fingerprint()
+    for same in ("compute.num_replicas=7", "compute.shard_examples=3", "compute.executor=local", "report.radii=[0.1]", "sigma_e=0.5"):
+        assert parse_config(MINIMAL, [same]).fingerprint() == base
+    for other in ("seed=1", "compute.batch_size=7", "compute.chunk_size=7", "certify.num_selection=7", "sigma_e=0.6"):
+        assert parse_config(MINIMAL, [other]).fingerprint() != base

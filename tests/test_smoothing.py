@@ -1,0 +1,145 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from core.errors import ConfigError
+from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, Answer, Bound, Draws, Phase, Sampling
+from core.dual import dual_certify, dual_predict
+from core.smoothing import certificate, certify, predict
+from tests.oracles import drive
+
+
+def counts(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def test_certify_chooses_on_selection_and_bounds_on_estimation() -> None:
+    asked: list[Draws] = []
+
+    def votes(draws: Draws) -> Answer:
+        asked.append(draws)
+        return {CLASSIFIER: counts(2, 8) if draws.phase == Phase.SELECTION else counts(600, 400)}
+
+    result = drive(certify(0.5, Sampling(10, 1000, 0.01)), votes)
+    # Class 1 won the selection, so it is class 1 that is bounded, and it does not reach 1/2.
+    assert [(d.phase, d.num, d.sigma) for d in asked] == [(Phase.SELECTION, 10, 0.5), (Phase.ESTIMATION, 1000, 0.5)]
+    assert (result.prediction, result.radius, result.top_class) == (ABSTAIN, 0.0, 1)
+    assert math.isclose(result.p_lower, stats.beta.ppf(0.01, 400, 601), rel_tol=1e-9)
+
+
+def test_certify_radius_equals_cohens_formula() -> None:
+    result = drive(
+        certify(0.25, Sampling(100, 10_000, 0.001)),
+        lambda d: {CLASSIFIER: counts(0, 90, 10) if d.phase == Phase.SELECTION else counts(3, 9900, 97)},
+    )
+    p = stats.beta.ppf(0.001, 9900, 101)
+    assert result.prediction == 1
+    assert math.isclose(result.radius, 0.25 * stats.norm.ppf(p), rel_tol=1e-9)
+    assert result.num_draws == 10_100
+    assert certificate(result.counts_selection, result.counts_estimation, 0.25, Sampling(100, 10_000, 0.001)) == result
+
+
+@pytest.mark.parametrize("p", [0.5, 0.55, 0.7])
+def test_certify_false_certificate_probability_by_exact_sum_is_at_most_alpha(p: float) -> None:
+    """Two classes, P[vote for 1] = p: certified falsely if class 0 is returned or the radius is above the true one."""
+    n0, n, alpha, sigma = 7, 40, 0.1, 1.0
+    true_radius = sigma * special.ndtri(p)
+    wrong = 0.0
+    for k0 in range(n0 + 1):
+        for k in range(n + 1):
+            result = drive(
+                certify(sigma, Sampling(n0, n, alpha)),
+                lambda d, k0=k0, k=k: {
+                    CLASSIFIER: counts(n0 - k0, k0) if d.phase == Phase.SELECTION else counts(n - k, k)
+                },
+            )
+            false = (result.prediction == 0 and p >= 0.5) or (result.prediction == 1 and result.radius > true_radius)
+            if false:
+                wrong += stats.binom.pmf(k0, n0, p) * stats.binom.pmf(k, n, p)
+    assert wrong <= alpha
+
+
+def test_certify_without_any_valid_vote_abstains() -> None:
+    result = drive(certify(0.5, Sampling(10, 100, 0.1)), lambda d: {CLASSIFIER: counts(0, 0, 0)})
+    assert (result.prediction, result.radius, result.p_lower) == (ABSTAIN, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("votes", "expected"), [((50, 50), ABSTAIN), ((10, 90), 1), ((90, 10), 0)])
+def test_predict_returns_the_class_only_when_the_test_tells_it_apart(votes: tuple[int, int], expected: int) -> None:
+    result = drive(predict(0.5, 100, 0.001), lambda d: {CLASSIFIER: counts(*votes)})
+    assert result.prediction == expected
+    assert result.counts.tolist() == list(votes)
+
+
+def test_predict_wrong_class_probability_by_exact_sum_is_at_most_alpha() -> None:
+    n, alpha, p = 60, 0.1, 0.5 + 1e-9  # class 1 is the smoothed class, by a hair
+    wrong = sum(
+        float(stats.binom.pmf(k, n, p))
+        for k in range(n + 1)
+        if drive(predict(1.0, n, alpha), lambda d, k=k: {CLASSIFIER: counts(n - k, k)}).prediction == 0
+    )
+    assert 0 < wrong <= alpha / 2 + 1e-9
+
+
+@pytest.mark.parametrize("bad", [(0, 0.1), (10, 0.0), (10, 1.0)])
+def test_predict_bad_arguments_raise(bad: tuple[int, float]) -> None:
+    with pytest.raises(ConfigError):
+        drive(predict(0.5, *bad), lambda d: {CLASSIFIER: counts(1)})
+
+
+@pytest.mark.parametrize("bad", [(0, 10, 0.1), (10, 0, 0.1), (10, 10, 0.0), (10, 10, 1.5), (True, 10, 0.1)])
+def test_sampling_bad_arguments_raise(bad: tuple[int, int, float]) -> None:
+    with pytest.raises(ConfigError):
+        Sampling(*bad)
+
+
+def dual_votes(estimator: tuple[int, ...], classifier: tuple[int, ...], asked: list[Draws]):  # type: ignore[no-untyped-def]
+    def votes(draws: Draws) -> Answer:
+        asked.append(draws)
+        return {ESTIMATOR: counts(*estimator)} if draws.heads == (ESTIMATOR,) else {CLASSIFIER: counts(*classifier)}
+
+    return votes
+
+
+SIGMAS = (0.25, 0.5)
+
+
+def test_dual_certify_takes_the_smaller_radius_at_the_chosen_sigma_with_half_of_alpha_each() -> None:
+    asked: list[Draws] = []
+    result = drive(dual_certify(SIGMAS, 1.0, Sampling(100, 100, 0.02)), dual_votes((20, 80), (0, 95, 5), asked))
+    assert [(d.heads[0], d.sigma) for d in asked] == [(ESTIMATOR, 1.0)] * 2 + [(CLASSIFIER, 0.5)] * 2
+    radius_sigma = 1.0 * stats.norm.ppf(stats.beta.ppf(0.01, 80, 21))
+    radius_class = 0.5 * stats.norm.ppf(stats.beta.ppf(0.01, 95, 6))
+    assert math.isclose(result.radius_sigma, radius_sigma, rel_tol=1e-9)
+    assert math.isclose(result.radius_class, radius_class, rel_tol=1e-9)
+    assert result.radius == min(result.radius_sigma, result.radius_class)
+    assert (result.prediction, result.sigma, result.bounded_by) == (1, 0.5, Bound.SIGMA)
+    assert (result.alpha, result.alpha_sigma, result.alpha_class) == (0.02, 0.01, 0.01)
+    assert result.num_draws == 400
+
+
+def test_dual_certify_estimator_undecided_abstains_without_asking_the_classifier() -> None:
+    asked: list[Draws] = []
+    result = drive(dual_certify(SIGMAS, 1.0, Sampling(100, 100, 0.02)), dual_votes((50, 50), (0, 95, 5), asked))
+    assert (result.prediction, result.radius, result.sigma, result.class_stage) == (ABSTAIN, 0.0, None, None)
+    assert result.bounded_by == Bound.NONE
+    assert result.abstained
+    assert result.num_draws == 200 == sum(d.num for d in asked)
+
+
+def test_dual_certify_classifier_undecided_abstains() -> None:
+    result = drive(dual_certify(SIGMAS, 1.0, Sampling(100, 100, 0.02)), dual_votes((80, 20), (50, 50, 0), []))
+    assert (result.prediction, result.radius, result.sigma) == (ABSTAIN, 0.0, 0.25)
+    assert result.radius_sigma > 0 == result.radius_class
+    assert result.bounded_by == Bound.NONE
+
+
+def test_dual_predict_spends_half_of_alpha_on_each_stage() -> None:
+    asked: list[Draws] = []
+    result = drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((10, 90), (0, 95, 5), asked))
+    assert (result.prediction, result.sigma) == (1, 0.5)
+    assert result.class_stage is not None
+    assert result.sigma_stage.alpha == result.class_stage.alpha == 0.01
+    assert drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((50, 50), (0, 95, 5), [])).prediction == ABSTAIN

@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from core.config import BaseModelsConfig, EstimatorConfig, FinetuneConfig
+from core.data import Dataset
+from core.errors import DataError
+from core.models.small import SmallConvNet
+from core.progress import Progress
+from core.training.base import train_classifier, train_denoiser
+from core.training.estimator import class_weights, estimator_loss, label_radii, train_estimator
+from core.training.finetune import choose_sigma, finetune_classifier
+from core.records import ESTIMATOR
+from tests.oracles import drive
+
+
+def numpy_loss(logits: np.ndarray, radii: np.ndarray, weight: np.ndarray, config: EstimatorConfig) -> float:
+    """The loss of METHOD section 4 by plain loops in float64, textbook form."""
+    m, size, width = logits.shape
+    total = 0.0
+    for b in range(size):
+        p = [np.exp(logits[i, b]) / np.exp(logits[i, b]).sum() for i in range(m)]
+        if config.loss == "hard":
+            target = np.eye(width)[int(np.argmax(radii[b]))]
+        else:
+            target = np.exp(radii[b]) / np.exp(radii[b]).sum()
+        value = sum(-(target * np.log(p[i])).sum() for i in range(m)) / m
+        if config.loss == "consistency":
+            mean = sum(p) / m
+            kl = sum((mean * np.log(mean / p[i])).sum() for i in range(m)) / m
+            entropy = -(mean * np.log(mean)).sum()
+            predicted = [int(np.argmax(p[i])) for i in range(m)]
+            w_r = {
+                "strong": radii[b, max(predicted)],
+                "weak": radii[b, min(predicted)],
+                "max_radius": radii[b].max(),
+                "min_radius": radii[b].min(),
+                "none": 1.0,
+            }[config.consistency_weight]
+            value += w_r * (config.consistency_lambda * kl + config.consistency_eta * entropy)
+        total += weight[b] * value
+    return total / size
+
+
+VARIANTS = [EstimatorConfig(loss="hard"), EstimatorConfig(loss="soft")] + [
+    EstimatorConfig(consistency_weight=weight, consistency_lambda=lam)  # type: ignore[arg-type]
+    for weight in ("strong", "weak", "max_radius", "min_radius", "none")
+    for lam in (40.0, 3.0)
+]
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.loss}-{c.consistency_weight}-{c.consistency_lambda:g}")
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_estimator_loss_value_and_gradient_equal_numpy_and_finite_differences(
+    config: EstimatorConfig, copies: int
+) -> None:
+    rng = np.random.default_rng(copies)
+    logits, radii = rng.normal(size=(copies, 4, 3)), rng.uniform(0, 1, (4, 3))
+    weight = rng.uniform(0.5, 3, 4)
+    tensor = torch.from_numpy(logits).requires_grad_()
+    loss = estimator_loss(tensor, torch.from_numpy(radii), torch.from_numpy(weight), config)
+    assert loss.item() == pytest.approx(numpy_loss(logits, radii, weight, config), rel=1e-10)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert tensor.grad is not None
+    for index in [(0, 0, 0), (copies - 1, 3, 2), (0, 2, 1)]:
+        step = np.zeros_like(logits)
+        step[index] = 1e-6
+        slope = (
+            numpy_loss(logits + step, radii, weight, config) - numpy_loss(logits - step, radii, weight, config)
+        ) / 2e-6
+        assert tensor.grad[index].item() == pytest.approx(slope, rel=1e-4, abs=1e-7)
+
+
+def test_estimator_loss_probability_that_underflows_gives_finite_gradients() -> None:
+    logits = torch.tensor([[[300.0, 0.0, -300.0]], [[300.0, 0.0, -300.0]]], requires_grad=True)
+    radii, config = torch.tensor([[0.5, 0.1, 0.2]]), EstimatorConfig()
+    loss = estimator_loss(logits, radii, torch.ones(1), config)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(loss)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_label_radii_wrong_class_counts_as_zero_and_at_10k_scales_the_share() -> None:
+    sigmas = np.array([0.25, 0.5])
+    radius, correct = np.array([[0.3, 0.6]]), np.array([[True, False]])
+    votes, draws = np.array([[97, 60]]), np.array([[100, 100]])
+    at_n = label_radii(radius, correct, votes, draws, sigmas, 0.001, "at_n")
+    assert at_n.tolist() == [[0.3, 0.0]]
+    at_10k = label_radii(radius, correct, votes, draws, sigmas, 0.001, "at_10k")
+    assert at_10k[0, 0] == pytest.approx(0.25 * stats.norm.ppf(stats.beta.ppf(0.001, 9700, 301)), rel=1e-9)
+    assert at_10k[0, 1] == 0.0
+
+
+def test_class_weights_are_the_inverse_shares_of_the_best_sigma() -> None:
+    radii = np.array([[0.1, 0.2], [0.3, 0.2], [0.5, 0.1], [0.4, 0.4]])  # best: 1, 0, 0, 0 (tie to the smaller)
+    assert class_weights(radii).tolist() == [4.0, 4 / 3, 4 / 3, 4 / 3]
+    assert class_weights(radii, rebalance=False).tolist() == [1.0] * 4
+
+
+def toy(num: int = 64) -> tuple[Tensor, np.ndarray]:
+    """Bright images whose best sigma is the second, dark ones whose best is the first."""
+    bright = torch.arange(num) % 2
+    pixels = (0.1 + 0.8 * bright.float()).view(-1, 1, 1, 1).expand(num, 1, 8, 8).clone()
+    radii = np.where(bright[:, None].numpy() == 1, [[0.1, 1.0]], [[1.0, 0.1]])
+    return pixels, radii
+
+
+def progress() -> Progress:
+    return Progress(1, "test", "steps")
+
+
+def test_train_estimator_learns_a_separable_rule_and_is_repeatable() -> None:
+    pixels, radii = toy()
+    config = EstimatorConfig(epochs=20, batch_size=16, lr=5e-3, consistency_lambda=1.0)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = SmallConvNet(1, 8, 2)
+        history = train_estimator(model, None, pixels, radii, 0.3, config, 0, progress())
+        states.append(model.state_dict())
+        assert history[-1] < history[0]
+        with torch.inference_mode():
+            assert (model(pixels).argmax(1) == torch.from_numpy(radii.argmax(1))).all()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_train_estimator_leaves_out_samples_without_a_radius() -> None:
+    pixels, radii = toy(8)
+    radii[1:] = 0.0
+    seen = set()
+
+    def denoiser(noisy: Tensor, sigma: Tensor) -> Tensor:
+        seen.add(len(noisy))
+        return noisy
+
+    train_estimator(
+        SmallConvNet(1, 8, 2), denoiser, pixels, radii, 0.3, EstimatorConfig(epochs=1), 0, progress()
+    )
+    assert seen == {2}  # two copies of the one sample that is left
+    with pytest.raises(DataError, match="radius 0 at every sigma"):
+        train_estimator(SmallConvNet(1, 8, 2), None, pixels, radii * 0, 0.3, EstimatorConfig(), 0, progress())
+
+
+def test_finetune_classifier_noises_each_sample_at_its_own_sigma() -> None:
+    levels: list[Tensor] = []
+
+    def denoiser(noisy: Tensor, sigma: Tensor) -> Tensor:
+        assert torch.allclose(noisy.flatten(1).std(dim=1), sigma, rtol=0.4)
+        levels.append(sigma)
+        return noisy
+
+    torch.manual_seed(0)
+    model = SmallConvNet(1, 8, 2)
+    sigma = torch.tensor([0.1, 0.5]).repeat(8)
+    config = FinetuneConfig(epochs=3, batch_size=4, lr=1e-3)
+    labels = torch.arange(16) % 2
+    history = finetune_classifier(model, denoiser, torch.full((16, 1, 8, 8), 0.5), labels, sigma, config, 0, progress())
+    assert len(history) == 3
+    assert sorted(torch.cat(levels[:4]).tolist()) == sorted(sigma.tolist())
+
+
+def test_choose_sigma_is_the_majority() -> None:
+    assert drive(choose_sigma((0.1, 0.2, 0.3), 0.3, 10), lambda d: {ESTIMATOR: np.array([2, 3, 5])}) == 0.3
+
+
+def test_train_base_models_are_repeatable_and_better_than_chance() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(64) % 2
+    images = (rng.integers(0, 60, (64, 1, 8, 8)) + 150 * labels[:, None, None, None]).astype(np.uint8)
+    data = Dataset("toy", tuple(map(str, range(64))), images, labels.astype(np.int64), 2)
+    config = BaseModelsConfig(denoiser_steps=30, denoiser_batch=16, classifier_epochs=4, classifier_batch=16)
+    one, two = (train_denoiser(data, config, 0, progress()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    model = train_classifier(data, one, config, 0, progress())
+    with torch.inference_mode():
+        assert (model(data.pixels()).argmax(1).numpy() == labels).mean() > 0.9
