@@ -1,4 +1,4 @@
-"""Dual randomized smoothing (arXiv 2512.01782): a certified choice of the noise level, then a certificate at that level."""
+"""Dual randomized smoothing (arXiv 2512.01782): a certified choice of the noise level, then a certificate at it."""
 
 from collections.abc import Sequence
 from dataclasses import replace

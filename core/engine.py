@@ -245,7 +245,7 @@ class Engine:
             return _Launched(completed, votes, None)
         host = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)
         host.copy_(votes, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return _Launched(completed, host, event)
 

@@ -73,7 +73,9 @@ class Network:
             module = self.heads[name].module
             if isinstance(module, Mapping):
                 if draws.sigma not in module:
-                    raise ConfigError(f"no {name} expert for sigma={draws.sigma}; there are experts for {sorted(module)}")
+                    raise ConfigError(
+                        f"no {name} expert for sigma={draws.sigma}; there are experts for {sorted(module)}"
+                    )
                 expert_sigma = draws.sigma
         return Lane(draws.heads, expert_sigma)
 

@@ -49,7 +49,10 @@ class GaussianNoise:
 
         Args:
             out: contiguous float32 ``(chunk_size, C, H, W)`` on the device that draws.
-            example_id, phase, sigma, chunk: what the noise is a function of, beside the seed and the shape.
+            example_id: name of the image.
+            phase: what the noise is for.
+            sigma: the level that it will be scaled to.
+            chunk: number of the chunk, from 0.
         """
         key = int.from_bytes(chunk_key(self.seed, example_id, phase, sigma, chunk), "little")
         if out.device.type == "cpu":

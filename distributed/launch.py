@@ -29,7 +29,9 @@ def certify_split(
         directory: the run.
         step: its name in the manifest.
         store: folder for the shards.
-        method, split, sampling: as in `Work`.
+        method: as in `Work`.
+        split: as in `Work`.
+        sampling: as in `Work`.
         heads: which model of the run directory serves as which head; the denoiser goes without saying.
 
     Raises:

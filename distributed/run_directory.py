@@ -1,11 +1,11 @@
 """A run directory: the manifest says what was asked, what is done, and from which files.
 
-    manifest.json    configuration, versions, device, finished steps with the hashes of the models they read and wrote
-    models/          *.safetensors
-    plan/            which examples belong to which shard
-    dataset/         shards: the all-sigma certification of the training split
-    certificates/    <method>/ shards: the test-time certificates
-    report/
+manifest.json    configuration, versions, device, finished steps with the hashes of the models they read and wrote
+models/          *.safetensors
+plan/            which examples belong to which shard
+dataset/         shards: the all-sigma certification of the training split
+certificates/    <method>/ shards: the test-time certificates
+report/
 """
 
 import json
@@ -55,7 +55,11 @@ class RunDirectory:
                 "fingerprint": config.fingerprint(),
                 "seed": config.seed,
                 "git_revision": _git_revision(),
-                "platform": {"python": sys.version.split()[0], "machine": platform.machine(), "system": platform.system()},
+                "platform": {
+                    "python": sys.version.split()[0],
+                    "machine": platform.machine(),
+                    "system": platform.system(),
+                },
                 "versions": {name: metadata.version(name) for name in _PACKAGES},
                 "steps": {},
             }

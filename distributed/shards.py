@@ -252,7 +252,9 @@ class ShardStore:
         wanted = sorted(example_ids[index] for members in plan.shards for index in members) * plan.rows_per_example
         if sorted(ids) != sorted(wanted):
             odd = sorted({i for i in {*ids, *wanted} if ids.count(i) != wanted.count(i)})
-            raise DataError(f"{self.name}: {len(odd)} examples do not have their rows exactly once, the first is {odd[0]!r}")
+            raise DataError(
+                f"{self.name}: {len(odd)} examples do not have their rows exactly once, the first is {odd[0]!r}"
+            )
         return len(ids)
 
 

@@ -42,7 +42,9 @@ def open_run(args: argparse.Namespace) -> RunDirectory:
         return RunDirectory(args.out, load_config(args.config, args.overrides))
     directory = RunDirectory(args.out, None)
     if args.overrides:
-        config = parse_config(directory.config.model_dump(mode="json"), args.overrides, source="the stored configuration")
+        config = parse_config(
+            directory.config.model_dump(mode="json"), args.overrides, source="the stored configuration"
+        )
         directory = RunDirectory(args.out, config)
     return directory
 

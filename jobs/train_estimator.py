@@ -41,7 +41,9 @@ def run(directory: RunDirectory) -> None:
         )
     save_model(estimator, directory.model("estimator"))
     facts = {"samples": int((radii.max(axis=1) > 0).sum()), "of": len(radii), "loss": history}
-    print(f"estimator: trained on {facts['samples']} of {facts['of']} samples (the others have radius 0 at every sigma)")
+    print(
+        f"estimator: trained on {facts['samples']} of {facts['of']} samples (the others have radius 0 at every sigma)"
+    )
     directory.finish(
         "train_estimator", read=hashes, wrote={"estimator": file_sha256(directory.model("estimator"))}, facts=facts
     )

@@ -13,10 +13,9 @@ from core.records import Counts, Draws, Procedure
 R = TypeVar("R")
 
 
-
 @dataclass(frozen=True)
 class HalfSpace:
-    """Votes for class 1 where a.z >= t, ||a|| = 1: p = Phi((a.x - t) / sigma), exact radius |a.x - t| at every sigma."""
+    """Votes for class 1 where a.z >= t, ||a|| = 1: p = Phi((a.x - t) / sigma), exact radius |a.x - t|."""
 
     normal: Tensor
     threshold: float

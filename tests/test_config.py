@@ -83,7 +83,13 @@ def test_load_config_evaluates_nothing(tmp_path: Path) -> None:
 
 def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> None:
     base = parse_config(MINIMAL).fingerprint()
-    for same in ("compute.num_replicas=7", "compute.shard_examples=3", "compute.executor=local", "report.radii=[0.1]", "sigma_e=0.5"):
+    for same in (
+        "compute.num_replicas=7",
+        "compute.shard_examples=3",
+        "compute.executor=local",
+        "report.radii=[0.1]",
+        "sigma_e=0.5",
+    ):
         assert parse_config(MINIMAL, [same]).fingerprint() == base
     for other in ("seed=1", "compute.batch_size=7", "compute.chunk_size=7", "certify.num_selection=7", "sigma_e=0.6"):
         assert parse_config(MINIMAL, [other]).fingerprint() != base

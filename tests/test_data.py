@@ -7,7 +7,7 @@ from core.data import Dataset, load_dataset
 
 
 def test_load_dataset_digits_splits_all_images_without_overlap() -> None:
-    train, test = (load_dataset(DatasetConfig(), split) for split in ("train", "test"))  # type: ignore[arg-type]
+    train, test = (load_dataset(DatasetConfig(), split) for split in ("train", "test"))
     assert (len(train), len(test)) == (1297, 500)
     assert len({*train.example_ids, *test.example_ids}) == 1797
     assert train.images.shape == (1297, 1, 8, 8)
@@ -38,4 +38,4 @@ def test_dataset_label_out_of_range_names_the_example() -> None:
     with pytest.raises(DataError, match="not distinct"):
         Dataset("x", ("a", "a"), images, np.array([0, 1]), 3)
     with pytest.raises(DataError, match="expected 2 uint8 images"):
-        Dataset("x", ("a", "b"), images.astype(np.float32), np.array([0, 1]), 3)  # type: ignore[arg-type]
+        Dataset("x", ("a", "b"), images.astype(np.float32), np.array([0, 1]), 3)

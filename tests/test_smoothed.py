@@ -8,6 +8,7 @@ from torch import nn
 
 from core import ABSTAIN, DualSmoothedClassifier, SmoothedClassifier
 from core.errors import ConfigError, DataError
+from core.network import Module
 from tests.oracles import Ball, HalfSpace, Negated, axis
 
 ALPHA = 0.1  # inflated, so that a rate above it shows
@@ -50,7 +51,9 @@ def test_certify_ball_is_sound_with_cohens_slack() -> None:
     assert ball.exact_radius(1.0, 0.5) == pytest.approx(2.348, abs=1e-3)
     cohen = 0.5 * special.ndtri(ball.probability(1.0, 0.5))
     assert cohen == pytest.approx(1.240, abs=1e-3)
-    results = SmoothedClassifier(ball, 2, 0.5).certify_many(image.expand(200, 1, 10, 10), num_estimation=2000, alpha=ALPHA)
+    results = SmoothedClassifier(ball, 2, 0.5).certify_many(
+        image.expand(200, 1, 10, 10), num_estimation=2000, alpha=ALPHA
+    )
     assert all(result.prediction == 1 and result.radius < 2.348 for result in results)
     assert sum(result.radius > cohen for result in results) <= allowed_failures(200)
     p = ball.probability(1.0, 0.5)
@@ -61,7 +64,7 @@ def test_certify_ball_is_sound_with_cohens_slack() -> None:
 def dual_oracle(seed: int) -> DualSmoothedClassifier:
     """Router a.x >= .5; expert of the second sigma the half-space b, expert of the first its complement."""
     router, plane = HalfSpace(axis(16, 0), 0.5), HalfSpace(axis(16, 1), 0.5)
-    experts = {0.25: Negated(plane), 0.5: plane}
+    experts: dict[float, Module] = {0.25: Negated(plane), 0.5: plane}
     return DualSmoothedClassifier(router, experts, sigmas=(0.25, 0.5), sigma_e=0.5, num_classes=2, seed=seed)
 
 

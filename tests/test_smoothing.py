@@ -1,18 +1,24 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from scipy import special, stats
 
-from core.errors import ConfigError
-from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, Answer, Bound, Draws, Phase, Sampling
 from core.dual import dual_certify, dual_predict
+from core.errors import ConfigError
+from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, Answer, Bound, Counts, Draws, Phase, Sampling
 from core.smoothing import certificate, certify, predict
 from tests.oracles import drive
 
 
-def counts(*values: int) -> np.ndarray:
+def counts(*values: int) -> Counts:
     return np.array(values, np.int64)
+
+
+def by_phase(selection: Counts, estimation: Counts) -> Callable[[Draws], Answer]:
+    """Votes of the classifier, whatever the number of draws."""
+    return lambda draws: {CLASSIFIER: selection if draws.phase == Phase.SELECTION else estimation}
 
 
 def test_certify_chooses_on_selection_and_bounds_on_estimation() -> None:
@@ -51,9 +57,7 @@ def test_certify_false_certificate_probability_by_exact_sum_is_at_most_alpha(p: 
         for k in range(n + 1):
             result = drive(
                 certify(sigma, Sampling(n0, n, alpha)),
-                lambda d, k0=k0, k=k: {
-                    CLASSIFIER: counts(n0 - k0, k0) if d.phase == Phase.SELECTION else counts(n - k, k)
-                },
+                by_phase(counts(n0 - k0, k0), counts(n - k, k)),
             )
             false = (result.prediction == 0 and p >= 0.5) or (result.prediction == 1 and result.radius > true_radius)
             if false:
@@ -75,11 +79,11 @@ def test_predict_returns_the_class_only_when_the_test_tells_it_apart(votes: tupl
 
 def test_predict_wrong_class_probability_by_exact_sum_is_at_most_alpha() -> None:
     n, alpha, p = 60, 0.1, 0.5 + 1e-9  # class 1 is the smoothed class, by a hair
-    wrong = sum(
-        float(stats.binom.pmf(k, n, p))
-        for k in range(n + 1)
-        if drive(predict(1.0, n, alpha), lambda d, k=k: {CLASSIFIER: counts(n - k, k)}).prediction == 0
-    )
+    wrong = 0.0
+    for k in range(n + 1):
+        votes = counts(n - k, k)
+        if drive(predict(1.0, n, alpha), by_phase(votes, votes)).prediction == 0:
+            wrong += float(stats.binom.pmf(k, n, p))
     assert 0 < wrong <= alpha / 2 + 1e-9
 
 
@@ -95,7 +99,9 @@ def test_sampling_bad_arguments_raise(bad: tuple[int, int, float]) -> None:
         Sampling(*bad)
 
 
-def dual_votes(estimator: tuple[int, ...], classifier: tuple[int, ...], asked: list[Draws]):  # type: ignore[no-untyped-def]
+def dual_votes(
+    estimator: tuple[int, ...], classifier: tuple[int, ...], asked: list[Draws]
+) -> Callable[[Draws], Answer]:
     def votes(draws: Draws) -> Answer:
         asked.append(draws)
         return {ESTIMATOR: counts(*estimator)} if draws.heads == (ESTIMATOR,) else {CLASSIFIER: counts(*classifier)}

@@ -9,10 +9,10 @@ from core.data import Dataset
 from core.errors import DataError
 from core.models.small import SmallConvNet
 from core.progress import Progress
+from core.records import ESTIMATOR
 from core.training.base import train_classifier, train_denoiser
 from core.training.estimator import class_weights, estimator_loss, label_radii, train_estimator
 from core.training.finetune import choose_sigma, finetune_classifier
-from core.records import ESTIMATOR
 from tests.oracles import drive
 
 
@@ -41,11 +41,11 @@ def numpy_loss(logits: np.ndarray, radii: np.ndarray, weight: np.ndarray, config
             }[config.consistency_weight]
             value += w_r * (config.consistency_lambda * kl + config.consistency_eta * entropy)
         total += weight[b] * value
-    return total / size
+    return float(total / size)
 
 
 VARIANTS = [EstimatorConfig(loss="hard"), EstimatorConfig(loss="soft")] + [
-    EstimatorConfig(consistency_weight=weight, consistency_lambda=lam)  # type: ignore[arg-type]
+    EstimatorConfig(consistency_weight=weight, consistency_lambda=lam)
     for weight in ("strong", "weak", "max_radius", "min_radius", "none")
     for lam in (40.0, 3.0)
 ]
@@ -136,9 +136,7 @@ def test_train_estimator_leaves_out_samples_without_a_radius() -> None:
         seen.add(len(noisy))
         return noisy
 
-    train_estimator(
-        SmallConvNet(1, 8, 2), denoiser, pixels, radii, 0.3, EstimatorConfig(epochs=1), 0, progress()
-    )
+    train_estimator(SmallConvNet(1, 8, 2), denoiser, pixels, radii, 0.3, EstimatorConfig(epochs=1), 0, progress())
     assert seen == {2}  # two copies of the one sample that is left
     with pytest.raises(DataError, match="radius 0 at every sigma"):
         train_estimator(SmallConvNet(1, 8, 2), None, pixels, radii * 0, 0.3, EstimatorConfig(), 0, progress())

@@ -35,7 +35,7 @@ def alphas_cumprod(schedule: Schedule, num_steps: int) -> NDArray[np.float64]:
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
         betas = np.array([min(1 - bar((t + 1) / num_steps) / bar(t / num_steps), 0.999) for t in range(num_steps)])
-    return np.cumprod(1.0 - betas)
+    return np.asarray(np.cumprod(1.0 - betas), np.float64)
 
 
 class OneShotDenoiser(nn.Module):

@@ -91,7 +91,7 @@ def train_classifier(
     )
     model.train()
     for _ in range(config.classifier_epochs):
-        for batch in torch.randperm(len(pixels), generator=generator).split(config.classifier_batch):
+        for batch in torch.split(torch.randperm(len(pixels), generator=generator), config.classifier_batch):
             images = pixels[batch]
             sigma = _log_uniform(len(images), *config.noise_range, generator)
             noise = torch.empty_like(images).normal_(generator=generator)

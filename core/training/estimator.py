@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from core.config import EstimatorConfig
 from core.confidence import certified_radius, clopper_pearson_lower
+from core.config import EstimatorConfig
 from core.errors import DataError
 from core.network import Denoiser
 from core.progress import Progress
@@ -66,9 +66,9 @@ def estimator_loss(logits: Tensor, radii: Tensor, weight: Tensor, config: Estima
     """L = mean of w_e (CE + w_r L_con), L_con = lambda KL + eta H, over a batch.
 
     CE is averaged over the m copies; its target is softmax(radii), or the best sigma (`loss: hard`). With the mean
-    prediction f = mean_i p_i: KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log f_k (Jeong & Shin 2020),
-    gradient through f too. All of it stays in the log domain: in the textbook form a probability that underflows
-    in float32 makes the gradient NaN.
+    prediction f = mean_i p_i, KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log f_k (Jeong & Shin
+    2020), with the gradient through f too. All of it stays in the log domain: in the textbook form a probability that
+    underflows in float32 makes the gradient NaN.
 
     Args:
         logits: ``(m, B, K)`` of m noisy copies.
@@ -148,7 +148,7 @@ def train_estimator(
     model.train()
     for _ in range(config.epochs):
         total = 0.0
-        for batch in torch.randperm(len(pixels), generator=generator).split(config.batch_size):
+        for batch in torch.split(torch.randperm(len(pixels), generator=generator), config.batch_size):
             copies = pixels[batch].repeat(config.num_copies, 1, 1, 1)
             noisy = copies + sigma_e * torch.empty_like(copies).normal_(generator=generator)
             with torch.no_grad():

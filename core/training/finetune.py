@@ -53,7 +53,7 @@ def finetune_classifier(
     model.train()
     for _ in range(config.epochs):
         total = 0.0
-        for batch in torch.randperm(len(pixels), generator=generator).split(config.batch_size):
+        for batch in torch.split(torch.randperm(len(pixels), generator=generator), config.batch_size):
             images, level = pixels[batch], sigma[batch]
             noisy = images + level.view(-1, 1, 1, 1) * torch.empty_like(images).normal_(generator=generator)
             with torch.no_grad():
