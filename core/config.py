@@ -163,8 +163,9 @@ class ComputeConfig(_Section):
     """Replicas (one per GPU, or one per CPU slot); 0 takes what the cluster has."""
     threads_per_replica: Count = 1
     """CPU threads of a replica."""
-    train_threads: Count = 2
-    """CPU threads of the training jobs; another number may change the last bits of the weights."""
+    train_threads: Count = 1
+    """CPU threads of the training jobs; another number may change the last bits of the weights, and does not pay for
+    networks as small as the digits'."""
     shard_examples: Count = 40
     """Examples per Parquet shard, the unit of work and of what a crash can lose."""
     progress_interval_s: Positive = 10.0
