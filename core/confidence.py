@@ -66,7 +66,8 @@ def clopper_pearson_upper(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
         float64 in (0, 1], never below the exact bound.
     """
     n = np.asarray(num, np.int64)
-    return np.asarray(1.0 - clopper_pearson_lower(n - np.asarray(successes, np.int64), n, alpha), np.float64)
+    upper = 1.0 - clopper_pearson_lower(n - np.asarray(successes, np.int64), n, alpha)
+    return np.asarray(np.minimum(np.nextafter(upper, 2.0), 1.0), np.float64)  # the subtraction rounds to nearest
 
 
 def certified_radius(p_lower: ArrayLike, sigma: ArrayLike) -> Floats:

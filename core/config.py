@@ -218,6 +218,9 @@ class Config(_Section):
                 f"labels.num_estimation: {labels.num_estimation} draws at alpha = {labels.alpha:g} cannot certify "
                 f"anything; set it to at least {draws_needed(0.0, top, labels.alpha):,}"
             )
+        radii = list(self.report.radii)
+        if radii != sorted(set(radii)):
+            raise ValueError(f"report.radii: must be ascending and distinct, got {radii}; sort them")
         low, high = self.base.noise_range
         if low >= high:
             raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")

@@ -37,8 +37,8 @@ class _Smoothed:
         device: str | torch.device | None,
         chunk_size: int,
     ):
-        modules = [heads[name].module for name in heads]
-        self.device = torch.device(device) if device is not None else _device_of([denoiser, *modules])
+        modules = [heads[name].module for name in (CLASSIFIER, *heads)]
+        self.device = torch.device(device) if device is not None else _device_of([*modules, denoiser])
         self.seed = seed
         self.chunk_size = chunk_size
         self._network = Network(heads, denoiser, self.device)

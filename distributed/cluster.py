@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from core.config import ComputeConfig
+from core.errors import ConfigError
 
 __all__ = ["connected", "replica_slots"]
 
@@ -47,11 +48,20 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
 
 
 def replica_slots(compute: ComputeConfig) -> tuple[str, int]:
-    """The device that replicas take and how many of them there is room for in the cluster as it is now."""
+    """The device that replicas take and how many of them there is room for in the cluster as it is now.
+
+    Raises:
+        ConfigError: when there is no GPU yet and nothing says how many to wait for.
+    """
     import ray
 
     resources = ray.cluster_resources()
     gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
     room = gpus if device == "cuda" else cpus // compute.threads_per_replica
+    if device == "cuda" and not gpus and not compute.num_replicas:
+        raise ConfigError(
+            "compute.device is 'cuda' but the cluster has no GPU; set compute.num_replicas to the number of GPUs to "
+            "wait for, or compute.device=cpu"
+        )
     return device, compute.num_replicas or max(1, room)

@@ -23,7 +23,7 @@ def certify_split(
     sampling: Sampling,
     heads: Mapping[str, str],
 ) -> None:
-    """Certify a split and record the step as finished.
+    """Certify what is missing of a split and record the step as finished; nothing to do when it is and all is there.
 
     Args:
         directory: the run.
@@ -39,7 +39,12 @@ def certify_split(
     """
     config = directory.config
     models = {"denoiser": "denoiser", **heads}
-    hashes = directory.model_hashes(sorted(set(models.values())))
+    names = sorted(set(models.values()))
+    if directory.is_done(step, names):
+        num_shards = directory.manifest["steps"][step]["shards"]
+        if len(ShardStore(directory.path, store).committed()) == num_shards:
+            return
+    hashes = directory.model_hashes(names)
     work = Work(
         root=directory.path.resolve(),
         store=store,

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,6 +21,7 @@ from core.config import Config
 from core.data import Split, load_dataset
 from core.dual import dual_certify
 from core.engine import Engine, Task
+from core.errors import DualRSError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.network import Head, Network
@@ -29,7 +30,7 @@ from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Sa
 from core.smoothing import certify
 from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row
 
-__all__ = ["Replica", "Work", "build_network"]
+__all__ = ["Facts", "Replica", "Work", "build_network"]
 
 Rows = list[dict[str, Any]]
 
@@ -79,6 +80,17 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
     return Network(heads, cast("OneShotDenoiser | None", denoiser), device)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is said of a shard when it is committed, or why it was not (`error`, "Type: message")."""
+
+    shard: int
+    examples: int = 0
+    draws: int = 0
+    latency_s: float = 0.0
+    error: str = ""
+
+
 @dataclass(eq=False)
 class _OpenShard:
     """A shard whose examples are in the engine."""
@@ -92,63 +104,76 @@ class _OpenShard:
 class Replica:
     """Certifies shards of a plan.
 
+    Data or models that cannot be loaded fail each `submit`, with the reason.
+
     Args:
         work: what to do.
-
-    Raises:
-        DualRSError: when the data or the models cannot be loaded.
     """
 
     def __init__(self, work: Work) -> None:
         self.work = work
+        self._inbox: queue.SimpleQueue[_OpenShard | None] = queue.SimpleQueue()
+        self._open: set[_OpenShard] = set()
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        try:
+            self._load(work)
+        except DualRSError as error:
+            self._failure = error
+            return
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    def _load(self, work: Work) -> None:
         config = work.config
         if work.device == "cpu":
             torch.set_num_threads(config.compute.threads_per_replica)
+        self._device = "cpu" if work.device == "cpu" else f"cuda: {torch.cuda.get_device_name()}"
         self._data = load_dataset(config.dataset, work.split)
         self._store = ShardStore(work.root, work.store)
         self._plan = Plan.read(self._store.plan_file)
         network = build_network(work.models, config, self._data.num_classes, work.device)
         noise = GaussianNoise(config.seed, config.compute.chunk_size)
         self._engine = Engine(network, noise, batch_size=config.compute.batch_size)
-        self._inbox: queue.SimpleQueue[_OpenShard | None] = queue.SimpleQueue()
-        self._open: set[_OpenShard] = set()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
-        self._thread.start()
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Ray Data's way in: a batch of shard numbers -> one line of facts per committed shard."""
+        """Ray Data's way in: a batch of shard numbers -> one line of facts per committed shard.
+
+        An error of ours is a line too: no retry would mend it, and Ray would hand on its text alone.
+        """
         for number in np.asarray(batch["shard"]).tolist():
             start = time.monotonic()
-            rows = await asyncio.wrap_future(self.submit(int(number)))
-            facts = await asyncio.to_thread(self.commit, int(number), rows, start)
-            yield {key: np.array([value]) for key, value in facts.items()}
+            try:
+                rows = await asyncio.wrap_future(self.submit(int(number)))
+                facts = await asyncio.to_thread(self.commit, int(number), rows, start)
+            except DualRSError as error:
+                facts = Facts(shard=int(number), error=f"{type(error).__name__}: {error}")
+            yield {key: np.array([value]) for key, value in asdict(facts).items()}
 
     def submit(self, number: int) -> "Future[Rows]":
         """Give a shard to the engine; the future holds its rows. Several shards may be in flight."""
         future: Future[Rows] = Future()
-        if self._failure is not None:
-            future.set_exception(self._failure)
-        else:
-            shard = _OpenShard(number, len(self._plan.shards[number]) * self.work.rows_per_example, future)
-            self._inbox.put(shard)
+        with self._lock:  # a shard is either seen by the engine's last words or refused here
+            if self._failure is not None:
+                future.set_exception(self._failure)
+            else:
+                shard = _OpenShard(number, len(self._plan.shards[number]) * self.work.rows_per_example, future)
+                self._inbox.put(shard)
         return future
 
-    def commit(self, number: int, rows: Rows, start: float) -> dict[str, Any]:
+    def commit(self, number: int, rows: Rows, start: float) -> Facts:
         """Write a finished shard and say what it took."""
         schema = CERTIFICATE_SCHEMA if self.work.method == "standard" else DUAL_SCHEMA
-        self._store.commit(number, rows, schema)
-        return {
-            "shard": number,
-            "examples": len(self._plan.shards[number]),
-            "draws": sum(row["num_draws"] for row in rows),
-            "latency_s": time.monotonic() - start,
-        }
+        self._store.commit(number, rows, schema, self._device)
+        draws = sum(row["num_draws"] for row in rows)
+        return Facts(number, len(self._plan.shards[number]), draws, time.monotonic() - start)
 
     def close(self) -> None:
         """End the engine's thread after what is in flight."""
-        self._inbox.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._inbox.put(None)
+            self._thread.join()
 
     def _serve(self) -> None:
         """The engine's thread: run tasks of whatever shards arrive, complete their futures."""
@@ -162,8 +187,10 @@ class Replica:
                     shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
                     shard.future.set_result(shard.rows)
         except BaseException as error:  # handed to whoever waits, and to all who come later
-            self._failure = error
-            for shard in [*self._open, *self._drain()]:
+            with self._lock:
+                self._failure = error
+                waiting = [*self._open, *self._drain()]
+            for shard in waiting:
                 shard.future.set_exception(error)
 
     def _drain(self) -> Iterator[_OpenShard]:

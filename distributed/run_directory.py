@@ -9,12 +9,10 @@ report/
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 from core.config import Config, parse_config
 from core.errors import ConfigError
+from core.files import file_sha256, write_whole
 
 __all__ = ["RunDirectory"]
 
@@ -75,6 +74,9 @@ class RunDirectory:
                 + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
                 + "\nuse another --out for the new one, or go back to the old values"
             )
+        if self.config != before:  # the report's radii, or where it runs
+            self._manifest["config"] = self.config.model_dump(mode="json")
+            self._write()
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -86,15 +88,20 @@ class RunDirectory:
         return self.path / "models" / f"{name}.safetensors"
 
     def model_hashes(self, names: Sequence[str]) -> dict[str, str]:
-        """SHA-256 of models that finished steps wrote, as recorded.
+        """SHA-256 of models that finished steps wrote, checked against the files.
 
         Raises:
-            ConfigError: for a model that no finished step wrote; names the job that writes it.
+            ConfigError: for a model that no finished step wrote, or a file that has changed since.
         """
         written = {name: digest for step in self._manifest["steps"].values() for name, digest in step["wrote"].items()}
         for name in names:
             if name not in written or not self.model(name).exists():
                 raise ConfigError(f"{str(self.model(name))!r} is not there yet: run the earlier steps (jobs.pipeline)")
+            if file_sha256(self.model(name)) != written[name]:
+                raise ConfigError(
+                    f"{str(self.model(name))!r} is not the file that this run wrote (another SHA-256 than in "
+                    "manifest.json): put it back, or start another --out"
+                )
         return {name: written[name] for name in names}
 
     def is_done(self, step: str, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> bool:
@@ -129,9 +136,7 @@ class RunDirectory:
         return dict(plain)
 
     def _write(self) -> None:
-        partial = self._file.with_name(f".manifest.{uuid.uuid4().hex}")
-        partial.write_text(json.dumps(self._manifest, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self._file)  # noqa: PTH105 - replace, not rename
+        write_whole(self._file, (json.dumps(self._manifest, indent=2) + "\n").encode())
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from core import errors
 from core.progress import Progress
-from distributed.replica import Replica, Rows, Work
+from distributed.replica import Facts, Replica, Rows, Work
 from distributed.shards import Plan, ShardStore
 
 __all__ = ["run_work"]
@@ -41,22 +42,24 @@ def run_work(work: Work, plan: Plan, example_ids: Sequence[str]) -> dict[str, An
         compute = work.config.compute
         with Progress(total, work.store, "examples", done=done, interval_s=compute.progress_interval_s) as progress:
             for facts in (_run_local if compute.executor == "local" else _run_on_ray)(work, pending):
-                draws += int(facts["draws"])
+                draws += facts.draws
                 elapsed = time.monotonic() - start
-                progress.update(int(facts["examples"]), f"{draws / elapsed:,.0f} draws/s")
+                progress.update(facts.examples, f"{draws / elapsed:,.0f} draws/s")
     return {
         "rows": store.check(plan, example_ids),
         "shards": len(plan.shards),
         "draws_this_call": draws,
+        "devices": sorted(store.devices()),
         "duration_s": round(time.monotonic() - start, 1),
     }
 
 
-def _run_local(work: Work, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _run_local(work: Work, pending: Sequence[int]) -> Iterator[Facts]:
     """The reference: one replica in this process, two shards in flight."""
     device = work.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(work, device)
     replica = Replica(replace(work, device=device))
     in_flight: deque[tuple[int, float, Future[Rows]]] = deque()
     try:
@@ -71,7 +74,7 @@ def _run_local(work: Work, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
         replica.close()
 
 
-def _run_on_ray(work: Work, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _run_on_ray(work: Work, pending: Sequence[int]) -> Iterator[Facts]:
     """Ray Data feeds shard numbers to a pool of replica actors; each commits its shards itself and returns facts."""
     from distributed.cluster import connected, replica_slots
 
@@ -80,9 +83,11 @@ def _run_on_ray(work: Work, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = -1  # an autoscaling cluster may wait long for its first node
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it complains of the line above
         device, replicas = replica_slots(work.config.compute)
+        _check_device(work, device)
         gpu = device == "cuda"
         pool = ray.data.ActorPoolStrategy(
             size=min(replicas, len(pending)),
@@ -98,4 +103,23 @@ def _run_on_ray(work: Work, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
             num_gpus=1 if gpu else 0,
             num_cpus=0 if gpu else work.config.compute.threads_per_replica,
         )
-        yield from done.iter_rows()
+        for row in done.iter_rows():
+            facts = Facts(**row)
+            if facts.error:
+                name, _, message = facts.error.partition(": ")
+                raise getattr(errors, name)(message)
+            yield facts
+
+
+def _check_device(work: Work, device: str) -> None:
+    """Refuse to mix devices in one store: the CPU and an accelerator draw different noise for the same key.
+
+    Raises:
+        ConfigError: names both.
+    """
+    for before in ShardStore(work.root, work.store).devices():
+        if before.partition(":")[0] != device:
+            raise errors.ConfigError(
+                f"{work.store} was begun on {before!r} and would go on on {device!r}, with other noise; set "
+                f"compute.device={before.partition(':')[0]}, or use another --out"
+            )

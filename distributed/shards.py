@@ -6,8 +6,7 @@ writes a shard twice writes the same rows under the same name; resuming is listi
 """
 
 import json
-import os
-import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.errors import ConfigError, DataError
+from core.files import write_whole
 from core.records import Certificate, DualCertificate
 
 __all__ = ["CERTIFICATE_SCHEMA", "DUAL_SCHEMA", "Plan", "ShardStore", "certificate_row", "dual_row"]
@@ -168,7 +168,7 @@ class Plan:
             "rows_per_example": self.rows_per_example,
             "origin": dict(self.origin),
         }
-        _write_whole(table.replace_schema_metadata({"plan": json.dumps(facts, sort_keys=True)}), path)
+        _write(table.replace_schema_metadata({"plan": json.dumps(facts, sort_keys=True)}), path)
 
 
 class ShardStore:
@@ -214,9 +214,15 @@ class ShardStore:
         """Where a shard is."""
         return self.folder / f"shard-{shard:06d}.parquet"
 
-    def commit(self, shard: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-        """Write a shard, whole or not at all."""
-        _write_whole(pa.Table.from_pylist(list(rows), schema=schema), self.shard_file(shard))
+    def commit(self, shard: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, device: str) -> None:
+        """Write a shard, whole or not at all; `device` (type and name) goes into its metadata."""
+        table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata({"device": device}))
+        _write(table, self.shard_file(shard))
+
+    def devices(self) -> set[str]:
+        """Devices that the committed shards were made on, as given to `commit`."""
+        metadata = (pq.read_schema(path).metadata for path in self.folder.glob("shard-*.parquet"))
+        return {entry[b"device"].decode() for entry in metadata}
 
     def committed(self) -> set[int]:
         """The shards that are there."""
@@ -234,7 +240,7 @@ class ShardStore:
         tables = []
         for file in files:
             try:
-                tables.append(pq.read_table(file))
+                tables.append(pq.read_table(file).replace_schema_metadata())
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(f"cannot read the shard {str(file)!r}: {error}") from error
         return pa.concat_tables(tables).sort_by([("example_id", "ascending"), ("sigma", "ascending")])
@@ -248,20 +254,21 @@ class ShardStore:
         missing = sorted(set(range(len(plan.shards))) - self.committed())
         if missing:
             raise DataError(f"{len(missing)} shards of {self.name} are missing, the first is {missing[0]}")
-        ids = self.read().column("example_id").to_pylist()
-        wanted = sorted(example_ids[index] for members in plan.shards for index in members) * plan.rows_per_example
-        if sorted(ids) != sorted(wanted):
-            odd = sorted({i for i in {*ids, *wanted} if ids.count(i) != wanted.count(i)})
+        table = self.read()
+        found = Counter(table.column("example_id").to_pylist())
+        wanted = Counter({example_ids[i]: plan.rows_per_example for members in plan.shards for i in members})
+        # Rows of an example are of different sigmas: a repeated pair cannot stand in for a missing one.
+        pairs = table.select(["example_id", "sigma"]).group_by(["example_id", "sigma"]).aggregate([])
+        distinct = Counter(pairs.column("example_id").to_pylist())
+        names = found.keys() | wanted.keys()
+        if odd := sorted(name for name in names if not found[name] == distinct[name] == wanted[name]):
             raise DataError(
                 f"{self.name}: {len(odd)} examples do not have their rows exactly once, the first is {odd[0]!r}"
             )
-        return len(ids)
+        return int(table.num_rows)
 
 
-def _write_whole(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    pq.write_table(table, partial, compression="zstd")
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)  # noqa: PTH105 - replace, not rename
+def _write(table: pa.Table, path: Path) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_whole(path, sink.getvalue().to_pybytes())

@@ -51,7 +51,7 @@ def open_run(args: argparse.Namespace) -> RunDirectory:
 
 def run_job(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> int:
     """Parse, run, and turn errors into one message and an exit code."""
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         run(args)
     except KeyboardInterrupt:

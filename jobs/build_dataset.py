@@ -5,13 +5,9 @@ import sys
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, open_run, run_job
 
-READS = ("denoiser", "classifier")
-
 
 def run(directory: RunDirectory) -> None:
     """Commit every shard of the dataset that is not there yet."""
-    if directory.is_done("build_dataset", READS):
-        return
     from core.records import Sampling
     from distributed.launch import certify_split
 

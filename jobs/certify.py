@@ -23,8 +23,6 @@ def run(directory: RunDirectory, method: Method, classifier: Classifier = "finet
         heads["estimator"] = "estimator"
     store = store_name(method, classifier)
     step = store.replace("certificates/", "certify-")
-    if directory.is_done(step, sorted({"denoiser", *heads.values()})):
-        return
     from core.records import Sampling
     from distributed.launch import certify_split
 

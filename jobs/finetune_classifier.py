@@ -17,7 +17,8 @@ def run(directory: RunDirectory) -> None:
 
     from core.data import load_dataset
     from core.engine import Engine, Task
-    from core.models.checkpoints import file_sha256, load_model, save_model
+    from core.files import file_sha256
+    from core.models.checkpoints import load_model, save_model
     from core.noise import GaussianNoise
     from core.training.finetune import choose_sigma, finetune_classifier
     from distributed.replica import build_network

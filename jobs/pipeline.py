@@ -23,7 +23,7 @@ STEPS: tuple[tuple[str, Callable[[RunDirectory], None]], ...] = (
 
 
 def run(directory: RunDirectory) -> None:
-    """Run every step in order, on one Ray cluster."""
+    """Run every step in order."""
     start = time.monotonic()
     for number, (name, step) in enumerate(STEPS, 1):
         print(f"[{number}/{len(STEPS)}] {name} ({time.monotonic() - start:.0f} s)", flush=True)

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from core.errors import ModelError
 from core.progress import Progress
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, open_run, run_job
@@ -15,8 +16,8 @@ def run(directory: RunDirectory) -> None:
     import torch
 
     from core.data import load_dataset
-    from core.models.checkpoints import file_sha256, load_model, save_model
-    from core.models.denoiser import OneShotDenoiser
+    from core.files import file_sha256
+    from core.models.checkpoints import load_denoiser, load_model, save_model
     from core.training.base import train_classifier, train_denoiser
 
     config, base = directory.config, directory.config.base
@@ -24,11 +25,10 @@ def run(directory: RunDirectory) -> None:
     interval = config.compute.progress_interval_s
     train = load_dataset(config.dataset, "train")
     if base.denoiser_file:
-        denoiser = load_model(Path(base.denoiser_file))
+        denoiser = load_denoiser(Path(base.denoiser_file))
     else:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
-    assert isinstance(denoiser, OneShotDenoiser)
     save_model(denoiser, directory.model("denoiser"))
     if base.classifier_file:
         classifier = load_model(Path(base.classifier_file))
@@ -39,7 +39,12 @@ def run(directory: RunDirectory) -> None:
 
     test = load_dataset(config.dataset, "test")
     with torch.inference_mode():
-        right = classifier(test.pixels()).argmax(dim=1) == torch.from_numpy(test.labels)
+        logits = classifier(test.pixels())
+    if logits.shape != (len(test), test.num_classes):
+        raise ModelError(
+            f"the classifier returns {tuple(logits.shape)[1:]} logits, expected {test.num_classes} classes"
+        )
+    right = logits.argmax(dim=1) == torch.from_numpy(test.labels)
     accuracy = float(right.double().mean())
     print(f"classifier: {100 * accuracy:.1f}% of {len(test)} clean test images")
     directory.finish(

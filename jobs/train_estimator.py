@@ -6,7 +6,7 @@ from core.progress import Progress
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, open_run, run_job
 
-READS = ("denoiser",)
+READS = ("classifier", "denoiser")  # the classifier through the dataset
 
 
 def run(directory: RunDirectory) -> None:
@@ -16,8 +16,8 @@ def run(directory: RunDirectory) -> None:
     import torch
 
     from core.data import load_dataset
-    from core.models.checkpoints import file_sha256, load_model, save_model
-    from core.models.denoiser import OneShotDenoiser
+    from core.files import file_sha256
+    from core.models.checkpoints import load_denoiser, save_model
     from core.models.small import SmallConvNet
     from core.training.estimator import train_estimator
     from distributed.tables import training_radii
@@ -27,8 +27,7 @@ def run(directory: RunDirectory) -> None:
     torch.set_num_threads(config.compute.train_threads)
     train = load_dataset(config.dataset, "train")
     radii = training_radii(directory, train)
-    denoiser = load_model(directory.model("denoiser"))
-    assert isinstance(denoiser, OneShotDenoiser)
+    denoiser = load_denoiser(directory.model("denoiser"))
     pixels = train.pixels()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)

@@ -68,10 +68,15 @@ def test_clopper_pearson_lower_failure_probability_by_exact_sum_is_just_below_al
     assert worst > 0.99 * alpha  # a 2 alpha (or alpha / 2) bug leaves this band
 
 
-def test_clopper_pearson_upper_is_the_complement_of_the_lower() -> None:
-    k = np.arange(101)
-    assert np.array_equal(clopper_pearson_upper(k, 100, 0.01), 1 - clopper_pearson_lower(100 - k, 100, 0.01))
-    assert clopper_pearson_upper(100, 100, 0.01) == 1.0
+@pytest.mark.parametrize(("k", "n", "alpha"), CASES)
+def test_clopper_pearson_upper_against_forty_digits_is_valid_and_tight(k: int, n: int, alpha: float) -> None:
+    with mpmath.workdps(40):
+        bound = mpmath.mpf(float(clopper_pearson_upper(k - 1, n, alpha)))
+        # P[Bin(n, p) <= k - 1] = P[Bin(n, 1 - p) >= n - k + 1]
+        assert exact_tail(n, n - k + 1, 1 - bound) <= mpmath.mpf(alpha)
+        slightly_less = (1 - bound) * (1 + mpmath.mpf(10) ** -11) + mpmath.mpf(10) ** -15
+        assert exact_tail(n, n - k + 1, slightly_less) > mpmath.mpf(alpha)
+    assert clopper_pearson_upper(n, n, alpha) == 1.0
 
 
 @given(n=st.integers(1, 20_000), share=st.floats(0, 1), alpha=st.floats(1e-12, 0.5))

@@ -30,6 +30,7 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("sigma_e=0.3", r"sigma_e: must be at least max\(sigmas\) = 0.5, got 0.3.*raise it or leave it out"),
         ("certify.alpha=1.0", r"'certify.alpha' is 1.0: input should be less than 1"),
         ("certify.alpha=0", r"'certify.alpha' is 0: input should be greater than 0"),
+        ("report.radii=[0.5, 0.1]", r"report.radii: must be ascending and distinct, got \[0.5, 0.1\]; sort them"),
         ("report.radii=[5]", r"report.radii asks for 5; set certify.num_estimation to at least"),
         ("certify.num_estimation=3", r"certify.num_estimation: 3 draws"),
         ("labels.num_estimation=3", r"labels.num_estimation: 3 draws.*at least 10"),

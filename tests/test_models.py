@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.errors import ModelError
-from core.models.checkpoints import build_denoiser, file_sha256, load_model, save_model
+from core.files import file_sha256
+from core.models.checkpoints import build_denoiser, load_model, save_model
 from core.models.denoiser import OneShotDenoiser, Schedule, alphas_cumprod, small_unet_config
 from core.models.small import SmallConvNet
 
@@ -108,6 +109,10 @@ def test_load_model_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, foreign, metadata={"architecture": '{"kind": "os.system"}'})
     with pytest.raises(ModelError, match=r"holds a 'os\.system'; known kinds"):
         load_model(foreign)
+    for header in ("no json", "[1]", "7", '{"kind": "small_conv_net", "wide": 1}'):
+        save_file({"a": torch.zeros(1)}, foreign, metadata={"architecture": header})
+        with pytest.raises(ModelError, match=r"foreign\.safetensors"):
+            load_model(foreign)
     misfit = tmp_path / "misfit.safetensors"
     save_file(
         {"a": torch.zeros(1)},

@@ -124,20 +124,6 @@ def test_write_report_twice_gives_equal_bytes(written: Path, tmp_path: Path) -> 
     assert all(path.read_bytes() == (written / path.name).read_bytes() for path in again)
 
 
-def test_write_report_failed_write_leaves_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "table.csv").write_text("old")
-
-    def full(self: Path, content: bytes) -> int:
-        self.touch()
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space"):
-        write_report(report(), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
-    assert (tmp_path / "table.csv").read_text() == "old"
-
-
 def test_write_report_csv_holds_unrounded_shares_and_intervals(written: Path) -> None:
     with (written / "table.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -5,6 +5,7 @@ import pytest
 
 from core.config import parse_config
 from core.errors import ConfigError
+from core.files import file_sha256
 from distributed.run_directory import RunDirectory
 
 PLAIN = {"sigmas": [0.25, 0.5], "report": {"radii": [0, 0.5]}}
@@ -26,6 +27,7 @@ def test_run_directory_other_configuration_is_refused_with_each_difference(tmp_p
     assert "certify.alpha: 0.001 there, 0.01 now" in str(caught.value)
     assert "seed: 0 there, 1 now" in str(caught.value)
     RunDirectory(tmp_path, parse_config(PLAIN, ["report.radii=[0.1]", "compute.num_replicas=1"]))
+    assert RunDirectory(tmp_path, None).config.report.radii == (0.1,)
 
 
 def test_run_directory_without_manifest_or_with_a_foreign_one_says_so(tmp_path: Path) -> None:
@@ -41,12 +43,21 @@ def test_is_done_only_with_the_models_that_were_used(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not there yet"):
         run.model_hashes(["classifier"])
     run.model("classifier").parent.mkdir()
-    run.model("classifier").write_text("x")
-    run.finish("train", read={}, wrote={"classifier": "hash-1"}, facts={})
+
+    def train(content: str) -> str:
+        run.model("classifier").write_text(content)
+        digest = file_sha256(run.model("classifier"))
+        run.finish("train", read={}, wrote={"classifier": digest}, facts={})
+        return digest
+
+    first = train("x")
     assert run.is_done("train", writes=("classifier",))
-    run.finish("use", read={"classifier": "hash-1"}, wrote={}, facts={})
+    run.finish("use", read={"classifier": first}, wrote={}, facts={})
     assert RunDirectory(tmp_path, None).is_done("use", ("classifier",))
-    run.finish("train", read={}, wrote={"classifier": "hash-2"}, facts={})
+    run.model("classifier").write_text("tampered")
+    with pytest.raises(ConfigError, match="is not the file that this run wrote"):
+        run.is_done("use", ("classifier",))
+    train("y")
     assert not run.is_done("use", ("classifier",))
     run.model("classifier").unlink()
     assert not run.is_done("train", writes=("classifier",))

@@ -15,12 +15,14 @@ import ray
 import torch
 
 from core.data import load_dataset
-from core.errors import ConfigError
-from core.models.checkpoints import load_model
+from core.errors import ConfigError, ModelError
+from core.files import file_sha256
+from core.models.checkpoints import load_model, save_model
+from core.models.small import SmallConvNet
 from core.records import Sampling
 from distributed.replica import Replica, Work
 from distributed.run_directory import RunDirectory
-from distributed.shards import Plan, ShardStore
+from distributed.shards import CERTIFICATE_SCHEMA, Plan, ShardStore
 from jobs import build_dataset, certify
 from tests.tiny import tiny_run
 
@@ -110,7 +112,10 @@ def test_build_dataset_again_does_nothing_and_other_weights_are_refused(tmp_path
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "dataset").iterdir()}
     build_dataset.run(RunDirectory(tmp_path, None))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "dataset").iterdir()} == before
-    run.finish("train_base", read={}, wrote={"denoiser": "x", "classifier": "y"}, facts={})
+    (tmp_path / "dataset" / "shard-000003.parquet").unlink()
+    build_dataset.run(RunDirectory(tmp_path, None))  # what is missing is made again, nothing else
+    assert {p for p in before if p.stat().st_mtime_ns != before[p]} == {tmp_path / "dataset" / "shard-000003.parquet"}
+    run = tiny_run(tmp_path, "compute.executor=local", weight_seed=1)
     with pytest.raises(ConfigError, match=r"made from other inputs \(models differ\)"):
         build_dataset.run(run)
 
@@ -132,6 +137,27 @@ def test_build_dataset_killed_and_started_again_has_every_row_once_with_the_same
     assert subprocess.run(command, check=False).returncode == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items()), "a committed shard was redone"
     assert store.read().equals(reference)
+
+
+def test_build_dataset_on_ray_classifier_of_another_width_is_our_error(cluster: None, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "compute.num_replicas=1")
+    save_model(SmallConvNet(1, 8, 7), run.model("classifier"))
+    hashes = {name: file_sha256(run.model(name)) for name in ("denoiser", "classifier")}
+    run.finish("train_base", read={}, wrote=hashes, facts={})
+    with pytest.raises(ModelError, match=r"logits of shape \(64, 7\)"):
+        build_dataset.run(run)
+
+
+def test_build_dataset_resumed_on_another_device_is_refused(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "compute.executor=local")
+    build_dataset.run(run)
+    store = ShardStore(run.path, "dataset")
+    assert store.devices() == {"cpu"}
+    rows = store.read().to_pylist()[:20]
+    store.commit(0, rows, CERTIFICATE_SCHEMA, "cuda: Some GPU")
+    store.shard_file(3).unlink()
+    with pytest.raises(ConfigError, match="begun on 'cuda: Some GPU' and would go on on 'cpu'"):
+        build_dataset.run(run)
 
 
 def test_replica_engine_failure_reaches_every_waiting_shard(tmp_path: Path) -> None:

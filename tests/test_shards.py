@@ -2,6 +2,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
@@ -24,7 +25,7 @@ def store_with_rows(root: Path, plan: Plan) -> ShardStore:
     store.plan(plan, IDS)
     for number, members in enumerate(plan.shards):
         rows = [certificate_row(IDS[i], i % 2, made(s)) for i in members for s in (0.25, 0.5)]
-        store.commit(number, rows, CERTIFICATE_SCHEMA)
+        store.commit(number, rows, CERTIFICATE_SCHEMA, "cpu")
     return store
 
 
@@ -85,7 +86,8 @@ def test_check_finds_missing_doubled_and_foreign_rows(tmp_path: Path) -> None:
     store = store_with_rows(tmp_path, plan)
     file = store.shard_file(1)
     whole = pq.read_table(file)
-    for damaged in (whole.slice(1), pq.read_table(store.shard_file(0))):
+    doubled = pa.concat_tables([whole.slice(1), whole.slice(1, 1)])  # one row twice, its neighbour not at all
+    for damaged in (whole.slice(1), doubled, pa.concat_tables([whole, whole]), pq.read_table(store.shard_file(0))):
         pq.write_table(damaged, file)
         with pytest.raises(DataError, match="exactly once, the first is 'e"):
             store.check(plan, IDS)
@@ -109,7 +111,7 @@ def test_dual_row_holds_both_stages_and_null_sigma_when_the_estimator_abstained(
     both = DualCertificate(1, 0.3, 0.25, 0.4, 0.3, Bound.CLASS, 0.002, 0.001, 0.001, level, label)
     alone = DualCertificate(-1, 0.0, None, 0.0, 0.0, Bound.NONE, 0.002, 0.001, 0.001, level, None)
     store = ShardStore(tmp_path, "certificates/dual")
-    store.commit(0, [dual_row("a", 1, both), dual_row("b", 1, alone)], DUAL_SCHEMA)
+    store.commit(0, [dual_row("a", 1, both), dual_row("b", 1, alone)], DUAL_SCHEMA, "cpu")
     one, two = store.read().to_pylist()
     assert (one["sigma"], one["num_draws"], one["bounded_by"], one["correct"]) == (0.25, 400, "class", True)
     assert (one["counts_estimation"], one["counts_estimation_sigma"]) == ([1, 99], [20, 80])

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from core.config import Config, parse_config
-from core.models.checkpoints import build_denoiser, file_sha256, save_model
+from core.files import file_sha256
+from core.models.checkpoints import build_denoiser, save_model
 from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
 from distributed.run_directory import RunDirectory
@@ -20,11 +21,11 @@ PLAIN = {
 }
 
 
-def tiny_run(path: Path, *overrides: str) -> RunDirectory:
+def tiny_run(path: Path, *overrides: str, weight_seed: int = 0) -> RunDirectory:
     """97 training images, 2 sigmas; denoiser, classifier and estimator as if trained."""
     config: Config = parse_config(PLAIN, overrides)
     run = RunDirectory(path, config)
-    torch.manual_seed(0)
+    torch.manual_seed(weight_seed)
     models = {
         "denoiser": build_denoiser(small_unet_config(1, 8)),
         "classifier": SmallConvNet(1, 8, 10),

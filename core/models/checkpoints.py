@@ -3,10 +3,7 @@
 Loading builds a network of a known kind from that description and nothing else: no code, no pickle.
 """
 
-import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,11 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from core.errors import ModelError
+from core.files import write_whole
 from core.models.denoiser import OneShotDenoiser
 from core.models.small import SmallConvNet
 
-__all__ = ["build_denoiser", "file_sha256", "load_model", "save_model"]
+__all__ = ["build_denoiser", "load_denoiser", "load_model", "save_model"]
 
 
 def build_denoiser(unet: dict[str, Any], schedule: Any = "linear", num_steps: int = 1000) -> OneShotDenoiser:
@@ -45,11 +43,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {"denoiser": build_denoiser, "s
 
 def save_model(module: nn.Module, path: Path) -> None:
     """Write weights and architecture to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    partial.write_bytes(save(tensors, metadata={"architecture": json.dumps(_describe(module), sort_keys=True)}))
-    os.replace(partial, path)  # noqa: PTH105 - replace, not rename
+    write_whole(path, save(tensors, metadata={"architecture": json.dumps(_describe(module), sort_keys=True)}))
 
 
 def load_model(path: Path) -> nn.Module:
@@ -68,20 +63,25 @@ def load_model(path: Path) -> nn.Module:
         raise ModelError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
     if description is None:
         raise ModelError(f"{str(path)!r} does not say which architecture it holds (no 'architecture' in its header)")
-    spec = json.loads(description)
+    try:
+        spec = dict(json.loads(description))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"the architecture in the header of {str(path)!r} is not a JSON object: {error}") from error
     kind = spec.pop("kind", None)
     if kind not in _BUILDERS:
         raise ModelError(f"{str(path)!r} holds a {kind!r}; known kinds: {', '.join(sorted(_BUILDERS))}")
-    with torch.random.fork_rng(devices=[]):
-        module = _BUILDERS[kind](**spec)
     try:
+        with torch.random.fork_rng(devices=[]):
+            module = _BUILDERS[kind](**spec)
         module.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"the weights in {str(path)!r} do not fit their architecture: {error}") from error
     return module.eval()
 
 
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_denoiser(path: Path) -> OneShotDenoiser:
+    """`load_model` for a file that must hold a denoiser."""
+    module = load_model(path)
+    if not isinstance(module, OneShotDenoiser):
+        raise ModelError(f"{str(path)!r} holds a {type(module).__name__}, expected a denoiser")
+    return module

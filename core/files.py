@@ -1,0 +1,31 @@
+"""Files that appear whole or not at all."""
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+__all__ = ["file_sha256", "write_whole"]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` aside, flush it to the disk and give it its name in one step; makes the folder if needed.
+
+    A crash leaves the old file, the new one, or a hidden one beside them that nobody reads.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
