@@ -14,11 +14,12 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError
 from core.network import Network
-from core.noise import GaussianNoise
+from core.noise import Noise
 from core.records import Draws, Procedure
 
 __all__ = ["Engine", "Finished", "Task"]
@@ -53,14 +54,16 @@ class Finished(Generic[R]):
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """A live procedure's open request. Rows [next_row, draws.num) are still to be launched."""
+    """A live procedure's open request. Rows from next_row up to draws.start + draws.num are still to be launched."""
 
     task: Task[Any]
     image: Tensor
     draws: Draws
     slot: int
-    next_row: int = 0
-    carry: Tensor | None = None  # the chunk that next_row falls into, when a batch ended inside it
+    next_row: int
+    # The chunk that next_row falls into and which of its rows may vote, when a batch ended inside it.
+    carry: Tensor | None = None
+    carry_valid: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -93,7 +96,7 @@ class Engine:
         max_live: procedures live at once, at most (bounds the memory for images and votes).
     """
 
-    def __init__(self, network: Network, noise: GaussianNoise, *, batch_size: int = 1000, max_live: int = 4096):
+    def __init__(self, network: Network, noise: Noise, *, batch_size: int = 1000, max_live: int = 4096):
         if batch_size < 1 or max_live < 1:
             raise ConfigError(f"batch_size and max_live must be at least 1, got {batch_size} and {max_live}")
         self.network = network
@@ -185,7 +188,7 @@ class Engine:
         slot = self._free_slots.pop()
         self._votes[slot].zero_()
         lane = self._lanes.setdefault(self.network.lane(draws), _Lane())
-        lane.queue.append(_Request(task, image, draws, slot))
+        lane.queue.append(_Request(task, image, draws, slot, draws.start))
         lane.rows += draws.num
 
     @torch.inference_mode()
@@ -199,12 +202,12 @@ class Engine:
         row = 0
         while row < self.batch_size and lane.queue:
             request = lane.queue[0]
-            taken = self._draw(request, noisy[row:])
-            slots[row : row + taken] = request.slot
+            taken, valid = self._draw(request, noisy[row:])
+            slots[row : row + taken] = request.slot if valid is None else np.where(valid, request.slot, 0)
             sigmas[row : row + taken] = request.draws.sigma
             row += taken
             lane.rows -= taken
-            if request.next_row == request.draws.num:
+            if request.next_row == request.draws.start + request.draws.num:
                 completed.append(lane.queue.popleft())
         self.rows_run += self.batch_size
         slot_of_row = self._to_device(torch.from_numpy(slots))
@@ -216,25 +219,29 @@ class Engine:
             self._votes.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
         self._in_flight.append(self._read_later(completed))
 
-    def _draw(self, request: _Request, rows: Tensor) -> int:
-        """Write the request's next noisy copies into `rows`, at most up to the end of a chunk; returns how many."""
+    def _draw(self, request: _Request, rows: Tensor) -> tuple[int, NDArray[np.bool_] | None]:
+        """Write the request's next noisy copies into `rows`, at most up to the end of a chunk.
+
+        Returns:
+            How many, and which of them may vote (None: all).
+        """
         draws, size = request.draws, self.noise.chunk_size
         chunk, offset = divmod(request.next_row, size)
-        taken = min(size - offset, draws.num - request.next_row, len(rows))
-        target = rows[:taken]
+        taken = min(size - offset, draws.start + draws.num - request.next_row, len(rows))
+        key = (request.image, request.task.example_id, draws.phase, draws.sigma, chunk)
         if taken == size:
-            self.noise.fill(target, request.task.example_id, draws.phase, draws.sigma, chunk)
+            valid = self.noise.corrupt(rows[:size], *key)
         else:
             # Noise is defined by whole chunks: draw all of it, use a part, keep it while there is more to use.
             if request.carry is None:
                 request.carry = torch.empty((size, *rows.shape[1:]), device=self._device)
-                self.noise.fill(request.carry, request.task.example_id, draws.phase, draws.sigma, chunk)
-            target.copy_(request.carry[offset : offset + taken])
+                request.carry_valid = self.noise.corrupt(request.carry, *key)
+            rows[:taken].copy_(request.carry[offset : offset + taken])
+            valid = None if request.carry_valid is None else request.carry_valid[offset : offset + taken]
             if offset + taken == size:
-                request.carry = None
-        torch.add(request.image, target, alpha=draws.sigma, out=target)
+                request.carry = request.carry_valid = None
         request.next_row += taken
-        return taken
+        return taken, None if valid is None else valid.cpu().numpy()
 
     def _read_later(self, completed: list[_Request]) -> _Launched:
         """Queue the copy of the completed requests' votes to the host, without waiting for it."""

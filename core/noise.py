@@ -9,6 +9,7 @@ device's own Philox; that stream can differ between GPU models, which is why run
 """
 
 import hashlib
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from core.records import Phase
 
-__all__ = ["GaussianNoise", "chunk_key"]
+__all__ = ["GaussianNoise", "Noise", "chunk_key"]
 
 
 def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int) -> bytes:
@@ -26,6 +27,16 @@ def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int
     """
     text = f"{seed}|{phase.value}|{float(sigma).hex()}|{chunk}|{example_id}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+class Noise(Protocol):
+    """Noisy copies of an image in chunks of a fixed number of draws; see `GaussianNoise.corrupt`."""
+
+    chunk_size: int
+
+    def corrupt(
+        self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
+    ) -> Tensor | None: ...
 
 
 class GaussianNoise:
@@ -43,6 +54,26 @@ class GaussianNoise:
 
     def __repr__(self) -> str:
         return f"GaussianNoise(seed={self.seed}, chunk_size={self.chunk_size})"
+
+    def corrupt(
+        self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
+    ) -> Tensor | None:
+        """Overwrite `out` with the chunk's noisy copies of `image`, float32 x + sigma * z.
+
+        Args:
+            out: contiguous float32 ``(chunk_size, C, H, W)`` on the device that draws.
+            image: float32 ``(C, H, W)`` in [0, 1], same device.
+            example_id: name of the image.
+            phase: what the noise is for.
+            sigma: noise level.
+            chunk: number of the chunk, from 0.
+
+        Returns:
+            bool ``(chunk_size,)``, True for copies that may vote; None when all may (always so for Gaussian noise).
+        """
+        self.fill(out, example_id, phase, sigma, chunk)
+        torch.add(image, out, alpha=sigma, out=out)
+        return None
 
     def fill(self, out: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int) -> None:
         """Overwrite `out` with the chunk's standard normal draws.

@@ -57,12 +57,14 @@ class Draws:
         num: number of noisy copies.
         heads: networks that vote on each copy; several heads read the same (denoised) copy.
         phase: noise of different phases is independent.
+        start: number of the first copy; a later request of the same sigma and phase goes on where the last one ended.
     """
 
     sigma: float
     num: int
     heads: tuple[str, ...]
     phase: Phase
+    start: int = 0
 
 
 R = TypeVar("R")

@@ -18,7 +18,8 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     """Be connected to a cluster inside the block.
 
     A connection that is already there is used and left alone. Under `ray job submit`, or with RAY_ADDRESS set, that
-    cluster is joined. Otherwise Ray starts on this machine, on loopback only, and is stopped at the end.
+    cluster is joined. Otherwise Ray starts on this machine and is stopped at the end. Ray's ports listen on all
+    interfaces whatever address it is given, so such a cluster asks for a token that only this process tree knows.
     """
     joins = "RAY_ADDRESS" in os.environ
     if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
@@ -39,7 +40,6 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
             num_cpus=max(os.cpu_count() or 1, compute.num_replicas),
             include_dashboard=False,
             logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
         )
     try:
         yield
