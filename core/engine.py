@@ -202,8 +202,8 @@ class Engine:
         row = 0
         while row < self.batch_size and lane.queue:
             request = lane.queue[0]
-            taken, valid = self._draw(request, noisy[row:])
-            slots[row : row + taken] = request.slot if valid is None else np.where(valid, request.slot, 0)
+            taken, may_vote = self._draw(request, noisy[row:])
+            slots[row : row + taken] = request.slot if may_vote is None else np.where(may_vote, request.slot, 0)
             sigmas[row : row + taken] = request.draws.sigma
             row += taken
             lane.rows -= taken

@@ -36,7 +36,8 @@ class Noise(Protocol):
 
     def corrupt(
         self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
-    ) -> Tensor | None: ...
+    ) -> Tensor | None:
+        """See `GaussianNoise.corrupt`."""
 
 
 class GaussianNoise:
