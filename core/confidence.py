@@ -5,6 +5,7 @@ moved towards the safe side by `SLACK`, which is larger than any error seen agai
 (`tests/test_confidence.py`) and far smaller than what one draw more or less changes.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -21,6 +22,9 @@ __all__ = [
     "clopper_pearson_upper",
     "draws_needed",
     "largest_radius",
+    "log_e_value",
+    "lower_bounds",
+    "probability_of_radius",
     "top_two",
 ]
 
@@ -96,6 +100,42 @@ def draws_needed(radius: float, sigma: float, alpha: float) -> int:
     while needed < 1_000_000 and largest_radius(sigma, needed, alpha) <= radius:
         needed += 1
     return needed
+
+
+def log_e_value(successes: ArrayLike, num: ArrayLike, p0: float) -> Floats:
+    """Log of the evidence against "the success probability is at most p0" after `num` draws.
+
+    The likelihood ratio of a Beta(1/2, 1/2) mixture, truncated to (p0, 1], against p0. For every true p <= p0 it is a
+    non-negative supermartingale that starts at 1 (each ratio p1 against p0 with p1 > p0 rises with the successes), so
+    with probability at least 1 - a it never reaches 1 / a, however often it is looked at (Ville's inequality).
+
+    Args:
+        successes: S, integers in [0, num].
+        num: n >= 0.
+        p0: in (0, 1).
+
+    Returns:
+        float64, -inf where it underflows.
+    """
+    s, n = np.asarray(successes, np.float64), np.asarray(num, np.float64)
+    a = b = 0.5
+    with np.errstate(divide="ignore"):
+        tail = np.log(special.betaincc(a + s, b + n - s, p0)) - np.log(special.betaincc(a, b, p0))
+    mixture = special.betaln(a + s, b + n - s) - special.betaln(a, b)
+    return np.asarray(mixture + tail - s * math.log(p0) - (n - s) * math.log1p(-p0), np.float64)
+
+
+def probability_of_radius(radius: ArrayLike, sigma: float) -> Floats:
+    """Phi(radius / sigma), rounded up: showing that p is above it certifies at least this radius."""
+    return np.asarray(special.ndtr(np.asarray(radius, np.float64) / sigma) * (1.0 + SLACK), np.float64)
+
+
+@functools.lru_cache(maxsize=64)
+def lower_bounds(num: int, alpha: float) -> Floats:
+    """`clopper_pearson_lower` for every number of successes 0 .. num; cached, read-only."""
+    bounds = clopper_pearson_lower(np.arange(num + 1), num, alpha)
+    bounds.setflags(write=False)
+    return bounds
 
 
 def binomial_p_value(successes: int, num: int) -> float:

@@ -137,6 +137,18 @@ class CertifyConfig(_Section):
     num_estimation: Count = 10_000
     alpha: Alpha = 0.001
     """Total failure probability; Dual RS spends half of it on each stage."""
+    budget: Literal["fixed", "sequential", "grid"] = "fixed"
+    """`fixed`: all draws, the field's standard; `sequential`: the same radii, each stage of Dual RS stops as soon as
+    it cannot change what is reported; `grid`: only which radii of `grid` are exceeded."""
+    grid: Annotated[tuple[NonNegative, ...], Field(strict=False)] = ()
+    """Radii that `budget: grid` decides; `report.radii` unless given."""
+    look_every: Count = 100
+    """Draws between two looks of a sequential budget."""
+    early_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of alpha for stopping early; the rest is for the look at the last draw."""
+    futility_z: Annotated[float, Field(gt=0)] = 2.33
+    """`grid` gives up on the next radius when it is so many standard deviations out of reach: smaller saves draws and
+    loses more radii (never the guarantee), .inf gives up only on what cannot be reached."""
 
 
 class ReportConfig(_Section):
@@ -181,6 +193,9 @@ class Config(_Section):
     """Sigma, the candidate noise levels: standard deviations in the pixel scale [0, 1], ascending."""
     sigma_e: Positive | None = None
     """Noise level of the estimator; max(sigmas) unless given, never below it."""
+    noise: Literal["gaussian", "exact"] = "gaussian"
+    """`gaussian`: float32 normal noise, as everybody does it; `exact`: integer noise on the 8-bit grid, for which the
+    certificate holds in exact arithmetic too (Voracek & Hein 2023)."""
     dataset: DatasetConfig = DatasetConfig()
     base: BaseModelsConfig = BaseModelsConfig()
     labels: LabelConfig = LabelConfig()
@@ -221,10 +236,18 @@ class Config(_Section):
         radii = list(self.report.radii)
         if radii != sorted(set(radii)):
             raise ValueError(f"report.radii: must be ascending and distinct, got {radii}; sort them")
+        grid = list(certify.grid)
+        if grid != sorted(set(grid)):
+            raise ValueError(f"certify.grid: must be ascending and distinct, got {grid}; sort them")
         low, high = self.base.noise_range
         if low >= high:
             raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")
         return self
+
+    @property
+    def grid_radii(self) -> tuple[float, ...]:
+        """The radii that `budget: grid` decides."""
+        return self.certify.grid or self.report.radii
 
     @property
     def estimator_sigma(self) -> float:
@@ -237,6 +260,7 @@ class Config(_Section):
         kept = ("batch_size", "chunk_size", "train_threads")
         plain["compute"] = {key: plain["compute"][key] for key in kept}
         plain["sigma_e"] = self.estimator_sigma
+        plain["certify"]["grid"] = list(self.grid_radii) if self.certify.budget == "grid" else []
         return plain
 
     def fingerprint(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from core.records import Phase
 
-__all__ = ["GaussianNoise", "Noise", "chunk_key"]
+__all__ = ["GaussianNoise", "Noise", "chunk_key", "make_noise"]
 
 
 def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int) -> bytes:
@@ -38,6 +38,15 @@ class Noise(Protocol):
         self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
     ) -> Tensor | None:
         """See `GaussianNoise.corrupt`."""
+
+
+def make_noise(kind: str, seed: int, chunk_size: int) -> Noise:
+    """The noise that a configuration names: `gaussian` or `exact`."""
+    if kind == "exact":
+        from core.exact_noise import ExactNoise
+
+        return ExactNoise(seed, chunk_size)
+    return GaussianNoise(seed, chunk_size)
 
 
 class GaussianNoise:

@@ -24,7 +24,9 @@ __all__ = [
     "Phase",
     "Prediction",
     "Procedure",
+    "Rule",
     "Sampling",
+    "Stop",
 ]
 
 ABSTAIN: Final = -1
@@ -106,6 +108,48 @@ class Bound(StrEnum):
     NONE = "none"
 
 
+class Stop(StrEnum):
+    """Why the estimation draws of a certificate ended."""
+
+    FULL = "full"
+    """All of them were drawn; the bound is Clopper-Pearson."""
+    REACHED = "reached"
+    """The target radius was shown early, by the e-process."""
+    FUTILE = "futile"
+    """The draws that were left could not have shown the next target (or could not have certified anything)."""
+    UNLIKELY = "unlikely"
+    """They could have, but it was unlikely by more standard deviations than the rule allows."""
+    SKIPPED = "skipped"
+    """None was drawn: the other stage had abstained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When a sequential certificate may stop early.
+
+    Attributes:
+        look_every: estimation draws between two looks at the votes.
+        early_share: share of alpha for stopping early (e-process); the rest is for the look at the last draw.
+        futility_z: stop when the next target is this many standard deviations out of reach; smaller stops sooner and
+            loses more targets, infinity stops only when it cannot be reached. Never touches the guarantee.
+
+    Raises:
+        ConfigError: for values out of range.
+    """
+
+    look_every: int = 100
+    early_share: float = 0.1
+    futility_z: float = 2.33
+
+    def __post_init__(self) -> None:
+        if self.look_every < 1:
+            raise ConfigError(f"look_every must be at least 1, got {self.look_every!r}")
+        if not 0.0 < self.early_share < 1.0:
+            raise ConfigError(f"early_share must lie in (0, 1), got {self.early_share!r}")
+        if not self.futility_z > 0.0:
+            raise ConfigError(f"futility_z must be positive, got {self.futility_z!r}")
+
+
 class _Record:
     """Equality for records that hold arrays."""
 
@@ -138,6 +182,10 @@ class Certificate(_Record):
         counts_selection, counts_estimation: int64 votes per class; they add up to the draws less those with
             non-finite logits.
         alpha: failure probability spent.
+        stop: why the estimation draws ended.
+        alpha_early: the part of alpha that was set aside for stopping early; the look at the last draw has the rest.
+        target: the radius that was aimed at, or the highest one of a grid that was shown; None without either. A
+            radius that equals it is censored: more draws might have shown more.
     """
 
     prediction: int
@@ -149,6 +197,9 @@ class Certificate(_Record):
     counts_selection: Counts
     counts_estimation: Counts
     alpha: float
+    stop: Stop = Stop.FULL
+    alpha_early: float = 0.0
+    target: float | None = None
 
     @property
     def abstained(self) -> bool:
@@ -184,6 +235,7 @@ class DualCertificate(_Record):
         alpha, alpha_sigma, alpha_class: total failure probability and its split over the stages.
         sigma_stage: certificate of the estimator; its `prediction` is an index into Sigma.
         class_stage: certificate of the classifier, None when the estimator abstained and it was not run.
+        num_shared: estimation and selection copies that both stages read (counted once in `num_draws`).
     """
 
     prediction: int
@@ -197,6 +249,7 @@ class DualCertificate(_Record):
     alpha_class: float
     sigma_stage: Certificate
     class_stage: Certificate | None
+    num_shared: int = 0
 
     @property
     def abstained(self) -> bool:
@@ -205,8 +258,9 @@ class DualCertificate(_Record):
 
     @property
     def num_draws(self) -> int:
-        """Noisy copies spent on both stages."""
-        return self.sigma_stage.num_draws + (self.class_stage.num_draws if self.class_stage else 0)
+        """Noisy copies spent on both stages; those that both read count once."""
+        both = self.sigma_stage.num_draws + (self.class_stage.num_draws if self.class_stage else 0)
+        return both - self.num_shared
 
     @property
     def p_lower(self) -> float:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from core.data import Split, load_dataset
 from core.records import Sampling
+from core.sequential import Budget
 from distributed.replica import Work
 from distributed.run_directory import RunDirectory
 from distributed.scheduler import run_work
@@ -21,6 +22,7 @@ def certify_split(
     method: Literal["standard", "dual"],
     split: Split,
     sampling: Sampling,
+    budget: Budget = "fixed",
     heads: Mapping[str, str],
 ) -> None:
     """Certify what is missing of a split and record the step as finished; nothing to do when it is and all is there.
@@ -32,6 +34,7 @@ def certify_split(
         method: as in `Work`.
         split: as in `Work`.
         sampling: as in `Work`.
+        budget: as in `Work`.
         heads: which model of the run directory serves as which head; the denoiser goes without saying.
 
     Raises:
@@ -51,6 +54,7 @@ def certify_split(
         method=method,
         split=split,
         sampling=sampling,
+        budget=budget,
         models={role: directory.model(name).resolve() for role, name in models.items()},
         config=config,
         device=config.compute.device,

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,15 +20,14 @@ import torch
 
 from core.config import Config
 from core.data import Split, load_dataset
-from core.dual import dual_certify
 from core.engine import Engine, Task
 from core.errors import DualRSError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.network import Head, Network
-from core.noise import GaussianNoise
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Sampling
-from core.smoothing import certify
+from core.noise import make_noise
+from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Rule, Sampling
+from core.sequential import Budget, dual_procedure, standard_procedure
 from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row
 
 __all__ = ["Facts", "Replica", "Work", "build_network"]
@@ -45,6 +45,7 @@ class Work:
         method: `standard` certifies every example at every sigma; `dual` runs DUAL-CERTIFY once per example.
         split: which examples.
         sampling: draws and failure probability of a certificate.
+        budget: `fixed`, `sequential` or `grid`, as in `CertifyConfig`.
         models: files by name: `denoiser`, `classifier` and, for `dual`, `estimator`.
         config: the run's configuration.
         device: `cpu` or `cuda`.
@@ -55,6 +56,7 @@ class Work:
     method: Literal["standard", "dual"]
     split: Split
     sampling: Sampling
+    budget: Budget
     models: Mapping[str, Path]
     config: Config
     device: str
@@ -134,7 +136,7 @@ class Replica:
         self._store = ShardStore(work.root, work.store)
         self._plan = Plan.read(self._store.plan_file)
         network = build_network(work.models, config, self._data.num_classes, work.device)
-        noise = GaussianNoise(config.seed, config.compute.chunk_size)
+        noise = make_noise(config.noise, config.seed, config.compute.chunk_size)
         self._engine = Engine(network, noise, batch_size=config.compute.batch_size)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -217,11 +219,13 @@ class Replica:
     def _procedures(self) -> Iterator[Callable[[], Any]]:
         """What is run on each example."""
         work, config = self.work, self.work.config
+        rule = Rule(config.certify.look_every, config.certify.early_share, config.certify.futility_z)
+        arguments = (work.sampling, rule, config.grid_radii)
         if work.method == "dual":
-            yield lambda: dual_certify(config.sigmas, config.estimator_sigma, work.sampling)
+            yield partial(dual_procedure, work.budget, config.sigmas, config.estimator_sigma, *arguments)
             return
         for sigma in config.sigmas:
-            yield lambda sigma=sigma: certify(sigma, work.sampling)  # type: ignore[misc]
+            yield partial(standard_procedure, work.budget, sigma, *arguments)
 
     def _row(self, index: int, result: Certificate | DualCertificate) -> dict[str, Any]:
         example_id, label = self._data.example_ids[index], int(self._data.labels[index])

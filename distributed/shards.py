@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from core.errors import ConfigError, DataError
 from core.files import write_whole
-from core.records import Certificate, DualCertificate
+from core.records import Certificate, DualCertificate, Stop
 
 __all__ = ["CERTIFICATE_SCHEMA", "DUAL_SCHEMA", "Plan", "ShardStore", "certificate_row", "dual_row"]
 
@@ -39,9 +39,13 @@ CERTIFICATE_SCHEMA = pa.schema(
         ("alpha", pa.float64()),
         ("abstained", pa.bool_()),
         ("num_draws", pa.int64()),
+        ("stop_reason", pa.string()),
+        ("alpha_early", pa.float64()),
+        ("target", pa.float64()),
     ]
 )
-"""A row per (example, sigma). `prediction` is -1 and `radius` 0 where it abstained; radii in the pixel scale [0, 1]."""
+"""A row per (example, sigma). `prediction` is -1 and `radius` 0 where it abstained; radii in the pixel scale [0, 1].
+`stop_reason`, `alpha_early`, `target`: see `core.records.Certificate`. `num_estimation` is what was drawn."""
 
 DUAL_SCHEMA = pa.schema(
     [
@@ -54,6 +58,11 @@ DUAL_SCHEMA = pa.schema(
         ("alpha_sigma", pa.float64()),
         ("alpha_class", pa.float64()),
         ("p_lower_sigma", pa.float64()),
+        ("num_estimation_sigma", pa.int64()),
+        ("stop_reason_sigma", pa.string()),
+        ("alpha_early_sigma", pa.float64()),
+        ("target_sigma", pa.float64()),
+        ("num_shared", pa.int64()),
         ("counts_selection_sigma", _COUNTS),
         ("counts_estimation_sigma", _COUNTS),
     ]
@@ -80,12 +89,15 @@ def certificate_row(example_id: str, label: int, certificate: Certificate) -> di
         "alpha": c.alpha,
         "abstained": c.abstained,
         "num_draws": c.num_draws,
+        "stop_reason": c.stop.value,
+        "alpha_early": c.alpha_early,
+        "target": c.target,
     }
 
 
 def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[str, Any]:
     """One row of `DUAL_SCHEMA`."""
-    c, level = certificate, certificate.sigma_stage
+    c, level, label_stage = certificate, certificate.sigma_stage, certificate.class_stage
     return {
         "example_id": example_id,
         "label": label,
@@ -95,12 +107,15 @@ def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[
         "radius": c.radius,
         "p_lower": c.p_lower,
         "num_selection": level.num_selection,
-        "num_estimation": level.num_estimation,
+        "num_estimation": label_stage.num_estimation if label_stage else 0,
         "counts_selection": c.counts_selection,
         "counts_estimation": c.counts_estimation,
         "alpha": c.alpha,
         "abstained": c.abstained,
         "num_draws": c.num_draws,
+        "stop_reason": label_stage.stop.value if label_stage else Stop.SKIPPED.value,
+        "alpha_early": label_stage.alpha_early if label_stage else 0.0,
+        "target": label_stage.target if label_stage else None,
         "sigma_e": level.sigma,
         "sigma_index": level.top_class,
         "radius_sigma": c.radius_sigma,
@@ -109,6 +124,11 @@ def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[
         "alpha_sigma": c.alpha_sigma,
         "alpha_class": c.alpha_class,
         "p_lower_sigma": level.p_lower,
+        "num_estimation_sigma": level.num_estimation,
+        "stop_reason_sigma": level.stop.value,
+        "alpha_early_sigma": level.alpha_early,
+        "target_sigma": level.target,
+        "num_shared": c.num_shared,
         "counts_selection_sigma": level.counts_selection,
         "counts_estimation_sigma": level.counts_estimation,
     }

@@ -34,6 +34,7 @@ def run(directory: RunDirectory, method: Method, classifier: Classifier = "finet
         method=method,
         split="test",
         sampling=Sampling(certify.num_selection, certify.num_estimation, certify.alpha),
+        budget=certify.budget,
         heads=heads,
     )
 

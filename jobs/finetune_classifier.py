@@ -19,7 +19,7 @@ def run(directory: RunDirectory) -> None:
     from core.engine import Engine, Task
     from core.files import file_sha256
     from core.models.checkpoints import load_model, save_model
-    from core.noise import GaussianNoise
+    from core.noise import make_noise
     from core.training.finetune import choose_sigma, finetune_classifier
     from distributed.replica import build_network
 
@@ -34,7 +34,7 @@ def run(directory: RunDirectory) -> None:
         {name: directory.model(name) for name in ("denoiser", "estimator")}, config, train.num_classes, "cpu"
     )
     engine = Engine(
-        network, GaussianNoise(config.seed, config.compute.chunk_size), batch_size=config.compute.batch_size
+        network, make_noise(config.noise, config.seed, config.compute.chunk_size), batch_size=config.compute.batch_size
     )
     tasks = (
         Task(

@@ -170,6 +170,7 @@ def test_replica_engine_failure_reaches_every_waiting_shard(tmp_path: Path) -> N
         method="standard",
         split="train",
         sampling=Sampling(20, 60, 0.01),
+        budget="fixed",
         models={"denoiser": run.model("denoiser"), "classifier": run.model("estimator")},  # two outputs, not ten
         config=run.config,
         device="cpu",
