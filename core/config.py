@@ -32,6 +32,7 @@ __all__ = [
     "ReportConfig",
     "load_config",
     "parse_config",
+    "parse_values",
 ]
 
 
@@ -108,6 +109,8 @@ class EstimatorConfig(_Section):
     """Weight of the entropy term, eta."""
     num_copies: Annotated[int, Field(ge=1)] = 2
     """Noisy copies of each sample in a step, m."""
+    denoiser: bool = True
+    """Whether the estimator reads denoised images, as published, or the noisy ones: a denoiser-free, light one."""
     rebalance: bool = True
     """Weight samples by 1 / (share of samples with the same best sigma)."""
     epochs: Count = 90
@@ -319,6 +322,21 @@ def parse_config(plain: object, overrides: Iterable[str] = (), source: str = "th
         return Config.model_validate(plain)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(detail, source) for detail in error.errors())) from None
+
+
+def parse_values(overrides: Iterable[str]) -> dict[str, Any]:
+    """`key=value` texts as a flat mapping, values in YAML.
+
+    Raises:
+        ConfigError: for a text without "=" or a value that is not YAML.
+    """
+    values = {}
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{override!r}: expected key=value, for example alpha=1e-4")
+        values[key] = _yaml(value, repr(override))
+    return values
 
 
 def _yaml(text: str, source: str) -> Any:

@@ -1,5 +1,6 @@
 """What the engine runs: one denoiser (or none) and the heads that vote on its output."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,12 @@ class Head:
     Attributes:
         module: one network, or a pool of experts by noise level.
         num_outputs: width of its logits.
+        denoise: whether it reads denoised images (where there is a denoiser), or the noisy ones themselves.
     """
 
     module: Module | Mapping[float, Module]
     num_outputs: int
+    denoise: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Network:
         self.heads = dict(heads)
         self.denoiser = denoiser
         self.device = torch.device(device)
+        self.rows: Counter[str] = Counter()
+        """Rows sent through the denoiser and through each head so far, padding included."""
         modules: list[Any] = [denoiser]
         for head in self.heads.values():
             modules.extend(head.module.values() if isinstance(head.module, Mapping) else [head.module])
@@ -91,12 +96,16 @@ class Network:
             ModelError: when a head's output is not ``(B, num_outputs)``.
         """
         assert isinstance(lane, Lane)
-        images = noisy if self.denoiser is None else self.denoiser(noisy, sigma)
+        denoised = noisy
+        if self.denoiser is not None and any(self.heads[name].denoise for name in lane.heads):
+            denoised = self.denoiser(noisy, sigma)
+            self.rows["denoiser"] += len(noisy)
         logits = {}
         for name in lane.heads:
             head = self.heads[name]
             module = head.module[lane.expert_sigma] if isinstance(head.module, Mapping) else head.module  # type: ignore[index]
-            output = module(images)
+            output = module(denoised if head.denoise else noisy)
+            self.rows[name] += len(noisy)
             if output.shape != (len(noisy), head.num_outputs):
                 raise ModelError(
                     f"the {name} returned logits of shape {tuple(output.shape)} for a batch of {len(noisy)}; "

@@ -119,7 +119,7 @@ def climb(
             stop = Stop.REACHED
         elif left and grid:
             stop = ladder.give_up(successes, num, rule.futility_z)
-        elif successes + left < ladder.certifying:
+        elif left and successes + left < ladder.certifying:
             stop = Stop.FUTILE
     return conclude(sigma, targets, selection, estimation, num, sampling, rule.early_share, stop, grid=grid)
 
@@ -151,8 +151,8 @@ def conclude(
             p_lower, radius, target = float(ladder.p_targets[shown - 1]), targets[shown - 1], targets[shown - 1]
     elif targets and shown == len(targets):
         p_lower, radius = float(ladder.p_targets[-1]), targets[-1]
-    elif num == most:
-        p_lower = float(ladder.bounds[successes])
+    else:
+        p_lower = float(ladder.bounds[successes]) if num == most else ladder.lower_bound_early(successes, num)
         radius = min(float(certified_radius(p_lower, sigma)), *targets, math.inf)
     return Certificate(
         prediction=top_class if radius > 0.0 else ABSTAIN,
@@ -189,6 +189,19 @@ class _Ladder:
             shown += 1
         return shown
 
+    def lower_bound_early(self, successes: int, num: int) -> float:
+        """The largest p0 (to within 1e-9) that the e-process shows; 0.0 if it does not show 1/2.
+
+        Needs no target: the votes of a run that stopped for another alpha's sake certify what they certify.
+        """
+        if not self.alpha_early or not num or not self._shows(successes, num, 0.5):
+            return 0.0
+        low, high = 0.5, successes / num  # evidence against p0 falls as p0 rises, and is none at the share of votes
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._shows(successes, num, middle) else (low, middle)
+        return low
+
     def shown_at_the_end(self, successes: int) -> int:
         """How many targets the Clopper-Pearson look at the last draw shows."""
         return int((self.needed <= successes).sum())
@@ -207,7 +220,10 @@ class _Ladder:
     def _crosses(self, successes: int, num: int, index: int) -> bool:
         """Whether the e-process shows p > p_targets[index]; one that rounds to 1 cannot be shown."""
         p0 = float(self.p_targets[index])
-        return p0 < 1.0 and bool(log_e_value(successes, num, p0) >= math.log(1.0 / self.alpha_early) + _E_SLACK)
+        return p0 < 1.0 and self._shows(successes, num, p0)
+
+    def _shows(self, successes: int, num: int, p0: float) -> bool:
+        return bool(log_e_value(successes, num, p0) >= math.log(1.0 / self.alpha_early) + _E_SLACK)
 
 
 def final_alpha(alpha: float, alpha_early: float) -> float:

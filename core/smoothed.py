@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -11,19 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.data import as_image
-from core.dual import dual_certify, dual_predict
+from core.dual import dual_predict
 from core.engine import Engine, Task
 from core.errors import ConfigError
 from core.network import Denoiser, Head, Module, Network
-from core.noise import GaussianNoise
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Procedure, Sampling
-from core.smoothing import certify, predict
+from core.noise import make_noise
+from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Procedure, Rule, Sampling
+from core.sequential import Budget, dual_procedure, standard_procedure
+from core.smoothing import predict
 
 __all__ = ["DualSmoothedClassifier", "SmoothedClassifier"]
 
 R = TypeVar("R")
 Image = Tensor | NDArray[np.generic]
 Images = Tensor | NDArray[np.generic] | Sequence[Image]
+NoiseKind = Literal["gaussian", "exact"]
+DEFAULT_RULE = Rule()
 
 
 class _Smoothed:
@@ -36,11 +39,15 @@ class _Smoothed:
         seed: int,
         device: str | torch.device | None,
         chunk_size: int,
+        noise: NoiseKind,
     ):
+        if noise not in get_args(NoiseKind):
+            raise ConfigError(f"noise must be one of {get_args(NoiseKind)}, got {noise!r}")
         modules = [heads[name].module for name in (CLASSIFIER, *heads)]
         self.device = torch.device(device) if device is not None else _device_of([*modules, denoiser])
         self.seed = seed
         self.chunk_size = chunk_size
+        self.noise = noise
         self._network = Network(heads, denoiser, self.device)
 
     def _run(
@@ -60,7 +67,8 @@ class _Smoothed:
             for index, (example_id, image) in enumerate(zip(ids, tensors, strict=True)):
                 yield Task(index, example_id, image, procedure())
 
-        engine = Engine(self._network, GaussianNoise(self.seed, self.chunk_size), batch_size=batch_size)
+        noise = make_noise(self.noise, self.seed, self.chunk_size)
+        engine = Engine(self._network, noise, batch_size=batch_size)
         results = {finished.key: finished.result for finished in engine.run(tasks())}
         return [results[index] for index in range(len(ids))]
 
@@ -99,6 +107,8 @@ class SmoothedClassifier(_Smoothed):
         denoiser: runs before the classifier, for example a `core.models.denoiser.OneShotDenoiser`.
         device: where to run; by default where the classifier's parameters are.
         chunk_size: draws that share one noise key; part of the definition of the noise.
+        noise: `gaussian`, float32 as everybody does it, or `exact`, integer noise for 8-bit images whose certificate
+            holds in exact arithmetic too (`core.exact_noise`).
 
     Raises:
         ConfigError: for a sigma that is not positive.
@@ -114,10 +124,11 @@ class SmoothedClassifier(_Smoothed):
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
         chunk_size: int = 100,
+        noise: NoiseKind = "gaussian",
     ):
         self.sigma = _check_sigma("sigma", sigma)
         self.num_classes = num_classes
-        super().__init__({CLASSIFIER: Head(base_classifier, num_classes)}, denoiser, seed, device, chunk_size)
+        super().__init__({CLASSIFIER: Head(base_classifier, num_classes)}, denoiser, seed, device, chunk_size, noise)
 
     def __repr__(self) -> str:
         return f"SmoothedClassifier(num_classes={self.num_classes}, sigma={self.sigma}, seed={self.seed})"
@@ -131,6 +142,9 @@ class SmoothedClassifier(_Smoothed):
         alpha: float = 0.001,
         batch_size: int = 1000,
         example_id: str | None = None,
+        budget: Budget = "fixed",
+        radii: Sequence[float] = (),
+        rule: Rule = DEFAULT_RULE,
     ) -> Certificate:
         """CERTIFY one image; see `Certificate` for what is promised.
 
@@ -141,6 +155,10 @@ class SmoothedClassifier(_Smoothed):
             alpha: failure probability, in (0, 1).
             batch_size: rows of every forward pass; the last batch is padded to it.
             example_id: names the image in the noise key; by default a hash of its pixels.
+            budget: `fixed`, all draws; `sequential`, stop as soon as nothing more can be certified; `grid`, decide only
+                which of `radii` the radius exceeds.
+            radii: the grid, ascending.
+            rule: when a budget other than `fixed` looks and gives up.
 
         Raises:
             DataError: for an image of another shape, dtype or range.
@@ -155,6 +173,9 @@ class SmoothedClassifier(_Smoothed):
             alpha=alpha,
             batch_size=batch_size,
             example_ids=ids,
+            budget=budget,
+            radii=radii,
+            rule=rule,
         )[0]
 
     def certify_many(
@@ -166,6 +187,9 @@ class SmoothedClassifier(_Smoothed):
         alpha: float = 0.001,
         batch_size: int = 1000,
         example_ids: Sequence[str] | None = None,
+        budget: Budget = "fixed",
+        radii: Sequence[float] = (),
+        rule: Rule = DEFAULT_RULE,
     ) -> list[Certificate]:
         """CERTIFY many images at once, batched over all of them; results in the order of `images`.
 
@@ -173,7 +197,9 @@ class SmoothedClassifier(_Smoothed):
         A repeated image gets fresh noise at each repetition, unless `example_ids` say otherwise.
         """
         sampling = Sampling(num_selection, num_estimation, alpha)
-        return self._run(images, example_ids, batch_size, lambda: certify(self.sigma, sampling))
+        return self._run(
+            images, example_ids, batch_size, lambda: standard_procedure(budget, self.sigma, sampling, rule, radii)
+        )
 
     def predict(
         self, x: Image, *, num: int = 1000, alpha: float = 0.001, batch_size: int = 1000, example_id: str | None = None
@@ -205,7 +231,8 @@ class DualSmoothedClassifier(_Smoothed):
         sigmas: Sigma, in the order of the estimator's outputs; pixel scale [0, 1].
         sigma_e: noise level of the estimator, at least max(sigmas).
         num_classes: width of the classifier's logits.
-        seed, denoiser, device, chunk_size: as for `SmoothedClassifier`; the denoiser runs before both networks.
+        seed, denoiser, device, chunk_size, noise: as for `SmoothedClassifier`.
+        denoise_estimator: whether the denoiser runs before the estimator too, as published.
 
     Raises:
         ConfigError: for levels that are not positive and distinct, a sigma_e below them, or a missing expert.
@@ -223,6 +250,8 @@ class DualSmoothedClassifier(_Smoothed):
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
         chunk_size: int = 100,
+        noise: NoiseKind = "gaussian",
+        denoise_estimator: bool = True,
     ):
         self.sigmas = tuple(_check_sigma("sigmas", sigma) for sigma in sigmas)
         self.sigma_e = _check_sigma("sigma_e", sigma_e)
@@ -235,8 +264,11 @@ class DualSmoothedClassifier(_Smoothed):
             classifier = {float(sigma): module for sigma, module in classifier.items()}
             if missing := [sigma for sigma in self.sigmas if sigma not in classifier]:
                 raise ConfigError(f"no expert for sigma {missing}; there are experts for {sorted(classifier)}")
-        heads = {ESTIMATOR: Head(estimator, len(self.sigmas)), CLASSIFIER: Head(classifier, num_classes)}
-        super().__init__(heads, denoiser, seed, device, chunk_size)
+        heads = {
+            ESTIMATOR: Head(estimator, len(self.sigmas), denoise_estimator),
+            CLASSIFIER: Head(classifier, num_classes),
+        }
+        super().__init__(heads, denoiser, seed, device, chunk_size, noise)
 
     def __repr__(self) -> str:
         return (
@@ -253,6 +285,9 @@ class DualSmoothedClassifier(_Smoothed):
         alpha: float = 0.001,
         batch_size: int = 1000,
         example_id: str | None = None,
+        budget: Budget = "fixed",
+        radii: Sequence[float] = (),
+        rule: Rule = DEFAULT_RULE,
     ) -> DualCertificate:
         """DUAL-CERTIFY one image; arguments and errors as for `SmoothedClassifier.certify`, draws of each stage."""
         ids = None if example_id is None else [example_id]
@@ -263,6 +298,9 @@ class DualSmoothedClassifier(_Smoothed):
             alpha=alpha,
             batch_size=batch_size,
             example_ids=ids,
+            budget=budget,
+            radii=radii,
+            rule=rule,
         )[0]
 
     def certify_many(
@@ -274,10 +312,18 @@ class DualSmoothedClassifier(_Smoothed):
         alpha: float = 0.001,
         batch_size: int = 1000,
         example_ids: Sequence[str] | None = None,
+        budget: Budget = "fixed",
+        radii: Sequence[float] = (),
+        rule: Rule = DEFAULT_RULE,
     ) -> list[DualCertificate]:
         """DUAL-CERTIFY many images at once; see `SmoothedClassifier.certify_many`."""
         sampling = Sampling(num_selection, num_estimation, alpha)
-        return self._run(images, example_ids, batch_size, lambda: dual_certify(self.sigmas, self.sigma_e, sampling))
+        return self._run(
+            images,
+            example_ids,
+            batch_size,
+            lambda: dual_procedure(budget, self.sigmas, self.sigma_e, sampling, rule, radii),
+        )
 
     def predict(
         self, x: Image, *, num: int = 1000, alpha: float = 0.001, batch_size: int = 1000, example_id: str | None = None

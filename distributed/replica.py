@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from core.config import Config
-from core.data import Split, load_dataset
+from core.data import Dataset, Split, load_dataset
 from core.engine import Engine, Task
 from core.errors import DualRSError
 from core.models.checkpoints import load_model
@@ -30,7 +30,7 @@ from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Ru
 from core.sequential import Budget, dual_procedure, standard_procedure
 from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row
 
-__all__ = ["Facts", "Replica", "Work", "build_network"]
+__all__ = ["Facts", "Replica", "Work", "build_engine", "build_network", "make_row", "make_task", "procedures"]
 
 Rows = list[dict[str, Any]]
 
@@ -78,8 +78,49 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
         for sigma in {*config.sigmas, config.estimator_sigma}:
             denoiser.timestep(sigma)
     widths = {CLASSIFIER: num_classes, ESTIMATOR: len(config.sigmas)}
-    heads = {name: Head(load_model(models[name]), width) for name, width in widths.items() if name in models}
+    denoise = {CLASSIFIER: True, ESTIMATOR: config.estimator.denoiser}
+    heads = {
+        name: Head(load_model(models[name]), width, denoise[name]) for name, width in widths.items() if name in models
+    }
     return Network(heads, cast("OneShotDenoiser | None", denoiser), device)
+
+
+def build_engine(work: Work, num_classes: int) -> Engine:
+    """Network, noise and batch shape of a work; sets the CPU threads of this process."""
+    config, compute = work.config, work.config.compute
+    if work.device == "cpu":
+        torch.set_num_threads(compute.threads_per_replica)
+    network = build_network(work.models, config, num_classes, work.device)
+    return Engine(network, make_noise(config.noise, config.seed, compute.chunk_size), batch_size=compute.batch_size)
+
+
+def procedures(work: Work) -> Iterator[Callable[[], Any]]:
+    """What is run on each example: makers of fresh generators, in the order of the example's rows."""
+    config, certify = work.config, work.config.certify
+    arguments = (
+        work.sampling,
+        Rule(certify.look_every, certify.early_share, certify.futility_z),
+        config.grid_radii,
+    )
+    if work.method == "dual":
+        yield partial(dual_procedure, work.budget, config.sigmas, config.estimator_sigma, *arguments)
+        return
+    for sigma in config.sigmas:
+        yield partial(standard_procedure, work.budget, sigma, *arguments)
+
+
+def make_task(key: Any, data: Dataset, index: int, procedure: Callable[[], Any]) -> Task[Any]:
+    """The engine's task for one procedure on one example."""
+    image = torch.from_numpy(data.images[index]).float().div_(255.0)
+    return Task(key, data.example_ids[index], image, procedure())
+
+
+def make_row(data: Dataset, index: int, result: Certificate | DualCertificate) -> dict[str, Any]:
+    """The row of a result."""
+    example_id, label = data.example_ids[index], int(data.labels[index])
+    if isinstance(result, DualCertificate):
+        return dual_row(example_id, label, result)
+    return certificate_row(example_id, label, result)
 
 
 @dataclass(frozen=True)
@@ -128,16 +169,11 @@ class Replica:
         self._thread.start()
 
     def _load(self, work: Work) -> None:
-        config = work.config
-        if work.device == "cpu":
-            torch.set_num_threads(config.compute.threads_per_replica)
         self._device = "cpu" if work.device == "cpu" else f"cuda: {torch.cuda.get_device_name()}"
-        self._data = load_dataset(config.dataset, work.split)
+        self._data = load_dataset(work.config.dataset, work.split)
         self._store = ShardStore(work.root, work.store)
         self._plan = Plan.read(self._store.plan_file)
-        network = build_network(work.models, config, self._data.num_classes, work.device)
-        noise = make_noise(config.noise, config.seed, config.compute.chunk_size)
-        self._engine = Engine(network, noise, batch_size=config.compute.batch_size)
+        self._engine = build_engine(work, self._data.num_classes)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Ray Data's way in: a batch of shard numbers -> one line of facts per committed shard.
@@ -182,7 +218,7 @@ class Replica:
         try:
             for finished in self._engine.run(self._tasks()):
                 shard, index = finished.key
-                shard.rows.append(self._row(index, finished.result))
+                shard.rows.append(make_row(self._data, index, finished.result))
                 shard.missing -= 1
                 if not shard.missing:
                     self._open.discard(shard)
@@ -212,23 +248,5 @@ class Replica:
                 return
             self._open.add(shard)
             for index in self._plan.shards[shard.number]:
-                image = torch.from_numpy(self._data.images[index]).float().div_(255.0)
-                for procedure in self._procedures():
-                    yield Task((shard, index), self._data.example_ids[index], image, procedure())
-
-    def _procedures(self) -> Iterator[Callable[[], Any]]:
-        """What is run on each example."""
-        work, config = self.work, self.work.config
-        rule = Rule(config.certify.look_every, config.certify.early_share, config.certify.futility_z)
-        arguments = (work.sampling, rule, config.grid_radii)
-        if work.method == "dual":
-            yield partial(dual_procedure, work.budget, config.sigmas, config.estimator_sigma, *arguments)
-            return
-        for sigma in config.sigmas:
-            yield partial(standard_procedure, work.budget, sigma, *arguments)
-
-    def _row(self, index: int, result: Certificate | DualCertificate) -> dict[str, Any]:
-        example_id, label = self._data.example_ids[index], int(self._data.labels[index])
-        if isinstance(result, DualCertificate):
-            return dual_row(example_id, label, result)
-        return certificate_row(example_id, label, result)
+                for procedure in procedures(self.work):
+                    yield make_task((shard, index), self._data, index, procedure)

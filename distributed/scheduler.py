@@ -14,6 +14,7 @@ from core import errors
 from core.progress import Progress
 from distributed.replica import Facts, Replica, Rows, Work
 from distributed.shards import Plan, ShardStore
+from distributed.tables import non_finite_votes
 
 __all__ = ["run_work"]
 
@@ -49,6 +50,7 @@ def run_work(work: Work, plan: Plan, example_ids: Sequence[str]) -> dict[str, An
         "rows": store.check(plan, example_ids),
         "shards": len(plan.shards),
         "draws_this_call": draws,
+        "non_finite_draws": non_finite_votes(store.read()),
         "devices": sorted(store.devices()),
         "duration_s": round(time.monotonic() - start, 1),
     }

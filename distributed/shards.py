@@ -241,12 +241,16 @@ class ShardStore:
 
     def devices(self) -> set[str]:
         """Devices that the committed shards were made on, as given to `commit`."""
-        metadata = (pq.read_schema(path).metadata for path in self.folder.glob("shard-*.parquet"))
+        metadata = (pq.read_schema(path).metadata for path in self.files())
         return {entry[b"device"].decode() for entry in metadata}
+
+    def files(self) -> list[Path]:
+        """The committed shards, in order."""
+        return sorted(self.folder.glob("shard-*.parquet"))
 
     def committed(self) -> set[int]:
         """The shards that are there."""
-        return {int(path.stem.removeprefix("shard-")) for path in self.folder.glob("shard-*.parquet")}
+        return {int(path.stem.removeprefix("shard-")) for path in self.files()}
 
     def read(self) -> pa.Table:
         """All committed rows, ordered by example and sigma.
@@ -254,16 +258,22 @@ class ShardStore:
         Raises:
             DataError: when there are none, or a shard cannot be read.
         """
-        files = sorted(self.folder.glob("shard-*.parquet"))
+        files = self.files()
         if not files:
             raise DataError(f"no shards in {str(self.folder)!r}: the job that writes them has not run")
-        tables = []
-        for file in files:
-            try:
-                tables.append(pq.read_table(file).replace_schema_metadata())
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"cannot read the shard {str(file)!r}: {error}") from error
+        tables = [self.read_file(file) for file in files]
         return pa.concat_tables(tables).sort_by([("example_id", "ascending"), ("sigma", "ascending")])
+
+    def read_file(self, file: Path) -> pa.Table:
+        """The rows of one shard.
+
+        Raises:
+            DataError: when it cannot be read.
+        """
+        try:
+            return pq.read_table(file).replace_schema_metadata()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"cannot read the shard {str(file)!r}: {error}") from error
 
     def check(self, plan: Plan, example_ids: Sequence[str]) -> int:
         """Prove that the shards hold each planned row exactly once; returns the number of rows.

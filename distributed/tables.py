@@ -1,21 +1,25 @@
 """Reading shards back as arrays for training and for the report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from core.confidence import certified_radius, clopper_pearson_lower
+from core.config import Config
 from core.data import Dataset
 from core.errors import DataError
+from core.records import Stop
 from core.report import DualRows, ReportData, StandardRows
 from core.training.estimator import label_radii
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 
-__all__ = ["grid", "report_data", "training_radii"]
+__all__ = ["grid", "non_finite_votes", "report_data", "training_radii"]
 
 
 def grid(table: pa.Table, column: str, sigmas: Sequence[float]) -> NDArray[Any]:
@@ -31,6 +35,21 @@ def grid(table: pa.Table, column: str, sigmas: Sequence[float]) -> NDArray[Any]:
     values = table.column(column)
     array = np.stack(values.to_numpy()) if pa.types.is_list(values.type) else values.to_numpy()
     return np.asarray(array.reshape(-1, width, *array.shape[1:]))
+
+
+def non_finite_votes(table: pa.Table) -> int:
+    """Draws whose logits were not finite: what the votes of each stage lack of its draws."""
+    missing = 0
+    for ending in ("", "_sigma"):
+        if f"counts_estimation{ending}" not in table.column_names:
+            continue
+        ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
+        for phase in ("selection", "estimation"):
+            draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
+            missing += int(draws[ran].sum()) - int(
+                pc.sum(pc.list_flatten(table.column(f"counts_{phase}{ending}"))).as_py() or 0
+            )
+    return missing
 
 
 def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float64]:
@@ -59,18 +78,26 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
     return radii[[order[example_id] for example_id in train.example_ids]]
 
 
-def report_data(directory: RunDirectory) -> ReportData:
+def report_data(
+    config: Config, root: Path, manifest: Mapping[str, Any], *, sigma_share: float = 0.5, notes: tuple[str, ...] = ()
+) -> ReportData:
     """The certificates of a run, aligned by example, as the report wants them.
+
+    Args:
+        config: the run's configuration (Sigma, alpha, radii).
+        root: folder that holds certificates/.
+        manifest: to be shown.
+        sigma_share: share of alpha that Dual RS spent on the noise level.
+        notes: sentences to show below the summary.
 
     Raises:
         DataError: when standard certificates are missing, or methods cover different examples.
     """
-    config = directory.config
-    table = ShardStore(directory.path, "certificates/standard").read()
+    table = ShardStore(root, "certificates/standard").read()
     standard = _standard_rows(table, config.sigmas)
-    baseline_store = ShardStore(directory.path, "certificates/standard-base")
+    baseline_store = ShardStore(root, "certificates/standard-base")
     baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() else ()
-    dual_store = ShardStore(directory.path, "certificates/dual")
+    dual_store = ShardStore(root, "certificates/dual")
     dual = None
     if dual_store.committed():
         rows = dual_store.read()
@@ -81,7 +108,7 @@ def report_data(directory: RunDirectory) -> ReportData:
             radius=_column(rows, "radius"),
             radius_sigma=_column(rows, "radius_sigma"),
             radius_class=_column(rows, "radius_class"),
-            sigma=_column(rows, "sigma"),  # null, an estimator that abstained, becomes nan
+            sigma=_certified_sigma(rows, config.sigmas),
             bounded_by=np.array(rows.column("bounded_by").to_pylist(), dtype=np.str_),
             abstained=_column(rows, "abstained"),
             num_draws=_column(rows, "num_draws"),
@@ -96,12 +123,19 @@ def report_data(directory: RunDirectory) -> ReportData:
         standard=standard,
         baseline=baseline,
         dual=dual,
-        standard_at_dual_alpha=_radii_at(table, config.sigmas, config.certify.alpha / 2),
+        standard_at_dual_alpha=_radii_at(table, config.sigmas, config.certify.alpha * (1 - sigma_share)),
         alpha=config.certify.alpha,
         num_selection=config.certify.num_selection,
         num_estimation=config.certify.num_estimation,
-        manifest=directory.manifest,
+        manifest=manifest,
+        notes=notes,
     )
+
+
+def _certified_sigma(rows: pa.Table, sigmas: Sequence[float]) -> NDArray[np.float64]:
+    """The noise level, nan where the estimator abstained; its choice where it was not asked any further."""
+    skipped = np.array(rows.column("stop_reason_sigma").to_pylist()) == Stop.SKIPPED.value
+    return np.where(skipped, np.asarray(sigmas)[_column(rows, "sigma_index")], _column(rows, "sigma"))
 
 
 def _column(table: pa.Table, name: str) -> NDArray[Any]:

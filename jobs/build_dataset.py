@@ -8,19 +8,9 @@ from jobs._cli import job_parser, open_run, run_job
 
 def run(directory: RunDirectory) -> None:
     """Commit every shard of the dataset that is not there yet."""
-    from core.records import Sampling
-    from distributed.launch import certify_split
+    from distributed.launch import certify_store
 
-    labels = directory.config.labels
-    certify_split(
-        directory,
-        step="build_dataset",
-        store="dataset",
-        method="standard",
-        split="train",
-        sampling=Sampling(labels.num_selection, labels.num_estimation, labels.alpha),
-        heads={"classifier": "classifier"},
-    )
+    certify_store(directory, "dataset")
 
 
 def main() -> int:

@@ -8,35 +8,13 @@ from jobs._cli import job_parser, open_run, run_job
 
 Method = Literal["standard", "dual"]
 Classifier = Literal["finetuned", "base"]
-_MODELS = {"finetuned": "classifier_finetuned", "base": "classifier"}
-
-
-def store_name(method: Method, classifier: Classifier) -> str:
-    """Folder of the certificates: <method> for the fine-tuned classifier, <method>-base for the one before it."""
-    return f"certificates/{method}" + ("-base" if classifier == "base" else "")
 
 
 def run(directory: RunDirectory, method: Method, classifier: Classifier = "finetuned") -> None:
-    """Commit every shard of the certificates that is not there yet."""
-    heads = {"classifier": _MODELS[classifier]}
-    if method == "dual":
-        heads["estimator"] = "estimator"
-    store = store_name(method, classifier)
-    step = store.replace("certificates/", "certify-")
-    from core.records import Sampling
-    from distributed.launch import certify_split
+    """Commit every shard of certificates/<method> (or <method>-base) that is not there yet."""
+    from distributed.launch import certify_store
 
-    certify = directory.config.certify
-    certify_split(
-        directory,
-        step=step,
-        store=store,
-        method=method,
-        split="test",
-        sampling=Sampling(certify.num_selection, certify.num_estimation, certify.alpha),
-        budget=certify.budget,
-        heads=heads,
-    )
+    certify_store(directory, f"certificates/{method}" + ("-base" if classifier == "base" else ""))
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ def run(directory: RunDirectory) -> None:
     from core.report.render import best_method_sentence, format_table, write_report
     from distributed.tables import report_data
 
-    data = report_data(directory)
+    data = report_data(directory.config, directory.path, directory.manifest)
     folder = directory.path / "report"
     write_report(data, folder)
     print(format_table(data))

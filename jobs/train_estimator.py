@@ -36,7 +36,14 @@ def run(directory: RunDirectory) -> None:
         config.estimator.epochs, "estimator", "epochs", interval_s=config.compute.progress_interval_s
     ) as progress:
         history = train_estimator(
-            estimator, denoiser, pixels, radii, config.estimator_sigma, config.estimator, config.seed + 2, progress
+            estimator,
+            denoiser if config.estimator.denoiser else None,
+            pixels,
+            radii,
+            config.estimator_sigma,
+            config.estimator,
+            config.seed + 2,
+            progress,
         )
     save_model(estimator, directory.model("estimator"))
     facts = {"samples": int((radii.max(axis=1) > 0).sum()), "of": len(radii), "loss": history}

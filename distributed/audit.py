@@ -1,0 +1,232 @@
+"""Checking a run afterwards: every row from its votes, every file from its hash, a sample from its seeds."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from core.data import Dataset, load_dataset
+from core.errors import ConfigError, DataError
+from core.files import file_sha256
+from core.progress import Progress
+from core.records import Stop
+from distributed.launch import STORES, step_of, work_of
+from distributed.recompute import Terms, dual_from_row, standard_from_row
+from distributed.replica import Work, build_engine, make_row, make_task, procedures
+from distributed.run_directory import RunDirectory
+from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row
+
+__all__ = ["Finding", "audit", "replay"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it should be.
+
+    Attributes:
+        store: the folder, or "" for the run as a whole.
+        row: which row or file.
+        problem: what was found and what was expected.
+    """
+
+    store: str
+    row: str
+    problem: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.store, self.row, self.problem) if part)
+
+
+def audit(directory: RunDirectory) -> tuple[list[Finding], dict[str, int]]:
+    """Check a run directory without a forward pass.
+
+    The manifest against its own fingerprint, models and shards against their hashes, rows against the plan (missing,
+    unexpected, repeated), and each row against its votes: ranges, split of alpha, radius to the last bit.
+
+    Returns:
+        What was found, and the number of rows that were checked per store.
+
+    Raises:
+        ConfigError: when the run holds no certificates at all.
+    """
+    findings: list[Finding] = []
+    checked: dict[str, int] = {}
+    if directory.manifest.get("fingerprint") != directory.config.fingerprint():
+        findings.append(Finding("", "manifest.json", "its fingerprint is not that of its configuration"))
+    present = [name for name in STORES if ShardStore(directory.path, name).files()]
+    if not present:
+        raise ConfigError(f"{str(directory.path)!r} holds no certificates to audit")
+    for name in present:
+        try:
+            work, hashes = work_of(directory, name)
+        except ConfigError as error:
+            findings.append(Finding(name, "", str(error)))
+            continue
+        found, rows = _audit_store(directory, work, hashes)
+        findings += found
+        checked[name] = rows
+    return findings, checked
+
+
+def _audit_store(directory: RunDirectory, work: Work, hashes: Mapping[str, str]) -> tuple[list[Finding], int]:
+    store = ShardStore(work.root, work.store)
+    data = load_dataset(work.config.dataset, work.split)
+    findings = [Finding(work.store, *pair) for pair in _files(directory, store, hashes)]
+    rows: list[dict[str, Any]] = []
+    for file in store.files():
+        try:
+            rows += store.read_file(file).to_pylist()
+        except DataError as error:
+            findings.append(Finding(work.store, file.name, str(error)))
+    findings += [Finding(work.store, *pair) for pair in _against_plan(rows, data, work)]
+    terms = Terms.of(work.config, work.sampling, work.budget)
+    labels = dict(zip(data.example_ids, data.labels.tolist(), strict=True))
+    for row in rows:
+        name = _row_name(row)
+        try:
+            problems = list(_against_votes(row, labels, data.num_classes, terms, work))
+        except (ValueError, IndexError, KeyError, TypeError, ConfigError) as error:
+            problems = [f"cannot be recomputed from its votes ({error})"]
+        findings += [Finding(work.store, name, problem) for problem in problems]
+    return findings, len(rows)
+
+
+def _files(directory: RunDirectory, store: ShardStore, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Plan and shards against the manifest."""
+    try:
+        plan = Plan.read(store.plan_file)
+    except DataError as error:
+        yield store.plan_file.name, str(error)
+        return
+    if dict(plan.origin) != {"fingerprint": directory.config.fingerprint(), "models": dict(hashes)}:
+        yield store.plan_file.name, "was made for another configuration or other models than the manifest says"
+    record = directory.manifest["steps"].get(step_of(store.name))
+    if record is None:
+        yield "", "the step is not finished: its shards cannot be checked against recorded hashes"
+        return
+    recorded, files = record["sha256"], {path.name: path for path in store.files()}
+    for name in sorted(recorded.keys() | files.keys()):
+        if name not in files:
+            yield name, "is missing"
+        elif name not in recorded:
+            yield name, "is not in the manifest"
+        elif file_sha256(files[name]) != recorded[name]:
+            yield name, "has another SHA-256 than the manifest says"
+
+
+def _against_plan(rows: Sequence[Mapping[str, Any]], data: Dataset, work: Work) -> Iterator[tuple[str, str]]:
+    """Each example (and each sigma of Sigma) exactly once."""
+    levels: Sequence[float | None] = work.config.sigmas if work.method == "standard" else (None,)
+    found = Counter((row["example_id"], row["sigma"] if work.method == "standard" else None) for row in rows)
+    wanted = {(example_id, sigma) for example_id in data.example_ids for sigma in levels}
+    for key in sorted(found.keys() | wanted, key=str):
+        if found[key] != (1 if key in wanted else 0):
+            what = "is not planned" if key not in wanted else f"is there {found[key]} times, expected once"
+            yield _row_name({"example_id": key[0], "sigma": key[1]}), what
+
+
+def _against_votes(
+    row: Mapping[str, Any], labels: Mapping[str, int], num_classes: int, terms: Terms, work: Work
+) -> Iterator[str]:
+    """One row against what its votes and the settings make of it."""
+    dual = work.method == "dual"
+    width = {"": num_classes, "_sigma": len(terms.sigmas)}
+    for ending in ("", "_sigma") if dual else ("",):
+        for phase in ("selection", "estimation"):
+            votes = row[f"counts_{phase}{ending}"]
+            draws = row[f"num_{phase}{ending if phase == 'estimation' else ''}"]
+            if any(vote < 0 for vote in votes) or sum(votes) > draws:
+                yield f"counts_{phase}{ending} {votes} do not fit {draws} draws"
+            if len(votes) not in ({width[ending]} if ending or not dual else {0, width[ending]}):
+                yield f"counts_{phase}{ending} has {len(votes)} classes, expected {width[ending]}"
+        stop, most = row[f"stop_reason{ending}"], terms.sampling.num_estimation
+        drawn = row[f"num_estimation{ending}"]
+        if (stop == Stop.FULL) != (drawn == most) and stop not in (Stop.REACHED, Stop.SKIPPED):
+            yield f"stopped as {stop!r} after {drawn} of {most} draws"
+    if row["example_id"] not in labels:
+        return  # reported against the plan
+    label = labels[row["example_id"]]
+    if dual:
+        expected = dual_row(row["example_id"], label, dual_from_row(row, terms))
+    else:
+        expected = certificate_row(row["example_id"], label, standard_from_row(row, terms))
+    yield from _differences(row, expected, DUAL_SCHEMA if dual else CERTIFICATE_SCHEMA)
+    parts = [row["alpha_sigma"], row["alpha_class"]] if dual else [row["alpha"]]
+    if sum(parts) > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
+        yield f"spends {sum(parts)!r} of alpha, the run allows {terms.sampling.alpha!r}"
+
+
+def _differences(row: Mapping[str, Any], expected: Mapping[str, Any], schema: pa.Schema) -> Iterator[str]:
+    """Columns that differ, bit for bit."""
+    plain = pa.Table.from_pylist([dict(expected)], schema=schema).to_pylist()[0]
+    for name, value in plain.items():
+        if row[name] != value:
+            yield f"{name} is {row[name]!r}, its votes give {value!r}"
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    sigma = "" if row["sigma"] is None else f", sigma {row['sigma']:g}"
+    return f"{row['example_id']}{sigma}"
+
+
+def replay(directory: RunDirectory, num: int, seed: int | None, interval_s: float = 10.0) -> list[Finding]:
+    """Draw `num` random rows again from their seeds, on this machine, and compare every column.
+
+    The choice of rows is not part of the run's seed, so that nothing in the run can prepare for it.
+
+    Args:
+        directory: the run.
+        num: rows, spread over the stores by their size.
+        seed: of the choice; None for a fresh one.
+        interval_s: seconds between two progress lines where there is no terminal.
+
+    Raises:
+        ConfigError: when the run was made on a device that is not here.
+    """
+    rows = [
+        (name, index)
+        for name in STORES
+        if (files := ShardStore(directory.path, name)).files()
+        for index in range(files.read().num_rows)
+    ]
+    chosen = random.Random(seed).sample(rows, min(num, len(rows)))  # noqa: S311 - no secret
+    findings: list[Finding] = []
+    with Progress(len(chosen), "replay", "rows", interval_s=interval_s) as progress:
+        for name in STORES:
+            if places := [index for store, index in chosen if store == name]:
+                findings += _replay_store(directory, name, places, progress)
+    return findings
+
+
+def _replay_store(directory: RunDirectory, name: str, places: Sequence[int], progress: Progress) -> list[Finding]:
+    store = ShardStore(directory.path, name)
+    kinds = {device.partition(":")[0] for device in store.devices()}
+    if "cuda" in kinds and not torch.cuda.is_available():
+        raise ConfigError(f"{name} was made on {sorted(store.devices())}: its noise can only be drawn again there")
+    work, _ = work_of(directory, name)
+    work = replace(work, device="cuda" if "cuda" in kinds else "cpu")
+    data = load_dataset(work.config.dataset, work.split)
+    position = {example_id: index for index, example_id in enumerate(data.example_ids)}
+    table = store.read()
+    rows = [row for place in places for row in table.slice(place, 1).to_pylist()]
+    made = list(procedures(work))
+    engine = build_engine(work, data.num_classes)
+
+    def tasks() -> Iterator[Any]:
+        for number, row in enumerate(rows):
+            index = position[row["example_id"]]
+            which = 0 if work.method == "dual" else work.config.sigmas.index(row["sigma"])
+            yield make_task((number, index), data, index, made[which])
+
+    findings = []
+    schema = DUAL_SCHEMA if work.method == "dual" else CERTIFICATE_SCHEMA
+    for finished in engine.run(tasks()):
+        number, index = finished.key
+        for problem in _differences(rows[number], make_row(data, index, finished.result), schema):
+            findings.append(Finding(name, _row_name(rows[number]), f"drawn again: {problem}"))
+        progress.update(1)
+    return findings

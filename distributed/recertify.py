@@ -1,0 +1,119 @@
+"""Certificates for another alpha, another split or a subset of Sigma, from stored votes alone."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError
+from core.records import Sampling
+from core.report import ReportData
+from distributed.recompute import Terms, dual_from_row, standard_from_row
+from distributed.run_directory import RunDirectory
+from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ShardStore, certificate_row, dual_row
+from distributed.tables import report_data
+
+__all__ = ["Change", "recertify"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to be different from the run.
+
+    Attributes:
+        alpha: total failure probability; None keeps the run's.
+        sigma_share: share of alpha that Dual RS spends on the noise level, in (0, 1).
+        sigmas: a subset of Sigma; None keeps all of it.
+    """
+
+    alpha: float | None = None
+    sigma_share: float = 0.5
+    sigmas: tuple[float, ...] | None = None
+
+    def name(self) -> str:
+        """Folder of the result."""
+        parts = [f"alpha-{self.alpha:g}"] if self.alpha is not None else []
+        parts += [f"share-{self.sigma_share:g}"] if self.sigma_share != 0.5 else []
+        parts += ["sigmas-" + "-".join(f"{sigma:g}" for sigma in self.sigmas)] if self.sigmas else []
+        return "_".join(parts) or "same"
+
+
+def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Path]:
+    """Derive certificates/ anew under recertified/<name of the change>/ and return what a report needs.
+
+    The votes were drawn without regard to alpha, the split or the subset, so the new certificates hold as if they had
+    been asked for in the first place; for one certificate at a time, not for the best of several changes. A noise
+    level that is left out of Sigma keeps its votes from the others: draws that the estimator gave to it count for no
+    level. Where the estimator's choice moves, the classifier's votes come from certificates/standard, which has them
+    at every level from the same noise.
+
+    Raises:
+        ConfigError: for a change out of range, or a run without the certificates that it needs.
+    """
+    config = directory.config
+    sigmas = change.sigmas or config.sigmas
+    if not set(sigmas) <= set(config.sigmas) or list(sigmas) != sorted(set(sigmas)):
+        raise ConfigError(f"sigmas must be an ascending subset of {list(config.sigmas)}, got {list(sigmas)}")
+    if not 0.0 < change.sigma_share < 1.0:
+        raise ConfigError(f"share must lie in (0, 1), got {change.sigma_share!r}")
+    certify = config.certify
+    alpha = certify.alpha if change.alpha is None else change.alpha
+    sampling = Sampling(certify.num_selection, certify.num_estimation, alpha)
+    terms = replace(Terms.of(config, sampling, certify.budget), sigma_share=change.sigma_share)
+    root = directory.path / "recertified" / change.name()
+    shutil.rmtree(root, ignore_errors=True)
+
+    standard = ShardStore(directory.path, "certificates/standard")
+    if not standard.files():
+        raise ConfigError(f"{str(standard.folder)!r} has no certificates: run jobs.certify --method standard first")
+    by_key = {(row["example_id"], row["sigma"]): row for row in standard.read().to_pylist()}
+    rows = [
+        certificate_row(row["example_id"], row["label"], standard_from_row(row, terms))
+        for row in by_key.values()
+        if row["sigma"] in sigmas
+    ]
+    ShardStore(root, "certificates/standard").commit(0, rows, CERTIFICATE_SCHEMA, "recertified")
+
+    dual = ShardStore(directory.path, "certificates/dual")
+    if dual.files():
+        subset = replace(terms, sigmas=sigmas)
+        rows = [
+            dual_row(row["example_id"], row["label"], dual_from_row(row, subset))
+            for row in _restricted(dual.read().to_pylist(), by_key, config.sigmas, subset)
+        ]
+        ShardStore(root, "certificates/dual").commit(0, rows, DUAL_SCHEMA, "recertified")
+    notes = (
+        f"Derived from the votes of {directory.path.name}: alpha = {alpha:g}, share of the noise level "
+        f"{change.sigma_share:g}, Sigma = {list(sigmas)}.",
+    )
+    changed = config.model_copy(
+        update={"sigmas": sigmas, "certify": certify.model_copy(update={"alpha": alpha}), "sigma_e": terms.sigma_e}
+    )
+    data = report_data(changed, root, directory.manifest, sigma_share=change.sigma_share, notes=notes)
+    return data, root
+
+
+def _restricted(
+    rows: list[dict[str, Any]],
+    standard: Mapping[tuple[str, float], Mapping[str, Any]],
+    all_sigmas: tuple[float, ...],
+    terms: Terms,
+) -> Iterator[dict[str, Any]]:
+    """Rows of Dual RS with the estimator's votes for the subset, and the classifier's at the level it then picks."""
+    kept = [all_sigmas.index(sigma) for sigma in terms.sigmas]
+    for row in rows:
+        before = all_sigmas[row["sigma_index"]]
+        new = dict(row)
+        for phase in ("selection", "estimation"):
+            new[f"counts_{phase}_sigma"] = [row[f"counts_{phase}_sigma"][index] for index in kept]
+        votes = new["counts_selection_sigma"]
+        sigma = terms.sigmas[votes.index(max(votes))]
+        if sigma != before or not row["counts_selection"]:
+            if terms.budget != "fixed":
+                raise ConfigError("a subset of Sigma that moves the estimator's choice needs budget: fixed")
+            new |= {key: standard[row["example_id"], sigma][key] for key in _CLASSIFIER_COLUMNS}
+        yield new
+
+
+_CLASSIFIER_COLUMNS = ("counts_selection", "counts_estimation", "num_estimation", "stop_reason")

@@ -1,0 +1,45 @@
+"""Certificates for another alpha, another split or a subset of Sigma, from stored votes, without a forward pass."""
+
+import sys
+
+from jobs._cli import job_parser, open_run, run_job
+
+
+def main() -> int:
+    """Command line."""
+    parser = job_parser("recertify", __doc__)
+    parser.usage = "python -m jobs.recertify --out RUN [alpha=1e-4] [share=0.3] [sigmas=[0.25,0.5]]"
+    parser.epilog = (
+        "alpha: total failure probability. share: the part of it that Dual RS spends on the noise level (0.5). "
+        "sigmas: a subset of Sigma. " + (parser.epilog or "")
+    )
+
+    def run(args) -> None:  # type: ignore[no-untyped-def]
+        from core.config import parse_values
+        from core.errors import ConfigError
+        from core.report.render import format_table, write_report
+        from distributed.recertify import Change, recertify
+
+        values = parse_values(args.overrides)
+        if unknown := sorted(values.keys() - {"alpha", "share", "sigmas"}):
+            raise ConfigError(f"unknown {', '.join(unknown)}; known: alpha, share, sigmas")
+        args.overrides = []
+        try:
+            sigmas = tuple(float(sigma) for sigma in values["sigmas"]) if "sigmas" in values else None
+            change = Change(
+                alpha=float(values["alpha"]) if "alpha" in values else None,
+                sigma_share=float(values.get("share", 0.5)),
+                sigmas=sigmas,
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"alpha and share are numbers, sigmas a list of numbers: {error}") from error
+        data, folder = recertify(open_run(args), change)
+        write_report(data, folder / "report")
+        print(format_table(data))
+        print(f"certificates and report: {folder}")
+
+    return run_job(parser, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
