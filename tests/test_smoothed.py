@@ -172,3 +172,49 @@ def test_certify_runs_the_denoiser_first_and_tells_it_the_sigma() -> None:
     result = g.certify(torch.zeros(1, 4, 4), num_selection=100, num_estimation=100, batch_size=100)
     assert result.counts_estimation.tolist() == [0, 100]
     assert seen == {0.5}
+
+
+def test_certify_budgets_claim_what_fixed_claims_with_fewer_draws() -> None:
+    plane = HalfSpace(axis(16, 3), 0.5)
+    images = torch.full((40, 1, 4, 4), 0.5)
+    images[:, 0, 0, 3] = torch.linspace(0.0, 1.0, 40)
+    g = SmoothedClassifier(plane, 2, 0.5, seed=3)
+    radii = (0.0, 0.1, 0.2, 0.3, 0.4)
+    fixed = g.certify_many(images, num_estimation=5000)
+    sequential = g.certify_many(images, num_estimation=5000, budget="sequential")
+    grid = g.certify_many(images, num_estimation=5000, budget="grid", radii=radii)
+    assert [c.radius for c in sequential] == [c.radius for c in fixed]
+    levels = [[sum(c.radius > r for r in radii) for c in run] for run in (fixed, grid)]
+    assert sum(abs(a - b) for a, b in zip(*levels, strict=True)) <= 2
+    assert sum(c.num_draws for c in grid) < 0.7 * sum(c.num_draws for c in fixed)
+    with pytest.raises(ConfigError, match="needs ascending radii"):
+        g.certify_many(images, budget="grid", radii=(0.2, 0.1))
+
+
+def test_certify_exact_noise_is_sound_and_wants_eight_bit_images() -> None:
+    plane = HalfSpace(axis(16, 3), 0.5)
+    g = SmoothedClassifier(plane, 2, 0.5, noise="exact")
+    image = torch.full((1, 4, 4), 204 / 255)
+    exact = g.certify(image, num_estimation=2000)
+    assert exact.prediction == 1
+    assert 0.2 < exact.radius <= plane.margin(image) + 0.5 / 255
+    assert exact != SmoothedClassifier(plane, 2, 0.5).certify(image, num_estimation=2000)
+    with pytest.raises(DataError, match="8-bit"):
+        g.certify(torch.full((1, 4, 4), 0.7123), num_estimation=2000)
+    with pytest.raises(ConfigError, match="noise must be one of"):
+        SmoothedClassifier(plane, 2, 0.5, noise="loud")  # type: ignore[arg-type]
+
+
+def test_dual_certify_light_estimator_reads_the_noisy_image() -> None:
+    def denoiser(noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(noisy)
+
+    plane = HalfSpace(axis(16, 0), 0.5)
+    image = torch.full((1, 4, 4), 0.9)
+    options = {"sigmas": (0.25, 0.5), "sigma_e": 0.5, "num_classes": 2, "denoiser": denoiser}
+    behind = DualSmoothedClassifier(plane, plane, **options).certify(image, num_estimation=1000)  # type: ignore[arg-type]
+    light = DualSmoothedClassifier(plane, plane, denoise_estimator=False, **options).certify(image, num_estimation=1000)  # type: ignore[arg-type]
+    assert (behind.sigma, light.sigma) == (0.25, 0.5)  # behind the denoiser everything is black
+    assert behind.prediction == light.prediction == 0
+    assert light.num_shared == 1100
+    assert light.num_draws == 1100
