@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
-from core.noise import chunk_key
+from core.noise_key import chunk_key
 from core.records import Phase
 
 __all__ = ["ExactNoise", "ExactTable", "exact_table"]

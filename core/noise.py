@@ -1,32 +1,20 @@
-"""Noise as a pure function of (run seed, example id, phase, sigma, chunk).
+"""Noisy copies of an image, the same ones for the same key (`core.noise_key`).
 
-A crash that is retried, another number of workers, another batch size or another order draws the very same noise, so
-nothing that happens to a run can select among certificates (a new draw after a failure would be a selection).
-
-The key goes through BLAKE2b. On the CPU 128 bits of it seed NumPy's SFC64: `torch.Generator` keeps only 32 bits of
-its seed there, and two chunks of one certificate must never coincide. On an accelerator 64 bits of it key the
-device's own Philox; that stream can differ between GPU models, which is why runs record their device.
+On the CPU the 128 bits of a key seed NumPy's SFC64: `torch.Generator` keeps only 32 bits of its seed there, and two
+chunks of one certificate must never coincide. On an accelerator 64 bits of it key the device's own Philox; that stream
+can differ between GPU models, which is why shards record their device.
 """
 
-import hashlib
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.noise_key import chunk_key
 from core.records import Phase
 
-__all__ = ["GaussianNoise", "Noise", "chunk_key", "make_noise"]
-
-
-def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int) -> bytes:
-    """The 16-byte key of one chunk of noise.
-
-    `example_id` comes last and the fields before it hold no "|", so different arguments never meet in one text.
-    """
-    text = f"{seed}|{phase.value}|{float(sigma).hex()}|{chunk}|{example_id}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+__all__ = ["GaussianNoise", "Noise", "make_noise"]
 
 
 class Noise(Protocol):

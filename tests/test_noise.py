@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from core.noise import GaussianNoise, chunk_key
+from core.noise import GaussianNoise
+from core.noise_key import chunk_key
 from core.records import Phase
 
 

@@ -64,7 +64,7 @@ PROCEDURES_ALPHA = 0.01
 
 def false_certificates_at_one_half(procedure: Callable[[float, Sampling], Procedure[Certificate]]) -> float:
     """Probability that anything is certified of two classes with p = 1/2 each, where no class has a true radius."""
-    sampling, wrong = Sampling(7, 100, PROCEDURES_ALPHA), 0.0
+    sampling, wrong = Sampling(7, 107, PROCEDURES_ALPHA), 0.0
     for chosen in range(sampling.num_selection + 1):
         for k in range(sampling.num_estimation + 1):
             ones = {Phase.SELECTION: chosen, Phase.ESTIMATION: k}
@@ -91,7 +91,7 @@ def test_false_certificates_at_one_half_finds_a_class_chosen_by_the_draws_of_its
     real = false_certificates_at_one_half(certify)
     assert real <= PROCEDURES_ALPHA, f"CERTIFY errs with {real / PROCEDURES_ALPHA:.3f} alpha"
     planted = false_certificates_at_one_half(certify_on_the_same_draws)
-    assert planted > 1.1 * PROCEDURES_ALPHA, f"the planted one errs with {planted / PROCEDURES_ALPHA:.3f} alpha"
+    assert planted > 1.9 * PROCEDURES_ALPHA, f"the planted one errs with {planted / PROCEDURES_ALPHA:.3f} alpha"
     assert math.isclose(planted, 2 * real, rel_tol=1e-9)  # either class may be the one that is lucky
 
 

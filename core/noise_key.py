@@ -1,0 +1,20 @@
+"""Noise as a pure function of (run seed, example id, phase, sigma, chunk).
+
+A crash that is retried, another number of workers, another batch size or another order draws the very same noise, so
+nothing that happens to a run can select among certificates (a new draw after a failure would be a selection).
+"""
+
+import hashlib
+
+from core.records import Phase
+
+__all__ = ["chunk_key"]
+
+
+def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int) -> bytes:
+    """The 16-byte key of one chunk of noise.
+
+    `example_id` comes last and the fields before it hold no "|", so different arguments never meet in one text.
+    """
+    text = f"{seed}|{phase.value}|{float(sigma).hex()}|{chunk}|{example_id}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
