@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100, help="test images, evenly spread (default: 100)")
     parser.add_argument("--num-estimation", type=int, default=10_000, help="draws of a stage at most (default: 10,000)")
     parser.add_argument("--step", type=float, default=0.25, help="step of the radius grid (default: 0.25)")
-    parser.add_argument("--futility-z", type=float, nargs="+", default=[float("inf"), 2.33, 1.0])
+    parser.add_argument("--futility-z", type=float, nargs="+", default=[float("inf"), 3.0, 2.33, 1.0])
     args = parser.parse_args()
 
     directory = RunDirectory(args.run, None)
@@ -55,7 +55,7 @@ def main() -> None:
                 progress.update(1)
         return [results[i] for i in chosen.tolist()], {k: v / len(chosen) for k, v in network.rows.items()}
 
-    def dual(budget: Budget, z: float = 2.33) -> Any:
+    def dual(budget: Budget, z: float = 3.0) -> Any:
         return lambda: dual_procedure(budget, config.sigmas, config.estimator_sigma, sampling, Rule(100, 0.1, z), grid)
 
     torch.set_num_threads(1)

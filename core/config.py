@@ -147,9 +147,9 @@ class CertifyConfig(_Section):
     """Radii that `budget: grid` decides; `report.radii` unless given."""
     look_every: Count = 100
     """Draws between two looks of a sequential budget."""
-    early_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    early_share: Annotated[float, Field(gt=0, lt=0.49)] = 0.1
     """Share of alpha for stopping early; the rest is for the look at the last draw."""
-    futility_z: Annotated[float, Field(gt=0)] = 2.33
+    futility_z: Annotated[float, Field(gt=0)] = 3.0
     """`grid` gives up on the next radius when it is so many standard deviations out of reach: smaller saves draws and
     loses more radii (never the guarantee), .inf gives up only on what cannot be reached."""
 

@@ -129,7 +129,7 @@ class Rule:
 
     Attributes:
         look_every: estimation draws between two looks at the votes.
-        early_share: share of alpha for stopping early (e-process); the rest is for the look at the last draw.
+        early_share: share of alpha for stopping early (e-process), below 0.49; the rest is for the last look.
         futility_z: stop when the next target is this many standard deviations out of reach; smaller stops sooner and
             loses more targets, infinity stops only when it cannot be reached. Never touches the guarantee.
 
@@ -139,13 +139,13 @@ class Rule:
 
     look_every: int = 100
     early_share: float = 0.1
-    futility_z: float = 2.33
+    futility_z: float = 3.0
 
     def __post_init__(self) -> None:
         if self.look_every < 1:
             raise ConfigError(f"look_every must be at least 1, got {self.look_every!r}")
-        if not 0.0 < self.early_share < 1.0:
-            raise ConfigError(f"early_share must lie in (0, 1), got {self.early_share!r}")
+        if not 0.0 < self.early_share < 0.49:
+            raise ConfigError(f"early_share must lie in (0, 0.49), got {self.early_share!r}")
         if not self.futility_z > 0.0:
             raise ConfigError(f"futility_z must be positive, got {self.futility_z!r}")
 

@@ -14,6 +14,7 @@ from core.confidence import (
     clopper_pearson_upper,
     draws_needed,
     largest_radius,
+    log_e_value,
     top_two,
 )
 from core.errors import ConfigError
@@ -120,3 +121,13 @@ def test_clopper_pearson_lower_out_of_range_raises(k: int, n: int, alpha: float)
 def test_top_two_ties_go_to_the_smaller_index() -> None:
     assert top_two(np.array([3, 7, 7])) == (1, 7, 7)
     assert top_two(np.array([5])) == (0, 5, 0)
+
+
+@given(n=st.integers(1, 20_000), share=st.floats(0.5, 1), low=st.floats(0, 1), high=st.floats(0, 1))
+def test_log_e_value_falls_as_the_null_rises_where_it_counts(n: int, share: float, low: float, high: float) -> None:
+    """What lets a target depend on data: evidence against a larger p0 is evidence against a smaller one."""
+    successes = math.ceil(share * n)
+    one, two = (0.5 + 0.4999 * p for p in sorted((low, high)))
+    larger = float(log_e_value(successes, n, two))
+    if larger >= math.log(1 / 0.49):
+        assert float(log_e_value(successes, n, one)) >= larger - 1e-9 * max(1.0, larger)
