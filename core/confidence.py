@@ -109,10 +109,10 @@ def log_e_value(successes: ArrayLike, num: ArrayLike, p0: float) -> Floats:
     non-negative supermartingale that starts at 1 (each ratio p1 against p0 with p1 > p0 rises with the successes), so
     with probability at least 1 - a it never reaches 1 / a, however often it is looked at (Ville's inequality).
 
-    Where it is above 1 / 0.49 and p0 >= 1/2 it falls as p0 rises: the slope of its logarithm is h (1 - 1/M) -
-    (S - n p0) / (p0 (1 - p0)), the prior's hazard h is at most 1 / (2 sqrt(p0) (1 - p0)), and S - n p0 >= p0 ln M. So whoever
-    reaches 1 / a at some p0, chosen by whatever data, reaches it at every smaller one too, the true p among them: a
-    target may depend on the other stage's draws even where both stages read the same noise.
+    Where it is above 1 / 0.49 and p0 >= 1/2 it falls as p0 rises: the slope of its logarithm is
+    h (1 - 1/M) - (S - n p0) / (p0 (1 - p0)), the prior's hazard h is at most 1 / (2 sqrt(p0) (1 - p0)), and
+    S - n p0 >= p0 ln M. So whoever reaches 1 / a at some p0, chosen by whatever data, reaches it at every smaller one
+    too, the true p among them: a target may depend on the other stage's draws even where both read the same noise.
 
     Args:
         successes: S, integers in [0, num].
