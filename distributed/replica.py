@@ -159,6 +159,7 @@ class Replica:
         self._open: set[_OpenShard] = set()
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         try:
             self._load(work)
@@ -208,8 +209,9 @@ class Replica:
         return Facts(number, len(self._plan.shards[number]), draws, time.monotonic() - start)
 
     def close(self) -> None:
-        """End the engine's thread after what is in flight."""
+        """End the engine's thread after the certificate at hand; shards that are not finished are given up."""
         if self._thread is not None:
+            self._closing.set()
             self._inbox.put(None)
             self._thread.join()
 
@@ -217,6 +219,8 @@ class Replica:
         """The engine's thread: run tasks of whatever shards arrive, complete their futures."""
         try:
             for finished in self._engine.run(self._tasks()):
+                if self._closing.is_set():
+                    return
                 shard, index = finished.key
                 shard.rows.append(make_row(self._data, index, finished.result))
                 shard.missing -= 1

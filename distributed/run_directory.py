@@ -120,7 +120,8 @@ class RunDirectory:
     def finish(self, step: str, *, read: Mapping[str, str], wrote: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Record a finished step, atomically: the hashes of the models it read and wrote, and facts worth keeping."""
         record = {"finished": _now(), "read": dict(read), "wrote": dict(wrote), **facts}
-        self._manifest["steps"][step] = record
+        # Another job may have finished a step of its own in the meantime.
+        self._manifest["steps"] = {**(self._read() or self._manifest)["steps"], step: record}
         self._write()
 
     def _read(self) -> dict[str, Any] | None:

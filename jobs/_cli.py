@@ -1,6 +1,7 @@
 """What every job's command line shares: --config, --out, overrides, errors as messages, exit codes."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +50,14 @@ def open_run(args: argparse.Namespace) -> RunDirectory:
     return directory
 
 
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def run_job(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> int:
     """Parse, run, and turn errors into one message and an exit code."""
     args = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, _terminate)  # `ray job stop`, a spot notice: end as on Ctrl-C
     try:
         run(args)
     except KeyboardInterrupt:

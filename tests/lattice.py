@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from core.confidence import clopper_pearson_lower
-from core.records import CLASSIFIER, Certificate, Counts, Rule, Sampling
-from core.sequential import climb
+from core.records import CLASSIFIER, Certificate, Counts, Rule, Sampling, Stop
+from core.sequential import climb, conclude
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -125,7 +124,33 @@ class Outcomes:
 
     def worst_false_claim(self) -> tuple[float, float]:
         """The largest probability of a false claim over true probabilities where it can peak, and where it peaks."""
-        return max((self.false_claim(p), p) for p in suspects(self.setting))
+        return max((self.false_claim(p), p) for p in self.suspects())
+
+    def suspects(self) -> list[float]:
+        """True probabilities just below what may be claimed: that of each radius, and 1/2 itself."""
+        claimed = np.unique(np.concatenate(list(self.radius.values())))
+        return [0.5, *(special.ndtr(claimed[claimed > 0.0] / self.setting.sigma) * JUST_BELOW).tolist()]
+
+    def mean_draws(self, p: float) -> float:
+        """Expected number of draws."""
+        return self.expected(p, lambda num: np.full(num + 1, float(num)))
+
+    def concluded_at(self, alpha: float) -> "Outcomes":
+        """The same stops, certified for another failure probability from the votes alone."""
+        s = self.setting
+        sampling, selection = replace(s.sampling, alpha=alpha), counts(0, s.sampling.num_selection)
+
+        def radius(successes: int, num: int) -> float:
+            votes = counts(num - successes, successes)
+            stop = Stop.FULL if num == sampling.num_estimation else Stop.REACHED
+            args = (s.sigma, s.targets, selection, votes, num, sampling, s.rule.early_share, stop)
+            return conclude(*args, grid=s.grid).radius
+
+        radii = {
+            num: np.array([radius(k, num) if ended[k] else 0.0 for k in range(num + 1)])
+            for num, ended in self.ended.items()
+        }
+        return replace(self, setting=replace(s, sampling=sampling), radius=radii)
 
 
 def outcomes(setting: Setting) -> Outcomes:
@@ -134,14 +159,5 @@ def outcomes(setting: Setting) -> Outcomes:
         setting,
         {num: np.array([c is not None for c in row]) for num, row in table.items()},
         {num: np.array([c.radius if c else 0.0 for c in row]) for num, row in table.items()},
-        {num: np.array([c is not None and c.stop == "reached" for c in row]) for num, row in table.items()},
+        {num: np.array([c is not None and c.stop == Stop.REACHED for c in row]) for num, row in table.items()},
     )
-
-
-def suspects(setting: Setting) -> list[float]:
-    """True probabilities just below what may be claimed: each target, each value of the bound, and 1/2 itself."""
-    most, alpha = setting.sampling.num_estimation, setting.sampling.alpha
-    shares = {1.0, 1 - setting.rule.early_share}
-    bounds = np.concatenate([clopper_pearson_lower(np.arange(most + 1), most, alpha * share) for share in shares])
-    claimed = np.concatenate([special.ndtr(np.array(setting.targets) / setting.sigma), bounds[bounds > 0.5]])
-    return [0.5, *(claimed * JUST_BELOW).tolist()]

@@ -139,6 +139,22 @@ def test_build_dataset_killed_and_started_again_has_every_row_once_with_the_same
     assert store.read().equals(reference)
 
 
+def test_build_dataset_terminated_says_so_and_keeps_what_is_committed(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "compute.executor=local", "compute.shard_examples=2")
+    store = ShardStore(run.path, "dataset")
+    command = [sys.executable, "-m", "jobs.build_dataset", "--out", str(run.path), "compute.executor=local"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while len(store.committed()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; what is committed stays" in errors
+    assert "Traceback" not in errors
+    assert 3 <= len(store.committed()) < 49
+
+
 def test_build_dataset_on_ray_classifier_of_another_width_is_our_error(cluster: None, tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "compute.num_replicas=1")
     save_model(SmallConvNet(1, 8, 7), run.model("classifier"))
