@@ -51,6 +51,7 @@ from tests.lattice import (
     counts,
     crossing,
     decisions,
+    first_step,
     looks,
     outcomes,
     walk,
@@ -358,6 +359,27 @@ def test_climb_grid_without_predictive_futility_is_never_below_the_fixed_look(na
             assert result.radius == (0.0, *setting.targets)[[*shown, False].index(False)]
         stops.add(result.stop)
     assert stops >= {Stop.FULL, Stop.FUTILE}
+
+
+@pytest.mark.parametrize("name", ["no target", "low target", "few looks", "patient grid", "fine grid"])
+def test_climb_is_futile_exactly_where_nothing_more_can_be_certified(name: str) -> None:
+    """Over every state that can occur: what all of the draws certify if all that are left agree."""
+    setting = SETTINGS[name]
+    most = setting.sampling.num_estimation
+    last, futile, went_on = decided(name)[most], 0, 0
+    for num, row in decided(name).items():
+        for successes in range(num + 1) if num < most else ():
+            at_best = last[successes + most - num] or first_step(setting, setting.rule, successes + most - num, most)
+            assert at_best is not None
+            here = row[successes]
+            if here is not None and here.stop == Stop.FUTILE:
+                futile += 1
+                assert at_best.radius <= here.radius
+            elif here is None and not setting.grid:  # went on (or cannot occur)
+                went_on += at_best.radius > 0.0
+                assert at_best.radius > 0.0 or first_step(setting, setting.rule, successes, num) is not None
+    assert futile > 10
+    assert went_on > 10 or setting.grid
 
 
 @pytest.mark.parametrize("p", [0.55, 0.7, 0.85, 0.93, 0.98])
