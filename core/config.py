@@ -139,7 +139,10 @@ class CertifyConfig(_Section):
     num_selection: Count = 100
     num_estimation: Count = 10_000
     alpha: Alpha = 0.001
-    """Total failure probability; Dual RS spends half of it on each stage."""
+    """Total failure probability."""
+    alpha_split: Literal["halves", "full"] = "halves"
+    """`halves`: Dual RS spends half of alpha on each stage, as published; `full`: all of it on each, for the same claim
+    (see docs/guarantees.md)."""
     budget: Literal["fixed", "sequential", "grid"] = "fixed"
     """`fixed`: all draws, the field's standard; `sequential`: the same radii, each stage of Dual RS stops as soon as
     it cannot change what is reported; `grid`: only which radii of `grid` are exceeded."""
@@ -219,15 +222,15 @@ class Config(_Section):
                 "raise it or leave it out"
             )
         asked, certify = max(self.report.radii), self.certify
-        half = certify.alpha / 2
+        half = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
         reach = largest_radius(top, certify.num_estimation, half)
         if asked >= reach:
             raise ValueError(
-                f"certify.num_estimation: {certify.num_estimation} draws at alpha / 2 = {half:g} certify radii below "
+                f"certify.num_estimation: {certify.num_estimation} draws at {half:g} a stage certify radii below "
                 f"{reach:.3f} at sigma = {top}, but report.radii asks for {asked:g}; set certify.num_estimation to at "
                 f"least {draws_needed(asked, top, half):,}, or lower report.radii"
                 if asked > 0
-                else f"certify.num_estimation: {certify.num_estimation} draws at alpha / 2 = {half:g} cannot certify "
+                else f"certify.num_estimation: {certify.num_estimation} draws at {half:g} a stage cannot certify "
                 f"anything, every input would abstain; set it to at least {draws_needed(0.0, top, half):,}"
             )
         labels = self.labels

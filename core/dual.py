@@ -1,12 +1,12 @@
 """Dual randomized smoothing (arXiv 2512.01782): a certified choice of the noise level, then a certificate at it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from core.records import (
     ABSTAIN,
     CLASSIFIER,
     ESTIMATOR,
+    AlphaSplit,
     Bound,
     Certificate,
     Draws,
@@ -15,13 +15,16 @@ from core.records import (
     Phase,
     Procedure,
     Sampling,
+    stage_sampling,
 )
 from core.smoothing import certificate, certify, predict
 
 __all__ = ["dual_certify", "dual_predict", "join_stages", "selection_heads"]
 
 
-def dual_certify(sigmas: Sequence[float], sigma_e: float, sampling: Sampling) -> Procedure[DualCertificate]:
+def dual_certify(
+    sigmas: Sequence[float], sigma_e: float, sampling: Sampling, split: AlphaSplit = "halves"
+) -> Procedure[DualCertificate]:
     """DUAL-CERTIFY: radius min(R_sigma, R_c), each stage with half of the failure probability (theorem 4.2).
 
     Where the chosen level is sigma_e itself, both stages read the same (denoised) copies. The union bound needs no
@@ -32,21 +35,22 @@ def dual_certify(sigmas: Sequence[float], sigma_e: float, sampling: Sampling) ->
         sigmas: Sigma, the noise levels in the order of the estimator's outputs.
         sigma_e: noise level of the estimator, at least max(sigmas).
         sampling: draws of each stage; alpha is the total failure probability.
+        split: how it is spent, see `core.records.AlphaSplit`.
     """
-    half = replace(sampling, alpha=sampling.alpha / 2)
+    stage = stage_sampling(sampling, split)
     heads = selection_heads(sigmas, sigma_e)
-    selection = yield Draws(sigma_e, half.num_selection, heads, Phase.SELECTION)
+    selection = yield Draws(sigma_e, stage.num_selection, heads, Phase.SELECTION)
     sigma = sigmas[int(selection[ESTIMATOR].argmax())]
     shared = sigma == sigma_e
     asked = heads if shared else (ESTIMATOR,)
-    estimation = yield Draws(sigma_e, half.num_estimation, asked, Phase.ESTIMATION)
-    level = certificate(selection[ESTIMATOR], estimation[ESTIMATOR], sigma_e, half)
+    estimation = yield Draws(sigma_e, stage.num_estimation, asked, Phase.ESTIMATION)
+    level = certificate(selection[ESTIMATOR], estimation[ESTIMATOR], sigma_e, stage)
     if level.abstained:
         return join_stages(level, None, sigmas, sampling.alpha)
     if shared:
-        label = certificate(selection[CLASSIFIER], estimation[CLASSIFIER], sigma, half)
+        label = certificate(selection[CLASSIFIER], estimation[CLASSIFIER], sigma, stage)
     else:
-        label = yield from certify(sigma, half, head=CLASSIFIER)
+        label = yield from certify(sigma, stage, head=CLASSIFIER)
     return join_stages(level, label, sigmas, sampling.alpha)
 
 

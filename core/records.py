@@ -1,9 +1,9 @@
 """The words that the rooms exchange: what a procedure asks for, what it is sent, and what it returns."""
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ __all__ = [
     "ABSTAIN",
     "CLASSIFIER",
     "ESTIMATOR",
+    "AlphaSplit",
     "Answer",
     "Bound",
     "Certificate",
@@ -27,6 +28,7 @@ __all__ = [
     "Rule",
     "Sampling",
     "Stop",
+    "stage_sampling",
 ]
 
 ABSTAIN: Final = -1
@@ -100,6 +102,21 @@ class Sampling:
             raise ConfigError(f"alpha is a failure probability and must lie in (0, 1), got {self.alpha!r}")
 
 
+AlphaSplit = Literal["halves", "full"]
+"""How Dual RS spends alpha.
+
+`halves`: alpha / 2 on each stage, as published (theorem 4.2, a union bound). `full`: alpha on each. Given the selection
+draws it is fixed which stage has the smaller true radius, and min(R_sigma, R_c) is too large only if that one stage
+errs: the joint claim fails with probability at most the larger of the two, not their sum. What is given up is that both
+stages' own radii hold jointly; each of them still holds with probability 1 - alpha.
+"""
+
+
+def stage_sampling(sampling: Sampling, split: AlphaSplit) -> Sampling:
+    """What one stage of Dual RS may spend."""
+    return replace(sampling, alpha=sampling.alpha / 2) if split == "halves" else sampling
+
+
 class Bound(StrEnum):
     """Which of the two radii of Dual RS is the smaller one."""
 
@@ -142,8 +159,8 @@ class Rule:
     futility_z: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.look_every < 1:
-            raise ConfigError(f"look_every must be at least 1, got {self.look_every!r}")
+        if isinstance(self.look_every, bool) or not isinstance(self.look_every, int) or self.look_every < 1:
+            raise ConfigError(f"look_every must be an integer of at least 1, got {self.look_every!r}")
         if not 0.0 < self.early_share < 0.49:
             raise ConfigError(f"early_share must lie in (0, 0.49), got {self.early_share!r}")
         if not self.futility_z > 0.0:

@@ -10,7 +10,6 @@ and all of its alpha in one look; the other one has only to show the same radius
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from core.records import (
     ABSTAIN,
     CLASSIFIER,
     ESTIMATOR,
+    AlphaSplit,
     Bound,
     Certificate,
     Counts,
@@ -33,6 +33,7 @@ from core.records import (
     Rule,
     Sampling,
     Stop,
+    stage_sampling,
 )
 from core.smoothing import certify
 
@@ -246,11 +247,18 @@ def certify_grid(
 
 
 def dual_certify_sequential(
-    sigmas: Sequence[float], sigma_e: float, sampling: Sampling, rule: Rule, radii: Sequence[float] = ()
+    sigmas: Sequence[float],
+    sigma_e: float,
+    sampling: Sampling,
+    rule: Rule,
+    radii: Sequence[float] = (),
+    split: AlphaSplit = "halves",
 ) -> Procedure[DualCertificate]:
     """DUAL-CERTIFY with early stopping; the same claim and the same alpha as `core.dual.dual_certify`.
 
-    Which stage goes first is decided on selection draws, so it is independent of both stages' estimation draws.
+    Which stage goes first is decided on selection draws, so it is independent of both stages' estimation draws. Where
+    the classifier goes first and the estimator then abstains, the classifier's draws were in vain: never more than both
+    stages in full, but more than `dual_certify`, which asks the estimator first.
 
     Args:
         sigmas: Sigma, in the order of the estimator's outputs.
@@ -258,17 +266,18 @@ def dual_certify_sequential(
         sampling: draws of each stage at most, and the total failure probability.
         rule: when to look and when to give up.
         radii: a grid; then only which of them the radius exceeds is decided. Empty: the radius itself.
+        split: how alpha is spent, see `core.records.AlphaSplit`.
     """
-    half = replace(sampling, alpha=sampling.alpha / 2)
+    stage = stage_sampling(sampling, split)
     heads = selection_heads(sigmas, sigma_e)
-    first_votes = yield Draws(sigma_e, half.num_selection, heads, Phase.SELECTION)
+    first_votes = yield Draws(sigma_e, stage.num_selection, heads, Phase.SELECTION)
     selection = {ESTIMATOR: first_votes[ESTIMATOR]}
     level = {ESTIMATOR: sigma_e, CLASSIFIER: sigmas[int(selection[ESTIMATOR].argmax())]}
     shared = level[CLASSIFIER] == sigma_e
     if shared:
         selection[CLASSIFIER] = first_votes[CLASSIFIER]
     else:
-        draws = Draws(level[CLASSIFIER], half.num_selection, (CLASSIFIER,), Phase.SELECTION)
+        draws = Draws(level[CLASSIFIER], stage.num_selection, (CLASSIFIER,), Phase.SELECTION)
         selection[CLASSIFIER] = (yield draws)[CLASSIFIER]
 
     first, second = stage_order(selection, level)
@@ -278,7 +287,7 @@ def dual_certify_sequential(
         level[first],
         beyond(radii),
         selection[first],
-        half,
+        stage,
         rule,
         first,
         grid=len(radii) > 0,
@@ -286,11 +295,11 @@ def dual_certify_sequential(
         others=others if shared else None,
     )
     if stages[first].abstained:
-        stages[second] = skipped(level[second], selection[second], half)
+        stages[second] = skipped(level[second], selection[second], stage)
     else:
         wanted = second_targets(radii, stages[first].radius)
         stages[second] = yield from climb(
-            level[second], wanted, selection[second], half, rule, second, grid=len(radii) > 0, given=others
+            level[second], wanted, selection[second], stage, rule, second, grid=len(radii) > 0, given=others
         )
     return join_stages(stages[ESTIMATOR], stages[CLASSIFIER], sigmas, sampling.alpha, tie_of(first))
 
@@ -345,12 +354,18 @@ def standard_procedure(
 
 
 def dual_procedure(
-    budget: Budget, sigmas: Sequence[float], sigma_e: float, sampling: Sampling, rule: Rule, radii: Sequence[float]
+    budget: Budget,
+    sigmas: Sequence[float],
+    sigma_e: float,
+    sampling: Sampling,
+    rule: Rule,
+    radii: Sequence[float],
+    split: AlphaSplit = "halves",
 ) -> Procedure[DualCertificate]:
     """DUAL-CERTIFY with the budget that a configuration names; `radii` is the grid of `grid`."""
     if budget == "fixed":
-        return dual_certify(sigmas, sigma_e, sampling)
-    return dual_certify_sequential(sigmas, sigma_e, sampling, rule, _grid(radii) if budget == "grid" else ())
+        return dual_certify(sigmas, sigma_e, sampling, split)
+    return dual_certify_sequential(sigmas, sigma_e, sampling, rule, _grid(radii) if budget == "grid" else (), split)
 
 
 def _grid(radii: Sequence[float]) -> Sequence[float]:

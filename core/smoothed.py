@@ -16,7 +16,7 @@ from core.engine import Engine, Task
 from core.errors import ConfigError
 from core.network import Denoiser, Head, Module, Network
 from core.noise import make_noise
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Procedure, Rule, Sampling
+from core.records import CLASSIFIER, ESTIMATOR, AlphaSplit, Certificate, DualCertificate, Procedure, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
 from core.smoothing import predict
 
@@ -288,8 +288,12 @@ class DualSmoothedClassifier(_Smoothed):
         budget: Budget = "fixed",
         radii: Sequence[float] = (),
         rule: Rule = DEFAULT_RULE,
+        alpha_split: AlphaSplit = "halves",
     ) -> DualCertificate:
-        """DUAL-CERTIFY one image; arguments and errors as for `SmoothedClassifier.certify`, draws of each stage."""
+        """DUAL-CERTIFY one image; arguments and errors as for `SmoothedClassifier.certify`, draws of each stage.
+
+        `alpha_split` says how alpha is spent on the stages, see `core.records.AlphaSplit`.
+        """
         ids = None if example_id is None else [example_id]
         return self.certify_many(
             [x],
@@ -301,6 +305,7 @@ class DualSmoothedClassifier(_Smoothed):
             budget=budget,
             radii=radii,
             rule=rule,
+            alpha_split=alpha_split,
         )[0]
 
     def certify_many(
@@ -315,6 +320,7 @@ class DualSmoothedClassifier(_Smoothed):
         budget: Budget = "fixed",
         radii: Sequence[float] = (),
         rule: Rule = DEFAULT_RULE,
+        alpha_split: AlphaSplit = "halves",
     ) -> list[DualCertificate]:
         """DUAL-CERTIFY many images at once; see `SmoothedClassifier.certify_many`."""
         sampling = Sampling(num_selection, num_estimation, alpha)
@@ -322,7 +328,7 @@ class DualSmoothedClassifier(_Smoothed):
             images,
             example_ids,
             batch_size,
-            lambda: dual_procedure(budget, self.sigmas, self.sigma_e, sampling, rule, radii),
+            lambda: dual_procedure(budget, self.sigmas, self.sigma_e, sampling, rule, radii, alpha_split),
         )
 
     def predict(

@@ -156,8 +156,9 @@ def _against_votes(
         expected = certificate_row(row["example_id"], label, standard_from_row(row, terms))
     yield from _differences(row, expected, DUAL_SCHEMA if dual else CERTIFICATE_SCHEMA)
     parts = [row["alpha_sigma"], row["alpha_class"]] if dual else [row["alpha"]]
-    if sum(parts) > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
-        yield f"spends {sum(parts)!r} of alpha, the run allows {terms.sampling.alpha!r}"
+    spent = max(parts) if terms.split == "full" else sum(parts)
+    if spent > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
+        yield f"spends {spent!r} of alpha, the run allows {terms.sampling.alpha!r}"
 
 
 def _differences(row: Mapping[str, Any], expected: Mapping[str, Any], schema: pa.Schema) -> Iterator[str]:

@@ -4,10 +4,10 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from core.errors import ConfigError
-from core.records import Sampling
+from core.records import AlphaSplit, Sampling
 from core.report import ReportData
 from distributed.recompute import Terms, dual_from_row, standard_from_row
 from distributed.run_directory import RunDirectory
@@ -24,16 +24,19 @@ class Change:
     Attributes:
         alpha: total failure probability; None keeps the run's.
         sigma_share: share of alpha that Dual RS spends on the noise level, in (0, 1).
+        split: how Dual RS spends alpha; None keeps the run's way.
         sigmas: a subset of Sigma; None keeps all of it.
     """
 
     alpha: float | None = None
     sigma_share: float = 0.5
+    split: AlphaSplit | None = None
     sigmas: tuple[float, ...] | None = None
 
     def name(self) -> str:
         """Folder of the result."""
         parts = [f"alpha-{self.alpha:g}"] if self.alpha is not None else []
+        parts += [f"split-{self.split}"] if self.split is not None else []
         parts += [f"share-{self.sigma_share:g}"] if self.sigma_share != 0.5 else []
         parts += ["sigmas-" + "-".join(f"{sigma:g}" for sigma in self.sigmas)] if self.sigmas else []
         return "_".join(parts) or "same"
@@ -58,9 +61,12 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Path
     if not 0.0 < change.sigma_share < 1.0:
         raise ConfigError(f"share must lie in (0, 1), got {change.sigma_share!r}")
     certify = config.certify
+    split = change.split or certify.alpha_split
+    if split not in get_args(AlphaSplit) or (split == "full" and change.sigma_share != 0.5):
+        raise ConfigError(f"split is one of {get_args(AlphaSplit)}, and share goes with halves alone, got {change}")
     alpha = certify.alpha if change.alpha is None else change.alpha
     sampling = Sampling(certify.num_selection, certify.num_estimation, alpha)
-    terms = replace(Terms.of(config, sampling, certify.budget), sigma_share=change.sigma_share)
+    terms = replace(Terms.of(config, sampling, certify.budget), split=split, sigma_share=change.sigma_share)
     root = directory.path / "recertified" / change.name()
     shutil.rmtree(root, ignore_errors=True)
 
@@ -88,7 +94,11 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Path
         f"{change.sigma_share:g}, Sigma = {list(sigmas)}.",
     )
     changed = config.model_copy(
-        update={"sigmas": sigmas, "certify": certify.model_copy(update={"alpha": alpha}), "sigma_e": terms.sigma_e}
+        update={
+            "sigmas": sigmas,
+            "certify": certify.model_copy(update={"alpha": alpha, "alpha_split": split}),
+            "sigma_e": terms.sigma_e,
+        }
     )
     data = report_data(changed, root, directory.manifest, sigma_share=change.sigma_share, notes=notes)
     return data, root

@@ -9,7 +9,7 @@ import numpy as np
 
 from core.config import Config
 from core.dual import join_stages
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, Counts, DualCertificate, Rule, Sampling, Stop
+from core.records import CLASSIFIER, ESTIMATOR, AlphaSplit, Certificate, Counts, DualCertificate, Rule, Sampling, Stop
 from core.sequential import Budget, beyond, conclude, second_targets, skipped, stage_order, tie_of
 from core.smoothing import certificate
 
@@ -27,7 +27,8 @@ class Terms:
         radii: the grid of `grid`, empty otherwise.
         sigmas: Sigma.
         sigma_e: the estimator's noise level.
-        sigma_share: share of alpha that the estimator's stage spends.
+        split: how Dual RS spends alpha.
+        sigma_share: share of alpha that the estimator's stage spends, where it is divided.
     """
 
     sampling: Sampling
@@ -36,10 +37,13 @@ class Terms:
     radii: tuple[float, ...]
     sigmas: tuple[float, ...]
     sigma_e: float
+    split: AlphaSplit = "halves"
     sigma_share: float = 0.5
 
     def stages(self) -> dict[str, Sampling]:
-        """Draws and failure probability of each stage of Dual RS; both never spend more than alpha."""
+        """Draws and failure probability of each stage of Dual RS."""
+        if self.split == "full":
+            return {ESTIMATOR: self.sampling, CLASSIFIER: self.sampling}
         alpha = self.sampling.alpha
         level = alpha * self.sigma_share
         label = level if self.sigma_share == 0.5 else math.nextafter(alpha - level, 0.0)
@@ -56,6 +60,7 @@ class Terms:
             radii=config.grid_radii if budget == "grid" else (),
             sigmas=config.sigmas,
             sigma_e=config.estimator_sigma,
+            split=certify.alpha_split,
         )
 
 

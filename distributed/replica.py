@@ -103,7 +103,9 @@ def procedures(work: Work) -> Iterator[Callable[[], Any]]:
         config.grid_radii,
     )
     if work.method == "dual":
-        yield partial(dual_procedure, work.budget, config.sigmas, config.estimator_sigma, *arguments)
+        yield partial(
+            dual_procedure, work.budget, config.sigmas, config.estimator_sigma, *arguments, certify.alpha_split
+        )
         return
     for sigma in config.sigmas:
         yield partial(standard_procedure, work.budget, sigma, *arguments)

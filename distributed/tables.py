@@ -93,6 +93,9 @@ def report_data(
     Raises:
         DataError: when standard certificates are missing, or methods cover different examples.
     """
+    alpha = config.certify.alpha
+    full = config.certify.alpha_split == "full"
+    stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
     table = ShardStore(root, "certificates/standard").read()
     standard = _standard_rows(table, config.sigmas)
     baseline_store = ShardStore(root, "certificates/standard-base")
@@ -123,8 +126,9 @@ def report_data(
         standard=standard,
         baseline=baseline,
         dual=dual,
-        standard_at_dual_alpha=_radii_at(table, config.sigmas, config.certify.alpha * (1 - sigma_share)),
+        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]),
         alpha=config.certify.alpha,
+        alpha_stages=stages,
         num_selection=config.certify.num_selection,
         num_estimation=config.certify.num_estimation,
         manifest=manifest,

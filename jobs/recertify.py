@@ -8,10 +8,10 @@ from jobs._cli import job_parser, open_run, run_job
 def main() -> int:
     """Command line."""
     parser = job_parser("recertify", __doc__)
-    parser.usage = "python -m jobs.recertify --out RUN [alpha=1e-4] [share=0.3] [sigmas=[0.25,0.5]]"
+    parser.usage = "python -m jobs.recertify --out RUN [alpha=1e-4] [split=full | share=0.3] [sigmas=[0.25,0.5]]"
     parser.epilog = (
-        "alpha: total failure probability. share: the part of it that Dual RS spends on the noise level (0.5). "
-        "sigmas: a subset of Sigma. " + (parser.epilog or "")
+        "alpha: total failure probability. split: halves or full, how Dual RS spends it. share: the part of it that "
+        "Dual RS spends on the noise level (0.5). sigmas: a subset of Sigma. " + (parser.epilog or "")
     )
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
@@ -21,14 +21,15 @@ def main() -> int:
         from distributed.recertify import Change, recertify
 
         values = parse_values(args.overrides)
-        if unknown := sorted(values.keys() - {"alpha", "share", "sigmas"}):
-            raise ConfigError(f"unknown {', '.join(unknown)}; known: alpha, share, sigmas")
+        if unknown := sorted(values.keys() - {"alpha", "share", "sigmas", "split"}):
+            raise ConfigError(f"unknown {', '.join(unknown)}; known: alpha, share, sigmas, split")
         args.overrides = []
         try:
             sigmas = tuple(float(sigma) for sigma in values["sigmas"]) if "sigmas" in values else None
             change = Change(
                 alpha=float(values["alpha"]) if "alpha" in values else None,
                 sigma_share=float(values.get("share", 0.5)),
+                split=values.get("split"),
                 sigmas=sigmas,
             )
         except (TypeError, ValueError) as error:

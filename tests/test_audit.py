@@ -201,6 +201,17 @@ def test_audit_sequential_budgets_are_recomputed_too(budget: str, tmp_path: Path
     assert len(stops) > 1, "nothing stopped early: the test shows nothing"
 
 
+def test_audit_and_recertify_full_split_agree_with_each_other(run: RunDirectory, tmp_path: Path) -> None:
+    full = finished_run(tmp_path / "full", "certify.alpha_split=full")
+    assert problems(full) == []
+    _, root = recertify(run, Change(split="full"))
+    derived, made = ShardStore(root, "certificates/dual").read(), ShardStore(full.path, "certificates/dual").read()
+    assert derived.equals(made)
+    halves = ShardStore(run.path, "certificates/dual").read()
+    assert sum(derived.column("radius").to_pylist()) > sum(halves.column("radius").to_pylist())
+    assert set(made.column("alpha_class").to_pylist()) == {0.01}
+
+
 def test_recertify_smaller_alpha_equals_the_formula(run: RunDirectory) -> None:
     before = {row["example_id"]: row for row in ShardStore(run.path, "certificates/dual").read().to_pylist()}
     data, root = recertify(run, Change(alpha=1e-4, sigma_share=0.25))
@@ -241,7 +252,15 @@ def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDi
 
 
 @pytest.mark.parametrize(
-    "change", [Change(sigmas=(0.3,)), Change(sigma_share=1.5), Change(alpha=2.0), Change(sigmas=(0.5, 0.25))]
+    "change",
+    [
+        Change(sigmas=(0.3,)),
+        Change(sigma_share=1.5),
+        Change(sigma_share=0.3, split="full"),
+        Change(split="thirds"),  # type: ignore[arg-type]
+        Change(alpha=2.0),
+        Change(sigmas=(0.5, 0.25)),
+    ],
 )
 def test_recertify_bad_change_raises(change: Change, run: RunDirectory) -> None:
     with pytest.raises(ConfigError):

@@ -52,7 +52,7 @@ def report() -> ReportData:
         dual=dual(),
         standard_at_dual_alpha=np.array([[0.28, 0.6], [0.28, 1.1], [0.2, 0.0], [0.1, 0.0], [0.0, 0.0]]),
         baseline=(standard(0.25, [1, 0, 0, 0, 0], [0.3, 0.0, 0.0, 0.0, 0.0]),),
-        alpha=0.001, num_selection=10, num_estimation=100,
+        alpha=0.001, alpha_stages=(0.0005, 0.0005), num_selection=10, num_estimation=100,
         notes=("A note.",), manifest={"seed": 17, "path": Path("runs/a"), "versions": {"numpy": "2"}},
     )  # fmt: skip
 
@@ -166,14 +166,14 @@ def test_write_report_lost_and_spare_radius_equal_hand_count(written: Path) -> N
     assert "R_sigma - R_c has median 0.3000; it is negative for 33.33%" in text
 
 
-def test_write_report_summary_states_alpha_and_its_halves(written: Path) -> None:
+def test_write_report_summary_states_alpha_and_its_split(written: Path) -> None:
     text = (written / "report.md").read_text()
     for words in (
         "5 examples of digits",
         "n0 = 10 ",
         "n = 100 ",
         "alpha = 0.001 ",
-        "0.0005 for the noise level",
+        "0.0005 on the noise level",
         "17.",
     ):
         assert words in text

@@ -7,7 +7,7 @@ from scipy import special, stats
 
 from core.dual import dual_certify, dual_predict
 from core.errors import ConfigError
-from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, Answer, Bound, Counts, Draws, Phase, Sampling
+from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, AlphaSplit, Answer, Bound, Counts, Draws, Phase, Sampling
 from core.smoothing import certificate, certify, predict
 from tests.oracles import drive
 
@@ -149,3 +149,40 @@ def test_dual_predict_spends_half_of_alpha_on_each_stage() -> None:
     assert result.class_stage is not None
     assert result.sigma_stage.alpha == result.class_stage.alpha == 0.01
     assert drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((50, 50), (0, 95, 5), [])).prediction == ABSTAIN
+
+
+@pytest.mark.parametrize("split", ["halves", "full"])
+@pytest.mark.parametrize("shared", [False, True], ids=["independent votes", "the same votes"])
+@pytest.mark.parametrize(("p_sigma", "p_class"), [(0.75, 0.75), (0.75, 0.8), (0.9, 0.7)])
+def test_dual_certify_false_claim_probability_by_exact_sum_is_at_most_alpha(
+    split: AlphaSplit, shared: bool, p_sigma: float, p_class: float
+) -> None:
+    """Stages of two outcomes each, right ones with p_sigma and p_class; selection is taken to be right."""
+    n, alpha, sigma_e = 60, 0.1, 0.5
+    true_radius = sigma_e * special.ndtri(min(p_sigma, p_class))
+
+    def radius(k_sigma: int, k_class: int) -> float:
+        votes = {
+            ESTIMATOR: (counts(0, 9), counts(n - k_sigma, k_sigma)),
+            CLASSIFIER: (counts(0, 9), counts(n - k_class, k_class)),
+        }
+        procedure = dual_certify((0.25, sigma_e), sigma_e, Sampling(9, n, alpha), split)
+        return drive(procedure, lambda d: {h: votes[h][d.phase == Phase.ESTIMATION] for h in d.heads}).radius
+
+    pmf_sigma, pmf_class = (stats.binom.pmf(np.arange(n + 1), n, p) for p in (p_sigma, p_class))
+    if shared:  # a copy that the worse stage gets right is one that the better stage gets right: monotone coupling
+        low, high = sorted((p_sigma, p_class))
+        wrong = 0.0
+        for worse in range(n + 1):
+            extra = stats.binom.pmf(np.arange(n - worse + 1), n - worse, (high - low) / (1 - low))
+            for more, weight in enumerate(extra):
+                pair = (worse, worse + more) if p_sigma <= p_class else (worse + more, worse)
+                if radius(*pair) > true_radius:
+                    wrong += float(stats.binom.pmf(worse, n, low) * weight)
+    else:
+        wrong = sum(
+            float(pmf_sigma[i] * pmf_class[j]) for i in range(n + 1) for j in range(n + 1) if radius(i, j) > true_radius
+        )
+    assert wrong <= alpha
+    if shared and split == "full" and p_class == 0.8:
+        assert wrong > 0.5 * alpha  # nothing is left to give away: a test of alpha on each stage that could fail

@@ -149,7 +149,8 @@ class ReportData:
             class; None when it was not measured.
         baseline: standard RS with the off-the-shelf classifier.
         strict: whether a certificate counts at r when its radius is > r (else >= r).
-        alpha: failure probability per example; Dual RS spends half of it on each stage.
+        alpha: failure probability per example.
+        alpha_stages: what Dual RS spends on the noise level and on the class.
         num_selection, num_estimation: draws of each certificate (n0 and n).
         notes: sentences to show below the summary.
         manifest: configuration, versions, seed; shown as JSON.
@@ -167,6 +168,7 @@ class ReportData:
     baseline: tuple[StandardRows, ...] = ()
     strict: bool = True
     alpha: float
+    alpha_stages: tuple[float, float]
     num_selection: int
     num_estimation: int
     notes: tuple[str, ...] = ()

@@ -121,8 +121,8 @@ def _summary(data: ReportData) -> str:
         text += " Dual RS was not run."
     else:
         text += (
-            f" Dual RS halves it: {data.alpha / 2:g} for the noise level and {data.alpha / 2:g} for the class, "
-            "each stage with its own draws."
+            f" Dual RS spends {data.alpha_stages[0]:g} on the noise level and {data.alpha_stages[1]:g} on the class; "
+            "the claim holds at alpha."
         )
     text += "" if seed is None else f" Seed {seed}."
     counted = "radius > r" if data.strict else "radius >= r"
