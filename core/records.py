@@ -229,6 +229,11 @@ class Certificate(_Record):
         return self.num_selection + self.num_estimation
 
     @property
+    def num_non_finite(self) -> int:
+        """Draws that voted for no class: their logits were not finite (or an exact draw was undecided)."""
+        return self.num_draws - int(self.counts_selection.sum() + self.counts_estimation.sum())
+
+    @property
     def top_class(self) -> int:
         """Class that the selection draws chose, certified or not."""
         return int(self.counts_selection.argmax())

@@ -86,6 +86,7 @@ def test_run_non_finite_logits_count_for_no_class() -> None:
     expected = naive_counts(half_broken, images(1)[0], 3, "x0", "estimation", 0.25, 250, 2)
     assert result.counts_estimation.tolist() == expected.tolist()
     assert 0 < result.counts_estimation.sum() < 250
+    assert result.num_non_finite == 350 - result.counts_estimation.sum() - result.counts_selection.sum()
 
 
 def test_run_every_forward_pass_has_the_batch_shape() -> None:
