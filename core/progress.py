@@ -7,7 +7,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "clock"]
 
 
 class Progress:
@@ -48,8 +48,8 @@ class Progress:
         self._last = time.monotonic()
         elapsed = self._last - self._start
         rate = (self.done - self._initial) / elapsed if elapsed > 0 else 0.0
-        eta = f"ETA {_clock((self.total - self.done) / rate)}" if rate > 0 else "ETA unknown"
-        ending = eta if self.done < self.total else f"took {_clock(elapsed)}"
+        eta = f"ETA {clock((self.total - self.done) / rate)}" if rate > 0 else "ETA unknown"
+        ending = eta if self.done < self.total else f"took {clock(elapsed)}"
         note = f", {self._note}" if self._note else ""
         share = 100.0 * self.done / max(self.total, 1)
         print(
@@ -68,7 +68,8 @@ class Progress:
             self._print()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -22,6 +22,7 @@ JOBS = [
     "pipeline",
     "recertify",
     "report",
+    "status",
     "train_base",
     "train_estimator",
 ]

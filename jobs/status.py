@@ -1,0 +1,36 @@
+"""How far a run is, from its directory alone: examples, rate, ETA and time since the last shard."""
+
+import sys
+import time
+
+from core.progress import clock
+from jobs._cli import job_parser, open_run, run_job
+
+
+def main() -> int:
+    """Command line."""
+    parser = job_parser("status", __doc__)
+
+    def run(args) -> None:  # type: ignore[no-untyped-def]
+        from distributed.status import status
+
+        directory = open_run(args)
+        print(
+            f"{directory.path}: {len(directory.manifest['steps'])} steps finished"
+            f" ({', '.join(directory.manifest['steps']) or 'none'})"
+        )
+        for store in status(directory, time.time()):
+            parts = [f"{store.done:,}/{store.total:,} examples ({100 * store.done / max(store.total, 1):.0f}%)"]
+            parts += [f"{store.rate:,.1f} examples/s"] if store.rate is not None else []
+            if store.finished:
+                parts.append("finished")
+            else:
+                parts += [f"ETA {clock(store.eta_s)}"] if store.eta_s is not None else []
+                parts += [f"last shard {clock(store.idle_s)} ago"] if store.idle_s is not None else []
+            print(f"{store.store}: {', '.join(parts)}")
+
+    return run_job(parser, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
