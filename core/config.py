@@ -262,16 +262,23 @@ class Config(_Section):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides a run's numbers, as plain JSON: all but the report and where things run."""
-        plain = self.model_dump(mode="json", exclude={"report": True})
-        kept = ("batch_size", "chunk_size", "train_threads")
-        plain["compute"] = {key: plain["compute"][key] for key in kept}
-        plain["sigma_e"] = self.estimator_sigma
-        plain["certify"]["grid"] = list(self.grid_radii) if self.certify.budget == "grid" else []
-        return plain
+        return self._identity(exclude_defaults=False)
 
     def fingerprint(self) -> str:
-        """Short hash of `identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        """Short hash of what differs from the defaults in `identity`, so that a later version may add keys."""
+        text = json.dumps(self._identity(exclude_defaults=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _identity(self, exclude_defaults: bool) -> dict[str, Any]:
+        plain = self.model_dump(mode="json", exclude={"report": True}, exclude_defaults=exclude_defaults)
+        compute = plain.pop("compute", {})
+        plain["compute"] = {
+            key: compute[key] for key in ("batch_size", "chunk_size", "train_threads") if key in compute
+        }
+        plain["sigma_e"] = self.estimator_sigma
+        if self.certify.budget == "grid":
+            plain["certify"]["grid"] = list(self.grid_radii)
+        return plain
 
 
 class _Loader(yaml.SafeLoader):

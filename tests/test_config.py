@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -94,3 +95,17 @@ def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> N
         assert parse_config(MINIMAL, [same]).fingerprint() == base
     for other in ("seed=1", "compute.batch_size=7", "compute.chunk_size=7", "certify.num_selection=7", "sigma_e=0.6"):
         assert parse_config(MINIMAL, [other]).fingerprint() != base
+
+
+def test_fingerprint_is_that_of_what_differs_from_the_defaults() -> None:
+    """A run made before a key existed goes on under a version that has it."""
+    plain = parse_config(MINIMAL).model_dump(mode="json")
+    spelled_out = parse_config(plain)
+    assert spelled_out.fingerprint() == parse_config(MINIMAL).fingerprint()
+    text = json.dumps(spelled_out._identity(exclude_defaults=True))
+    assert "alpha_split" not in text
+    assert "sigmas" in text
+    grids = [
+        parse_config(MINIMAL, ["certify.budget=grid", f"certify.grid={grid}"]) for grid in ("[0.1]", "[0.2]", "[]")
+    ]
+    assert len({config.fingerprint() for config in grids}) == 3
