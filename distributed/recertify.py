@@ -67,28 +67,29 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Path
     alpha = certify.alpha if change.alpha is None else change.alpha
     sampling = Sampling(certify.num_selection, certify.num_estimation, alpha)
     terms = replace(Terms.of(config, sampling, certify.budget), split=split, sigma_share=change.sigma_share)
-    root = directory.path / "recertified" / change.name()
-    shutil.rmtree(root, ignore_errors=True)
 
     standard = ShardStore(directory.path, "certificates/standard")
     if not standard.files():
         raise ConfigError(f"{str(standard.folder)!r} has no certificates: run jobs.certify --method standard first")
     by_key = {(row["example_id"], row["sigma"]): row for row in standard.read().to_pylist()}
-    rows = [
+    standard_rows = [
         certificate_row(row["example_id"], row["label"], standard_from_row(row, terms))
         for row in by_key.values()
         if row["sigma"] in sigmas
     ]
-    ShardStore(root, "certificates/standard").commit(0, rows, CERTIFICATE_SCHEMA, "recertified")
-
     dual = ShardStore(directory.path, "certificates/dual")
-    if dual.files():
-        subset = replace(terms, sigmas=sigmas)
-        rows = [
-            dual_row(row["example_id"], row["label"], dual_from_row(row, subset))
-            for row in _restricted(dual.read().to_pylist(), by_key, config.sigmas, subset)
-        ]
-        ShardStore(root, "certificates/dual").commit(0, rows, DUAL_SCHEMA, "recertified")
+    subset = replace(terms, sigmas=sigmas)
+    dual_rows = [
+        dual_row(row["example_id"], row["label"], dual_from_row(row, subset))
+        for row in _restricted(dual.read().to_pylist() if dual.files() else [], by_key, config.sigmas, subset)
+    ]
+
+    # Only now, when nothing can be refused any more, the result of an earlier call makes room.
+    root = directory.path / "recertified" / change.name()
+    shutil.rmtree(root, ignore_errors=True)
+    ShardStore(root, "certificates/standard").commit(0, standard_rows, CERTIFICATE_SCHEMA, "recertified")
+    if dual_rows:
+        ShardStore(root, "certificates/dual").commit(0, dual_rows, DUAL_SCHEMA, "recertified")
     notes = (
         f"Derived from the votes of {directory.path.name}: alpha = {alpha:g}, share of the noise level "
         f"{change.sigma_share:g}, Sigma = {list(sigmas)}.",
