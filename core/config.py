@@ -177,15 +177,27 @@ class ComputeConfig(_Section):
     """Rows of every forward pass."""
     chunk_size: Count = 100
     """Draws that share one noise key."""
-    num_replicas: Annotated[int, Field(ge=0)] = 0
-    """Replicas (one per GPU, or one per CPU slot); 0 takes what the cluster has."""
+    min_replicas: Count = 1
+    """Replicas that the pool keeps at least, where `max_replicas` is given."""
+    max_replicas: Annotated[int, Field(ge=0)] = 0
+    """Replicas at most: the pool asks an autoscaling cluster for so many. 0 takes what the cluster has room for now."""
+    gpus_per_replica: Positive = 1.0
+    """Share of a GPU that a replica takes; 0.5 puts two on one."""
     threads_per_replica: Count = 1
     """CPU threads of a replica."""
     train_threads: Count = 1
     """CPU threads of the training jobs; another number may change the last bits of the weights, and does not pay for
     networks as small as the digits'."""
-    shard_examples: Count = 40
-    """Examples per Parquet shard, the unit of work and of what a crash can lose."""
+    shard_examples: Literal["auto"] | Count = "auto"
+    """Examples per Parquet shard, the unit of work and of what a crash can lose; `auto` measures the rate first."""
+    shard_seconds: Positive = 20.0
+    """What a shard should take one replica, for `shard_examples: auto`."""
+    part_rows: Count = 1_000_000
+    """Rows of the files into which shards are joined when a step is finished."""
+    max_errors: Annotated[int, Field(ge=0)] = 100
+    """A step gives up when more examples than this cannot be run."""
+    max_attempts: Count = 20
+    """A step gives up on a shard that so many replicas have begun and none has finished."""
     progress_interval_s: Positive = 10.0
     """Seconds between two progress lines where there is no terminal."""
 
@@ -245,6 +257,11 @@ class Config(_Section):
         grid = list(certify.grid)
         if grid != sorted(set(grid)):
             raise ValueError(f"certify.grid: must be ascending and distinct, got {grid}; sort them")
+        compute = self.compute
+        if compute.max_replicas and compute.min_replicas > compute.max_replicas:
+            raise ValueError(
+                f"compute.min_replicas: {compute.min_replicas} is above compute.max_replicas = {compute.max_replicas}"
+            )
         low, high = self.base.noise_range
         if low >= high:
             raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")

@@ -7,17 +7,18 @@ Finished ones leave and new ones enter, so that the device never sees a half-emp
 last one is padded: every forward pass has the same shape, so a row's result does not depend on what else is running.
 """
 
+import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
 from core.network import Network
 from core.noise import Noise
 from core.records import Draws, Procedure
@@ -46,10 +47,24 @@ class Task(Generic[R]):
 
 @dataclass(frozen=True, slots=True)
 class Finished(Generic[R]):
-    """A task's key and its procedure's result."""
+    """A task's key and what its procedure returned, or the error that ended it.
+
+    Attributes:
+        key: the task's.
+        value: what the procedure returned; None when it failed.
+        error: of this task alone (its image, its procedure); the other tasks are not touched by it.
+    """
 
     key: Any
-    result: R
+    value: R | None
+    error: Exception | None = None
+
+    @property
+    def result(self) -> R:
+        """What the procedure returned; raises the task's error."""
+        if self.error is not None:
+            raise self.error
+        return cast(R, self.value)
 
 
 @dataclass(slots=True, eq=False)
@@ -120,6 +135,29 @@ class Engine:
         self.live = 0
         """Procedures that have started and not finished."""
 
+    @torch.inference_mode()
+    def warm_up(self, image_shape: tuple[int, ...], requests: Iterable[Draws]) -> float:
+        """One forward pass of the batch shape for each kind of request, so that a device that is too small or a network
+        that does not fit says so before any work is taken.
+
+        Args:
+            image_shape: ``(C, H, W)``.
+            requests: one of each kind that procedures will make.
+
+        Returns:
+            Seconds that the last pass took.
+        """
+        zeros = torch.zeros((self.batch_size, *image_shape), device=self._device)
+        seconds = 0.0
+        for draws in requests:
+            sigma = torch.full((self.batch_size,), draws.sigma, device=self._device)
+            start = time.perf_counter()
+            for values in self.network(self.network.lane(draws), zeros, sigma).values():
+                values.sum().item()  # waits for the device
+            seconds = time.perf_counter() - start
+        self.network.rows.clear()
+        return seconds
+
     def run(self, tasks: Iterable[Task[R] | None]) -> Iterator[Finished[R]]:
         """Run every task and yield results in the order of completion.
 
@@ -128,7 +166,7 @@ class Engine:
                 has; a source that yields None while `live` is 0 is asked again at once, so it should block then.
 
         Raises:
-            ModelError, ConfigError: from the network or a procedure; the engine must not be used afterwards.
+            ModelError, ConfigError: from the network, which all tasks share. An error of one task is in its `Finished`.
         """
         source = iter(tasks)
         exhausted = False
@@ -166,15 +204,17 @@ class Engine:
         return max((lane.rows for lane in self._lanes.values()), default=0)
 
     def _start(self, task: Task[R]) -> Iterator[Finished[R]]:
-        self.live += 1
         image = task.image.to(self._device, torch.float32, non_blocking=True)
         if self._noisy is None:
             self._noisy = torch.zeros((self.batch_size, *image.shape), device=self._device)
         elif self._noisy.shape[1:] != image.shape:
-            raise ConfigError(
+            error = DataError(
                 f"example {task.example_id!r} has shape {tuple(image.shape)}, "
                 f"the others {tuple(self._noisy.shape[1:])}: all images of a run must have one shape"
             )
+            yield Finished(task.key, None, error)
+            return
+        self.live += 1
         yield from self._resume(task, image, None)
 
     def _resume(self, task: Task[R], image: Tensor, answer: dict[str, Any] | None) -> Iterator[Finished[R]]:
@@ -184,6 +224,10 @@ class Engine:
         except StopIteration as stop:
             self.live -= 1
             yield Finished(task.key, stop.value)
+            return
+        except Exception as error:  # of this procedure alone: its neighbours go on
+            self.live -= 1
+            yield Finished(task.key, None, error)
             return
         slot = self._free_slots.pop()
         self._votes[slot].zero_()

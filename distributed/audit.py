@@ -11,14 +11,13 @@ import torch
 
 from core.data import Dataset, load_dataset
 from core.errors import ConfigError, DataError
-from core.files import file_sha256
 from core.progress import Progress
 from core.records import Stop
 from distributed.launch import STORES, step_of, work_of
 from distributed.recompute import Terms, dual_from_row, standard_from_row
 from distributed.replica import Work, build_engine, make_row, make_task, procedures
 from distributed.run_directory import RunDirectory
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row
+from distributed.shards import ERROR, OK, ShardStore, certificate_row, dual_row, error_row
 
 __all__ = ["Finding", "audit", "replay"]
 
@@ -57,9 +56,9 @@ def audit(directory: RunDirectory) -> tuple[list[Finding], dict[str, int]]:
     checked: dict[str, int] = {}
     if directory.manifest.get("fingerprint") != directory.config.fingerprint():
         findings.append(Finding("", "manifest.json", "its fingerprint is not that of its configuration"))
-    present = [name for name in STORES if ShardStore(directory.path, name).files()]
+    present = [name for name in STORES if ShardStore(directory.folder, name).files()]
     if not present:
-        raise ConfigError(f"{str(directory.path)!r} holds no certificates to audit")
+        raise ConfigError(f"{str(directory.folder)!r} holds no certificates to audit")
     for name in present:
         try:
             work, hashes = work_of(directory, name)
@@ -81,7 +80,7 @@ def _audit_store(directory: RunDirectory, work: Work, hashes: Mapping[str, str])
         try:
             rows += store.read_file(file).to_pylist()
         except DataError as error:
-            findings.append(Finding(work.store, file.name, str(error)))
+            findings.append(Finding(work.store, file, str(error)))
     findings += [Finding(work.store, *pair) for pair in _against_plan(rows, data, work)]
     terms = Terms.of(work.config, work.sampling, work.budget)
     labels = dict(zip(data.example_ids, data.labels.tolist(), strict=True))
@@ -98,23 +97,23 @@ def _audit_store(directory: RunDirectory, work: Work, hashes: Mapping[str, str])
 def _files(directory: RunDirectory, store: ShardStore, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Plan and shards against the manifest."""
     try:
-        plan = Plan.read(store.plan_file)
-    except DataError as error:
-        yield store.plan_file.name, str(error)
+        plan = store.read_plan()
+    except (ConfigError, DataError) as error:
+        yield "plan", str(error)
         return
-    if dict(plan.origin) != {"fingerprint": directory.config.fingerprint(), "models": dict(hashes)}:
-        yield store.plan_file.name, "was made for another configuration or other models than the manifest says"
+    if plan is None or dict(plan.origin) != {"fingerprint": directory.config.fingerprint(), "models": dict(hashes)}:
+        yield store.plan_file, "was made for another configuration or other models than the manifest says"
     record = directory.manifest["steps"].get(step_of(store.name))
     if record is None:
         yield "", "the step is not finished: its shards cannot be checked against recorded hashes"
         return
-    recorded, files = record["sha256"], {path.name: path for path in store.files()}
-    for name in sorted(recorded.keys() | files.keys()):
+    recorded, files = record["sha256"], set(store.files())
+    for name in sorted(recorded.keys() | files):
         if name not in files:
             yield name, "is missing"
         elif name not in recorded:
             yield name, "is not in the manifest"
-        elif file_sha256(files[name]) != recorded[name]:
+        elif store.folder.sha256(name) != recorded[name]:
             yield name, "has another SHA-256 than the manifest says"
 
 
@@ -134,6 +133,12 @@ def _against_votes(
 ) -> Iterator[str]:
     """One row against what its votes and the settings make of it."""
     dual = work.method == "dual"
+    if row["status"] == ERROR:
+        if row["example_id"] in labels:
+            sigma, alpha = (None if dual else row["sigma"]), terms.sampling.alpha
+            expected = error_row(work.schema, row["example_id"], labels[row["example_id"]], sigma, alpha)
+            yield from _differences(row, expected, work.schema)
+        return
     width = {"": num_classes, "_sigma": len(terms.sigmas)}
     for ending in ("", "_sigma") if dual else ("",):
         for phase in ("selection", "estimation"):
@@ -154,7 +159,7 @@ def _against_votes(
         expected = dual_row(row["example_id"], label, dual_from_row(row, terms))
     else:
         expected = certificate_row(row["example_id"], label, standard_from_row(row, terms))
-    yield from _differences(row, expected, DUAL_SCHEMA if dual else CERTIFICATE_SCHEMA)
+    yield from _differences(row, expected, work.schema)
     parts = [row["alpha_sigma"], row["alpha_class"]] if dual else [row["alpha"]]
     spent = max(parts) if terms.split == "full" else sum(parts)
     if spent > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
@@ -191,8 +196,9 @@ def replay(directory: RunDirectory, num: int, seed: int | None, interval_s: floa
     rows = [
         (name, index)
         for name in STORES
-        if (files := ShardStore(directory.path, name)).files()
-        for index in range(files.read().num_rows)
+        if (files := ShardStore(directory.folder, name)).files()
+        for index, status in enumerate(files.read().column("status").to_pylist())
+        if status == OK
     ]
     chosen = random.Random(seed).sample(rows, min(num, len(rows)))  # noqa: S311 - no secret
     findings: list[Finding] = []
@@ -204,12 +210,14 @@ def replay(directory: RunDirectory, num: int, seed: int | None, interval_s: floa
 
 
 def _replay_store(directory: RunDirectory, name: str, places: Sequence[int], progress: Progress) -> list[Finding]:
-    store = ShardStore(directory.path, name)
-    kinds = {device.partition(":")[0] for device in store.devices()}
-    if "cuda" in kinds and not torch.cuda.is_available():
-        raise ConfigError(f"{name} was made on {sorted(store.devices())}: its noise can only be drawn again there")
+    store = ShardStore(directory.folder, name)
+    plan = store.read_plan()
+    if plan is None:
+        raise ConfigError(f"{name} has no plan: {store.plan_file!r} is missing")
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{name} was made on a GPU: its noise can only be drawn again on one")
     work, _ = work_of(directory, name)
-    work = replace(work, device="cuda" if "cuda" in kinds else "cpu")
+    work = replace(work, device=plan.device)
     data = load_dataset(work.config.dataset, work.split)
     position = {example_id: index for index, example_id in enumerate(data.example_ids)}
     table = store.read()
@@ -224,10 +232,9 @@ def _replay_store(directory: RunDirectory, name: str, places: Sequence[int], pro
             yield make_task((number, index), data, index, made[which])
 
     findings = []
-    schema = DUAL_SCHEMA if work.method == "dual" else CERTIFICATE_SCHEMA
     for finished in engine.run(tasks()):
         number, index = finished.key
-        for problem in _differences(rows[number], make_row(data, index, finished.result), schema):
+        for problem in _differences(rows[number], make_row(data, index, finished.result), work.schema):
             findings.append(Finding(name, _row_name(rows[number]), f"drawn again: {problem}"))
         progress.update(1)
     return findings

@@ -6,11 +6,12 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from core.config import ComputeConfig
 from core.errors import ConfigError
 
-__all__ = ["connected", "replica_slots"]
+__all__ = ["Pool", "connected", "replica_pool"]
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         ray.init(logging_level=logging.WARNING)
     else:
         ray.init(
-            num_cpus=max(os.cpu_count() or 1, compute.num_replicas),
+            num_cpus=max(os.cpu_count() or 1, compute.max_replicas * compute.threads_per_replica),
             include_dashboard=False,
             logging_level=logging.WARNING,
         )
@@ -47,21 +48,55 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def replica_slots(compute: ComputeConfig) -> tuple[str, int]:
-    """The device that replicas take and how many of them there is room for in the cluster as it is now.
+@dataclass(frozen=True)
+class Pool:
+    """Replicas of a step.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        smallest, initial, largest: replicas at least, to begin with, and at most.
+        num_cpus, num_gpus: what Ray reserves for one.
+    """
+
+    device: str
+    smallest: int
+    initial: int
+    largest: int
+    num_cpus: float
+    num_gpus: float
+
+
+def replica_pool(compute: ComputeConfig) -> Pool:
+    """The device that replicas take and how many of them there will be.
 
     Raises:
-        ConfigError: when there is no GPU yet and nothing says how many to wait for.
+        ConfigError: when the cluster has no room for a replica and nothing says how many to wait for.
     """
     import ray
 
     resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
-    room = gpus if device == "cuda" else cpus // compute.threads_per_replica
-    if device == "cuda" and not gpus and not compute.num_replicas:
+    per_replica = compute.gpus_per_replica if device == "cuda" else float(compute.threads_per_replica)
+    room = int((gpus if device == "cuda" else cpus) / per_replica + 1e-9)
+    if not room and not compute.max_replicas:
         raise ConfigError(
-            "compute.device is 'cuda' but the cluster has no GPU; set compute.num_replicas to the number of GPUs to "
-            "wait for, or compute.device=cpu"
+            f"the cluster has room for no replica now ({gpus:g} GPUs, {cpus:g} CPUs; one takes {per_replica:g} "
+            f"{'GPU' if device == 'cuda' else 'CPU'}); if it grows on demand, say what to wait for: "
+            "compute.device=cuda compute.max_replicas=8"
         )
-    return device, compute.num_replicas or max(1, room)
+    if compute.device == "auto" and not room:
+        raise ConfigError(
+            "compute.device is 'auto' but the cluster has neither GPUs nor free CPUs now; say which one replicas are "
+            "to wait for: compute.device=cuda or compute.device=cpu"
+        )
+    largest = compute.max_replicas or room
+    smallest = compute.min_replicas if compute.max_replicas else room
+    return Pool(
+        device=device,
+        smallest=smallest,
+        initial=max(smallest, min(room, largest)),
+        largest=largest,
+        num_cpus=0.0 if device == "cuda" else per_replica,
+        num_gpus=per_replica if device == "cuda" else 0.0,
+    )

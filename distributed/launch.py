@@ -3,12 +3,11 @@
 from typing import Literal
 
 from core.data import load_dataset
-from core.files import file_sha256
 from core.records import Sampling
 from distributed.replica import Work
 from distributed.run_directory import RunDirectory
 from distributed.scheduler import run_work
-from distributed.shards import Plan, ShardStore
+from distributed.shards import ShardStore
 
 __all__ = ["STORES", "certify_store", "step_of", "work_of"]
 
@@ -42,39 +41,44 @@ def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
     stage = config.labels if store == "dataset" else config.certify
     hashes = directory.model_hashes(sorted(models.values()))
     work = Work(
-        root=directory.path.resolve(),
+        root=directory.folder,
         store=store,
         method=method,
         split="train" if store == "dataset" else "test",
         sampling=Sampling(stage.num_selection, stage.num_estimation, stage.alpha),
         budget="fixed" if store == "dataset" else config.certify.budget,
-        models={role: directory.model(name).resolve() for role, name in models.items()},
+        models={role: (name, hashes[name]) for role, name in models.items()},
         config=config,
         device=config.compute.device,
     )
     return work, hashes
 
 
-def certify_store(directory: RunDirectory, store: str) -> None:
+def certify_store(directory: RunDirectory, store: str, retry_errors: bool = False) -> None:
     """Certify what is missing of a store and record the step as finished; nothing to do when all is there.
+
+    Args:
+        directory: the run.
+        store: one of STORES.
+        retry_errors: whether a finished step with errors is taken up again.
 
     Raises:
         ConfigError: as `work_of`, or when the folder holds rows of other models.
     """
-    config, step, shards = directory.config, step_of(store), ShardStore(directory.path, store)
+    config, step = directory.config, step_of(store)
     work, hashes = work_of(directory, store)
+    shards = ShardStore(directory.folder, store)
     if (
         directory.is_done(step, sorted(hashes))
         and len(shards.committed()) == directory.manifest["steps"][step]["shards"]
+        and not (retry_errors and shards.shards_with_errors())
     ):
         return
     example_ids = load_dataset(config.dataset, work.split).example_ids
-    origin = {"fingerprint": config.fingerprint(), "models": hashes}
-    wanted = Plan.divide(len(example_ids), config.compute.shard_examples, work.rows_per_example, origin)
-    plan = shards.plan(wanted, example_ids)
-    facts = run_work(work, plan, example_ids)
-    facts["sha256"] = {path.name: file_sha256(path) for path in shards.files()}
-    print(f"{store}: {facts['rows']:,} rows in {facts['shards']} shards, {facts['duration_s']} s")
+    facts = run_work(work, {"fingerprint": config.fingerprint(), "models": hashes}, example_ids)
+    retries = f", {facts['retries']} retries" if facts["retries"] else ""
+    failed = f", {facts['error_rows']} with errors" if facts["error_rows"] else ""
+    print(f"{store}: {facts['rows']:,} rows{failed} in {facts['shards']} shards{retries}, {facts['duration_s']} s")
     if facts["non_finite_draws"]:
         print(f"{store}: {facts['non_finite_draws']:,} votes had non-finite logits; they count against every class")
     directory.finish(step, read=hashes, wrote={}, facts=facts)

@@ -1,9 +1,7 @@
 """Certificates for another alpha, another split or a subset of Sigma, from stored votes alone."""
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 from core.errors import ConfigError
@@ -11,7 +9,8 @@ from core.records import AlphaSplit, Sampling
 from core.report import ReportData
 from distributed.recompute import Terms, dual_from_row, standard_from_row
 from distributed.run_directory import RunDirectory
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ShardStore, certificate_row, dual_row
+from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR, ShardStore, certificate_row, dual_row
+from distributed.storage import Folder
 from distributed.tables import report_data
 
 __all__ = ["Change", "recertify"]
@@ -42,7 +41,7 @@ class Change:
         return "_".join(parts) or "same"
 
 
-def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Path]:
+def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Folder]:
     """Derive certificates/ anew under recertified/<name of the change>/ and return what a report needs.
 
     The votes were drawn without regard to alpha, the split or the subset, so the new certificates hold as if they had
@@ -68,30 +67,32 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Path
     sampling = Sampling(certify.num_selection, certify.num_estimation, alpha)
     terms = replace(Terms.of(config, sampling, certify.budget), split=split, sigma_share=change.sigma_share)
 
-    standard = ShardStore(directory.path, "certificates/standard")
+    standard = ShardStore(directory.folder, "certificates/standard")
     if not standard.files():
         raise ConfigError(f"{str(standard.folder)!r} has no certificates: run jobs.certify --method standard first")
     by_key = {(row["example_id"], row["sigma"]): row for row in standard.read().to_pylist()}
     standard_rows = [
-        certificate_row(row["example_id"], row["label"], standard_from_row(row, terms))
+        row
+        if row["status"] == ERROR
+        else certificate_row(row["example_id"], row["label"], standard_from_row(row, terms))
         for row in by_key.values()
         if row["sigma"] in sigmas
     ]
-    dual = ShardStore(directory.path, "certificates/dual")
+    dual = ShardStore(directory.folder, "certificates/dual")
     subset = replace(terms, sigmas=sigmas)
     dual_rows = [
-        dual_row(row["example_id"], row["label"], dual_from_row(row, subset))
+        row if row["status"] == ERROR else dual_row(row["example_id"], row["label"], dual_from_row(row, subset))
         for row in _restricted(dual.read().to_pylist() if dual.files() else [], by_key, config.sigmas, subset)
     ]
 
     # Only now, when nothing can be refused any more, the result of an earlier call makes room.
-    root = directory.path / "recertified" / change.name()
-    shutil.rmtree(root, ignore_errors=True)
+    root = directory.folder / f"recertified/{change.name()}"
+    root.remove_all()
     ShardStore(root, "certificates/standard").commit(0, standard_rows, CERTIFICATE_SCHEMA, "recertified")
     if dual_rows:
         ShardStore(root, "certificates/dual").commit(0, dual_rows, DUAL_SCHEMA, "recertified")
     notes = (
-        f"Derived from the votes of {directory.path.name}: alpha = {alpha:g}, share of the noise level "
+        f"Derived from the votes of {directory.folder.name}: alpha = {alpha:g}, share of the noise level "
         f"{change.sigma_share:g}, Sigma = {list(sigmas)}.",
     )
     changed = config.model_copy(
@@ -114,6 +115,9 @@ def _restricted(
     """Rows of Dual RS with the estimator's votes for the subset, and the classifier's at the level it then picks."""
     kept = [all_sigmas.index(sigma) for sigma in terms.sigmas]
     for row in rows:
+        if row["status"] == ERROR:
+            yield row
+            continue
         before = all_sigmas[row["sigma_index"]]
         new = dict(row)
         for phase in ("selection", "estimation"):

@@ -5,32 +5,63 @@ drain at a shard's end. A plain class: Ray wraps it at launch (`distributed.sche
 """
 
 import asyncio
+import json
+import logging
+import os
 import queue
+import socket
 import threading
 import time
+import traceback
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from core.config import Config
 from core.data import Dataset, Split, load_dataset
 from core.engine import Engine, Task
-from core.errors import DualRSError
+from core.errors import ConfigError, DualRSError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.network import Head, Network
 from core.noise import make_noise
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Rule, Sampling
+from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, DualCertificate, Phase, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row
+from distributed.metrics import ReplicaMetrics
+from distributed.shards import (
+    CERTIFICATE_SCHEMA,
+    DUAL_SCHEMA,
+    OK,
+    ShardStore,
+    certificate_row,
+    dual_row,
+    error_row,
+)
+from distributed.storage import Folder
 
-__all__ = ["Facts", "Replica", "Work", "build_engine", "build_network", "make_row", "make_task", "procedures"]
+__all__ = [
+    "Facts",
+    "Replica",
+    "Work",
+    "build_engine",
+    "build_network",
+    "make_row",
+    "make_task",
+    "measure_rate",
+    "procedures",
+    "retired",
+]
+
+_log = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 
@@ -46,18 +77,18 @@ class Work:
         split: which examples.
         sampling: draws and failure probability of a certificate.
         budget: `fixed`, `sequential` or `grid`, as in `CertifyConfig`.
-        models: files by name: `denoiser`, `classifier` and, for `dual`, `estimator`.
+        models: by role (`denoiser`, `classifier` and, for `dual`, `estimator`): name in models/ and SHA-256.
         config: the run's configuration.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.
     """
 
-    root: Path
+    root: Folder
     store: str
     method: Literal["standard", "dual"]
     split: Split
     sampling: Sampling
     budget: Budget
-    models: Mapping[str, Path]
+    models: Mapping[str, tuple[str, str]]
     config: Config
     device: str
 
@@ -65,6 +96,27 @@ class Work:
     def rows_per_example(self) -> int:
         """Rows that an example gives."""
         return len(self.config.sigmas) if self.method == "standard" else 1
+
+    @property
+    def draws_per_example(self) -> int:
+        """Rows of forward passes that an example takes, at most."""
+        stages = len(self.config.sigmas) if self.method == "standard" else 2
+        return stages * (self.sampling.num_selection + self.sampling.num_estimation)
+
+    @property
+    def levels(self) -> tuple[float | None, ...]:
+        """Noise levels of an example's rows; (None,) where the estimator picks it."""
+        return self.config.sigmas if self.method == "standard" else (None,)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the rows."""
+        return CERTIFICATE_SCHEMA if self.method == "standard" else DUAL_SCHEMA
+
+    def model_files(self) -> dict[str, Path]:
+        """The networks as files of this machine."""
+        models = self.root / "models"
+        return {role: models.fetch(f"{name}.safetensors", digest) for role, (name, digest) in self.models.items()}
 
 
 def build_network(models: Mapping[str, Path], config: Config, num_classes: int, device: str) -> Network:
@@ -90,8 +142,27 @@ def build_engine(work: Work, num_classes: int) -> Engine:
     config, compute = work.config, work.config.compute
     if work.device == "cpu":
         torch.set_num_threads(compute.threads_per_replica)
-    network = build_network(work.models, config, num_classes, work.device)
+    network = build_network(work.model_files(), config, num_classes, work.device)
     return Engine(network, make_noise(config.noise, config.seed, compute.chunk_size), batch_size=compute.batch_size)
+
+
+def warm_up(engine: Engine, work: Work, data: Dataset) -> float:
+    """One forward pass of every network of a work; returns the seconds of the last one."""
+    sigma, heads = work.config.estimator_sigma, (ESTIMATOR, CLASSIFIER)
+    requests = [Draws(level, 1, (CLASSIFIER,), Phase.ESTIMATION) for level in work.config.sigmas[-1:]]
+    if work.method == "dual":
+        requests.append(Draws(sigma, 1, heads[:1], Phase.ESTIMATION))
+    return engine.warm_up(data.images.shape[1:], requests)
+
+
+def measure_rate(work: Work, seconds: float = 2.0) -> float:
+    """Rows per second of the bare forward passes of a work at its batch shape, on this device."""
+    data = load_dataset(work.config.dataset, work.split)
+    engine = build_engine(work, data.num_classes)
+    start, took = time.monotonic(), warm_up(engine, work, data)
+    while time.monotonic() - start < seconds:
+        took = min(took, warm_up(engine, work, data))
+    return engine.batch_size / took
 
 
 def procedures(work: Work) -> Iterator[Callable[[], Any]]:
@@ -127,36 +198,52 @@ def make_row(data: Dataset, index: int, result: Certificate | DualCertificate) -
 
 @dataclass(frozen=True)
 class Facts:
-    """What is said of a shard when it is committed, or why it was not (`error`, "Type: message")."""
+    """What is said of a shard when it is committed, or why it was not (`failure`, "Type: message")."""
 
     shard: int
     examples: int = 0
     draws: int = 0
-    latency_s: float = 0.0
-    error: str = ""
+    errors: int = 0
+    attempt: int = 1
+    replica: str = ""
+    first_error: str = ""
+    failure: str = ""
 
 
 @dataclass(eq=False)
 class _OpenShard:
-    """A shard whose examples are in the engine."""
+    """A shard whose examples are in the engine.
+
+    `done` holds (example id, sigma) of rows that an earlier attempt has committed; `rows` begins with them.
+    """
 
     number: int
+    attempt: int
+    started: float
     missing: int
-    future: "Future[Rows]"
-    rows: Rows = field(default_factory=list)
+    rows: Rows
+    done: frozenset[tuple[str, float | None]]
+    future: "Future[_OpenShard]" = field(default_factory=Future)
+    errors: Rows = field(default_factory=list)
 
 
 class Replica:
     """Certifies shards of a plan.
 
-    Data or models that cannot be loaded fail each `submit`, with the reason.
+    Data or models that cannot be loaded fail each `submit`, with the reason. An example that cannot be run becomes
+    rows with status `error`; its neighbours are not touched.
 
     Args:
         work: what to do.
+        on_ray: whether it lives in an actor: then it reports metrics, and an error of the device ends the process, so
+            that Ray starts another one and hands its shards on.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, on_ray: bool = False) -> None:
         self.work = work
+        self.id = uuid.uuid4().hex[:12]
+        self._on_ray = on_ray
+        self._metrics = ReplicaMetrics(work.store) if on_ray else None
         self._inbox: queue.SimpleQueue[_OpenShard | None] = queue.SimpleQueue()
         self._open: set[_OpenShard] = set()
         self._lock = threading.Lock()
@@ -168,6 +255,9 @@ class Replica:
         except DualRSError as error:
             self._failure = error
             return
+        except Exception as error:
+            self._retire_if_device(error)
+            raise
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -175,40 +265,82 @@ class Replica:
         self._device = "cpu" if work.device == "cpu" else f"cuda: {torch.cuda.get_device_name()}"
         self._data = load_dataset(work.config.dataset, work.split)
         self._store = ShardStore(work.root, work.store)
-        self._plan = Plan.read(self._store.plan_file)
+        plan = self._store.read_plan()
+        if plan is None:
+            raise ConfigError(
+                f"{self._store.plan_file!r} cannot be seen on {socket.gethostname()}: replicas on other machines need "
+                "a run directory on a shared file system or an object store (s3://, gs://)"
+            )
+        self._plan = plan
         self._engine = build_engine(work, self._data.num_classes)
+        warm_up(self._engine, work, self._data)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Ray Data's way in: a batch of shard numbers -> one line of facts per committed shard.
 
-        An error of ours is a line too: no retry would mend it, and Ray would hand on its text alone.
+        What no retry would mend is a line too: Ray would hand on its text alone.
         """
         for number in np.asarray(batch["shard"]).tolist():
-            start = time.monotonic()
             try:
-                rows = await asyncio.wrap_future(self.submit(int(number)))
-                facts = await asyncio.to_thread(self.commit, int(number), rows, start)
+                shard = await asyncio.wrap_future(await asyncio.to_thread(self.submit, int(number)))
+                facts = await asyncio.to_thread(self.commit, shard)
             except DualRSError as error:
-                facts = Facts(shard=int(number), error=f"{type(error).__name__}: {error}")
+                facts = Facts(shard=int(number), failure=f"{type(error).__name__}: {error}")
+            except OSError as error:
+                facts = Facts(shard=int(number), failure=f"DataError: storage failed on {_node()}: {error}")
+            except Exception as error:
+                _log.exception("shard %d", number)
+                facts = Facts(
+                    shard=int(number), failure=f"ModelError: failed on {_node()}: {type(error).__name__}: {error}"
+                )
             yield {key: np.array([value]) for key, value in asdict(facts).items()}
 
-    def submit(self, number: int) -> "Future[Rows]":
-        """Give a shard to the engine; the future holds its rows. Several shards may be in flight."""
-        future: Future[Rows] = Future()
+    def submit(self, number: int) -> "Future[_OpenShard]":
+        """Give a shard to the engine; the future holds it when all its rows are there. Several may be in flight."""
+        if self._failure is not None:
+            raise self._failure
+        attempt = self._store.begin(number, self.id)
+        before = self._store.read_shard(number)
+        kept = [] if before is None else [row for row in before.to_pylist() if row["status"] == OK]
+        done = frozenset((row["example_id"], row["sigma"] if self.work.levels != (None,) else None) for row in kept)
+        missing = len(self._plan.members(number)) * self.work.rows_per_example - len(kept)
+        shard = _OpenShard(number, attempt, time.monotonic(), missing, kept, done)
+        if not missing:  # another replica had committed it before Ray heard of it
+            shard.future.set_result(shard)
+            return shard.future
+        if attempt > self.work.config.compute.max_attempts:
+            raise ModelError(
+                f"shard {number} of {self.work.store} was begun {attempt - 1} times and never finished: something in "
+                "it ends the replicas (see the logs of their nodes), or machines are lost faster than a shard takes"
+            )
         with self._lock:  # a shard is either seen by the engine's last words or refused here
             if self._failure is not None:
-                future.set_exception(self._failure)
-            else:
-                shard = _OpenShard(number, len(self._plan.shards[number]) * self.work.rows_per_example, future)
-                self._inbox.put(shard)
-        return future
+                raise self._failure
+            self._inbox.put(shard)
+        return shard.future
 
-    def commit(self, number: int, rows: Rows, start: float) -> Facts:
+    def commit(self, shard: _OpenShard) -> Facts:
         """Write a finished shard and say what it took."""
-        schema = CERTIFICATE_SCHEMA if self.work.method == "standard" else DUAL_SCHEMA
-        self._store.commit(number, rows, schema, self._device)
-        draws = sum(row["num_draws"] for row in rows)
-        return Facts(number, len(self._plan.shards[number]), draws, time.monotonic() - start)
+        examples = len(self._plan.members(shard.number))
+        fresh = len(shard.rows) > len(shard.done)
+        if fresh:
+            shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
+            self._store.commit(shard.number, shard.rows, self.work.schema, self._device, shard.errors)
+        draws = sum(row["num_draws"] for row in shard.rows) if fresh else 0
+        failed = {row["example_id"] for row in shard.errors}
+        if self._metrics is not None:
+            seconds = time.monotonic() - shard.started
+            self._metrics.committed(examples, draws, len(failed), shard.attempt > 1, seconds)
+        first = shard.errors[0] if shard.errors else None
+        return Facts(
+            shard=shard.number,
+            examples=examples,
+            draws=draws,
+            errors=len(failed),
+            attempt=shard.attempt,
+            replica=self.id,
+            first_error=f"{first['example_id']}: {first['message']}" if first else "",
+        )
 
     def close(self) -> None:
         """End the engine's thread after the certificate at hand; shards that are not finished are given up."""
@@ -223,19 +355,52 @@ class Replica:
             for finished in self._engine.run(self._tasks()):
                 if self._closing.is_set():
                     return
-                shard, index = finished.key
-                shard.rows.append(make_row(self._data, index, finished.result))
-                shard.missing -= 1
-                if not shard.missing:
-                    self._open.discard(shard)
-                    shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
-                    shard.future.set_result(shard.rows)
+                shard, index, sigma = finished.key
+                if finished.error is not None:
+                    self._fail(shard, index, sigma, finished.error)
+                else:
+                    self._add(shard, make_row(self._data, index, finished.result))
         except BaseException as error:  # handed to whoever waits, and to all who come later
+            self._retire_if_device(error)
             with self._lock:
                 self._failure = error
                 waiting = [*self._open, *self._drain()]
             for shard in waiting:
                 shard.future.set_exception(error)
+
+    def _add(self, shard: _OpenShard, row: dict[str, Any]) -> None:
+        shard.rows.append(row)
+        shard.missing -= 1
+        if not shard.missing:
+            self._open.discard(shard)
+            shard.future.set_result(shard)
+
+    def _fail(self, shard: _OpenShard, index: int, sigma: float | None, error: Exception) -> None:
+        """Note that an example could not be run."""
+        example_id, label = self._data.example_ids[index], int(self._data.labels[index])
+        shard.errors.append(
+            {
+                "example_id": example_id,
+                "sigma": sigma,
+                "error": type(error).__name__,
+                "message": str(error),
+                "traceback": "".join(traceback.format_exception(error)),
+                "node": _node(),
+                "time": datetime.now(UTC),
+            }
+        )
+        self._add(shard, error_row(self.work.schema, example_id, label, sigma, self.work.sampling.alpha))
+
+    def _retire_if_device(self, error: BaseException) -> None:
+        """End this process when the device has failed: its state is lost, and a fresh process may get another one."""
+        if not self._on_ray or not isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
+            return
+        _log.error("replica %s on %s gives up its device: %s", self.id, _node(), error)
+        note = {"replica": self.id, "node": _node(), "error": f"{type(error).__name__}: {error}", "time": time.time()}
+        try:
+            retired(self.work).write(f"{self.id}.json", json.dumps(note).encode())
+        finally:
+            os._exit(1)
 
     def _drain(self) -> Iterator[_OpenShard]:
         while not self._inbox.empty():
@@ -253,6 +418,22 @@ class Replica:
             if shard is None:
                 return
             self._open.add(shard)
-            for index in self._plan.shards[shard.number]:
-                for procedure in procedures(self.work):
-                    yield make_task((shard, index), self._data, index, procedure)
+            for index in self._plan.members(shard.number).tolist():
+                for sigma, procedure in zip(self.work.levels, procedures(self.work), strict=True):
+                    if (self._data.example_ids[index], sigma) in shard.done:
+                        continue
+                    try:
+                        task = make_task((shard, index, sigma), self._data, index, procedure)
+                    except Exception as error:  # an image that cannot be read
+                        self._fail(shard, index, sigma, error)
+                    else:
+                        yield task
+
+
+def retired(work: Work) -> Folder:
+    """Where replicas note that their device has failed."""
+    return work.root / "errors" / "replicas"
+
+
+def _node() -> str:
+    return socket.gethostname()

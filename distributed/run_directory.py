@@ -1,37 +1,46 @@
 """A run directory: the manifest says what was asked, what is done, and from which files.
 
 manifest.json    configuration, versions, device, finished steps with the hashes of the models they read and wrote
+lock.json        who is at work
 models/          *.safetensors
 plan/            which examples belong to which shard
 dataset/         shards: the all-sigma certification of the training split
 certificates/    <method>/ shards: the test-time certificates
+errors/          why an example has no certificate; replicas that had to be given up
+attempts/        which replica began which shard, until the step is finished
 report/
 """
 
+import hashlib
 import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.config import Config, parse_config
 from core.errors import ConfigError
-from core.files import file_sha256, write_whole
+from distributed.storage import Folder
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["RunDirectory"]
 
 _PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "scikit-learn")
+_MANIFEST = "manifest.json"
 
 
 class RunDirectory:
     """Opens or creates a run directory for one configuration.
 
     Args:
-        path: the folder.
+        where: the folder: a path, or a URI of an object store.
         config: what to run. None takes the configuration that the folder was made with.
 
     Raises:
@@ -39,14 +48,13 @@ class RunDirectory:
             there is none to take.
     """
 
-    def __init__(self, path: Path, config: Config | None) -> None:
-        self.path = path
-        self._file = path / "manifest.json"
+    def __init__(self, where: Folder | Path | str, config: Config | None) -> None:
+        self.folder = Folder(where)
         stored = self._read()
         if stored is None:
             if config is None:
-                raise ConfigError(f"{str(path)!r} holds no manifest.json: name a configuration with --config")
-            path.mkdir(parents=True, exist_ok=True)
+                raise ConfigError(f"{str(self.folder)!r} holds no manifest.json: name a configuration with --config")
+            self.folder.check_writable()
             self.config = config
             self._manifest: dict[str, Any] = {
                 "created": _now(),
@@ -65,12 +73,12 @@ class RunDirectory:
             self._write()
             return
         self._manifest = stored
-        before = parse_config(stored["config"], source=str(self._file))
+        before = parse_config(stored["config"], source=self._manifest_file)
         self.config = config or before
         changes = _differences(before.identity(), self.config.identity())
         if changes:
             raise ConfigError(
-                f"{str(path)!r} was made with another configuration:\n"
+                f"{str(self.folder)!r} was made with another configuration:\n"
                 + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
                 + "\nuse another --out for the new one, or go back to the old values"
             )
@@ -83,23 +91,55 @@ class RunDirectory:
         """The manifest as it stands in the file."""
         return self._manifest
 
+    @property
+    def path(self) -> Path:
+        """The folder, where it is on a local or shared disk.
+
+        Raises:
+            ConfigError: for an object store.
+        """
+        if self.folder.local is None:
+            raise ConfigError(f"{str(self.folder)!r} is not on a disk of this machine")
+        return self.folder.local
+
     def model(self, name: str) -> Path:
-        """Where the network `name` is kept."""
-        return self.path / "models" / f"{name}.safetensors"
+        """A local file with the network `name`: the one in the folder, or a copy of the object.
+
+        Raises:
+            ConfigError: for an object that no finished step wrote.
+        """
+        models = self.folder / "models"
+        return models.local / _model_file(name) if models.local else self._fetch(name)
+
+    def _fetch(self, name: str) -> Path:
+        return (self.folder / "models").fetch(_model_file(name), self.model_hashes([name])[name])
+
+    def save_model(self, name: str, module: "nn.Module") -> str:
+        """Write the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
+        from core.models.checkpoints import save_model
+
+        with tempfile.TemporaryDirectory() as aside:
+            file = Path(aside) / _model_file(name)
+            save_model(module, file)
+            content = file.read_bytes()
+        (self.folder / "models").write(_model_file(name), content)
+        return hashlib.sha256(content).hexdigest()
 
     def model_hashes(self, names: Sequence[str]) -> dict[str, str]:
-        """SHA-256 of models that finished steps wrote, checked against the files.
+        """SHA-256 of models that finished steps wrote, checked against the files (an object when it is fetched).
 
         Raises:
             ConfigError: for a model that no finished step wrote, or a file that has changed since.
         """
         written = {name: digest for step in self._manifest["steps"].values() for name, digest in step["wrote"].items()}
+        models = self.folder / "models"
         for name in names:
-            if name not in written or not self.model(name).exists():
-                raise ConfigError(f"{str(self.model(name))!r} is not there yet: run the earlier steps (jobs.pipeline)")
-            if file_sha256(self.model(name)) != written[name]:
+            where = models.where(_model_file(name))
+            if name not in written or not models.exists(_model_file(name)):
+                raise ConfigError(f"{where!r} is not there yet: run the earlier steps (jobs.pipeline)")
+            if models.local is not None and models.sha256(_model_file(name)) != written[name]:
                 raise ConfigError(
-                    f"{str(self.model(name))!r} is not the file that this run wrote (another SHA-256 than in "
+                    f"{where!r} is not the file that this run wrote (another SHA-256 than in "
                     "manifest.json): put it back, or start another --out"
                 )
         return {name: written[name] for name in names}
@@ -113,7 +153,7 @@ class RunDirectory:
             writes: models that it makes.
         """
         record = self._manifest["steps"].get(step)
-        if record is None or not all(self.model(name).exists() for name in writes):
+        if record is None or not all((self.folder / "models").exists(_model_file(name)) for name in writes):
             return False
         return bool(record["read"] == self.model_hashes(reads))
 
@@ -124,20 +164,28 @@ class RunDirectory:
         self._manifest["steps"] = {**(self._read() or self._manifest)["steps"], step: record}
         self._write()
 
+    @property
+    def _manifest_file(self) -> str:
+        return self.folder.where(_MANIFEST)
+
     def _read(self) -> dict[str, Any] | None:
         try:
-            text = self._file.read_text(encoding="utf-8")
+            content = self.folder.read(_MANIFEST)
         except FileNotFoundError:
             return None
         try:
-            plain = json.loads(text)
+            plain = json.loads(content)
             _ = plain["config"], plain["steps"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{str(self._file)!r} is not a manifest of ours ({error!r})") from error
+            raise ConfigError(f"{self._manifest_file!r} is not a manifest of ours ({error!r})") from error
         return dict(plain)
 
     def _write(self) -> None:
-        write_whole(self._file, (json.dumps(self._manifest, indent=2) + "\n").encode())
+        self.folder.write(_MANIFEST, (json.dumps(self._manifest, indent=2) + "\n").encode())
+
+
+def _model_file(name: str) -> str:
+    return f"{name}.safetensors"
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -1,84 +1,218 @@
 """Spreading a plan over replicas: plan -> Ray Data -> shards, or the same in this process without Ray."""
 
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from core import errors
 from core.progress import Progress
-from distributed.replica import Facts, Replica, Rows, Work
+from distributed.replica import Facts, Replica, Work, measure_rate, retired
 from distributed.shards import Plan, ShardStore
-from distributed.tables import non_finite_votes
 
 __all__ = ["run_work"]
 
+_MAX_BLOCKS = 2000
+"""Ray Data keeps something of every block in the driver: a longer plan goes out several shards to a block."""
 
-def run_work(work: Work, plan: Plan, example_ids: Sequence[str]) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Executor:
+    """Something that certifies shards.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        slots: replicas at most.
+        measure: rows per second of one replica's bare forward passes.
+        run: certify these shards; facts come as they are committed, in any order.
+        on_ray: whether Ray's metrics are there.
+    """
+
+    device: str
+    slots: int
+    measure: Callable[[], float]
+    run: Callable[[Sequence[int]], Iterator[Facts]]
+    on_ray: bool
+
+
+def run_work(work: Work, origin: Mapping[str, Any], example_ids: Sequence[str]) -> dict[str, Any]:
     """Certify every shard of the plan that is not committed yet, then prove that all rows are there.
+
+    The plan is made at the first call and kept. Rows with status `error` are tried once more. In the end the shards are
+    verified against the plan and joined into larger files.
 
     Args:
         work: what to do; its device may be "auto".
-        plan: as `ShardStore.plan` returned it.
+        origin: what the rows are made from; see `Plan`.
         example_ids: of the whole split, in the data set's order.
 
     Returns:
-        Facts for the manifest: rows, and draws and seconds of this call.
+        Facts for the manifest: rows, files with their SHA-256, errors, retries; draws and seconds of this call.
 
     Raises:
-        DataError: when the shards do not hold the plan's rows exactly once.
+        ConfigError: when the shards on disk were made from something else, or on another kind of device.
+        DataError: when the shards do not hold the plan's rows exactly once, or too many examples fail.
     """
+    start = time.monotonic()
     store = ShardStore(work.root, work.store)
-    committed = store.committed()
-    pending = [number for number in range(len(plan.shards)) if number not in committed]
-    start, draws = time.monotonic(), 0
-    if pending:
-        total = sum(map(len, plan.shards))
-        done = total - sum(len(plan.shards[number]) for number in pending)
+    plan = store.read_plan()
+    if plan is not None:
+        store.check_origin(plan, origin)
+    done = _Tally(work)
+    if plan is None or set(range(len(plan))) - store.committed() or store.shards_with_errors():
         compute = work.config.compute
-        with Progress(total, work.store, "examples", done=done, interval_s=compute.progress_interval_s) as progress:
-            for facts in (_run_local if compute.executor == "local" else _run_on_ray)(work, pending):
-                draws += facts.draws
-                elapsed = time.monotonic() - start
-                progress.update(facts.examples, f"{draws / elapsed:,.0f} draws/s")
+        with (_local if compute.executor == "local" else _on_ray)(work) as executor:
+            if plan is None:
+                plan = _make_plan(work, executor, origin, len(example_ids))
+                store.write_plan(plan, example_ids)
+            elif plan.device != executor.device:
+                raise errors.ConfigError(
+                    f"{work.store} was begun on {plan.device!r} and would go on on {executor.device!r}, with other "
+                    f"noise; set compute.device={plan.device}, or use another --out"
+                )
+            _run(work, plan, store, executor, done)
+    verified = store.verify(plan, example_ids, work.levels)
+    attempts = store.attempts()
+    store.compact(plan, work.config.compute.part_rows)
+    if set(store.files()) != verified.sha256.keys():
+        verified = replace(verified, sha256={name: store.folder.sha256(name) for name in store.files()})
+    store.forget_attempts()
     return {
-        "rows": store.check(plan, example_ids),
-        "shards": len(plan.shards),
-        "draws_this_call": draws,
-        "non_finite_draws": non_finite_votes(store.read()),
-        "devices": sorted(store.devices()),
+        "rows": verified.rows,
+        "shards": len(plan),
+        "draws_this_call": done.draws,
+        "non_finite_draws": verified.non_finite_draws,
+        "error_rows": verified.error_rows,
+        "retries": sum(attempts.values()) - len(attempts),
+        "devices": list(verified.devices),
         "duration_s": round(time.monotonic() - start, 1),
+        "sha256": dict(verified.sha256),
     }
 
 
-def _run_local(work: Work, pending: Sequence[int]) -> Iterator[Facts]:
+def _make_plan(work: Work, executor: Executor, origin: Mapping[str, Any], num_examples: int) -> Plan:
+    """Shards of the configured size, or of one that takes a replica `shard_seconds` at the measured rate."""
+    compute = work.config.compute
+    if isinstance(compute.shard_examples, int):
+        return Plan.divide(num_examples, compute.shard_examples, work.rows_per_example, origin, executor.device)
+    rate = executor.measure()
+    examples_per_s = rate / work.draws_per_example
+    even = math.ceil(num_examples / (4 * executor.slots))  # all replicas have something to do
+    size = max(1, min(round(compute.shard_seconds * examples_per_s), even))
+    print(
+        f"{work.store}: a replica runs {rate:,.0f} noisy copies/s; {size} examples to a shard "
+        f"({size / examples_per_s:.1f} s)",
+        flush=True,
+    )
+    return Plan.divide(num_examples, size, work.rows_per_example, origin, executor.device, executor.slots)
+
+
+class _Tally:
+    """What this call has done, as progress, metrics and limits need it."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.draws = self.errors = self.retries = 0
+        self.first_error = ""
+        self._seen: dict[str, float] = {}
+
+    def add(self, facts: Facts) -> None:
+        """Count a shard.
+
+        Raises:
+            DualRSError: that a replica reports, or because too many examples fail.
+        """
+        if facts.failure:
+            name, _, message = facts.failure.partition(": ")
+            raise getattr(errors, name)(message)
+        self.draws += facts.draws
+        self.errors += facts.errors
+        self.retries += facts.attempt - 1
+        self.first_error = self.first_error or facts.first_error
+        self._seen[facts.replica] = time.monotonic()
+        if self.errors > self.work.config.compute.max_errors:
+            raise errors.DataError(
+                f"{self.errors} examples of {self.work.store} could not be run, more than compute.max_errors = "
+                f"{self.work.config.compute.max_errors}; the first: {self.first_error}"
+            )
+
+    def replicas(self) -> int:
+        """Replicas that have committed in the last ten minutes."""
+        return sum(time.monotonic() - moment < 600.0 for moment in self._seen.values())
+
+
+def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _Tally) -> None:
+    """Certify what is missing, then once more what failed."""
+    sizes, total = plan.sizes, len(plan.order)
+    committed = store.committed()
+    pending = [shard for shard in range(len(plan)) if shard not in committed]
+    done = total - int(sizes[pending].sum())
+    metrics = None
+    if executor.on_ray:
+        from distributed.metrics import DriverMetrics
+
+        metrics = DriverMetrics(work.store, total)
+    start, begun = time.monotonic(), done
+    interval = work.config.compute.progress_interval_s
+    if pending:
+        with Progress(total, work.store, "examples", done=done, interval_s=interval) as progress:
+            for facts in executor.run(pending):
+                tally.add(facts)
+                done += facts.examples
+                elapsed = time.monotonic() - start
+                progress.update(
+                    facts.examples,
+                    f"{tally.draws / elapsed:,.0f} draws/s, {tally.errors} errors, {tally.retries} retries",
+                )
+                if metrics is not None:
+                    metrics.progress(done, (total - done) * elapsed / max(done - begun, 1), tally.replicas())
+    if failed := sorted(store.shards_with_errors()):
+        print(f"{work.store}: trying the examples of {len(failed)} shards again that could not be run", flush=True)
+        tally.errors = 0
+        for facts in executor.run(failed):
+            tally.add(facts)
+        if left := store.read_errors().num_rows:
+            print(
+                f"{work.store}: {left} rows could not be run, they certify nothing; why: {store.errors} "
+                f"(the first: {tally.first_error})",
+                flush=True,
+            )
+
+
+@contextmanager
+def _local(work: Work) -> Iterator[Executor]:
     """The reference: one replica in this process, two shards in flight."""
     device = work.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(work, device)
-    replica = Replica(replace(work, device=device))
-    in_flight: deque[tuple[int, float, Future[Rows]]] = deque()
-    try:
-        waiting = deque(pending)
-        while waiting or in_flight:
-            while waiting and len(in_flight) < 2:
-                shard = waiting.popleft()
-                in_flight.append((shard, time.monotonic(), replica.submit(shard)))
-            shard, start, future = in_flight.popleft()
-            yield replica.commit(shard, future.result(), start)
-    finally:
-        replica.close()
+    placed = replace(work, device=device)
+
+    def run(pending: Sequence[int]) -> Iterator[Facts]:
+        replica = Replica(placed)
+        in_flight: deque[Future[Any]] = deque()
+        try:
+            waiting = deque(pending)
+            while waiting or in_flight:
+                while waiting and len(in_flight) < 2:
+                    in_flight.append(replica.submit(waiting.popleft()))
+                yield replica.commit(in_flight.popleft().result())
+        finally:
+            replica.close()
+
+    yield Executor(device, 1, lambda: measure_rate(placed), run, on_ray=False)
 
 
-def _run_on_ray(work: Work, pending: Sequence[int]) -> Iterator[Facts]:
+@contextmanager
+def _on_ray(work: Work) -> Iterator[Executor]:
     """Ray Data feeds shard numbers to a pool of replica actors; each commits its shards itself and returns facts."""
-    from distributed.cluster import connected, replica_slots
+    from distributed.cluster import connected, replica_pool
 
     with connected(work.config.compute):
         import ray.data  # not before: `connected` decides how Ray authenticates
@@ -86,42 +220,46 @@ def _run_on_ray(work: Work, pending: Sequence[int]) -> Iterator[Facts]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1  # an autoscaling cluster may wait long for its first node
+        context.max_consecutive_actor_init_deaths = 10  # a node may go while a replica loads
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it complains of the line above
-        device, replicas = replica_slots(work.config.compute)
-        _check_device(work, device)
-        gpu = device == "cuda"
-        pool = ray.data.ActorPoolStrategy(
-            size=min(replicas, len(pending)),
-            max_concurrent_calls_per_actor=2,  # two shards share a replica's engine
-            max_tasks_in_flight_per_actor=3,
-        )
-        numbers = ray.data.from_items([{"shard": number} for number in pending], override_num_blocks=len(pending))
-        done = numbers.map_batches(
-            Replica,
-            fn_constructor_args=(replace(work, device=device),),
-            batch_size=1,
-            compute=pool,
-            num_gpus=1 if gpu else 0,
-            num_cpus=0 if gpu else work.config.compute.threads_per_replica,
-        )
-        for row in done.iter_rows():
-            facts = Facts(**row)
-            if facts.error:
-                name, _, message = facts.error.partition(": ")
-                raise getattr(errors, name)(message)
-            yield facts
+        pool = replica_pool(work.config.compute)
+        placed = replace(work, device=pool.device)
+        resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
 
+        def measure() -> float:
+            return float(ray.get(ray.remote(**resources)(measure_rate).remote(placed)))
 
-def _check_device(work: Work, device: str) -> None:
-    """Refuse to mix devices in one store: the CPU and an accelerator draw different noise for the same key.
-
-    Raises:
-        ConfigError: names both.
-    """
-    for before in ShardStore(work.root, work.store).devices():
-        if before.partition(":")[0] != device:
-            raise errors.ConfigError(
-                f"{work.store} was begun on {before!r} and would go on on {device!r}, with other noise; set "
-                f"compute.device={before.partition(':')[0]}, or use another --out"
+        def run(pending: Sequence[int]) -> Iterator[Facts]:
+            before = {file.name for file in retired(work).files()}
+            numbers = ray.data.from_items(
+                [{"shard": number} for number in pending], override_num_blocks=min(len(pending), _MAX_BLOCKS)
             )
+            smallest = min(pool.smallest, len(pending))
+            done = numbers.map_batches(
+                Replica,
+                fn_constructor_args=(placed, True),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=smallest,
+                    max_size=max(smallest, min(pool.largest, len(pending))),
+                    initial_size=max(smallest, min(pool.initial, len(pending))),
+                    max_concurrent_calls_per_actor=2,  # two shards share a replica's engine
+                    max_tasks_in_flight_per_actor=3,
+                ),
+                **resources,
+            )
+            for row in done.iter_rows():
+                yield Facts(**row)
+                _check_retired(work, before)
+
+        yield Executor(pool.device, pool.largest, measure, run, on_ray=True)
+
+
+def _check_retired(work: Work, before: set[str]) -> None:
+    """Give up when devices fail again and again: something is wrong that another replica will not mend."""
+    limit = work.config.compute.max_attempts
+    notes = {file.name for file in retired(work).files()} - before
+    if len(notes) > limit:
+        last = retired(work).read(max(notes)).decode()
+        raise errors.ModelError(f"{len(notes)} replicas lost their device in this run, more than {limit}; one: {last}")

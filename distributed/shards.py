@@ -5,21 +5,42 @@ rows depend on nothing but the seed and the models, and it appears whole (writte
 writes a shard twice writes the same rows under the same name; resuming is listing the names that are there.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
-from core.files import write_whole
-from core.records import Certificate, DualCertificate, Stop
+from core.records import Bound, Certificate, DualCertificate, Stop
+from distributed.storage import Folder
 
-__all__ = ["CERTIFICATE_SCHEMA", "DUAL_SCHEMA", "Plan", "ShardStore", "certificate_row", "dual_row"]
+__all__ = [
+    "CERTIFICATE_SCHEMA",
+    "DUAL_SCHEMA",
+    "ERROR",
+    "ERROR_SCHEMA",
+    "OK",
+    "Plan",
+    "ShardStore",
+    "Verified",
+    "certificate_row",
+    "dual_row",
+    "error_row",
+    "non_finite_votes",
+]
+
+OK: Final = "ok"
+ERROR: Final = "error"
+"""Status of a row: certified (or abstained), or not certified because the example could not be run."""
 
 _COUNTS = pa.list_(pa.int64())
 
@@ -42,10 +63,12 @@ CERTIFICATE_SCHEMA = pa.schema(
         ("stop_reason", pa.string()),
         ("alpha_early", pa.float64()),
         ("target", pa.float64()),
+        ("status", pa.string()),
     ]
 )
 """A row per (example, sigma). `prediction` is -1 and `radius` 0 where it abstained; radii in the pixel scale [0, 1].
-`stop_reason`, `alpha_early`, `target`: see `core.records.Certificate`. `num_estimation` is what was drawn."""
+`stop_reason`, `alpha_early`, `target`: see `core.records.Certificate`. `num_estimation` is what was drawn. A row whose
+`status` is `error` abstains without a draw, see `ERROR_SCHEMA`."""
 
 DUAL_SCHEMA = pa.schema(
     [
@@ -70,6 +93,19 @@ DUAL_SCHEMA = pa.schema(
 """A row per example. Unmarked counts are the classifier's (empty when it was not run), `_sigma` the estimator's.
 `sigma` is null when the estimator abstained; `sigma_index` is its selection draws' choice all the same."""
 
+ERROR_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("sigma", pa.float64()),
+        ("error", pa.string()),
+        ("message", pa.string()),
+        ("traceback", pa.string()),
+        ("node", pa.string()),
+        ("time", pa.timestamp("ms", tz="UTC")),
+    ]
+)
+"""Why a row has status `error`; `sigma` is null for a row of Dual RS."""
+
 
 def certificate_row(example_id: str, label: int, certificate: Certificate) -> dict[str, Any]:
     """One row of `CERTIFICATE_SCHEMA`."""
@@ -92,6 +128,7 @@ def certificate_row(example_id: str, label: int, certificate: Certificate) -> di
         "stop_reason": c.stop.value,
         "alpha_early": c.alpha_early,
         "target": c.target,
+        "status": OK,
     }
 
 
@@ -116,6 +153,7 @@ def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[
         "stop_reason": label_stage.stop.value if label_stage else Stop.SKIPPED.value,
         "alpha_early": label_stage.alpha_early if label_stage else 0.0,
         "target": label_stage.target if label_stage else None,
+        "status": OK,
         "sigma_e": level.sigma,
         "sigma_index": level.top_class,
         "radius_sigma": c.radius_sigma,
@@ -134,123 +172,242 @@ def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[
     }
 
 
+def error_row(schema: pa.Schema, example_id: str, label: int, sigma: float | None, alpha: float) -> dict[str, Any]:
+    """The row of an example that could not be run: nothing was drawn, so nothing is claimed.
+
+    Args:
+        schema: CERTIFICATE_SCHEMA or DUAL_SCHEMA.
+        example_id: of the example.
+        label: of the example.
+        sigma: of the row; None for Dual RS.
+        alpha: that a certificate would have spent.
+    """
+    empty = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.0, pa.bool_(): False, _COUNTS: []}
+    row: dict[str, Any] = {field.name: empty[field.type] for field in schema}
+    row |= {"example_id": example_id, "label": label, "sigma": sigma, "prediction": -1, "abstained": True}
+    row |= {"alpha": alpha, "stop_reason": Stop.SKIPPED.value, "target": None, "status": ERROR}
+    if schema.equals(DUAL_SCHEMA):
+        row |= {"stop_reason_sigma": Stop.SKIPPED.value, "target_sigma": None, "bounded_by": Bound.NONE.value}
+    return row
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Which examples belong to which shard.
+    """Which examples belong to which shard: shard `i` holds the places `order[bounds[i]:bounds[i + 1]]`.
 
     Attributes:
-        shards: for each shard, the places of its examples in the data set.
+        order: int64, places in the data set, each once.
+        bounds: int64, ascending from 0 to len(order).
         rows_per_example: rows that an example gives.
         origin: what the rows are made from (configuration fingerprint, model hashes); plain JSON.
+        device: `cpu` or `cuda`: the two draw different noise for one key and must not be mixed.
     """
 
-    shards: tuple[tuple[int, ...], ...]
+    order: NDArray[np.int64]
+    bounds: NDArray[np.int64]
     rows_per_example: int
     origin: Mapping[str, Any]
+    device: str
 
     @classmethod
-    def divide(cls, num_examples: int, shard_examples: int, rows_per_example: int, origin: Mapping[str, Any]) -> "Plan":
-        """Consecutive examples, `shard_examples` to a shard."""
-        starts = range(0, num_examples, shard_examples)
-        shards = tuple(tuple(range(start, min(start + shard_examples, num_examples))) for start in starts)
-        return cls(shards, rows_per_example, dict(origin))
+    def divide(
+        cls,
+        num_examples: int,
+        shard_examples: int,
+        rows_per_example: int,
+        origin: Mapping[str, Any],
+        device: str = "cpu",
+        slots: int = 0,
+    ) -> "Plan":
+        """Consecutive examples, `shard_examples` to a shard.
+
+        With `slots` replicas, the shards of the last two rounds are a quarter of the size, so that the replicas end
+        together: the costly units come first.
+        """
+        tail = min(num_examples, 2 * slots * shard_examples) if shard_examples >= 4 else 0
+        starts = [
+            *range(0, num_examples - tail, shard_examples),
+            *range(num_examples - tail, num_examples, max(1, shard_examples // 4)),
+        ]
+        bounds = np.array([*starts, num_examples] if starts else [0], np.int64)
+        return cls(np.arange(num_examples, dtype=np.int64), bounds, rows_per_example, dict(origin), device)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def members(self, shard: int) -> NDArray[np.int64]:
+        """Places in the data set of a shard's examples."""
+        return self.order[self.bounds[shard] : self.bounds[shard + 1]]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Examples of each shard."""
+        return np.diff(self.bounds)
 
     @classmethod
-    def read(cls, path: Path) -> "Plan":
+    def from_bytes(cls, content: bytes, name: str) -> "Plan":
         """Read a plan file.
 
         Raises:
             DataError: when it is not one.
         """
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(pa.BufferReader(content))
             facts = json.loads(table.schema.metadata[b"plan"])
-            columns = table.to_pydict()
-            members: list[list[int]] = [[] for _ in range(facts["num_shards"])]
-            for shard, index in zip(columns["shard"], columns["index"], strict=True):
-                members[shard].append(index)
+            shard = table.column("shard").to_numpy()
+            order = table.column("index").to_numpy().astype(np.int64)
+            bounds = np.searchsorted(shard, np.arange(facts["num_shards"] + 1)).astype(np.int64)
+            return cls(order, bounds, facts["rows_per_example"], facts["origin"], facts["device"])
         except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{str(path)!r} is not a plan: {error}") from error
-        return cls(tuple(map(tuple, members)), facts["rows_per_example"], facts["origin"])
+            raise DataError(f"{name!r} is not a plan: {error}") from error
 
-    def write(self, path: Path, example_ids: Sequence[str]) -> None:
-        """Write the plan, whole or not at all; `example_ids` make it readable by itself."""
-        flat = [(shard, index) for shard, members in enumerate(self.shards) for index in members]
+    def to_bytes(self, example_ids: Sequence[str]) -> bytes:
+        """The plan as a Parquet file; `example_ids` make it readable by itself."""
+        ids = pa.array(example_ids, pa.string())
         table = pa.table(
             {
-                "shard": [shard for shard, _ in flat],
-                "index": [index for _, index in flat],
-                "example_id": [example_ids[index] for _, index in flat],
+                "shard": np.repeat(np.arange(len(self)), self.sizes),
+                "index": self.order,
+                "example_id": ids.take(pa.array(self.order)),
             }
         )
         facts = {
-            "num_shards": len(self.shards),
+            "num_shards": len(self),
             "rows_per_example": self.rows_per_example,
             "origin": dict(self.origin),
+            "device": self.device,
         }
-        _write(table.replace_schema_metadata({"plan": json.dumps(facts, sort_keys=True)}), path)
+        return _to_bytes(table.replace_schema_metadata({"plan": json.dumps(facts)}))
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `ShardStore.verify` found.
+
+    Attributes:
+        rows, error_rows: in all, and those whose status is `error`.
+        sha256: of each file, by name.
+        devices: that the shards were made on.
+        non_finite_draws: draws that voted for no class.
+    """
+
+    rows: int
+    error_rows: int
+    sha256: Mapping[str, str]
+    devices: tuple[str, ...]
+    non_finite_draws: int
 
 
 class ShardStore:
-    """One folder of shards and its plan.
+    """The shards of one step, in one folder of a run directory.
+
+    shard-NNNNNN.parquet           rows of shard N of the plan
+    part-NNNNNN-MMMMMM.parquet     rows of the shards N to M, written when all are there (`compact`)
 
     Args:
         root: the run directory.
         name: the folder inside it, for example `dataset` or `certificates/dual`.
     """
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: "Folder | Path | str", name: str) -> None:
+        root = Folder(root)
         self.name = name
         self.folder = root / name
-        self.plan_file = root / "plan" / f"{name.replace('/', '-')}.parquet"
+        self._plans, self._plan_name = root / "plan", f"{name.replace('/', '-')}.parquet"
+        self.errors = root / "errors" / name.replace("/", "-")
+        """Messages of the examples that failed: files of `ERROR_SCHEMA`, one per shard that has some."""
+        self._attempts = root / "attempts" / name.replace("/", "-")
 
-    def plan(self, wanted: Plan, example_ids: Sequence[str]) -> Plan:
-        """The plan on disk, or `wanted` after writing it.
+    @property
+    def plan_file(self) -> str:
+        """Where the plan is."""
+        return self._plans.where(self._plan_name)
 
-        An existing plan wins over another division into shards, so that a resumed run keeps its names.
+    def read_plan(self) -> Plan | None:
+        """The plan on disk, if there is one.
 
         Raises:
-            ConfigError: when the rows on disk are made from something else (another configuration, other weights).
+            DataError: when it cannot be read.
+            ConfigError: when there are shards without a plan.
         """
-        if not self.plan_file.exists():
-            if any(self.folder.glob("*.parquet")):
-                raise ConfigError(f"{str(self.folder)!r} holds shards without a plan; move it away to start again")
-            wanted.write(self.plan_file, example_ids)
-            return wanted
-        stored = Plan.read(self.plan_file)
-        if dict(stored.origin) != dict(wanted.origin):
-            changed = sorted(
-                key
-                for key in stored.origin.keys() | wanted.origin.keys()
-                if stored.origin.get(key) != wanted.origin.get(key)
-            )
+        if self._plans.exists(self._plan_name):
+            return Plan.from_bytes(self._plans.read(self._plan_name), self.plan_file)
+        if self.files():
+            raise ConfigError(f"{str(self.folder)!r} holds shards without a plan; move it away to start again")
+        return None
+
+    def write_plan(self, plan: Plan, example_ids: Sequence[str]) -> None:
+        """Write the plan, before any shard. It never changes: names of shards are places in it."""
+        self._plans.write(self._plan_name, plan.to_bytes(example_ids))
+
+    def check_origin(self, plan: Plan, origin: Mapping[str, Any]) -> None:
+        """Refuse to go on with shards that were made from something else.
+
+        Raises:
+            ConfigError: names what differs (the configuration, the models).
+        """
+        changed = sorted(key for key in plan.origin.keys() | origin.keys() if plan.origin.get(key) != origin.get(key))
+        if changed:
             raise ConfigError(
                 f"the shards in {str(self.folder)!r} were made from other inputs ({', '.join(changed)} differ); "
-                f"remove that folder and {str(self.plan_file)!r} to make them again, or use another --out"
+                f"remove that folder and {self.plan_file!r} to make them again, or use another --out"
             )
-        return stored
 
-    def shard_file(self, shard: int) -> Path:
-        """Where a shard is."""
-        return self.folder / f"shard-{shard:06d}.parquet"
+    def begin(self, shard: int, replica: str) -> int:
+        """Note that a replica begins with a shard; returns how many times it has been begun, this one included."""
+        folder = self._attempts / f"{shard:06d}"
+        folder.write(replica, b"-")
+        return len(folder.files())
 
-    def commit(self, shard: int, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, device: str) -> None:
-        """Write a shard, whole or not at all; `device` (type and name) goes into its metadata."""
-        table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata({"device": device}))
-        _write(table, self.shard_file(shard))
+    def attempts(self) -> dict[int, int]:
+        """How many times each shard was begun by some replica: more than once after a loss."""
+        return dict(Counter(int(name.partition("/")[0]) for name in self._attempts.walk()))
 
-    def devices(self) -> set[str]:
-        """Devices that the committed shards were made on, as given to `commit`."""
-        metadata = (pq.read_schema(path).metadata for path in self.files())
-        return {entry[b"device"].decode() for entry in metadata}
+    def forget_attempts(self) -> None:
+        """Remove what `begin` wrote, when the step is finished."""
+        self._attempts.remove_all()
 
-    def files(self) -> list[Path]:
-        """The committed shards, in order."""
-        return sorted(self.folder.glob("shard-*.parquet"))
+    def commit(
+        self,
+        shard: int,
+        rows: Sequence[Mapping[str, Any]],
+        schema: pa.Schema,
+        device: str,
+        errors: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Write a shard, whole or not at all.
+
+        Args:
+            shard: its place in the plan.
+            rows: of `schema`.
+            schema: CERTIFICATE_SCHEMA or DUAL_SCHEMA.
+            device: type and name; goes into the file's metadata.
+            errors: of ERROR_SCHEMA, one for each row whose status is `error`.
+        """
+        name = _shard_name(shard)
+        if errors:  # before the rows that they explain
+            self.errors.write(name, _to_bytes(pa.Table.from_pylist([*map(dict, errors)], schema=ERROR_SCHEMA)))
+        table = pa.Table.from_pylist([*map(dict, rows)], schema=schema.with_metadata({"device": device}))
+        self.folder.write(name, _to_bytes(table))
+        if not errors:
+            self.errors.remove(name)  # of an earlier attempt
+
+    def files(self) -> list[str]:
+        """Names of the committed files, in order, each row in one of them."""
+        names = [file.name for file in self.folder.files()]
+        covered = {shard for name in names for shard in _shards_of(name) if name.startswith("part-")}
+        return [name for name in names if name.startswith("part-") or set(_shards_of(name)) - covered]
 
     def committed(self) -> set[int]:
         """The shards that are there."""
-        return {int(path.stem.removeprefix("shard-")) for path in self.files()}
+        return {shard for name in self.files() for shard in _shards_of(name)}
+
+    def commits(self) -> list[tuple[float, tuple[int, ...]]]:
+        """When each file was committed (seconds since the epoch) and its shards, in order of time."""
+        visible = set(self.files())
+        return sorted(
+            (file.modified, tuple(_shards_of(file.name))) for file in self.folder.files() if file.name in visible
+        )
 
     def read(self) -> pa.Table:
         """All committed rows, ordered by example and sigma.
@@ -264,41 +421,151 @@ class ShardStore:
         tables = [self.read_file(file) for file in files]
         return pa.concat_tables(tables).sort_by([("example_id", "ascending"), ("sigma", "ascending")])
 
-    def read_file(self, file: Path) -> pa.Table:
-        """The rows of one shard.
+    def read_errors(self) -> pa.Table:
+        """Messages of the examples that failed and have not succeeded since, `ERROR_SCHEMA`."""
+        tables = [_from_bytes(self.errors.read(file.name), file.name) for file in self.errors.files()]
+        return pa.concat_tables([ERROR_SCHEMA.empty_table(), *tables])
+
+    def shards_with_errors(self) -> set[int]:
+        """Shards with rows whose status is `error`."""
+        return {shard for file in self.errors.files() for shard in _shards_of(file.name)}
+
+    def read_file(self, name: str) -> pa.Table:
+        """The rows of one file, its checksums verified.
 
         Raises:
             DataError: when it cannot be read.
         """
-        try:
-            return pq.read_table(file).replace_schema_metadata()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"cannot read the shard {str(file)!r}: {error}") from error
+        return self._table(name, self.folder.read(name)).replace_schema_metadata()
 
-    def check(self, plan: Plan, example_ids: Sequence[str]) -> int:
-        """Prove that the shards hold each planned row exactly once; returns the number of rows.
+    def _table(self, name: str, content: bytes) -> pa.Table:
+        table = _from_bytes(content, self.folder.where(name))
+        if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA):
+            raise DataError(f"{self.folder.where(name)!r} has other columns than certificates: {table.schema.names}")
+        return table
+
+    def read_shard(self, shard: int) -> pa.Table | None:
+        """The rows of one shard, None when it is not there (or already part of a larger file)."""
+        try:
+            return self.read_file(_shard_name(shard))
+        except FileNotFoundError:
+            return None
+
+    def verify(self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None]) -> Verified:
+        """Prove that the shards hold each planned row exactly once, one file at a time.
+
+        Args:
+            plan: of the store.
+            example_ids: of the whole split.
+            sigmas: of an example's rows; `(None,)` for one row of any level.
 
         Raises:
-            DataError: names the first missing, unexpected or repeated ones.
+            DataError: names the first missing, unexpected or repeated row, or a file that cannot be read.
         """
-        missing = sorted(set(range(len(plan.shards))) - self.committed())
+        files = self.files()
+        missing = sorted(set(range(len(plan))) - {shard for name in files for shard in _shards_of(name)})
         if missing:
             raise DataError(f"{len(missing)} shards of {self.name} are missing, the first is {missing[0]}")
-        table = self.read()
-        found = Counter(table.column("example_id").to_pylist())
-        wanted = Counter({example_ids[i]: plan.rows_per_example for members in plan.shards for i in members})
-        # Rows of an example are of different sigmas: a repeated pair cannot stand in for a missing one.
-        pairs = table.select(["example_id", "sigma"]).group_by(["example_id", "sigma"]).aggregate([])
-        distinct = Counter(pairs.column("example_id").to_pylist())
-        names = found.keys() | wanted.keys()
-        if odd := sorted(name for name in names if not found[name] == distinct[name] == wanted[name]):
-            raise DataError(
-                f"{self.name}: {len(odd)} examples do not have their rows exactly once, the first is {odd[0]!r}"
+        ids = pa.array(example_ids, pa.string())
+        levels = None if list(sigmas) == [None] else np.asarray(sigmas, np.float64)
+        rows = error_rows = non_finite = 0
+        digests, devices = {}, set()
+        for name in files:
+            content = self.folder.read(name)
+            digests[name] = hashlib.sha256(content).hexdigest()
+            table = self._table(name, content)
+            devices |= set(table.schema.metadata[b"device"].decode().split(", "))
+            wanted = np.sort(np.concatenate([plan.members(shard) for shard in _shards_of(name)]))
+            odd = _first_odd(table, ids.take(pa.array(wanted)), levels)
+            if odd is not None:
+                raise DataError(
+                    f"{self.folder.where(name)!r} does not hold its rows exactly once, the first is {odd!r}; remove "
+                    "the file and start the job again: it makes the file anew"
+                )
+            rows += table.num_rows
+            error_rows += int(pc.sum(pc.equal(table.column("status"), ERROR)).as_py() or 0)
+            non_finite += non_finite_votes(table)
+        return Verified(rows, error_rows, digests, tuple(sorted(devices)), non_finite)
+
+    def compact(self, plan: Plan, part_rows: int) -> None:
+        """Join committed shards into parts of about `part_rows` rows; a crash in between is mended by the next call.
+
+        The parts follow from the plan alone. Shards with errors stay as they are: they may be tried again. A
+        part replaces its shards the moment it appears; readers of this class do not look at shards that a part covers,
+        and those are removed at once.
+        """
+        per_part = max(1, part_rows // max(1, int(plan.sizes.max(initial=1)) * plan.rows_per_example))
+        names, failed = {file.name for file in self.folder.files()}, self.shards_with_errors()
+        for first in range(0, len(plan), per_part):
+            last = min(first + per_part, len(plan)) - 1
+            shards = [name for shard in range(first, last + 1) if (name := _shard_name(shard)) in names]
+            part = f"part-{first:06d}-{last:06d}.parquet"
+            if part not in names and last > first:
+                if len(shards) < last - first + 1 or failed & set(range(first, last + 1)):
+                    continue  # or parts of another size are there already
+                tables = [self._table(name, self.folder.read(name)) for name in shards]
+                devices = sorted({table.schema.metadata[b"device"].decode() for table in tables})
+                joined = pa.concat_tables([table.replace_schema_metadata() for table in tables])
+                self.folder.write(part, _to_bytes(joined.replace_schema_metadata({"device": ", ".join(devices)})))
+                names.add(part)
+            if part in names:
+                for name in shards:
+                    self.folder.remove(name)
+
+
+def _shard_name(shard: int) -> str:
+    return f"shard-{shard:06d}.parquet"
+
+
+def _shards_of(name: str) -> range:
+    """The shards that a file holds, by its name; none for a foreign file."""
+    kind, *numbers = name.removesuffix(".parquet").split("-")
+    if kind not in ("shard", "part") or not all(number.isdigit() for number in numbers) or not numbers:
+        return range(0)
+    return range(int(numbers[0]), int(numbers[-1]) + 1)
+
+
+def _first_odd(table: pa.Table, ids: pa.Array, levels: NDArray[np.float64] | None) -> str | None:
+    """The first example whose rows are not there exactly once; None when all are."""
+    width = 1 if levels is None else len(levels)
+    ordered = table.select(["example_id", "sigma"]).sort_by([("example_id", "ascending"), ("sigma", "ascending")])
+    wanted = np.repeat(np.sort(np.asarray(ids.to_pylist(), dtype=object)), width)
+    found = np.asarray(ordered.column("example_id").to_pylist(), dtype=object)
+    if len(found) == len(wanted) and (found == wanted).all():
+        if levels is None:
+            return None
+        wrong = np.flatnonzero(ordered.column("sigma").to_numpy() != np.tile(levels, len(ids)))
+        return None if not len(wrong) else str(found[wrong[0]])
+    count = Counter(found.tolist())
+    count.subtract(Counter(wanted.tolist()))
+    return min((name for name, number in count.items() if number), default=None)
+
+
+def non_finite_votes(table: pa.Table) -> int:
+    """Draws whose logits were not finite: what the votes of each stage lack of its draws."""
+    missing = 0
+    for ending in ("", "_sigma"):
+        if f"counts_estimation{ending}" not in table.column_names:
+            continue
+        ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
+        for phase in ("selection", "estimation"):
+            draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
+            missing += int(draws[ran].sum()) - int(
+                pc.sum(pc.list_flatten(table.column(f"counts_{phase}{ending}"))).as_py() or 0
             )
-        return int(table.num_rows)
+    return missing
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def _to_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_whole(path, sink.getvalue().to_pybytes())
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _from_bytes(content: bytes, name: str) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+    except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:  # a wrong size asks for any memory
+        raise DataError(
+            f"cannot read the shard {name!r}: {error}; remove it and start the job again: it makes the file anew"
+        ) from error

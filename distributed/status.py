@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from distributed.launch import STORES, step_of
 from distributed.run_directory import RunDirectory
-from distributed.shards import Plan, ShardStore
+from distributed.shards import ShardStore
 
 __all__ = ["StoreStatus", "status"]
 
@@ -21,6 +21,9 @@ class StoreStatus:
         finished: whether the step that fills it has checked and recorded it.
         rate: examples per second over the last ten minutes of work; None before two shards are there.
         idle_s: seconds since the last shard was committed; None before the first.
+        errors: examples that could not be run so far.
+        retries: shards that were begun again after a loss.
+        lost_devices: replicas of the run that gave up their device.
     """
 
     store: str
@@ -29,6 +32,9 @@ class StoreStatus:
     finished: bool
     rate: float | None
     idle_s: float | None
+    errors: int
+    retries: int
+    lost_devices: int
 
     @property
     def eta_s(self) -> float | None:
@@ -40,24 +46,27 @@ def status(directory: RunDirectory, now: float) -> list[StoreStatus]:
     """The stores that have been begun, in the order of the pipeline; `now` is seconds since the epoch."""
     found = []
     for name in STORES:
-        store = ShardStore(directory.path, name)
-        if not store.plan_file.exists():
+        store = ShardStore(directory.folder, name)
+        if (plan := store.read_plan()) is None:
             continue
-        plan = Plan.read(store.plan_file)
-        sizes = {number: len(members) for number, members in enumerate(plan.shards)}
-        commits = sorted((store.shard_file(number).stat().st_mtime, number) for number in store.committed())
+        sizes = plan.sizes
+        commits = [(moment, int(sizes[list(shards)].sum())) for moment, shards in store.commits()]
         recent = [pair for pair in commits if pair[0] >= commits[-1][0] - _RECENT_S]
         span = recent[-1][0] - recent[0][0] if recent else 0.0
-        # The first of them was begun before the span; its examples are not part of the rate.
-        rate = sum(sizes[number] for _, number in recent[1:]) / span if span > 0 else None
+        record = directory.manifest["steps"].get(step_of(name))
+        attempts = store.attempts()
         found.append(
             StoreStatus(
                 store=name,
-                done=sum(sizes[number] for _, number in commits),
-                total=sum(sizes.values()),
-                finished=step_of(name) in directory.manifest["steps"],
-                rate=rate,
+                done=sum(examples for _, examples in commits),
+                total=len(plan.order),
+                finished=record is not None,
+                # The first of them was begun before the span; its examples are not part of the rate.
+                rate=sum(examples for _, examples in recent[1:]) / span if span > 0 and record is None else None,
                 idle_s=max(0.0, now - commits[-1][0]) if commits else None,
+                errors=len(set(store.read_errors().column("example_id").to_pylist())),
+                retries=record["retries"] if record else sum(attempts.values()) - len(attempts),
+                lost_devices=len((directory.folder / "errors" / "replicas").files()),
             )
         )
     return found

@@ -1,7 +1,6 @@
 """Reading shards back as arrays for training and for the report."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,10 @@ from core.records import Stop
 from core.report import DualRows, ReportData, StandardRows
 from core.training.estimator import label_radii
 from distributed.run_directory import RunDirectory
-from distributed.shards import ShardStore
+from distributed.shards import ERROR, ShardStore
+from distributed.storage import Folder
 
-__all__ = ["grid", "non_finite_votes", "report_data", "training_radii"]
+__all__ = ["grid", "report_data", "training_radii"]
 
 
 def grid(table: pa.Table, column: str, sigmas: Sequence[float]) -> NDArray[Any]:
@@ -33,33 +33,26 @@ def grid(table: pa.Table, column: str, sigmas: Sequence[float]) -> NDArray[Any]:
     if len(levels) % width or not np.array_equal(levels.reshape(-1, width), np.tile(sigmas, (len(levels) // width, 1))):
         raise DataError(f"expected one row per example for each sigma of {list(sigmas)}")
     values = table.column(column)
-    array = np.stack(values.to_numpy()) if pa.types.is_list(values.type) else values.to_numpy()
+    array = _stacked(values.to_numpy()) if pa.types.is_list(values.type) else values.to_numpy()
     return np.asarray(array.reshape(-1, width, *array.shape[1:]))
 
 
-def non_finite_votes(table: pa.Table) -> int:
-    """Draws whose logits were not finite: what the votes of each stage lack of its draws."""
-    missing = 0
-    for ending in ("", "_sigma"):
-        if f"counts_estimation{ending}" not in table.column_names:
-            continue
-        ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
-        for phase in ("selection", "estimation"):
-            draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
-            missing += int(draws[ran].sum()) - int(
-                pc.sum(pc.list_flatten(table.column(f"counts_{phase}{ending}"))).as_py() or 0
-            )
-    return missing
+def _stacked(lists: NDArray[Any]) -> NDArray[Any]:
+    """Lists of one length as rows; zeros for the empty ones of rows with errors."""
+    width = max(map(len, lists), default=0)
+    return np.stack([values if len(values) else np.zeros(width, np.int64) for values in lists])
 
 
 def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float64]:
     """The radii R_c(x, sigma_i) of the dataset as the estimator's training wants them, ``(N, K)`` in `train`'s order.
 
+    An example with an error at any sigma has radius 0 at all of them: training drops it, its best sigma is unknown.
+
     Raises:
         DataError: when the dataset does not hold exactly the training split.
     """
     config = directory.config
-    table = ShardStore(directory.path, "dataset").read()
+    table = ShardStore(directory.folder, "dataset").read()
     ids = grid(table, "example_id", config.sigmas)[:, 0].tolist()
     if ids != sorted(train.example_ids):
         raise DataError(f"the dataset holds {len(ids)} examples, not the {len(train)} of the training split")
@@ -70,16 +63,17 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
         radius=grid(table, "radius", config.sigmas),
         correct=grid(table, "correct", config.sigmas),
         votes=np.take_along_axis(votes, top[:, :, None], axis=2)[:, :, 0],
-        num_estimation=grid(table, "num_estimation", config.sigmas),
+        num_estimation=np.maximum(grid(table, "num_estimation", config.sigmas), 1),
         sigmas=np.asarray(config.sigmas),
         alpha=config.labels.alpha,
         mode=config.estimator.label_radius,
     )
+    radii[(grid(table, "status", config.sigmas) == ERROR).any(axis=1)] = 0.0
     return radii[[order[example_id] for example_id in train.example_ids]]
 
 
 def report_data(
-    config: Config, root: Path, manifest: Mapping[str, Any], *, sigma_share: float = 0.5, notes: tuple[str, ...] = ()
+    config: Config, root: Folder, manifest: Mapping[str, Any], *, sigma_share: float = 0.5, notes: tuple[str, ...] = ()
 ) -> ReportData:
     """The certificates of a run, aligned by example, as the report wants them.
 
@@ -102,8 +96,10 @@ def report_data(
     baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() else ()
     dual_store = ShardStore(root, "certificates/dual")
     dual = None
+    failed = _failed(table)
     if dual_store.committed():
         rows = dual_store.read()
+        failed |= _failed(rows)
         if rows.column("example_id").to_pylist() != grid(table, "example_id", config.sigmas)[:, 0].tolist():
             raise DataError("certificates/standard and certificates/dual cover different examples")
         dual = DualRows(
@@ -118,6 +114,8 @@ def report_data(
             p_lower=_column(rows, "p_lower"),
             sigma_choice=_column(rows, "sigma_index"),
         )
+    if failed:
+        notes += (f"{len(failed)} examples could not be run and count as not certified, first {min(failed)!r}.",)
     return ReportData(
         title=f"Certified accuracy on {config.dataset.name}",
         labels=config.dataset.name,
@@ -134,6 +132,11 @@ def report_data(
         manifest=manifest,
         notes=notes,
     )
+
+
+def _failed(table: pa.Table) -> set[str]:
+    """Examples with an error."""
+    return set(table.filter(pc.equal(table.column("status"), ERROR)).column("example_id").to_pylist())
 
 
 def _certified_sigma(rows: pa.Table, sigmas: Sequence[float]) -> NDArray[np.float64]:

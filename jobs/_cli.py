@@ -3,14 +3,17 @@
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from core.config import load_config, parse_config
 from core.errors import ConfigError, DualRSError
+from distributed.lock import RunLock
 from distributed.run_directory import RunDirectory
+from distributed.storage import Folder
 
-__all__ = ["job_parser", "open_run", "run_job"]
+__all__ = ["job_parser", "open_run", "retry_errors_option", "run_job", "run_step"]
 
 EXIT_USAGE, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -23,7 +26,12 @@ def job_parser(module: str, description: str) -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 2 usage or configuration, 3 data or model, 130 interrupted. What is committed "
         "stays; the same command goes on where it stopped.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory; made if it is not there")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="RUN",
+        help="run directory, made if it is not there: a path, or a URI of an object store (s3://bucket/run, gs://...)",
+    )
     parser.add_argument(
         "--config", type=Path, metavar="YAML", help="configuration file; an existing run directory remembers its own"
     )
@@ -37,6 +45,15 @@ def job_parser(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def retry_errors_option(parser: argparse.ArgumentParser) -> None:
+    """Add --retry-errors."""
+    parser.add_argument(
+        "--retry-errors",
+        action="store_true",
+        help="take up a finished step again for the examples that could not be run (errors/)",
+    )
+
+
 def open_run(args: argparse.Namespace) -> RunDirectory:
     """Open the run directory that the arguments name, with their configuration."""
     if args.config is not None:
@@ -48,6 +65,21 @@ def open_run(args: argparse.Namespace) -> RunDirectory:
         )
         directory = RunDirectory(args.out, config)
     return directory
+
+
+@contextmanager
+def _working_on(args: argparse.Namespace) -> Iterator[RunDirectory]:
+    """`open_run` for a job that writes: with the lock of the run directory.
+
+    Raises:
+        ConfigError: when another job is at work there.
+    """
+    if args.config is not None:
+        load_config(args.config, args.overrides)  # refused before anything is made
+    else:
+        RunDirectory(args.out, None)
+    with RunLock(Folder(args.out)):
+        yield open_run(args)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -69,3 +101,13 @@ def run_job(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace],
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     return 0
+
+
+def run_step(parser: argparse.ArgumentParser, run: Callable[[RunDirectory, argparse.Namespace], None]) -> int:
+    """`run_job` for a job that writes into its run directory."""
+
+    def locked(args: argparse.Namespace) -> None:
+        with _working_on(args) as directory:
+            run(directory, args)
+
+    return run_job(parser, locked)

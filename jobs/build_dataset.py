@@ -3,20 +3,21 @@
 import sys
 
 from distributed.run_directory import RunDirectory
-from jobs._cli import job_parser, open_run, run_job
+from jobs._cli import job_parser, retry_errors_option, run_step
 
 
-def run(directory: RunDirectory) -> None:
+def run(directory: RunDirectory, retry_errors: bool = False) -> None:
     """Commit every shard of the dataset that is not there yet."""
     from distributed.launch import certify_store
 
-    certify_store(directory, "dataset")
+    certify_store(directory, "dataset", retry_errors)
 
 
 def main() -> int:
     """Command line."""
     parser = job_parser("build_dataset", __doc__)
-    return run_job(parser, lambda args: run(open_run(args)))
+    retry_errors_option(parser)
+    return run_step(parser, lambda directory, args: run(directory, args.retry_errors))
 
 
 if __name__ == "__main__":

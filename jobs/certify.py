@@ -4,17 +4,20 @@ import sys
 from typing import Literal
 
 from distributed.run_directory import RunDirectory
-from jobs._cli import job_parser, open_run, run_job
+from jobs._cli import job_parser, retry_errors_option, run_step
 
 Method = Literal["standard", "dual"]
 Classifier = Literal["finetuned", "base"]
 
 
-def run(directory: RunDirectory, method: Method, classifier: Classifier = "finetuned") -> None:
+def run(
+    directory: RunDirectory, method: Method, classifier: Classifier = "finetuned", retry_errors: bool = False
+) -> None:
     """Commit every shard of certificates/<method> (or <method>-base) that is not there yet."""
     from distributed.launch import certify_store
 
-    certify_store(directory, f"certificates/{method}" + ("-base" if classifier == "base" else ""))
+    store = f"certificates/{method}" + ("-base" if classifier == "base" else "")
+    certify_store(directory, store, retry_errors)
 
 
 def main() -> int:
@@ -32,7 +35,8 @@ def main() -> int:
         default="finetuned",
         help="base certifies the classifier as it was before fine-tuning, into certificates/<method>-base",
     )
-    return run_job(parser, lambda args: run(open_run(args), args.method, args.classifier))
+    retry_errors_option(parser)
+    return run_step(parser, lambda directory, args: run(directory, args.method, args.classifier, args.retry_errors))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 
 from core.progress import Progress
 from distributed.run_directory import RunDirectory
-from jobs._cli import job_parser, open_run, run_job
+from jobs._cli import job_parser, run_step
 
 READS = ("classifier", "denoiser", "estimator")
 
@@ -17,8 +17,7 @@ def run(directory: RunDirectory) -> None:
 
     from core.data import load_dataset
     from core.engine import Engine, Task
-    from core.files import file_sha256
-    from core.models.checkpoints import load_model, save_model
+    from core.models.checkpoints import load_model
     from core.noise import make_noise
     from core.training.finetune import choose_sigma, finetune_classifier
     from distributed.replica import build_network
@@ -63,12 +62,12 @@ def run(directory: RunDirectory) -> None:
             config.seed + 3,
             progress,
         )
-    save_model(classifier, directory.model("classifier_finetuned"))
+    digest = directory.save_model("classifier_finetuned", classifier)
     shares = {str(level): float((sigma == torch.tensor(level)).float().mean()) for level in config.sigmas}
     directory.finish(
         "finetune_classifier",
         read=hashes,
-        wrote={"classifier_finetuned": file_sha256(directory.model("classifier_finetuned"))},
+        wrote={"classifier_finetuned": digest},
         facts={"share_of_samples_at_sigma": shares, "loss": history},
     )
 
@@ -76,7 +75,7 @@ def run(directory: RunDirectory) -> None:
 def main() -> int:
     """Command line."""
     parser = job_parser("finetune_classifier", __doc__)
-    return run_job(parser, lambda args: run(open_run(args)))
+    return run_step(parser, lambda directory, args: run(directory))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from distributed.run_directory import RunDirectory
 from jobs import build_dataset, certify, finetune_classifier, report, train_base, train_estimator
-from jobs._cli import job_parser, open_run, run_job
+from jobs._cli import job_parser, run_step
 
 STEPS: tuple[tuple[str, Callable[[RunDirectory], None]], ...] = (
     ("train_base", train_base.run),
@@ -34,7 +34,7 @@ def run(directory: RunDirectory) -> None:
 def main() -> int:
     """Command line."""
     parser = job_parser("pipeline", __doc__)
-    return run_job(parser, lambda args: run(open_run(args)))
+    return run_step(parser, lambda directory, args: run(directory))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def main() -> int:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"alpha and share are numbers, sigmas a list of numbers: {error}") from error
         data, folder = recertify(open_run(args), change)
-        write_report(data, folder / "report")
+        with (folder / "report").staged() as local:
+            write_report(data, local)
         print(format_table(data))
         print(f"certificates and report: {folder}")
 

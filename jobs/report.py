@@ -11,13 +11,14 @@ def run(directory: RunDirectory) -> None:
     from core.report.render import best_method_sentence, format_table, write_report
     from distributed.tables import report_data
 
-    data = report_data(directory.config, directory.path, directory.manifest)
-    folder = directory.path / "report"
-    write_report(data, folder)
+    data = report_data(directory.config, directory.folder, directory.manifest)
+    folder = directory.folder / "report"
+    with folder.staged() as local:
+        write_report(data, local)
     print(format_table(data))
     print(best_method_sentence(data))
-    print(f"plot:   {folder / 'certified_accuracy.png'}")
-    print(f"report: {folder / 'report.html'} (and report.md, table.csv beside it)")
+    print(f"plot:   {folder.where('certified_accuracy.png')}")
+    print(f"report: {folder.where('report.html')} (and report.md, table.csv beside it)")
 
 
 def main() -> int:

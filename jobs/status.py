@@ -12,13 +12,16 @@ def main() -> int:
     parser = job_parser("status", __doc__)
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
+        from distributed.lock import read_lock
         from distributed.status import status
 
         directory = open_run(args)
         print(
-            f"{directory.path}: {len(directory.manifest['steps'])} steps finished"
+            f"{directory.folder}: {len(directory.manifest['steps'])} steps finished"
             f" ({', '.join(directory.manifest['steps']) or 'none'})"
         )
+        if holder := read_lock(directory.folder):
+            print(f"locked by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}")
         for store in status(directory, time.time()):
             parts = [f"{store.done:,}/{store.total:,} examples ({100 * store.done / max(store.total, 1):.0f}%)"]
             parts += [f"{store.rate:,.1f} examples/s"] if store.rate is not None else []
@@ -27,6 +30,9 @@ def main() -> int:
             else:
                 parts += [f"ETA {clock(store.eta_s)}"] if store.eta_s is not None else []
                 parts += [f"last shard {clock(store.idle_s)} ago"] if store.idle_s is not None else []
+            parts += [f"{store.errors} errors"] if store.errors else []
+            parts += [f"{store.retries} retries"] if store.retries else []
+            parts += [f"{store.lost_devices} lost devices"] if store.lost_devices else []
             print(f"{store.store}: {', '.join(parts)}")
 
     return run_job(parser, run)

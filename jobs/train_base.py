@@ -6,7 +6,7 @@ from pathlib import Path
 from core.errors import ModelError
 from core.progress import Progress
 from distributed.run_directory import RunDirectory
-from jobs._cli import job_parser, open_run, run_job
+from jobs._cli import job_parser, run_step
 
 
 def run(directory: RunDirectory) -> None:
@@ -16,8 +16,7 @@ def run(directory: RunDirectory) -> None:
     import torch
 
     from core.data import load_dataset
-    from core.files import file_sha256
-    from core.models.checkpoints import load_denoiser, load_model, save_model
+    from core.models.checkpoints import load_denoiser, load_model
     from core.training.base import train_classifier, train_denoiser
 
     config, base = directory.config, directory.config.base
@@ -29,13 +28,13 @@ def run(directory: RunDirectory) -> None:
     else:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
-    save_model(denoiser, directory.model("denoiser"))
+    wrote = {"denoiser": directory.save_model("denoiser", denoiser)}
     if base.classifier_file:
         classifier = load_model(Path(base.classifier_file))
     else:
         with Progress(base.classifier_epochs, "classifier", "epochs", interval_s=interval) as progress:
             classifier = train_classifier(train, denoiser, base, config.seed + 1, progress)
-    save_model(classifier, directory.model("classifier"))
+    wrote["classifier"] = directory.save_model("classifier", classifier)
 
     test = load_dataset(config.dataset, "test")
     with torch.inference_mode():
@@ -47,18 +46,13 @@ def run(directory: RunDirectory) -> None:
     right = logits.argmax(dim=1) == torch.from_numpy(test.labels)
     accuracy = float(right.double().mean())
     print(f"classifier: {100 * accuracy:.1f}% of {len(test)} clean test images")
-    directory.finish(
-        "train_base",
-        read={},
-        wrote={name: file_sha256(directory.model(name)) for name in ("denoiser", "classifier")},
-        facts={"clean_accuracy": accuracy},
-    )
+    directory.finish("train_base", read={}, wrote=wrote, facts={"clean_accuracy": accuracy})
 
 
 def main() -> int:
     """Command line."""
     parser = job_parser("train_base", __doc__)
-    return run_job(parser, lambda args: run(open_run(args)))
+    return run_step(parser, lambda directory, args: run(directory))
 
 
 if __name__ == "__main__":

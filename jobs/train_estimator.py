@@ -4,7 +4,7 @@ import sys
 
 from core.progress import Progress
 from distributed.run_directory import RunDirectory
-from jobs._cli import job_parser, open_run, run_job
+from jobs._cli import job_parser, run_step
 
 READS = ("classifier", "denoiser")  # the classifier through the dataset
 
@@ -16,8 +16,7 @@ def run(directory: RunDirectory) -> None:
     import torch
 
     from core.data import load_dataset
-    from core.files import file_sha256
-    from core.models.checkpoints import load_denoiser, save_model
+    from core.models.checkpoints import load_denoiser
     from core.models.small import SmallConvNet
     from core.training.estimator import train_estimator
     from distributed.tables import training_radii
@@ -45,20 +44,18 @@ def run(directory: RunDirectory) -> None:
             config.seed + 2,
             progress,
         )
-    save_model(estimator, directory.model("estimator"))
+    digest = directory.save_model("estimator", estimator)
     facts = {"samples": int((radii.max(axis=1) > 0).sum()), "of": len(radii), "loss": history}
     print(
         f"estimator: trained on {facts['samples']} of {facts['of']} samples (the others have radius 0 at every sigma)"
     )
-    directory.finish(
-        "train_estimator", read=hashes, wrote={"estimator": file_sha256(directory.model("estimator"))}, facts=facts
-    )
+    directory.finish("train_estimator", read=hashes, wrote={"estimator": digest}, facts=facts)
 
 
 def main() -> int:
     """Command line."""
     parser = job_parser("train_estimator", __doc__)
-    return run_job(parser, lambda args: run(open_run(args)))
+    return run_step(parser, lambda directory, args: run(directory))
 
 
 if __name__ == "__main__":

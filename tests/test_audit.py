@@ -20,7 +20,13 @@ from distributed.shards import ShardStore
 from jobs import build_dataset, certify
 from tests.tiny import tiny_run
 
-OVERRIDES = ("compute.executor=local", "dataset.test_size=50", "labels.num_estimation=40", "labels.num_selection=10")
+OVERRIDES = (
+    "compute.executor=local",
+    "compute.part_rows=1",
+    "dataset.test_size=50",
+    "labels.num_estimation=40",
+    "labels.num_selection=10",
+)
 
 
 def finished_run(path: Path, *overrides: str) -> RunDirectory:
@@ -59,7 +65,7 @@ def problems(run: RunDirectory) -> list[str]:
 
 def rewrite(run: RunDirectory, store: str, change: Callable[[list[dict]], list[dict]], rehash: bool) -> str:  # type: ignore[type-arg]
     """Change the rows of a store's first shard; with `rehash` the manifest is made to agree."""
-    file = ShardStore(run.path, store).files()[0]
+    file = run.path / store / ShardStore(run.path, store).files()[0]
     table = pq.read_table(file)
     rows = change(table.to_pylist())
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
@@ -89,11 +95,7 @@ def test_audit_count_altered_by_one_names_the_row(run: RunDirectory, rehash: boo
 
     name = rewrite(run, "certificates/standard", spoil, rehash)
     found = problems(run)
-    row = (
-        ShardStore(run.path, "certificates/standard")
-        .read_file(run.path / "certificates/standard" / name)
-        .to_pylist()[0]
-    )
+    row = ShardStore(run.path, "certificates/standard").read_file(name).to_pylist()[0]
     assert any(f"{row['example_id']}, sigma {row['sigma']:g}: " in problem for problem in found)
     assert any("another SHA-256" in problem for problem in found) == (not rehash)
 
@@ -162,7 +164,7 @@ def test_audit_seed_edited_in_the_manifest_is_found(run: RunDirectory) -> None:
 
 
 def test_audit_shard_removed_or_model_swapped_is_found(run: RunDirectory) -> None:
-    ShardStore(run.path, "certificates/dual").files()[1].unlink()
+    (run.path / "certificates/dual" / ShardStore(run.path, "certificates/dual").files()[1]).unlink()
     assert any("shard-000001.parquet: is missing" in problem for problem in problems(run))
     shutil.copy(run.model("denoiser"), run.model("classifier_finetuned"))
     assert any("is not the file that this run wrote" in problem for problem in problems(run))

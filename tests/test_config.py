@@ -86,7 +86,7 @@ def test_load_config_evaluates_nothing(tmp_path: Path) -> None:
 def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> None:
     base = parse_config(MINIMAL).fingerprint()
     for same in (
-        "compute.num_replicas=7",
+        "compute.max_replicas=7",
         "compute.shard_examples=3",
         "compute.executor=local",
         "report.radii=[0.1]",

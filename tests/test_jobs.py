@@ -106,7 +106,7 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     assert call("recertify", "--out", str(run.path), "alpha=1e-3").returncode == 0
     wrong = call("recertify", "--out", str(run.path), "beta=1")
     assert (wrong.returncode, wrong.stderr) == (2, "error: unknown beta; known: alpha, share, sigmas, split\n")
-    ShardStore(run.path, "dataset").files()[0].unlink()
+    (run.path / "dataset" / ShardStore(run.path, "dataset").files()[0]).unlink()
     audit = call("audit", "--out", str(run.path))
     assert audit.returncode == 3
     assert "dataset: shard-000000.parquet: is missing" in audit.stderr

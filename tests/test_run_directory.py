@@ -26,7 +26,7 @@ def test_run_directory_other_configuration_is_refused_with_each_difference(tmp_p
         RunDirectory(tmp_path, parse_config(PLAIN, ["seed=1", "certify.alpha=0.01"]))
     assert "certify.alpha: 0.001 there, 0.01 now" in str(caught.value)
     assert "seed: 0 there, 1 now" in str(caught.value)
-    RunDirectory(tmp_path, parse_config(PLAIN, ["report.radii=[0.1]", "compute.num_replicas=1"]))
+    RunDirectory(tmp_path, parse_config(PLAIN, ["report.radii=[0.1]", "compute.max_replicas=1"]))
     assert RunDirectory(tmp_path, None).config.report.radii == (0.1,)
 
 

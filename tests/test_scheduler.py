@@ -1,28 +1,35 @@
 """The same counts on Ray with one and two replicas, with the local executor, in a plain loop, and after kills."""
 
 import hashlib
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import ray
 import torch
 
+import distributed.replica as replica_module
 from core.data import load_dataset
-from core.errors import ConfigError, ModelError
+from core.errors import ConfigError, DataError, ModelError
 from core.files import file_sha256
 from core.models.checkpoints import load_model, save_model
 from core.models.small import SmallConvNet
 from core.records import Sampling
+from distributed.audit import audit
 from distributed.replica import Replica, Work
 from distributed.run_directory import RunDirectory
-from distributed.shards import CERTIFICATE_SCHEMA, Plan, ShardStore
+from distributed.shards import Plan, ShardStore
+from distributed.tables import training_radii
 from jobs import build_dataset, certify
 from tests.tiny import tiny_run
 
@@ -77,8 +84,8 @@ def test_build_dataset_local_equals_a_plain_loop(reference: pa.Table, tmp_path: 
 
 @pytest.mark.parametrize(
     "overrides",
-    [("compute.num_replicas=1",), ("compute.num_replicas=2", "compute.shard_examples=7")],
-    ids=["one replica", "two replicas, other shards"],
+    [("compute.max_replicas=1",), ("compute.shard_examples=7",), ("compute.shard_examples=auto",)],
+    ids=["one replica", "two replicas, other shards", "measured shards"],
 )
 def test_build_dataset_on_ray_equals_the_local_executor(
     overrides: tuple[str, ...], reference: pa.Table, cluster: None, tmp_path: Path
@@ -107,15 +114,16 @@ def test_certify_dual_class_stage_equals_standard_at_the_chosen_sigma(tmp_path: 
 
 
 def test_build_dataset_again_does_nothing_and_other_weights_are_refused(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "compute.executor=local")
+    run = tiny_run(tmp_path, "compute.executor=local", "compute.part_rows=1")
     build_dataset.run(run)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "dataset").iterdir()}
+    assert len(before) == 10
     build_dataset.run(RunDirectory(tmp_path, None))
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "dataset").iterdir()} == before
     (tmp_path / "dataset" / "shard-000003.parquet").unlink()
     build_dataset.run(RunDirectory(tmp_path, None))  # what is missing is made again, nothing else
     assert {p for p in before if p.stat().st_mtime_ns != before[p]} == {tmp_path / "dataset" / "shard-000003.parquet"}
-    run = tiny_run(tmp_path, "compute.executor=local", weight_seed=1)
+    run = tiny_run(tmp_path, "compute.executor=local", "compute.part_rows=1", weight_seed=1)
     with pytest.raises(ConfigError, match=r"made from other inputs \(models differ\)"):
         build_dataset.run(run)
 
@@ -123,7 +131,7 @@ def test_build_dataset_again_does_nothing_and_other_weights_are_refused(tmp_path
 def test_build_dataset_killed_and_started_again_has_every_row_once_with_the_same_counts(
     reference: pa.Table, tmp_path: Path
 ) -> None:
-    run = tiny_run(tmp_path, "compute.executor=local", "compute.shard_examples=2")
+    run = tiny_run(tmp_path, "compute.executor=local", "compute.shard_examples=2", "compute.part_rows=1")
     command = [sys.executable, "-m", "jobs.build_dataset", "--out", str(run.path), "compute.executor=local"]
     store = ShardStore(run.path, "dataset")
     for kill_at in (2, 9):
@@ -133,14 +141,14 @@ def test_build_dataset_killed_and_started_again_has_every_row_once_with_the_same
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
         assert kill_at <= len(store.committed()) < 49, "the kill came too early or too late"
-    kept = {p: p.stat().st_mtime_ns for p in store.folder.glob("shard-*")}
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "dataset").glob("shard-*")}
     assert subprocess.run(command, check=False).returncode == 0
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items()), "a committed shard was redone"
     assert store.read().equals(reference)
 
 
 def test_build_dataset_terminated_says_so_and_keeps_what_is_committed(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "compute.executor=local", "compute.shard_examples=2")
+    run = tiny_run(tmp_path, "compute.executor=local", "compute.shard_examples=2", "compute.part_rows=1")
     store = ShardStore(run.path, "dataset")
     command = [sys.executable, "-m", "jobs.build_dataset", "--out", str(run.path), "compute.executor=local"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -156,7 +164,7 @@ def test_build_dataset_terminated_says_so_and_keeps_what_is_committed(tmp_path: 
 
 
 def test_build_dataset_on_ray_classifier_of_another_width_is_our_error(cluster: None, tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "compute.num_replicas=1")
+    run = tiny_run(tmp_path, "compute.max_replicas=1")
     save_model(SmallConvNet(1, 8, 7), run.model("classifier"))
     hashes = {name: file_sha256(run.model(name)) for name in ("denoiser", "classifier")}
     run.finish("train_base", read={}, wrote=hashes, facts={})
@@ -165,35 +173,146 @@ def test_build_dataset_on_ray_classifier_of_another_width_is_our_error(cluster: 
 
 
 def test_build_dataset_resumed_on_another_device_is_refused(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "compute.executor=local")
+    run = tiny_run(tmp_path, "compute.executor=local", "compute.part_rows=1")
     build_dataset.run(run)
     store = ShardStore(run.path, "dataset")
-    assert store.devices() == {"cpu"}
-    rows = store.read().to_pylist()[:20]
-    store.commit(0, rows, CERTIFICATE_SCHEMA, "cuda: Some GPU")
-    store.shard_file(3).unlink()
-    with pytest.raises(ConfigError, match="begun on 'cuda: Some GPU' and would go on on 'cpu'"):
+    plan = store.read_plan()
+    assert plan is not None
+    assert plan.device == "cpu"
+    store.write_plan(replace(plan, device="cuda"), load_dataset(run.config.dataset, "train").example_ids)
+    (run.path / "dataset" / "shard-000003.parquet").unlink()
+    with pytest.raises(ConfigError, match="begun on 'cuda' and would go on on 'cpu'"):
         build_dataset.run(run)
 
 
-def test_replica_engine_failure_reaches_every_waiting_shard(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path)
-    ids = load_dataset(run.config.dataset, "train").example_ids
-    ShardStore(run.path, "dataset").plan(Plan.divide(len(ids), 10, 2, {}), ids)
-    work = Work(
-        root=run.path,
+def work_on(run: RunDirectory, **models: str) -> Work:
+    return Work(
+        root=run.folder,
         store="dataset",
         method="standard",
         split="train",
         sampling=Sampling(20, 60, 0.01),
         budget="fixed",
-        models={"denoiser": run.model("denoiser"), "classifier": run.model("estimator")},  # two outputs, not ten
+        models={role: (name, "-") for role, name in models.items()},
         config=run.config,
         device="cpu",
     )
-    replica = Replica(work)
-    futures = [replica.submit(number) for number in range(3)]
-    for future in [*futures, replica.submit(3)]:
-        with pytest.raises(Exception, match="check its number of classes"):
-            future.result(timeout=30)
+
+
+def planned(run: RunDirectory) -> ShardStore:
+    store, ids = ShardStore(run.folder, "dataset"), load_dataset(run.config.dataset, "train").example_ids
+    store.write_plan(Plan.divide(len(ids), 10, 2, {}), ids)
+    return store
+
+
+def test_replica_network_that_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    planned(run)
+    replica = Replica(work_on(run, denoiser="denoiser", classifier="estimator"))  # two outputs, not ten
+    for number in range(3):
+        with pytest.raises(ModelError, match="check its number of classes"):
+            replica.submit(number)
     replica.close()
+
+
+def test_replica_engine_failure_reaches_every_waiting_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path)
+    planned(run)
+    replica = Replica(work_on(run, denoiser="denoiser", classifier="classifier"))
+    monkeypatch.setattr(type(replica._engine.network), "__call__", lambda *_: 1 / 0)
+    futures = [replica.submit(0)]
+    for future in futures:
+        with pytest.raises(ZeroDivisionError):
+            future.result(timeout=30)
+    with pytest.raises(ZeroDivisionError):
+        replica.submit(3)
+    replica.close()
+
+
+def test_build_dataset_examples_that_cannot_be_run_become_error_rows_and_are_tried_again(
+    reference: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path, "compute.executor=local")
+    bad = load_dataset(run.config.dataset, "train").example_ids[13]
+    real = replica_module.make_task
+
+    def fails(key: Any, data: Any, index: int, procedure: Any) -> Any:
+        if data.example_ids[index] == bad:
+            raise DataError(f"example {bad!r}: the image is cut off")
+        return real(key, data, index, procedure)
+
+    with monkeypatch.context() as context:
+        context.setattr(replica_module, "make_task", fails)
+        build_dataset.run(run)
+    printed = capsys.readouterr().out
+    assert "2 rows could not be run, they certify nothing" in printed
+    assert "the image is cut off" in printed
+    store = ShardStore(tmp_path, "dataset")
+    table = store.read()
+    failed = table.filter(pc.equal(table.column("status"), "error")).to_pylist()
+    assert [(row["example_id"], row["sigma"], row["radius"], row["num_draws"]) for row in failed] == [
+        (bad, 0.25, 0.0, 0),
+        (bad, 0.5, 0.0, 0),
+    ]
+    assert table.filter(pc.equal(table.column("status"), "ok")).equals(
+        reference.filter(pc.not_equal(reference.column("example_id"), bad))
+    )
+    (first, _) = store.read_errors().to_pylist()
+    assert (first["example_id"], first["error"]) == (bad, "DataError")
+    assert "make_task" in first["traceback"]
+    assert audit(run)[0] == []
+    radii = training_radii(run, load_dataset(run.config.dataset, "train"))
+    assert radii[13].tolist() == [0.0, 0.0]
+    assert radii.max() > 0
+    build_dataset.run(run)  # finished: nothing is done
+    assert store.read_errors().num_rows == 2
+    build_dataset.run(run, retry_errors=True)
+    assert store.read().equals(reference)
+    assert store.read_errors().num_rows == 0
+    assert run.manifest["steps"]["build_dataset"]["error_rows"] == 0
+
+
+def test_build_dataset_gives_up_when_too_many_examples_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny_run(tmp_path, "compute.executor=local", "compute.max_errors=12")
+    monkeypatch.setattr(replica_module, "procedures", lambda work: iter([lambda: broken(), lambda: broken()]))
+
+    def broken() -> Any:
+        raise RuntimeError("no such thing")
+        yield
+
+    with pytest.raises(DataError, match=r"20 examples of dataset could not be run, .*no such thing"):
+        build_dataset.run(run)
+
+
+def test_replica_shard_that_ends_replicas_is_given_up(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "compute.max_attempts=3")
+    store = planned(run)
+    for name in ("one", "two", "three"):
+        store.begin(0, name)
+    replica = Replica(work_on(run, denoiser="denoiser", classifier="classifier"))
+    with pytest.raises(ModelError, match="shard 0 of dataset was begun 3 times and never finished"):
+        replica.submit(0)
+    replica.close()
+
+
+def test_replica_that_loses_its_device_ends_its_process_with_a_note(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    planned(run)
+    code = (
+        "import sys, torch, core.network\n"
+        "from tests.test_scheduler import work_on\n"
+        "from distributed.replica import Replica\n"
+        "from distributed.run_directory import RunDirectory\n"
+        "import distributed.replica as module\n"
+        "module.ReplicaMetrics = lambda store: None\n"
+        "work = work_on(RunDirectory(sys.argv[1], None), denoiser='denoiser', classifier='classifier')\n"
+        "replica = Replica(work, on_ray=True)\n"
+        "def fails(*_): raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "core.network.Network.__call__ = fails\n"
+        "replica.submit(0).result()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "gives up its device: CUDA out of memory" in done.stderr
+    (note,) = (tmp_path / "errors" / "replicas").iterdir()
+    assert json.loads(note.read_text())["error"] == "OutOfMemoryError: CUDA out of memory"

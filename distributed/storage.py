@@ -1,0 +1,330 @@
+"""Folders on a local disk, a shared file system or an object store, with files that appear whole or not at all."""
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow.fs as pafs
+
+from core.errors import ConfigError, DataError
+from core.files import write_whole
+
+__all__ = ["Folder", "Stored"]
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+PATIENCE_S = 600.0
+"""How long an object store may fail before we do: what it is given cost GPU time."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file as its folder lists it.
+
+    Attributes:
+        name: relative to the folder.
+        size: bytes.
+        modified: seconds since the epoch.
+    """
+
+    name: str
+    size: int
+    modified: float
+
+
+class Folder:
+    """A folder, by path or URI; it need not exist yet. Small and picklable.
+
+    Local paths (and shared file systems mounted on all machines) are written aside, flushed and renamed; objects of a
+    store appear whole by themselves. A store that fails or hangs is tried again for `PATIENCE_S` seconds.
+
+    Args:
+        where: a path, or a URI that pyarrow.fs understands: `s3://bucket/key` (also with `?endpoint_override=host:port`
+            and `scheme=http`, or the environment's AWS_ENDPOINT_URL), `gs://...`.
+    """
+
+    def __init__(self, where: "str | os.PathLike[str] | Folder") -> None:
+        text = where.uri if isinstance(where, Folder) else os.fspath(where)
+        scheme = text.partition("://")[0] if "://" in text else ""
+        if scheme == "file":
+            text, scheme = urllib.parse.unquote(text.removeprefix("file://")), ""
+        self.uri: str = text if scheme else str(Path(text).absolute())
+        self.local: Path | None = None if scheme else Path(self.uri)
+        """The folder itself, where it is local."""
+
+    def __repr__(self) -> str:
+        return f"Folder({self.uri!r})"
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and self.uri == other.uri
+
+    def __hash__(self) -> int:
+        return hash(self.uri)
+
+    def __getstate__(self) -> str:
+        return self.uri  # a connection does not travel
+
+    def __setstate__(self, uri: str) -> None:
+        Folder.__init__(self, uri)
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+    def __truediv__(self, name: str) -> "Folder":
+        path, sign, query = self.uri.partition("?") if self.local is None else (self.uri, "", "")
+        return Folder(f"{path.rstrip('/')}/{name}{sign}{query}")
+
+    def where(self, name: str) -> str:
+        """Path or URI of a file, for messages and other tools."""
+        return (self / name).uri
+
+    @cached_property
+    def _remote(self) -> tuple[pafs.FileSystem, str]:
+        return _connect(self.uri)
+
+    def read(self, name: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            FileNotFoundError: when it is not there.
+        """
+        if self.local is not None:
+            return (self.local / name).read_bytes()
+
+        def read() -> bytes:
+            system, base = self._remote
+            with system.open_input_file(f"{base}/{name}") as file:
+                return bytes(file.read())
+
+        return self._patiently(read, f"read {name}")
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, whole or not at all; an existing one is replaced."""
+        if self.local is not None:
+            write_whole(self.local / name, content)
+            return
+
+        def write() -> None:
+            system, base = self._remote
+            with system.open_output_stream(f"{base}/{name}") as file:
+                file.write(content)
+
+        self._patiently(write, f"write {name}")
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file unless it is there; False when it is.
+
+        Atomic on local disks. An object store has no such step here: of two writers at the same moment both may be
+        told True, and one of them finds the other's content when it looks again.
+        """
+        if self.local is None:
+            if self.exists(name):
+                return False
+            self.write(name, content)
+            return True
+        self.local.mkdir(parents=True, exist_ok=True)
+        aside = self.local / f".{name}.{os.getpid()}.{time.monotonic_ns()}"
+        aside.write_bytes(content)
+        try:
+            os.link(aside, self.local / name)  # fails if there is one, and what appears is complete
+        except FileExistsError:
+            return False
+        finally:
+            aside.unlink()
+        return True
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        if self.local is not None:
+            return (self.local / name).is_file()
+
+        def exists() -> bool:
+            system, base = self._remote
+            return bool(system.get_file_info(f"{base}/{name}").type == pafs.FileType.File)
+
+        return self._patiently(exists, f"look for {name}")
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens when there is none."""
+        if self.local is not None:
+            (self.local / name).unlink(missing_ok=True)
+        elif self.exists(name):
+            system, base = self._remote
+            self._patiently(lambda: system.delete_file(f"{base}/{name}"), f"remove {name}")
+
+    def remove_all(self) -> None:
+        """Remove the folder with everything in it, if it is there."""
+        system, base = (pafs.LocalFileSystem(), self.uri) if self.local is not None else self._remote
+        with suppress(FileNotFoundError):
+            self._patiently(lambda: system.delete_dir(base), "remove the folder")
+
+    def files(self) -> list[Stored]:
+        """The files directly inside, by name, without hidden ones; none when there is no such folder."""
+        if self.local is not None:
+            try:
+                with os.scandir(self.local) as entries:
+                    found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+            except FileNotFoundError:
+                return []
+            listed = [Stored(name, info.st_size, info.st_mtime) for name, info in found]
+        else:
+
+            def look() -> list[Stored]:
+                system, base = self._remote
+                infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True))
+                return [
+                    Stored(info.base_name, info.size or 0, info.mtime.timestamp() if info.mtime else 0.0)
+                    for info in infos
+                    if info.type == pafs.FileType.File
+                ]
+
+            listed = self._patiently(look, "list it")
+        return sorted((file for file in listed if not file.name.startswith(".")), key=lambda file: file.name)
+
+    def walk(self) -> list[str]:
+        """Names of all files at any depth, relative to the folder."""
+        if self.local is not None:
+            return sorted(str(path.relative_to(self.local)) for path in self.local.rglob("*") if path.is_file())
+
+        def look() -> list[str]:
+            system, base = self._remote
+            infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
+            return sorted(info.path.removeprefix(base).lstrip("/") for info in infos if info.type == pafs.FileType.File)
+
+        return self._patiently(look, "list it")
+
+    def sha256(self, name: str) -> str:
+        """Hex digest of a file's bytes."""
+        if self.local is not None:
+            with (self.local / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(self.read(name)).hexdigest()
+
+    def fetch(self, name: str, sha256: str) -> Path:
+        """A local file with the content of `name`: the file itself, or a copy in this machine's temporary folder.
+
+        Args:
+            name: the file.
+            sha256: its digest; a copy is kept under it for the other processes of this machine.
+
+        Raises:
+            DataError: when the object has another digest.
+        """
+        if self.local is not None:
+            return self.local / name
+        cache = Path(tempfile.gettempdir()) / f"dual-rs-{os.getuid()}"
+        cache.mkdir(mode=0o700, exist_ok=True)
+        if cache.stat().st_uid != os.getuid():
+            raise DataError(f"{str(cache)!r} belongs to somebody else: set TMPDIR to a folder of your own")
+        copy = cache / f"{sha256}{Path(name).suffix}"
+        if not copy.exists():
+            content = self.read(name)
+            if hashlib.sha256(content).hexdigest() != sha256:
+                raise DataError(f"{self.where(name)!r} has another SHA-256 than {sha256}")
+            write_whole(copy, content)
+        return copy
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """A local folder to write files into: this one, or a temporary one that is uploaded at the end."""
+        if self.local is not None:
+            self.local.mkdir(parents=True, exist_ok=True)
+            yield self.local
+            return
+        with tempfile.TemporaryDirectory() as aside:
+            yield Path(aside)
+            for name in Folder(aside).walk():
+                self.write(name, (Path(aside) / name).read_bytes())
+
+    def check_writable(self) -> None:
+        """Write and remove a small file.
+
+        Raises:
+            ConfigError: says why it does not work.
+        """
+        probe = f"probe-{os.getpid()}-{time.monotonic_ns()}"
+        try:
+            if self.local is not None:
+                write_whole(self.local / probe, b"")
+                (self.local / probe).unlink()
+                return
+            system, base = self._remote
+            with system.open_output_stream(f"{base}/{probe}") as file:
+                file.write(b"-")
+            system.delete_file(f"{base}/{probe}")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot write to {self.uri!r}: {error}") from error
+
+    def _patiently(self, action: Callable[[], T], what: str) -> T:
+        """Repeat what fails until it works or `PATIENCE_S` has passed."""
+        start, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                return action()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError as error:
+                if _is_final(error) or time.monotonic() - start + pause > PATIENCE_S:
+                    raise
+                _log.warning("%s: could not %s, trying again in %.1f s: %s", self.uri, what, pause, error)
+                time.sleep(pause)
+                pause = min(2 * pause, 30.0)
+
+
+def _is_final(error: OSError) -> bool:
+    """Whether it is an answer (no such bucket, no right to it) and not a failure."""
+    return any(word in str(error) for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "HTTP status 403", "HTTP status 404"))
+
+
+def _connect(uri: str) -> tuple[Any, str]:
+    """File system and path of a URI.
+
+    Raises:
+        ConfigError: for a scheme that pyarrow does not know.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme != "s3":
+        try:
+            system, path = pafs.FileSystem.from_uri(uri)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"cannot open {uri!r}: {error}") from error
+        return system, path.rstrip("/")
+    if parts.username is not None:
+        raise ConfigError(
+            f"s3://...@{parts.hostname}{parts.path}: no credentials in a URI (logs!); use the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), a profile or the machine's role"
+        )
+    options: dict[str, Any] = {key: values[-1] for key, values in urllib.parse.parse_qs(parts.query).items()}
+    if unknown := options.keys() - {"endpoint_override", "scheme", "region"}:
+        raise ConfigError(f"{uri!r}: unknown {sorted(unknown)}; known: endpoint_override, scheme, region")
+    if "region" not in options and not {"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys():
+        if "endpoint_override" in options or "AWS_ENDPOINT_URL" in os.environ:
+            options["region"] = "us-east-1"  # of no meaning to an S3 server of one's own
+        else:
+            try:
+                options["region"] = pafs.resolve_s3_region(parts.netloc)
+            except OSError as error:
+                raise ConfigError(f"cannot find the bucket of {uri!r}: {error}") from error
+    system = pafs.S3FileSystem(
+        connect_timeout=5.0,
+        request_timeout=20.0,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=3),  # the rest is `_patiently`'s
+        allow_delayed_open=True,  # one request for a small file, instead of a multipart upload's three
+        **options,
+    )
+    return system, f"{parts.netloc}{parts.path}".rstrip("/")
