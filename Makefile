@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu check format clean
+.PHONY: help demo test test-slow test-gpu chaos check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -26,6 +26,9 @@ test-slow: $(VENV)/.installed  ## tests that take minutes
 
 test-gpu: $(VENV)/.installed  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+chaos: $(VENV)/.installed  ## a run with 30 and more faults, compared with an undisturbed one
+	$(BIN)/python -m pytest -m chaos -s
 
 check: $(VENV)/.installed  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
