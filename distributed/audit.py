@@ -56,7 +56,8 @@ def audit(directory: RunDirectory) -> tuple[list[Finding], dict[str, int]]:
     checked: dict[str, int] = {}
     if directory.manifest.get("fingerprint") != directory.config.fingerprint():
         findings.append(Finding("", "manifest.json", "its fingerprint is not that of its configuration"))
-    present = [name for name in STORES if ShardStore(directory.folder, name).files()]
+    steps = directory.manifest["steps"]
+    present = [name for name in STORES if step_of(name) in steps or ShardStore(directory.folder, name).files()]
     if not present:
         raise ConfigError(f"{str(directory.folder)!r} holds no certificates to audit")
     for name in present:

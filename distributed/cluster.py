@@ -38,6 +38,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         ray.init(logging_level=logging.WARNING)
     else:
         ray.init(
+            "local",  # never whatever cluster happens to run on this machine
             num_cpus=max(os.cpu_count() or 1, compute.max_replicas * compute.threads_per_replica),
             include_dashboard=False,
             logging_level=logging.WARNING,

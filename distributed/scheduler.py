@@ -42,7 +42,9 @@ class Executor:
     on_ray: bool
 
 
-def run_work(work: Work, origin: Mapping[str, Any], example_ids: Sequence[str]) -> dict[str, Any]:
+def run_work(
+    work: Work, origin: Mapping[str, Any], example_ids: Sequence[str], replica: type[Replica] = Replica
+) -> dict[str, Any]:
     """Certify every shard of the plan that is not committed yet, then prove that all rows are there.
 
     The plan is made at the first call and kept. Rows with status `error` are tried once more. In the end the shards are
@@ -52,6 +54,7 @@ def run_work(work: Work, origin: Mapping[str, Any], example_ids: Sequence[str]) 
         work: what to do; its device may be "auto".
         origin: what the rows are made from; see `Plan`.
         example_ids: of the whole split, in the data set's order.
+        replica: what certifies; another one for measuring what is around it.
 
     Returns:
         Facts for the manifest: rows, files with their SHA-256, errors, retries; draws and seconds of this call.
@@ -68,7 +71,7 @@ def run_work(work: Work, origin: Mapping[str, Any], example_ids: Sequence[str]) 
     done = _Tally(work)
     if plan is None or set(range(len(plan))) - store.committed() or store.shards_with_errors():
         compute = work.config.compute
-        with (_local if compute.executor == "local" else _on_ray)(work) as executor:
+        with (_local if compute.executor == "local" else _on_ray)(work, replica) as executor:
             if plan is None:
                 plan = _make_plan(work, executor, origin, len(example_ids))
                 store.write_plan(plan, example_ids)
@@ -187,7 +190,7 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _
 
 
 @contextmanager
-def _local(work: Work) -> Iterator[Executor]:
+def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     """The reference: one replica in this process, two shards in flight."""
     device = work.device
     if device == "auto":
@@ -195,7 +198,7 @@ def _local(work: Work) -> Iterator[Executor]:
     placed = replace(work, device=device)
 
     def run(pending: Sequence[int]) -> Iterator[Facts]:
-        replica = Replica(placed)
+        replica = replica_class(placed)
         in_flight: deque[Future[Any]] = deque()
         try:
             waiting = deque(pending)
@@ -210,7 +213,7 @@ def _local(work: Work) -> Iterator[Executor]:
 
 
 @contextmanager
-def _on_ray(work: Work) -> Iterator[Executor]:
+def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     """Ray Data feeds shard numbers to a pool of replica actors; each commits its shards itself and returns facts."""
     from distributed.cluster import connected, replica_pool
 
@@ -237,7 +240,7 @@ def _on_ray(work: Work) -> Iterator[Executor]:
             )
             smallest = min(pool.smallest, len(pending))
             done = numbers.map_batches(
-                Replica,
+                replica_class,
                 fn_constructor_args=(placed, True),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(

@@ -529,15 +529,16 @@ def _first_odd(table: pa.Table, ids: pa.Array, levels: NDArray[np.float64] | Non
     """The first example whose rows are not there exactly once; None when all are."""
     width = 1 if levels is None else len(levels)
     ordered = table.select(["example_id", "sigma"]).sort_by([("example_id", "ascending"), ("sigma", "ascending")])
-    wanted = np.repeat(np.sort(np.asarray(ids.to_pylist(), dtype=object)), width)
-    found = np.asarray(ordered.column("example_id").to_pylist(), dtype=object)
-    if len(found) == len(wanted) and (found == wanted).all():
+    each = ids.take(pc.sort_indices(ids))
+    wanted = each.take(pa.array(np.repeat(np.arange(len(each)), width)))
+    found = ordered.column("example_id").combine_chunks()
+    if found.equals(wanted):
         if levels is None:
             return None
         wrong = np.flatnonzero(ordered.column("sigma").to_numpy() != np.tile(levels, len(ids)))
-        return None if not len(wrong) else str(found[wrong[0]])
-    count = Counter(found.tolist())
-    count.subtract(Counter(wanted.tolist()))
+        return None if not len(wrong) else str(found[int(wrong[0])])
+    count = Counter(found.to_pylist())
+    count.subtract(Counter(wanted.to_pylist()))
     return min((name for name, number in count.items() if number), default=None)
 
 

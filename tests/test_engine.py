@@ -1,6 +1,6 @@
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from core.dual import dual_certify
 from core.engine import Engine, Finished, Task
-from core.errors import ConfigError, ModelError
+from core.errors import ConfigError, DataError, ModelError
 from core.models.small import SmallConvNet
 from core.network import Head, Network
 from core.noise import GaussianNoise
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Phase, Sampling
+from core.records import CLASSIFIER, ESTIMATOR, Answer, Certificate, Draws, DualCertificate, Phase, Sampling
 from core.smoothing import certify
 from tests.oracles import HalfSpace, axis
 
@@ -152,11 +152,22 @@ def test_run_wrong_width_of_logits_names_the_head() -> None:
         run(lambda noisy: torch.zeros(len(noisy), 3), 64)
 
 
-def test_run_images_of_two_shapes_raise_and_name_the_example() -> None:
+def test_run_task_that_fails_says_so_and_its_neighbours_go_on() -> None:
+    def broken() -> Generator[Draws, Answer, Certificate]:
+        yield Draws(0.5, 10, (CLASSIFIER,), Phase.SELECTION)
+        raise ValueError("in the procedure")
+
     engine = Engine(Network({CLASSIFIER: Head(lambda x: torch.zeros(len(x), 2), 2)}), GaussianNoise(0), batch_size=10)
-    pair = [Task(i, f"e{i}", torch.zeros(1, 4 + i, 4), certify(0.5, SAMPLING)) for i in range(2)]
-    with pytest.raises(ConfigError, match="'e1'"):
-        list(engine.run(pair))
+    images = {0: torch.zeros(1, 4, 4), 1: torch.zeros(1, 5, 4), 2: torch.zeros(1, 4, 4), 3: torch.zeros(1, 4, 4)}
+    tasks = [Task(i, f"e{i}", image, broken() if i == 2 else certify(0.5, SAMPLING)) for i, image in images.items()]
+    done = {finished.key: finished for finished in engine.run(tasks)}
+    assert done[0].result == done[3].result
+    assert isinstance(done[1].error, DataError)
+    with pytest.raises(DataError, match="'e1' has shape"):
+        _ = done[1].result
+    with pytest.raises(ValueError, match="in the procedure"):
+        _ = done[2].result
+    assert engine.live == 0
 
 
 def test_run_abandoned_and_started_again_gives_the_same_results() -> None:

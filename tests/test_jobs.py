@@ -109,4 +109,4 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     (run.path / "dataset" / ShardStore(run.path, "dataset").files()[0]).unlink()
     audit = call("audit", "--out", str(run.path))
     assert audit.returncode == 3
-    assert "dataset: shard-000000.parquet: is missing" in audit.stderr
+    assert re.search(r"dataset: part-000000-0000\d\d.parquet: is missing", audit.stderr)
