@@ -55,8 +55,10 @@ class ResBlock(nn.Module):
 
     def resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+            x = F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         norm, act, conv = self.in_layers
@@ -70,8 +72,8 @@ class ResBlock(nn.Module):
             h = norm(h + e)
         for layer in rest:
             h = layer(h)
-        skipped: Tensor = self.skip_connection(self.resampled(x))
-        return skipped + h
+        out: Tensor = self.skip_connection(self.resampled(x)) + h
+        return out
 
 
 class Attention(nn.Module):
