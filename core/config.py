@@ -23,6 +23,7 @@ from core.errors import ConfigError
 __all__ = [
     "BaseModelsConfig",
     "CertifyConfig",
+    "ClassifierConfig",
     "ComputeConfig",
     "Config",
     "DatasetConfig",
@@ -64,13 +65,40 @@ class DatasetConfig(_Section):
     """Seed of the shuffle that splits them."""
 
 
-class BaseModelsConfig(_Section):
-    """The base models (`jobs.train_base`): trained here, or files of your own, in which case nothing is trained."""
+class ClassifierConfig(_Section):
+    """An image classifier: an architecture and where its weights are."""
 
-    denoiser_file: str | None = None
-    """A denoiser of your own (safetensors, as `core.models.checkpoints.save_model` writes it)."""
-    classifier_file: str | None = None
-    """A classifier of your own, in the same format."""
+    arch: str | None = None
+    """A timm architecture such as `vit_base_patch16_224`, or `resnet110`; none for a checkpoint of our own format."""
+    checkpoint: str | None = None
+    """File or folder with its weights: timm's, transformers' (ViT), a plain state dict, or our own format."""
+    pretrained: bool = False
+    """Whether to take timm's weights, from its cache or the network."""
+    input_size: Count | None = None
+    """Height and width that images are resized to (bicubic, antialias); the architecture's own unless given."""
+    mean: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None = None
+    """By channel, in the pixel scale [0, 1]; what the checkpoint or the architecture says unless given."""
+    std: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = None
+    label_map: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] | None = None
+    """Class index of the checkpoint for each class of the data set; none where they are the same."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.checkpoint is not None and self.pretrained:
+            raise ValueError("checkpoint and pretrained: give one of them, both name weights")
+        if self.arch is None and self.checkpoint is None:
+            raise ValueError("arch: is missing; only a checkpoint of our own format says it itself")
+        return self
+
+
+class BaseModelsConfig(_Section):
+    """The base models (`jobs.train_base`): trained here, or models of your own, of which nothing is trained."""
+
+    denoiser: str | None = None
+    """A denoiser of your own: a diffusers folder, an OpenAI checkpoint (.pt), a file of our own format (.safetensors),
+    or a name on the Hugging Face hub. Unless given, a small one is trained."""
+    classifier: ClassifierConfig | None = None
+    """A classifier of your own. Unless given, a small one is trained."""
     denoiser_steps: Count = 800
     denoiser_batch: Count = 128
     denoiser_lr: Positive = 8e-3
@@ -84,6 +112,15 @@ class BaseModelsConfig(_Section):
     classifier_width: Count = 16
     """Channels of the small CNN's first layer (the estimator uses the same)."""
 
+    @model_validator(mode="after")
+    def _trained(self) -> Self:
+        own = self.classifier
+        if own is not None and own.checkpoint is None and not own.pretrained:
+            raise ValueError(
+                f"classifier: {own.arch} is not trained here; give classifier.checkpoint or classifier.pretrained"
+            )
+        return self
+
 
 class LabelConfig(_Section):
     """The all-sigma certification of the training set (`jobs.build_dataset`, METHOD step 1)."""
@@ -96,6 +133,9 @@ class LabelConfig(_Section):
 class EstimatorConfig(_Section):
     """The variance estimator (`jobs.train_estimator`, METHOD step 2)."""
 
+    backbone: ClassifierConfig | None = None
+    """Its network, with one output per sigma, trained from the weights given or from scratch; a checkpoint's last layer
+    is replaced where it has another width. Unless given, the small CNN."""
     loss: Literal["hard", "soft", "consistency"] = "consistency"
     """`hard`: cross-entropy on the best sigma; `soft`: on softmax(radii); `consistency`: soft plus consistency."""
     consistency_weight: Literal["strong", "weak", "max_radius", "min_radius", "none"] = "strong"
@@ -120,6 +160,14 @@ class EstimatorConfig(_Section):
     lr_step: Count = 30
     """The learning rate is multiplied by `lr_gamma` every so many epochs."""
     lr_gamma: Share = 0.5
+
+    @model_validator(mode="after")
+    def _no_labels(self) -> Self:
+        if self.backbone is not None and self.backbone.label_map is not None:
+            raise ValueError(
+                "backbone.label_map: has no meaning for an estimator, its classes are the sigmas; remove it"
+            )
+        return self
 
 
 class FinetuneConfig(_Section):

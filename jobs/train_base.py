@@ -1,7 +1,6 @@
 """Step 1: the denoiser and the classifier, trained on the training split or taken from files."""
 
 import sys
-from pathlib import Path
 
 from core.errors import ModelError
 from core.progress import Progress
@@ -16,21 +15,22 @@ def run(directory: RunDirectory) -> None:
     import torch
 
     from core.data import load_dataset
-    from core.models.checkpoints import load_denoiser, load_model
+    from core.models.checkpoints import load_classifier, load_denoiser
     from core.training.base import train_classifier, train_denoiser
 
     config, base = directory.config, directory.config.base
     torch.set_num_threads(config.compute.train_threads)
     interval = config.compute.progress_interval_s
     train = load_dataset(config.dataset, "train")
-    if base.denoiser_file:
-        denoiser = load_denoiser(Path(base.denoiser_file))
+    if base.denoiser is not None:
+        denoiser = load_denoiser(base.denoiser)
+        denoiser.check_images(train.images.shape)
     else:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
     wrote = {"denoiser": directory.save_model("denoiser", denoiser)}
-    if base.classifier_file:
-        classifier = load_model(Path(base.classifier_file))
+    if base.classifier is not None:
+        classifier = load_classifier(base.classifier, train.num_classes, train.images.shape[1])
     else:
         with Progress(base.classifier_epochs, "classifier", "epochs", interval_s=interval) as progress:
             classifier = train_classifier(train, denoiser, base, config.seed + 1, progress)
@@ -38,7 +38,7 @@ def run(directory: RunDirectory) -> None:
 
     test = load_dataset(config.dataset, "test")
     with torch.inference_mode():
-        logits = classifier(test.pixels())
+        logits = torch.cat([classifier(batch) for batch in torch.split(test.pixels(), config.compute.batch_size)])
     if logits.shape != (len(test), test.num_classes):
         raise ModelError(
             f"the classifier returns {tuple(logits.shape)[1:]} logits, expected {test.num_classes} classes"

@@ -16,7 +16,7 @@ def run(directory: RunDirectory) -> None:
     import torch
 
     from core.data import load_dataset
-    from core.models.checkpoints import load_denoiser
+    from core.models.checkpoints import load_classifier, load_denoiser
     from core.models.small import SmallConvNet
     from core.training.estimator import train_estimator
     from distributed.tables import training_radii
@@ -30,7 +30,14 @@ def run(directory: RunDirectory) -> None:
     pixels = train.pixels()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)
-        estimator = SmallConvNet(pixels.shape[1], pixels.shape[2], len(config.sigmas), config.base.classifier_width)
+        channels, size, num_sigmas, backbone = *pixels.shape[1:3], len(config.sigmas), config.estimator.backbone
+        estimator = (
+            SmallConvNet(channels, size, num_sigmas, config.base.classifier_width)
+            if backbone is None
+            else load_classifier(backbone, num_sigmas, channels, new_head=True)
+        )
+    if getattr(estimator, "new_head", False):
+        print(f"estimator: its checkpoint's last layer is replaced by a new one with {num_sigmas} outputs")
     with Progress(
         config.estimator.epochs, "estimator", "epochs", interval_s=config.compute.progress_interval_s
     ) as progress:

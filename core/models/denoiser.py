@@ -6,6 +6,7 @@ call of the noise predictor at that t removes it. The certificate depends on the
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,15 +21,17 @@ __all__ = ["OneShotDenoiser", "Schedule", "alphas_cumprod", "small_unet_config"]
 Schedule = Literal["linear", "cosine"]
 
 
-def alphas_cumprod(schedule: Schedule, num_steps: int) -> NDArray[np.float64]:
+def alphas_cumprod(
+    schedule: Schedule, num_steps: int, beta_range: tuple[float, float] | None = None
+) -> NDArray[np.float64]:
     """alpha_bar_t for t = 0 .. num_steps - 1.
 
-    `linear`: betas from 1e-4 to 0.02, scaled by 1000 / num_steps (Ho et al. 2020). `cosine`: Nichol & Dhariwal 2021,
-    betas capped at 0.999.
+    `linear`: betas from 1e-4 to 0.02, scaled by 1000 / num_steps (Ho et al. 2020), or over `beta_range`. `cosine`:
+    Nichol & Dhariwal 2021, betas capped at 0.999.
     """
     if schedule == "linear":
         scale = 1000 / num_steps
-        betas = np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
+        betas = np.linspace(*(beta_range or (scale * 1e-4, scale * 0.02)), num_steps, dtype=np.float64)
     else:
 
         def bar(u: float) -> float:
@@ -46,18 +49,40 @@ class OneShotDenoiser(nn.Module):
             -> noise ``(B, C or 2C, H, W)`` (the second half, a learned variance, is ignored).
         schedule: the noise schedule that the network was trained with.
         num_steps: its number of timesteps.
+        beta_range: first and last beta of a linear schedule; see `alphas_cumprod`.
+        rescale_timesteps: give the network t * 1000 / num_steps, in floating point, as improved-diffusion does; at 1000
+            steps this is t. Off for networks trained by diffusers on another number of steps.
+
+    Raises:
+        ModelError: for a U-Net that takes more than an image and a timestep, or predicts something else than noise for
+            each channel (and perhaps a variance).
     """
 
     _ratio: Tensor
     _signal: Tensor
     _noise: Tensor
 
-    def __init__(self, unet: nn.Module, schedule: Schedule = "linear", num_steps: int = 1000) -> None:
+    def __init__(
+        self,
+        unet: nn.Module,
+        schedule: Schedule = "linear",
+        num_steps: int = 1000,
+        beta_range: tuple[float, float] | None = None,
+        rescale_timesteps: bool = True,
+    ) -> None:
         super().__init__()
-        self.unet = unet
         self.schedule = schedule
         self.num_steps = num_steps
-        bar = alphas_cumprod(schedule, num_steps)
+        self.beta_range = beta_range
+        self.rescale_timesteps = rescale_timesteps
+        config: Mapping[str, Any] = getattr(unet, "config", {})
+        _check_unet(config)
+        self._channels: int | None = config.get("in_channels")
+        self._stride = 2 ** (len(config.get("block_out_channels", (0,))) - 1)
+        if isinstance(embedding := getattr(unet, "time_embedding", None), nn.Module):
+            _keep_in_float32(embedding)
+        self.unet = unet
+        bar = alphas_cumprod(schedule, num_steps, beta_range)
         tables = {"_ratio": np.sqrt((1 - bar) / bar), "_signal": np.sqrt(bar), "_noise": np.sqrt(1 - bar)}
         for name, table in tables.items():
             dtype = torch.float64 if name == "_ratio" else torch.float32
@@ -90,7 +115,13 @@ class OneShotDenoiser(nn.Module):
 
         Returns:
             ``(B, C, H, W)`` float32 in [0, 1].
+
+        Raises:
+            ModelError: for images with other channels than the network's, or a size that it cannot halve as often as it
+                does. Other sizes than it was trained on are taken: the reference runs 224-pixel crops through the 256
+                network.
         """
+        self.check_images(noisy.shape)
         t = self.timesteps(sigma)
         signal, noise = self._signal[t].view(-1, 1, 1, 1), self._noise[t].view(-1, 1, 1, 1)
         scaled = signal * (2 * noisy - 1)
@@ -98,10 +129,53 @@ class OneShotDenoiser(nn.Module):
         clean = ((scaled - noise * predicted) / signal).clamp(-1, 1)
         return (clean + 1) / 2
 
+    def check_images(self, shape: Sequence[int]) -> None:
+        """Raise `ModelError` unless the network takes images ``(..., C, H, W)`` of this shape."""
+        channels, height, width = shape[-3:]
+        if self._channels is not None and channels != self._channels:
+            raise ModelError(f"the denoiser takes images of {self._channels} channels, got {channels}: use another one")
+        if height % self._stride or width % self._stride:
+            raise ModelError(
+                f"the denoiser takes images whose sides are multiples of {self._stride}, got {height}x{width}: "
+                "use another one, or crop the images"
+            )
+
     def predict_noise(self, scaled: Tensor, t: Tensor) -> Tensor:
         """The noise that the network sees in diffusion-scale images at integer timesteps."""
-        predicted: Tensor = self.unet(scaled, t).sample
+        given = t.float() * (1000.0 / self.num_steps) if self.rescale_timesteps else t
+        predicted: Tensor = self.unet(scaled, given).sample
         return predicted[:, : scaled.shape[1]]
+
+
+def _check_unet(config: Mapping[str, Any]) -> None:
+    """Refuse what one call with an image and a timestep does not cover; `config` is that of a `UNet2DModel`."""
+    for key, covered in (("time_embedding_type", "positional"), ("class_embed_type", None), ("num_class_embeds", None)):
+        if config.get(key, covered) != covered:
+            raise ModelError(
+                f"the U-Net has {key} = {config[key]!r}, expected {covered!r}: one-shot denoising needs an "
+                "unconditional network on integer timesteps"
+            )
+    channels, outputs = config.get("in_channels"), config.get("out_channels")
+    if channels is not None and outputs not in (channels, 2 * channels):
+        raise ModelError(
+            f"the U-Net has {channels} input and {outputs} output channels, expected {channels} (noise) or "
+            f"{2 * channels} (noise and variance)"
+        )
+
+
+def _keep_in_float32(module: nn.Module) -> None:
+    """Run `module` outside autocast, as guided-diffusion keeps its time embedding out of half precision.
+
+    By its class, not by a hook or a wrapper: names in the state dict stay, and so do copies.
+    """
+    kind: Any = type(module)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return kind.forward(self, *args, **kwargs)
+
+    if not getattr(kind, "in_float32", False):
+        module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "in_float32": True})
 
 
 def small_unet_config(channels: int, size: int) -> dict[str, Any]:

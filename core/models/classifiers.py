@@ -1,0 +1,291 @@
+"""Image classifiers of the field behind one face: pixels in [0, 1] in, logits of the data set's classes out.
+
+timm's architectures (ViT, BEiT, ResNet-50, ...) and ResNet-110 for CIFAR, with timm's own weights, with a checkpoint of
+timm's, of transformers' ViT or of the original repositories, or untrained.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.config import ClassifierConfig
+from core.errors import ModelError
+from core.models.hf_vit import check_hf_config, is_hf_vit, to_timm
+from core.models.resnet_cifar import ResNetCifar
+from core.models.weights import load_strictly, read_json, read_weights
+
+__all__ = ["ImageClassifier", "build_classifier"]
+
+_OWN: dict[str, dict[str, Any]] = {
+    "resnet110": {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": None, "head": "fc", "num_classes": 10}
+}
+"""Architectures of this project, with what timm's `pretrained_cfg` says of its own."""
+
+
+class ImageClassifier(nn.Module):
+    """Resizes (bicubic, antialiased, not clamped afterwards), normalises, classifies, picks classes.
+
+    Args:
+        arch: a timm architecture, or `resnet110`.
+        num_outputs: width of the network's own output.
+        channels: of the images.
+        input_size: height and width that the network gets; the architecture's own unless given (`resnet110`: as the
+            images are). Images of that size already are not resized.
+        mean: by channel, subtracted from the pixels; the architecture's own unless given.
+        std: by channel, divides them afterwards; likewise.
+        label_map: index of the output for each class of the data set; None where they are the same.
+        norm_eps: epsilon of all layer norms, where it is not the architecture's.
+        pretrained: load timm's weights (needs the network, or its cache).
+
+    Attributes:
+        spec: the arguments above, as plain JSON with the defaults filled in.
+        num_outputs: logits that `forward` returns.
+
+    Raises:
+        ModelError: for an unknown architecture, a mean or std that does not fit, or a label map that is out of range or
+            names an output twice.
+    """
+
+    _mean: Tensor
+    _std: Tensor
+    _label_map: Tensor | None
+
+    def __init__(
+        self,
+        arch: str,
+        num_outputs: int,
+        channels: int = 3,
+        input_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        label_map: Sequence[int] | None = None,
+        norm_eps: float | None = None,
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__()
+        own = describe_architecture(arch)
+        self.input_size: int | None = input_size or own["input_size"]
+        mean = _by_channel("mean", mean or own["mean"], channels)
+        std = _by_channel("std", std or own["std"], channels)
+        _check_label_map(label_map, num_outputs)
+        net: Any = _network(arch, num_outputs, channels, pretrained)
+        if self.input_size != own["input_size"] and hasattr(net, "set_input_size"):
+            net.set_input_size(img_size=(self.input_size, self.input_size))
+        self.net: nn.Module = net
+        self.register_buffer("_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        index = None if label_map is None else torch.tensor(label_map, dtype=torch.int64)
+        self.register_buffer("_label_map", index, persistent=False)
+        self.num_outputs = num_outputs if label_map is None else len(label_map)
+        self.spec: dict[str, Any] = {
+            "arch": arch,
+            "num_outputs": num_outputs,
+            "channels": channels,
+            "input_size": self.input_size,
+            "mean": list(mean),
+            "std": list(std),
+            "label_map": None if label_map is None else list(label_map),
+            "norm_eps": None,
+        }
+        if norm_eps is not None:
+            self.set_norm_eps(norm_eps)
+        self.new_head = False
+        """Whether the last layer is an untrained one in place of the checkpoint's."""
+
+    def set_norm_eps(self, eps: float) -> None:
+        """Give all layer norms this epsilon."""
+        self.spec["norm_eps"] = eps
+        for module in self.net.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` in [0, 1] -> logits ``(B, num_outputs)``."""
+        size = self.input_size
+        if size is not None and images.shape[-2:] != (size, size):
+            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+        logits: Tensor = self.net((images - self._mean) / self._std)
+        return logits if self._label_map is None else logits.index_select(1, self._label_map)
+
+
+def build_classifier(
+    config: ClassifierConfig, num_classes: int, channels: int = 3, *, new_head: bool = False
+) -> ImageClassifier:
+    """The classifier that the configuration asks for, in evaluation mode.
+
+    Args:
+        config: architecture, weights, input and label map.
+        num_classes: logits that are needed: the data set's classes, or the candidate sigmas.
+        channels: of the images.
+        new_head: take a checkpoint with another number of classes all the same, with an untrained last layer
+            (`ImageClassifier.new_head` says whether it came to that).
+
+    Raises:
+        ModelError: for a checkpoint that cannot be read safely, does not fit the architecture or has other classes.
+    """
+    if config.arch is None:
+        raise ModelError("name the architecture of the checkpoint in 'arch', a timm name or resnet110")
+    own = describe_architecture(config.arch)
+    found = _read(config.checkpoint, own["head"]) if config.checkpoint is not None else _Checkpoint()
+    outputs = found.num_outputs if config.checkpoint is not None else own["num_classes"] if config.pretrained else None
+    if outputs is None or (new_head and outputs != num_classes):
+        replaced, outputs = outputs is not None, num_classes
+    else:
+        replaced = False
+        _check_classes(outputs, num_classes, config)
+    model = ImageClassifier(
+        config.arch,
+        outputs,
+        channels,
+        config.input_size,
+        config.mean or found.mean,
+        config.std or found.std,
+        config.label_map,
+        pretrained=config.pretrained,
+    )
+    if config.checkpoint is not None:
+        if found.hf_config is not None:
+            _fit_hf(model, found.hf_config, config.checkpoint)
+        weights = {key: value for key, value in found.weights.items() if not key.endswith(".relative_position_index")}
+        if replaced:
+            state, head = model.net.state_dict(), f"{own['head']}."
+            weights = {key: value for key, value in weights.items() if not key.startswith(head)}
+            weights |= {key: value for key, value in state.items() if key.startswith(head)}
+        load_strictly(model.net, weights, f"{config.checkpoint!r} (as {config.arch})")
+    model.new_head = replaced
+    return model.eval()
+
+
+def describe_architecture(arch: str) -> dict[str, Any]:
+    """What an architecture is made for: `input_size`, `mean`, `std`, `head` (its last layer) and `num_classes`.
+
+    Raises:
+        ModelError: for a name that neither timm nor this project knows.
+    """
+    if arch in _OWN:
+        return _OWN[arch]
+    import timm
+
+    if not timm.is_model(arch):
+        close = difflib.get_close_matches(arch, [*timm.list_models(), *_OWN], n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see timm.list_models()"
+        raise ModelError(f"no architecture {arch!r} in timm {timm.__version__}, nor is it {', '.join(_OWN)}; {hint}")
+    cfg = timm.get_pretrained_cfg(arch)
+    head = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
+    return {
+        "mean": cfg.mean,
+        "std": cfg.std,
+        "input_size": cfg.input_size[-1],
+        "head": head,
+        "num_classes": cfg.num_classes,
+    }
+
+
+def _network(arch: str, num_outputs: int, channels: int, pretrained: bool) -> nn.Module:
+    if arch in _OWN:
+        if pretrained:
+            raise ModelError(f"{arch} has no published weights here; give a checkpoint")
+        return ResNetCifar(num_outputs, channels)
+    import timm
+
+    try:
+        network: nn.Module = timm.create_model(arch, pretrained=pretrained, num_classes=num_outputs, in_chans=channels)
+    except Exception as error:
+        if not pretrained:  # an architecture that does not take these numbers
+            raise ModelError(
+                f"timm cannot build {arch!r} with {num_outputs} outputs, {channels} channels: {error}"
+            ) from error
+        raise ModelError(
+            f"timm cannot get the weights of {arch!r} ({str(error).partition(chr(10))[0]}): fetch them where there is "
+            "a network (https://huggingface.co/timm), and name the file in 'checkpoint' with pretrained: false"
+        ) from error
+    return network
+
+
+@dataclass
+class _Checkpoint:
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    num_outputs: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    hf_config: Mapping[str, Any] | None = None
+    """config.json of transformers, empty for a bare file; None for other weights."""
+
+
+def _read(checkpoint: str, head: str) -> _Checkpoint:
+    """Weights under timm's names, and what the files beside them say."""
+    found, path = _Checkpoint(), Path(checkpoint)
+    beside: dict[str, dict[str, Any]] = {}
+    if path.is_dir():
+        beside = {
+            name: read_json(path / name)
+            for name in ("config.json", "preprocessor_config.json")
+            if (path / name).exists()
+        }
+        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+        path = next((file for file in files if file.exists()), files[0])
+    weights = read_weights(path)
+    if is_hf_vit(weights):
+        weights = to_timm(weights)
+        found.hf_config = beside.get("config.json", {})
+    timm_config = beside.get("config.json", {}).get("pretrained_cfg", {})
+    transformers_config = beside.get("preprocessor_config.json", {})
+    found.mean = transformers_config.get("image_mean") or timm_config.get("mean")
+    found.std = transformers_config.get("image_std") or timm_config.get("std")
+    last = weights.get(f"{head}.weight")
+    if last is None:
+        raise ModelError(
+            f"{str(path)!r} has no {head}.weight, the last layer: it is no checkpoint of this architecture, or one "
+            f"without a classifier; its first keys are {', '.join(list(weights)[:3])}"
+        )
+    found.weights, found.num_outputs = weights, len(last)
+    return found
+
+
+def _fit_hf(model: ImageClassifier, hf_config: Mapping[str, Any], checkpoint: str) -> None:
+    """Take over from transformers what the weights do not say."""
+    blocks: Any = getattr(model.net, "blocks", None)
+    if blocks is None:
+        raise ModelError(
+            f"{checkpoint!r} holds a ViT of transformers, {model.spec['arch']} is none: name another 'arch'"
+        )
+    model.set_norm_eps(check_hf_config(hf_config, blocks[0].attn.num_heads, checkpoint))
+
+
+def _check_classes(outputs: int, num_classes: int, config: ClassifierConfig) -> None:
+    of = repr(config.checkpoint) if config.checkpoint is not None else config.arch
+    if config.label_map is None:
+        if outputs != num_classes:
+            raise ModelError(
+                f"{of} has {outputs} classes, {num_classes} are needed: use another checkpoint, or say in 'label_map' "
+                "which of its classes each class of the data set is"
+            )
+    elif len(config.label_map) != num_classes:
+        raise ModelError(f"label_map has {len(config.label_map)} entries, the data set has {num_classes} classes")
+
+
+def _check_label_map(label_map: Sequence[int] | None, outputs: int) -> None:
+    if label_map is None:
+        return
+    outside = [index for index in label_map if not 0 <= index < outputs]
+    if outside:
+        raise ModelError(f"label_map names class {outside[0]}, the checkpoint has classes 0 to {outputs - 1}")
+    twice = [index for index in label_map if list(label_map).count(index) > 1]
+    if twice:
+        raise ModelError(f"label_map names class {twice[0]} of the checkpoint twice; each class needs its own")
+
+
+def _by_channel(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if len(values) == 1:
+        return (float(values[0]),) * channels
+    if channels == 1:  # an architecture made for colour, on grey images
+        return (sum(values) / len(values),)
+    if len(values) != channels:
+        raise ModelError(f"{name} has {len(values)} entries, expected 1 or {channels}, one per channel")
+    return tuple(float(value) for value in values)

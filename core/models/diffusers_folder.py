@@ -1,0 +1,123 @@
+"""Denoisers in diffusers' own format: config.json, diffusion_pytorch_model.safetensors, scheduler_config.json."""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core.errors import ModelError
+from core.models.denoiser import OneShotDenoiser
+from core.models.weights import read_json, read_weights
+
+__all__ = ["describe_schedule", "read_folder", "unet_config", "write_folder"]
+
+_BETA_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+_COVERED = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    """The U-Net's configuration, its weights, and its noise schedule (None where the folder has no scheduler).
+
+    Args:
+        folder: of a `UNet2DModel`, or of a pipeline with subfolders unet/ and scheduler/.
+
+    Raises:
+        ModelError: for a missing or unreadable file, another kind of model, or a schedule that is not covered.
+    """
+    unet = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
+    plain = read_json(unet / "config.json")
+    kind = plain.get("_class_name")
+    if kind != "UNet2DModel":
+        raise ModelError(f"{str(unet / 'config.json')!r} describes a {kind!r}, expected a 'UNet2DModel'")
+    files = [unet / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
+    weights = read_weights(next((file for file in files if file.exists()), files[0]))
+    places = [folder, folder / "scheduler", unet, unet.parent / "scheduler"]
+    scheduler = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").exists()), None)
+    schedule = None if scheduler is None else describe_schedule(read_json(scheduler), str(scheduler))
+    return unet_config(plain), {_new_name(key): value for key, value in weights.items()}, schedule
+
+
+def describe_schedule(plain: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A scheduler's configuration as arguments of `OneShotDenoiser`.
+
+    Raises:
+        ModelError: for anything but a network that predicts the noise of a linear or cosine schedule.
+    """
+    for key, covered in _COVERED.items():
+        if plain.get(key, covered) != covered:
+            raise ModelError(
+                f"{source}: {key} is {plain[key]!r}, one-shot denoising covers {covered!r} only: use another denoiser"
+            )
+    name = plain.get("beta_schedule", "linear")
+    if name not in _BETA_SCHEDULES:
+        raise ModelError(f"{source}: beta_schedule is {name!r}, expected one of {', '.join(_BETA_SCHEDULES)}")
+    try:
+        steps = int(plain.get("num_train_timesteps", 1000))
+        low, high = float(plain.get("beta_start", 1e-4)), float(plain.get("beta_end", 0.02))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{source}: num_train_timesteps, beta_start or beta_end is no number: {error}") from error
+    if steps < 2 or not 0 < low <= high < 1:
+        raise ModelError(
+            f"{source}: expected num_train_timesteps >= 2 and 0 < beta_start <= beta_end < 1, "
+            f"got {steps}, {low}, {high}"
+        )
+    return {
+        "schedule": _BETA_SCHEDULES[name],
+        "num_steps": steps,
+        "beta_range": (low, high) if name == "linear" else None,
+        "rescale_timesteps": bool(plain.get("rescale_timesteps", False)),
+    }
+
+
+def write_folder(denoiser: OneShotDenoiser, target: Path) -> None:
+    """Write a denoiser so that both `load_denoiser` and `UNet2DModel.from_pretrained` read it; whole or not at all.
+
+    scheduler_config.json has one key more than diffusers knows, `rescale_timesteps` (see `OneShotDenoiser`).
+
+    Args:
+        denoiser: around a `UNet2DModel`.
+        target: a new or empty folder.
+    """
+    config: Any = denoiser.unet.config
+    version = metadata.version("diffusers")
+    scheduler: dict[str, Any] = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": version,
+        "beta_schedule": {ours: theirs for theirs, ours in _BETA_SCHEDULES.items()}[denoiser.schedule],
+        "num_train_timesteps": denoiser.num_steps,
+        "prediction_type": "epsilon",
+        "rescale_timesteps": denoiser.rescale_timesteps,
+    }
+    if denoiser.schedule == "linear":
+        scale = 1000 / denoiser.num_steps
+        low, high = denoiser.beta_range or (scale * 1e-4, scale * 0.02)
+        scheduler |= {"beta_start": low, "beta_end": high}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as aside:
+        folder = Path(aside) / target.name
+        folder.mkdir()
+        tensors = {key: value.detach().cpu().contiguous() for key, value in denoiser.unet.state_dict().items()}
+        save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        named = {"_class_name": "UNet2DModel", "_diffusers_version": version, **unet_config(config)}
+        for name, content in (("config.json", named), ("scheduler_config.json", scheduler)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        folder.replace(target)
+
+
+def unet_config(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A `UNet2DModel`'s configuration without diffusers' own notes in it."""
+    return {key: value for key, value in plain.items() if not key.startswith("_")}
+
+
+def _new_name(key: str) -> str:
+    """Attention as diffusers names it today; files of 2022 such as google/ddpm-cifar10-32 say query, proj_attn, ..."""
+    return re.sub(
+        r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", key
+    )
