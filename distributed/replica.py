@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from core.config import Config
-from core.data import Dataset, Split, load_dataset
+from core.data import Dataset, Split
 from core.engine import Engine, Task
 from core.errors import DualRSError
 from core.models.checkpoints import load_model
@@ -28,6 +28,7 @@ from core.network import Head, Network
 from core.noise import make_noise
 from core.records import CLASSIFIER, ESTIMATOR, Certificate, DualCertificate, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
+from distributed.datasets import load_dataset
 from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row
 
 __all__ = ["Facts", "Replica", "Work", "build_engine", "build_network", "make_row", "make_task", "procedures"]
@@ -113,7 +114,7 @@ def procedures(work: Work) -> Iterator[Callable[[], Any]]:
 
 def make_task(key: Any, data: Dataset, index: int, procedure: Callable[[], Any]) -> Task[Any]:
     """The engine's task for one procedure on one example."""
-    image = torch.from_numpy(data.images[index]).float().div_(255.0)
+    image = torch.from_numpy(data.image(index)).float().div_(255.0)
     return Task(key, data.example_ids[index], image, procedure())
 
 

@@ -15,12 +15,12 @@ def run(directory: RunDirectory) -> None:
         return
     import torch
 
-    from core.data import load_dataset
     from core.engine import Engine, Task
     from core.files import file_sha256
     from core.models.checkpoints import load_model, save_model
     from core.noise import make_noise
     from core.training.finetune import choose_sigma, finetune_classifier
+    from distributed.datasets import load_dataset
     from distributed.replica import build_network
 
     config, finetune = directory.config, directory.config.finetune

@@ -15,10 +15,10 @@ def run(directory: RunDirectory) -> None:
         return
     import torch
 
-    from core.data import load_dataset
     from core.files import file_sha256
     from core.models.checkpoints import load_denoiser, load_model, save_model
     from core.training.base import train_classifier, train_denoiser
+    from distributed.datasets import load_dataset
 
     config, base = directory.config, directory.config.base
     torch.set_num_threads(config.compute.train_threads)

@@ -15,11 +15,11 @@ def run(directory: RunDirectory) -> None:
         return
     import torch
 
-    from core.data import load_dataset
     from core.files import file_sha256
     from core.models.checkpoints import load_denoiser, save_model
     from core.models.small import SmallConvNet
     from core.training.estimator import train_estimator
+    from distributed.datasets import load_dataset
     from distributed.tables import training_radii
 
     config = directory.config

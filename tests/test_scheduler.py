@@ -14,12 +14,12 @@ import pytest
 import ray
 import torch
 
-from core.data import load_dataset
 from core.errors import ConfigError, ModelError
 from core.files import file_sha256
 from core.models.checkpoints import load_model, save_model
 from core.models.small import SmallConvNet
 from core.records import Sampling
+from distributed.datasets import load_dataset
 from distributed.replica import Replica, Work
 from distributed.run_directory import RunDirectory
 from distributed.shards import CERTIFICATE_SCHEMA, Plan, ShardStore

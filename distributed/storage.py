@@ -1,0 +1,96 @@
+"""Files of a data set wherever pyarrow reaches them: a local folder, s3://, gs://, hdfs://, any fsspec file system."""
+
+from functools import cached_property
+
+import pyarrow as pa
+from pyarrow import fs
+
+from core.data import LocalStorage, Storage
+from core.errors import DataError
+
+__all__ = ["ArrowStorage", "file_system", "open_storage"]
+
+
+def file_system(location: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a local path or an address, and the path in it.
+
+    Raises:
+        DataError: for an address of a kind that pyarrow does not know, or one that cannot be reached.
+    """
+    if "://" not in location:
+        return fs.LocalFileSystem(), location.rstrip("/") or "/"
+    try:
+        system, path = fs.FileSystem.from_uri(location)
+    except (pa.ArrowException, OSError, ValueError, ImportError) as error:
+        raise DataError(
+            f"cannot open {location!r}: {error}; expected a local path or an address such as s3://bucket/folder, "
+            "gs://..., hdfs://... or fsspec+PROTOCOL://..."
+        ) from error
+    return system, path.rstrip("/")
+
+
+class ArrowStorage:
+    """A folder behind a URI; see `core.data.Storage`.
+
+    Args:
+        root: its address; credentials come from the environment, as pyarrow takes them.
+
+    Raises:
+        DataError: when it is not there or cannot be reached.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._system, self._path = file_system(root)
+        if self._info("").type == fs.FileType.NotFound:
+            raise DataError(f"{root!r} is not there; set dataset.path to where the data set is")
+
+    def files(self, folder: str = "") -> list[str]:
+        """See `core.data.Storage`."""
+        if folder == "" and self._is_file:
+            return [""]
+        found = self._list(folder, recursive=True)
+        return sorted(path for path, kind in found if kind == fs.FileType.File and not _hidden(path))
+
+    def folders(self, folder: str = "") -> list[str]:
+        """See `core.data.Storage`."""
+        found = self._list(folder, recursive=False)
+        names = [path.rpartition("/")[2] for path, kind in found if kind == fs.FileType.Directory]
+        return sorted(name for name in names if not _hidden(name))
+
+    def read(self, path: str) -> bytes:
+        """See `core.data.Storage`."""
+        with self._system.open_input_stream(self._full(path), compression=None) as stream:
+            return bytes(stream.read())
+
+    @cached_property
+    def _is_file(self) -> bool:
+        return bool(self._info("").type == fs.FileType.File)
+
+    def _full(self, path: str) -> str:
+        return f"{self._path}/{path}" if path else self._path
+
+    def _info(self, path: str) -> fs.FileInfo:
+        try:
+            return self._system.get_file_info(self._full(path))
+        except OSError as error:
+            raise DataError(f"cannot reach {self.root!r}: {error}; check address, network and credentials") from error
+
+    def _list(self, folder: str, recursive: bool) -> list[tuple[str, fs.FileType]]:
+        """Paths relative to the root, and what they are."""
+        selector = fs.FileSelector(self._full(folder), allow_not_found=True, recursive=recursive)
+        try:
+            found = self._system.get_file_info(selector)
+        except OSError as error:
+            raise DataError(f"cannot list {self.root!r}: {error}; check network and credentials") from error
+        start = len(self._path) + 1
+        return [(info.path[start:], info.type) for info in found]
+
+
+def open_storage(root: str) -> Storage:
+    """A local folder or an address."""
+    return ArrowStorage(root) if "://" in root else LocalStorage(root)
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
