@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.data import load_dataset
 from core.engine import Engine
 from core.metrics import certified_accuracy
 from core.network import Network
 from core.progress import Progress
 from core.records import DualCertificate, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
+from distributed.datasets import load_dataset
 from distributed.launch import work_of
 from distributed.replica import build_engine, make_task
 from distributed.run_directory import RunDirectory

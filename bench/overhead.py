@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from core.config import parse_config
-from core.data import load_dataset
 from core.models.checkpoints import build_denoiser
 from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
+from distributed.datasets import load_dataset
 from distributed.launch import certify_store, work_of
 from distributed.replica import Work, build_engine, make_task, procedures
 from distributed.run_directory import RunDirectory

@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from core.data import Dataset, load_dataset
+from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.progress import Progress
 from core.records import Stop
+from distributed.datasets import load_dataset
 from distributed.launch import STORES, step_of, work_of
 from distributed.recompute import Terms, dual_from_row, standard_from_row
 from distributed.replica import Work, build_engine, make_row, make_task, procedures

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from core.data import load_dataset
 from core.records import Sampling
+from distributed.datasets import load_dataset
 from distributed.replica import Work
 from distributed.run_directory import RunDirectory
 from distributed.scheduler import run_work

@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 
 from core.config import Config
-from core.data import Dataset, Split, load_dataset
+from core.data import Dataset, Split
 from core.engine import Engine, Task
 from core.errors import ConfigError, DualRSError, ModelError
 from core.models.checkpoints import load_model
@@ -36,6 +36,7 @@ from core.network import Head, Network
 from core.noise import make_noise
 from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, DualCertificate, Phase, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
+from distributed.datasets import load_dataset
 from distributed.metrics import ReplicaMetrics
 from distributed.shards import (
     CERTIFICATE_SCHEMA,
@@ -152,7 +153,7 @@ def warm_up(engine: Engine, work: Work, data: Dataset) -> float:
     requests = [Draws(level, 1, (CLASSIFIER,), Phase.ESTIMATION) for level in work.config.sigmas[-1:]]
     if work.method == "dual":
         requests.append(Draws(sigma, 1, heads[:1], Phase.ESTIMATION))
-    return engine.warm_up(data.images.shape[1:], requests)
+    return engine.warm_up(data.shape, requests)
 
 
 def measure_rate(work: Work, seconds: float = 2.0) -> float:
@@ -184,7 +185,7 @@ def procedures(work: Work) -> Iterator[Callable[[], Any]]:
 
 def make_task(key: Any, data: Dataset, index: int, procedure: Callable[[], Any]) -> Task[Any]:
     """The engine's task for one procedure on one example."""
-    image = torch.from_numpy(data.images[index]).float().div_(255.0)
+    image = torch.from_numpy(data.image(index)).float().div_(255.0)
     return Task(key, data.example_ids[index], image, procedure())
 
 

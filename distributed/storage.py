@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from core.errors import ConfigError, DataError
 from core.files import write_whole
 
-__all__ = ["Folder", "Stored"]
+__all__ = ["Folder", "Stored", "file_system"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Folder:
 
     @cached_property
     def _remote(self) -> tuple[pafs.FileSystem, str]:
-        return _connect(self.uri)
+        return file_system(self.uri)
 
     def read(self, name: str) -> bytes:
         """A file's content.
@@ -291,18 +292,23 @@ def _is_final(error: OSError) -> bool:
     return any(word in str(error) for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "HTTP status 403", "HTTP status 404"))
 
 
-def _connect(uri: str) -> tuple[Any, str]:
-    """File system and path of a URI.
+def file_system(location: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a local path or a URI, and the path in it.
 
     Raises:
-        ConfigError: for a scheme that pyarrow does not know.
+        ConfigError: for a scheme that pyarrow does not know, or a store that cannot be reached.
     """
-    parts = urllib.parse.urlsplit(uri)
+    if "://" not in location:
+        return pafs.LocalFileSystem(), location.rstrip("/") or "/"
+    uri, parts = location, urllib.parse.urlsplit(location)
     if parts.scheme != "s3":
         try:
             system, path = pafs.FileSystem.from_uri(uri)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"cannot open {uri!r}: {error}") from error
+        except (pa.ArrowException, ValueError, OSError, ImportError) as error:
+            raise ConfigError(
+                f"cannot open {uri!r}: {error}; expected a local path or an address such as s3://bucket/folder, "
+                "gs://..., hdfs://... or fsspec+PROTOCOL://..."
+            ) from error
         return system, path.rstrip("/")
     if parts.username is not None:
         raise ConfigError(

@@ -15,11 +15,11 @@ def run(directory: RunDirectory) -> None:
         return
     import torch
 
-    from core.data import load_dataset
     from core.engine import Engine, Task
     from core.models.checkpoints import load_model
     from core.noise import make_noise
     from core.training.finetune import choose_sigma, finetune_classifier
+    from distributed.datasets import load_dataset
     from distributed.replica import build_network
 
     config, finetune = directory.config, directory.config.finetune

@@ -14,9 +14,9 @@ def run(directory: RunDirectory) -> None:
         return
     import torch
 
-    from core.data import load_dataset
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.training.base import train_classifier, train_denoiser
+    from distributed.datasets import load_dataset
 
     config, base = directory.config, directory.config.base
     torch.set_num_threads(config.compute.train_threads)
@@ -24,13 +24,13 @@ def run(directory: RunDirectory) -> None:
     train = load_dataset(config.dataset, "train")
     if base.denoiser is not None:
         denoiser = load_denoiser(base.denoiser)
-        denoiser.check_images(train.images.shape)
+        denoiser.check_images(train.shape)
     else:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
     wrote = {"denoiser": directory.save_model("denoiser", denoiser)}
     if base.classifier is not None:
-        classifier = load_classifier(base.classifier, train.num_classes, train.images.shape[1])
+        classifier = load_classifier(base.classifier, train.num_classes, train.shape[0])
     else:
         with Progress(base.classifier_epochs, "classifier", "epochs", interval_s=interval) as progress:
             classifier = train_classifier(train, denoiser, base, config.seed + 1, progress)

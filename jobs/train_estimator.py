@@ -15,10 +15,10 @@ def run(directory: RunDirectory) -> None:
         return
     import torch
 
-    from core.data import load_dataset
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.models.small import SmallConvNet
     from core.training.estimator import train_estimator
+    from distributed.datasets import load_dataset
     from distributed.tables import training_radii
 
     config = directory.config

@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from core.data import load_dataset
 from distributed.audit import audit
+from distributed.datasets import load_dataset
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from jobs import build_dataset

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from core.config import DatasetConfig
+from core.config import Config, DatasetConfig, SplitConfig, load_config, parse_config
 from core.data import Dataset, load_dataset
+from core.errors import ConfigError, DataError
 
 
 def test_load_dataset_digits_splits_all_images_without_overlap() -> None:
@@ -30,8 +33,6 @@ def test_load_dataset_other_split_seed_gives_another_split_of_the_same_images() 
 
 
 def test_dataset_label_out_of_range_names_the_example() -> None:
-    from core.errors import DataError
-
     images = np.zeros((2, 1, 8, 8), np.uint8)
     with pytest.raises(DataError, match="'b' has label 7, expected 0 to 2"):
         Dataset("x", ("a", "b"), images, np.array([0, 7]), 3)
@@ -39,3 +40,120 @@ def test_dataset_label_out_of_range_names_the_example() -> None:
         Dataset("x", ("a", "a"), images, np.array([0, 1]), 3)
     with pytest.raises(DataError, match="expected 2 uint8 images"):
         Dataset("x", ("a", "b"), images.astype(np.float32), np.array([0, 1]), 3)
+
+
+def test_dataset_image_and_pixels_are_the_same_pixels() -> None:
+    data = load_dataset(DatasetConfig(), "test")
+    assert data.shape == data.image(3).shape == (1, 8, 8)
+    assert np.array_equal(data.pixels()[3].numpy(), data.image(3).astype(np.float32) / 255)
+
+
+def test_dataset_digest_changes_with_ids_labels_and_pixels_and_with_nothing_else() -> None:
+    images = np.zeros((2, 1, 8, 8), np.uint8)
+    labels = np.array([0, 1])
+    digest = Dataset("x", ("a", "b"), images, labels, 3).digest()
+    assert digest == Dataset("y", ("a", "b"), images.copy(), labels, 3).digest()
+    others = [
+        Dataset("x", ("a", "c"), images, labels, 3),
+        Dataset("x", ("a", "b"), images, labels[::-1], 3),
+        Dataset("x", ("a", "b"), images + np.uint8(1), labels, 3),
+        Dataset("x", ("a", "b"), images, labels, 4),
+        Dataset("x", ("a",), images[:1], labels[:1], 3),
+    ]
+    assert len({digest, *(other.digest() for other in others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("plain", "kept"),
+    [
+        ({"every": 20}, list(range(0, 500, 20))),
+        ({"first": 7}, list(range(7))),
+        ({"every": 3, "first": 5}, [0, 3, 6, 9, 12]),
+        ({}, list(range(500))),
+    ],
+)
+def test_load_dataset_subset_keeps_what_it_names_in_order(plain: dict[str, int], kept: list[int]) -> None:
+    whole = load_dataset(DatasetConfig(), "test")
+    part = load_dataset(DatasetConfig(test=SplitConfig(**plain)), "test")  # type: ignore[arg-type]
+    assert part.example_ids == tuple(whole.example_ids[place] for place in kept)
+    assert np.array_equal(part.labels, whole.labels[kept])
+    assert np.array_equal(part.image(len(kept) - 1), whole.image(kept[-1]))
+    assert len(load_dataset(DatasetConfig(test=SplitConfig(**plain)), "train")) == 1297  # type: ignore[arg-type]
+
+
+def test_load_dataset_share_is_seeded_sorted_and_of_the_right_size() -> None:
+    def ids(share: float, seed: int = 0, every: int = 1) -> tuple[str, ...]:
+        part = SplitConfig(share=share, seed=seed, every=every)
+        return load_dataset(DatasetConfig(test=part), "test").example_ids
+
+    whole = ids(1.0)
+    assert len(ids(0.2)) == 100
+    assert list(ids(0.2)) == sorted(ids(0.2))
+    assert ids(0.2) == ids(0.2) != ids(0.2, seed=1)
+    assert set(ids(0.2, every=2)) <= set(whole[::2])
+    assert len(ids(0.2, every=2)) == 50
+    assert len(ids(1e-9)) == 1
+
+
+def test_load_dataset_ids_file_takes_exactly_these_and_refuses_others_by_name(tmp_path: Path) -> None:
+    whole, file = load_dataset(DatasetConfig(), "test"), tmp_path / "ids.txt"
+    config = DatasetConfig(test=SplitConfig(ids_file=str(file)))
+    file.write_text(f"{whole.example_ids[9]}\n\n  {whole.example_ids[4]}\n")
+    assert load_dataset(config, "test").example_ids == (whole.example_ids[4], whole.example_ids[9])
+    file.write_text(f"{whole.example_ids[9]}\nnobody\n")
+    with pytest.raises(DataError, match=r"dataset\.test\.ids_file: .*names 1 examples .*'nobody'; its ids look like"):
+        load_dataset(config, "test")
+    file.write_text("a\nb\na\n")
+    with pytest.raises(DataError, match="names 'a' twice"):
+        load_dataset(config, "test")
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"dataset\.test\.ids_file: cannot read"):
+        load_dataset(config, "test")
+
+
+def test_load_dataset_first_beyond_the_split_says_how_many_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.test\.first asks for 501 examples, there are 500"):
+        load_dataset(DatasetConfig(test=SplitConfig(first=501)), "test")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"name": "cifar10"}, r"dataset\.path: is missing; set it to where cifar10 is"),
+        ({"name": "cifar10", "path": "x", "corruption": "fog"}, r"dataset\.corruption: means nothing for cifar10"),
+        ({"name": "cifar10-c", "path": "x"}, r"dataset\.corruption: cifar10-c needs it"),
+        ({"path": "x"}, r"dataset\.path: means nothing for digits"),
+        ({"test": {"path": "x"}}, r"dataset\.test: digits have neither path nor split"),
+        ({"test": {"ids_file": "x", "every": 2}}, r"dataset\.test: ids_file goes without every"),
+        ({"name": "imagenet", "path": "x", "crop": 300}, r"dataset\.crop: 300 is more than dataset\.resize = 256"),
+        ({"name": "imagenet", "path": "x", "id_column": "a"}, r"dataset\.id_column: needs dataset\.layout=parquet"),
+        ({"name": "cifar10", "path": "x", "test": {"split": "val"}}, r"test\.split: means nothing for CIFAR-10's"),
+        (
+            {"name": "parquet", "train": {"path": "x"}, "test": {"path": "x"}},
+            r"dataset\.test\.path: train and test would be the same images",
+        ),
+        ({"test": {"evry": 2}}, r"unknown key 'dataset\.test\.evry'; did you mean 'every'"),
+        ({"test": {"share": 0}}, r"'dataset\.test\.share' is 0: input should be greater than 0"),
+    ],
+)
+def test_parse_config_dataset_that_cannot_be_names_key_and_remedy(dataset: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config({"sigmas": [0.5], "dataset": dataset, "report": {"radii": [0]}})
+    assert "{" not in str(caught.value)
+
+
+def test_fingerprint_of_the_digits_is_what_it_always_was() -> None:
+    assert load_config(Path("configs/digits.yaml")).fingerprint() == "a46e30e70b43655f"
+
+
+def test_identity_does_not_know_where_data_lie_but_which_part_is_taken() -> None:
+    def config(**dataset: object) -> Config:
+        dataset["name"] = "cifar10"
+        return parse_config({"sigmas": [0.5], "report": {"radii": [0]}, "dataset": dataset})
+
+    base = config(path="/a")
+    for same in (config(path="s3://b"), config(train={"path": "/c"}, test={"path": "/d"})):
+        assert (same.fingerprint(), same.identity()) == (base.fingerprint(), base.identity())
+    for other in (config(path="/a", test={"every": 20}), config(path="/a", train={"share": 0.5})):
+        assert other.fingerprint() != base.fingerprint()
+        assert other.identity() != base.identity()

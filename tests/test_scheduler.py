@@ -19,13 +19,13 @@ import ray
 import torch
 
 import distributed.replica as replica_module
-from core.data import load_dataset
 from core.errors import ConfigError, DataError, ModelError
 from core.files import file_sha256
 from core.models.checkpoints import load_model, save_model
 from core.models.small import SmallConvNet
 from core.records import Sampling
 from distributed.audit import audit
+from distributed.datasets import load_dataset
 from distributed.replica import Replica, Work
 from distributed.run_directory import RunDirectory
 from distributed.shards import Plan, ShardStore

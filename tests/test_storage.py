@@ -13,7 +13,7 @@ from core.errors import ConfigError, DataError
 from distributed.audit import audit
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
-from distributed.storage import Folder, _connect
+from distributed.storage import Folder, file_system
 from jobs import build_dataset, certify
 from tests.s3 import FlakyProxy, s3_server, uri
 from tests.tiny import tiny_run
@@ -102,7 +102,7 @@ def test_folder_that_cannot_be_written_says_so(server: FlakyProxy) -> None:
 )
 def test_folder_uri_that_is_refused_says_why_and_shows_no_secret(where: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        _connect(where)
+        file_system(where)
     assert "secret" not in str(caught.value)
 
 

@@ -1,0 +1,194 @@
+"""A data set: labelled images under stable names."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.data.images import StoredImages
+from core.errors import DataError
+
+__all__ = ["Dataset", "Split", "as_image"]
+
+Split = Literal["train", "test"]
+_DIGEST_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images, in memory or decoded when asked for.
+
+    Attributes:
+        name: as in the configuration.
+        example_ids: distinct names that stay the same from run to run and machine to machine, part of the noise key.
+        images: uint8 ``(N, C, H, W)``, or images that stay where they are stored.
+        labels: int64 ``(N,)`` in [0, num_classes).
+        num_classes: classes of the task.
+
+    Raises:
+        DataError: for arrays that do not fit each other, repeated ids or a label out of range; names the example.
+    """
+
+    name: str
+    example_ids: tuple[str, ...]
+    images: NDArray[np.uint8] | StoredImages
+    labels: NDArray[np.int64]
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        num, images = len(self.example_ids), self.images
+        if isinstance(images, np.ndarray) and (images.ndim != 4 or images.dtype != np.uint8):
+            raise DataError(
+                f"{self.name}: expected {num} uint8 images (N, C, H, W), got images {images.dtype} {images.shape}"
+            )
+        if len(images) != num or len(self.labels) != num:
+            raise DataError(
+                f"{self.name}: expected {num} images and labels, one of each for an id, got {len(images)} images and "
+                f"{len(self.labels)} labels"
+            )
+        if len(set(self.example_ids)) != num:
+            repeated, times = Counter(self.example_ids).most_common(1)[0]
+            raise DataError(f"{self.name}: example ids are not distinct, {repeated!r} is there {times} times")
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
+        if wrong.size:
+            first = int(wrong[0])
+            raise DataError(
+                f"{self.name}: example {self.example_ids[first]!r} has label {self.labels[first]}, "
+                f"expected 0 to {self.num_classes - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of every image; of stored ones without a crop, the shape of the first that can be decoded.
+
+        Raises:
+            DataError: when none can be.
+        """
+        if isinstance(self.images, np.ndarray):
+            channels, height, width = self.images.shape[1:]
+            return channels, height, width
+        if self.images.shape is not None:
+            return self.images.shape
+        failure: DataError | None = None
+        for index in range(len(self)):
+            try:
+                channels, height, width = self._decode(index).shape
+            except DataError as error:
+                failure = failure or error
+            else:
+                return channels, height, width
+        raise DataError(f"{self.name}: none of its {len(self)} images can be read; the first: {failure}")
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """One image, uint8 ``(C, H, W)``; decoded now if it is a stored one.
+
+        Raises:
+            DataError: when it cannot be read or has another shape than the others; names the example and its file.
+        """
+        image = self._decode(index)
+        if image.shape != self.shape:
+            raise DataError(
+                f"example {self.example_ids[index]!r} has shape {image.shape}, the images of {self.name} have "
+                f"{self.shape}; set dataset.resize and dataset.crop so that all get one shape"
+            )
+        return image
+
+    def pixels(self) -> Tensor:
+        """All images as float32 ``(N, C, H, W)`` in [0, 1], in memory: for sets that fit.
+
+        Raises:
+            DataError: as `image`, or when the machine has not the memory.
+        """
+        if isinstance(self.images, np.ndarray):
+            return torch.from_numpy(self.images).float().div_(255.0)
+        needed = 4 * len(self) * int(np.prod(self.shape))
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > available:
+            raise DataError(
+                f"{self.name}: {len(self):,} images of shape {self.shape} take {needed / 2**30:,.0f} GiB as float32, "
+                f"this machine has {available / 2**30:,.0f}; take a part of them (dataset.train.share or .first)"
+            )
+        pixels = torch.empty(len(self), *self.shape)
+        for index in range(len(self)):
+            pixels[index] = torch.from_numpy(self.image(index))
+        return pixels.div_(255.0)
+
+    def digest(self) -> str:
+        """Fingerprint of the content: ids, labels, and the stored bytes of 32 evenly spread examples.
+
+        It does not depend on where the data lies or on the decoder's version. It takes a second for a million
+        examples, and cannot see a change of images that it does not look at.
+
+        Returns:
+            16 hexadecimal digits.
+
+        Raises:
+            DataError: when one of the images that it looks at cannot be read.
+        """
+        digest = hashlib.sha256(f"{self.num_classes}\n".encode())
+        for example_id, label in zip(self.example_ids, self.labels.tolist(), strict=True):
+            digest.update(f"{example_id}\0{label}\n".encode())
+        for index in np.unique(np.linspace(0, len(self) - 1, _DIGEST_IMAGES).astype(int)).tolist() if len(self) else ():
+            stored = self._stored(index)
+            digest.update(len(stored).to_bytes(8, "big") + stored)
+        return digest.hexdigest()[:16]
+
+    def take(self, places: Sequence[int] | NDArray[np.integer]) -> "Dataset":
+        """The examples at these places, in this order."""
+        chosen = np.asarray(places, np.int64)
+        return replace(
+            self,
+            example_ids=tuple(self.example_ids[place] for place in chosen),
+            images=self.images[chosen] if isinstance(self.images, np.ndarray) else self.images.take(chosen),
+            labels=self.labels[chosen],
+        )
+
+    def _decode(self, index: int) -> NDArray[np.uint8]:
+        if isinstance(self.images, np.ndarray):
+            image: NDArray[np.uint8] = self.images[index]
+            return image
+        return self.images.decode(index, self.example_ids[index])
+
+    def _stored(self, index: int) -> bytes:
+        if isinstance(self.images, np.ndarray):
+            return np.ascontiguousarray(self.images[index]).tobytes()
+        return self.images.read(index, self.example_ids[index])
+
+
+def as_image(image: Tensor | NDArray[np.generic], name: str) -> Tensor:
+    """Check one image and return it as float32 in [0, 1].
+
+    Args:
+        image: ``(C, H, W)``, uint8 in [0, 255] or floating in [0, 1].
+        name: what messages call it.
+
+    Raises:
+        DataError: for another shape or dtype, a non-finite pixel or one outside the range; names the example.
+    """
+    tensor = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+    if tensor.ndim != 3:
+        raise DataError(f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}")
+    if tensor.dtype == torch.uint8:
+        return tensor.float().div_(255.0)
+    if not tensor.is_floating_point():
+        raise DataError(f"example {name!r}: expected uint8 or floating pixels, got {tensor.dtype}")
+    if not torch.isfinite(tensor).all():
+        raise DataError(f"example {name!r} has non-finite pixels")
+    low, high = float(tensor.min()), float(tensor.max())
+    if low < 0.0 or high > 1.0:
+        raise DataError(
+            f"example {name!r}: pixels span [{low:g}, {high:g}], expected [0, 1]; put the normalisation into the "
+            "network: noise levels and radii are in the pixel scale"
+        )
+    return tensor.float()
