@@ -3,7 +3,9 @@
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +45,9 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
             include_dashboard=False,
             logging_level=logging.WARNING,
         )
+    if threading.current_thread() is threading.main_thread():
+        # Ray has put a handler of its own before ours, which prints a stack on the signal that ends a job properly.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
         yield
     finally:

@@ -163,7 +163,8 @@ class Chaos:
         return True
 
     def _lose_head(self) -> bool:
-        self.cluster.shutdown(allow_graceful=False)
+        for node in self.cluster.list_all_nodes():
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
         assert self.driver is not None
         try:
             self.driver.wait(timeout=60)
