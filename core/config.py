@@ -552,8 +552,10 @@ def _explain(detail: Mapping[str, Any], source: str) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{source}: unknown key {key!r}; {hint}"
     message = detail["msg"].removeprefix("Value error, ")
-    if not key or (detail["type"] == "value_error" and isinstance(detail["input"], dict)):  # it names its key itself
+    if not key:
         return f"{source}: {message}"
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict):  # of a section: it names its key itself
+        return f"{source}: {message}" if message.startswith(key) else f"{source}: {key}.{message}"
     if detail["type"] == "missing":
         return f"{source}: {key!r} is missing; add it"
     return f"{source}: {key!r} is {detail['input']!r}: {message[0].lower()}{message[1:]}"

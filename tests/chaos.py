@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,12 +124,13 @@ class Chaos:
         return True
 
     def _replicas(self) -> list[psutil.Process]:
-        raylets = [
-            process
-            for node in self.cluster.worker_nodes
-            for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True)
-        ]
-        return [process for process in raylets if "MapWorker" in "".join(process.cmdline()[:1])]
+        found = []
+        for node in self.cluster.worker_nodes:
+            for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+                with suppress(psutil.Error):  # gone by now
+                    if "MapWorker" in "".join(process.cmdline()[:1]):
+                        found.append(process)
+        return found
 
     def _kill_replica(self) -> bool:
         replicas = self._replicas()
