@@ -37,7 +37,7 @@ from tests.tiny import tiny_run
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cluster of this module's own."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -84,8 +84,12 @@ def test_build_dataset_local_equals_a_plain_loop(reference: pa.Table, tmp_path: 
 
 @pytest.mark.parametrize(
     "overrides",
-    [("compute.max_replicas=1",), ("compute.shard_examples=7",), ("compute.shard_examples=auto",)],
-    ids=["one replica", "two replicas, other shards", "measured shards"],
+    [
+        ("compute.max_replicas=1",),
+        ("compute.min_replicas=2", "compute.max_replicas=2", "compute.shard_examples=7"),
+        ("compute.min_replicas=4", "compute.max_replicas=4", "compute.shard_examples=auto"),
+    ],
+    ids=["one replica", "two replicas, other shards", "four replicas, measured shards"],
 )
 def test_build_dataset_on_ray_equals_the_local_executor(
     overrides: tuple[str, ...], reference: pa.Table, cluster: None, tmp_path: Path
