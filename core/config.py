@@ -322,7 +322,7 @@ class ReportConfig(_Section):
 
 
 class ComputeConfig(_Section):
-    """How it runs. Only `batch_size`, `chunk_size` and `device` can touch a count."""
+    """How it runs. Only `batch_size`, `chunk_size`, `device` and, in the last bits, thread counts can touch a count."""
 
     executor: Literal["ray", "local"] = "ray"
     """`ray`: replicas on Ray actors; `local`: the reference, one replica in this process, without Ray."""

@@ -5,7 +5,7 @@
 #       python -m jobs.build_dataset --config configs/digits.yaml --out /shared/runs/digits \
 #       compute.device=cuda compute.min_replicas=1 compute.max_replicas=4
 #   tail -f slurm-dual-rs-JOBID.out
-#   scancel --batch --signal=TERM JOBID     # commit, stop and wait in the queue for the next turn
+#   scancel --batch --signal=TERM JOBID     # stop and wait in the queue for the next turn
 #   scancel JOBID                           # end for good
 #
 # Submit it in the checkout, with its .venv on a file system that all nodes share; --out too (or s3://, gs://).
@@ -104,7 +104,7 @@ if [[ -z $interrupted ]]; then
     # The jobs join the cluster that RAY_ADDRESS names. Workers that are still starting join it later.
     RAY_ADDRESS="$address" "$@" &
     driver=$!
-    # A signal ends `wait` and not the driver, which is committing: wait again until it is gone.
+    # A signal ends `wait` and not the driver, which is ending: wait again until it is gone.
     while true; do
         status=0
         wait "$driver" || status=$?

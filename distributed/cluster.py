@@ -71,6 +71,12 @@ class Pool:
     num_cpus: float
     num_gpus: float
 
+    def describe(self) -> str:
+        """In words."""
+        number = f"{self.largest}" if self.smallest == self.largest else f"{self.smallest} to {self.largest}"
+        each = f"{self.num_gpus:g} GPU" if self.num_gpus else f"{self.num_cpus:g} CPU"
+        return f"{number} replicas of {each} each ({self.initial} to begin with)"
+
 
 def replica_pool(compute: ComputeConfig) -> Pool:
     """The device that replicas take and how many of them there will be.
@@ -84,17 +90,18 @@ def replica_pool(compute: ComputeConfig) -> Pool:
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
     per_replica = compute.gpus_per_replica if device == "cuda" else float(compute.threads_per_replica)
-    room = int((gpus if device == "cuda" else cpus) / per_replica + 1e-9)
+    room = _room("GPU" if device == "cuda" else "CPU", per_replica)
     if not room and not compute.max_replicas:
         raise ConfigError(
             f"the cluster has room for no replica now ({gpus:g} GPUs, {cpus:g} CPUs; one takes {per_replica:g} "
             f"{'GPU' if device == 'cuda' else 'CPU'}); if it grows on demand, say what to wait for: "
             "compute.device=cuda compute.max_replicas=8"
         )
-    if compute.device == "auto" and not room:
+    if compute.device == "auto" and not gpus and compute.max_replicas > room:
         raise ConfigError(
-            "compute.device is 'auto' but the cluster has neither GPUs nor free CPUs now; say which one replicas are "
-            "to wait for: compute.device=cuda or compute.device=cpu"
+            f"compute.device is 'auto', the cluster has no GPU now and room for {room} replicas on CPUs, and "
+            f"compute.max_replicas = {compute.max_replicas} waits for it to grow; say with what: "
+            "compute.device=cuda or compute.device=cpu"
         )
     largest = compute.max_replicas or room
     smallest = compute.min_replicas if compute.max_replicas else room
@@ -106,3 +113,13 @@ def replica_pool(compute: ComputeConfig) -> Pool:
         num_cpus=0.0 if device == "cuda" else per_replica,
         num_gpus=per_replica if device == "cuda" else 0.0,
     )
+
+
+def _room(resource: str, per_replica: float) -> int:
+    """Replicas that fit the nodes which are there; one that takes less than a device does not straddle two."""
+    import ray
+
+    sizes = [node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]]
+    if per_replica < 1:
+        return sum(int(size) for size in sizes) * int(1 / per_replica + 1e-9)
+    return sum(int(size / per_replica + 1e-9) for size in sizes)

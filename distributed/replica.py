@@ -55,6 +55,8 @@ __all__ = [
     "Work",
     "build_engine",
     "build_network",
+    "check_visible",
+    "is_device_error",
     "make_row",
     "make_task",
     "measure_rate",
@@ -81,6 +83,7 @@ class Work:
         models: by role (`denoiser`, `classifier` and, for `dual`, `estimator`): name in models/ and SHA-256.
         config: the run's configuration.
         device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.
+        started: when this call of the driver began, seconds since the epoch.
     """
 
     root: Folder
@@ -92,6 +95,7 @@ class Work:
     models: Mapping[str, tuple[str, str]]
     config: Config
     device: str
+    started: float = field(default_factory=time.time)
 
     @property
     def rows_per_example(self) -> int:
@@ -156,8 +160,22 @@ def warm_up(engine: Engine, work: Work, data: Dataset) -> float:
     return engine.warm_up(data.shape, requests)
 
 
+def check_visible(work: Work) -> None:
+    """Refuse to work where the run directory is another one.
+
+    Raises:
+        ConfigError: when this machine does not see the driver's files.
+    """
+    if not work.root.exists("manifest.json"):
+        raise ConfigError(
+            f"{str(work.root)!r} cannot be seen on {socket.gethostname()}: replicas on other machines need a run "
+            "directory on a shared file system or an object store (s3://, gs://)"
+        )
+
+
 def measure_rate(work: Work, seconds: float = 2.0) -> float:
     """Rows per second of the bare forward passes of a work at its batch shape, on this device."""
+    check_visible(work)
     data = load_dataset(work.config.dataset, work.split)
     engine = build_engine(work, data.num_classes)
     start, took = time.monotonic(), warm_up(engine, work, data)
@@ -257,8 +275,10 @@ class Replica:
             self._failure = error
             return
         except Exception as error:
-            self._retire_if_device(error)
-            raise
+            if not is_device_error(error):
+                raise
+            self._failure = self._retire(error)
+            return
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -266,12 +286,10 @@ class Replica:
         self._device = "cpu" if work.device == "cpu" else f"cuda: {torch.cuda.get_device_name()}"
         self._data = load_dataset(work.config.dataset, work.split)
         self._store = ShardStore(work.root, work.store)
+        check_visible(work)
         plan = self._store.read_plan()
         if plan is None:
-            raise ConfigError(
-                f"{self._store.plan_file!r} cannot be seen on {socket.gethostname()}: replicas on other machines need "
-                "a run directory on a shared file system or an object store (s3://, gs://)"
-            )
+            raise ConfigError(f"the plan {self._store.plan_file!r} is gone")
         self._plan = plan
         self._engine = build_engine(work, self._data.num_classes)
         warm_up(self._engine, work, self._data)
@@ -300,8 +318,8 @@ class Replica:
         """Give a shard to the engine; the future holds it when all its rows are there. Several may be in flight."""
         if self._failure is not None:
             raise self._failure
-        attempt = self._store.begin(number, self.id)
         before = self._store.read_shard(number)
+        attempt = self._store.begin(number, self.id) if before is None else 1
         kept = [] if before is None else [row for row in before.to_pylist() if row["status"] == OK]
         done = frozenset((row["example_id"], row["sigma"] if self.work.levels != (None,) else None) for row in kept)
         missing = len(self._plan.members(number)) * self.work.rows_per_example - len(kept)
@@ -312,7 +330,8 @@ class Replica:
         if attempt > self.work.config.compute.max_attempts:
             raise ModelError(
                 f"shard {number} of {self.work.store} was begun {attempt - 1} times and never finished: something in "
-                "it ends the replicas (see the logs of their nodes), or machines are lost faster than a shard takes"
+                "it ends the replicas (see the logs of their nodes), or machines are lost faster than a shard takes; "
+                f"to try on: compute.max_attempts={2 * attempt}"
             )
         with self._lock:  # a shard is either seen by the engine's last words or refused here
             if self._failure is not None:
@@ -361,8 +380,8 @@ class Replica:
                     self._fail(shard, index, sigma, finished.error)
                 else:
                     self._add(shard, make_row(self._data, index, finished.result))
-        except BaseException as error:  # handed to whoever waits, and to all who come later
-            self._retire_if_device(error)
+        except BaseException as cause:  # handed to whoever waits, and to all who come later
+            error = self._retire(cause) if is_device_error(cause) and self._on_ray else cause
             with self._lock:
                 self._failure = error
                 waiting = [*self._open, *self._drain()]
@@ -392,12 +411,21 @@ class Replica:
         )
         self._add(shard, error_row(self.work.schema, example_id, label, sigma, self.work.sampling.alpha))
 
-    def _retire_if_device(self, error: BaseException) -> None:
-        """End this process when the device has failed: its state is lost, and a fresh process may get another one."""
-        if not self._on_ray or not isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)):
-            return
-        _log.error("replica %s on %s gives up its device: %s", self.id, _node(), error)
-        note = {"replica": self.id, "node": _node(), "error": f"{type(error).__name__}: {error}", "time": time.time()}
+    def _retire(self, error: BaseException) -> ModelError:
+        """End this process when its device has failed: a fresh one may get another, and Ray hands its shards on.
+
+        Returns:
+            What to fail with instead, when too many replicas have ended so in this call of the driver.
+        """
+        message = f"{type(error).__name__}: {error}"
+        notes = [file for file in retired(self.work).files() if file.modified > self.work.started]
+        if not self._on_ray or len(notes) >= self.work.config.compute.max_attempts:
+            return ModelError(
+                f"the device of {_node()} failed ({message}), after {len(notes)} others in this run; if it is too "
+                "small: a smaller compute.batch_size (in a new run), or fewer replicas on a device"
+            )
+        _log.error("replica %s on %s gives up its device: %s", self.id, _node(), message)
+        note = {"replica": self.id, "node": _node(), "error": message, "time": time.time()}
         try:
             retired(self.work).write(f"{self.id}.json", json.dumps(note).encode())
         finally:
@@ -429,6 +457,11 @@ class Replica:
                         self._fail(shard, index, sigma, error)
                     else:
                         yield task
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether the device, and not an input, is to blame."""
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError))
 
 
 def retired(work: Work) -> Folder:

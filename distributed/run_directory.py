@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunDirectory"]
 
-_PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "scikit-learn")
+_PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "pillow", "scikit-learn")
 _MANIFEST = "manifest.json"
 
 
@@ -42,17 +42,18 @@ class RunDirectory:
     Args:
         where: the folder: a path, or a URI of an object store.
         config: what to run. None takes the configuration that the folder was made with.
+        write: False for a look that leaves the folder as it is; it must be there then.
 
     Raises:
         ConfigError: when the folder was made with another configuration (the message lists each difference), or when
             there is none to take.
     """
 
-    def __init__(self, where: Folder | Path | str, config: Config | None) -> None:
+    def __init__(self, where: Folder | Path | str, config: Config | None, *, write: bool = True) -> None:
         self.folder = Folder(where)
         stored = self._read()
         if stored is None:
-            if config is None:
+            if config is None or not write:
                 raise ConfigError(f"{str(self.folder)!r} holds no manifest.json: name a configuration with --config")
             self.folder.check_writable()
             self.config = config
@@ -67,7 +68,7 @@ class RunDirectory:
                     "machine": platform.machine(),
                     "system": platform.system(),
                 },
-                "versions": {name: metadata.version(name) for name in _PACKAGES},
+                "versions": _versions(),
                 "steps": {},
             }
             self._write()
@@ -82,7 +83,7 @@ class RunDirectory:
                 + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
                 + "\nuse another --out for the new one, or go back to the old values"
             )
-        if self.config != before:  # the report's radii, or where it runs
+        if self.config != before and write:  # the report's radii, or where it runs
             self._manifest["config"] = self.config.model_dump(mode="json")
             self._write()
 
@@ -160,6 +161,8 @@ class RunDirectory:
     def finish(self, step: str, *, read: Mapping[str, str], wrote: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Record a finished step, atomically: the hashes of the models it read and wrote, and facts worth keeping."""
         record = {"finished": _now(), "read": dict(read), "wrote": dict(wrote), **facts}
+        if (versions := _versions()) != self._manifest["versions"]:  # a resumed run may have met other ones
+            record["versions"] = versions
         # Another job may have finished a step of its own in the meantime.
         self._manifest["steps"] = {**(self._read() or self._manifest)["steps"], step: record}
         self._write()
@@ -195,6 +198,10 @@ def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]
             rows += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
         return rows
     return [] if old == new else [(key, old, new)]
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in _PACKAGES}
 
 
 def _now() -> str:

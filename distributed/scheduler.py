@@ -14,7 +14,7 @@ import torch
 
 from core import errors
 from core.progress import Progress
-from distributed.replica import Facts, Replica, Work, measure_rate, retired
+from distributed.replica import Facts, Replica, Work, is_device_error, measure_rate
 from distributed.shards import Plan, ShardStore
 
 __all__ = ["run_work"]
@@ -176,7 +176,7 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _
                 )
                 if metrics is not None:
                     metrics.progress(done, (total - done) * elapsed / max(done - begun, 1), tally.replicas())
-    if failed := sorted(store.shards_with_errors()):
+    if failed := sorted(shard for shard in store.shards_with_errors() if shard < len(plan)):
         print(f"{work.store}: trying the examples of {len(failed)} shards again that could not be run", flush=True)
         tally.errors = 0
         for facts in executor.run(failed):
@@ -231,13 +231,21 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
 
         def measure() -> float:
-            return float(ray.get(ray.remote(**resources)(measure_rate).remote(placed)))
+            print(f"{work.store}: waiting for a replica to measure", flush=True)
+            try:
+                return float(ray.get(ray.remote(**resources)(measure_rate).remote(placed)))
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, errors.DualRSError):
+                    raise error.cause from None
+                if is_device_error(error.cause):
+                    raise errors.ModelError(f"the device failed while it was measured: {error.cause}") from error
+                raise
 
         def run(pending: Sequence[int]) -> Iterator[Facts]:
-            before = {file.name for file in retired(work).files()}
             numbers = ray.data.from_items(
                 [{"shard": number} for number in pending], override_num_blocks=min(len(pending), _MAX_BLOCKS)
             )
+            print(f"{work.store}: {len(pending)} shards for {pool.describe()}", flush=True)
             smallest = min(pool.smallest, len(pending))
             done = numbers.map_batches(
                 replica_class,
@@ -254,15 +262,5 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             )
             for row in done.iter_rows():
                 yield Facts(**row)
-                _check_retired(work, before)
 
         yield Executor(pool.device, pool.largest, measure, run, on_ray=True)
-
-
-def _check_retired(work: Work, before: set[str]) -> None:
-    """Give up when devices fail again and again: something is wrong that another replica will not mend."""
-    limit = work.config.compute.max_attempts
-    notes = {file.name for file in retired(work).files()} - before
-    if len(notes) > limit:
-        last = retired(work).read(max(notes)).decode()
-        raise errors.ModelError(f"{len(notes)} replicas lost their device in this run, more than {limit}; one: {last}")

@@ -350,7 +350,8 @@ class ShardStore:
         if changed:
             raise ConfigError(
                 f"the shards in {str(self.folder)!r} were made from other inputs ({', '.join(changed)} differ); "
-                f"remove that folder and {self.plan_file!r} to make them again, or use another --out"
+                f"to make them again remove that folder, {self.plan_file!r}, {str(self.errors)!r} and "
+                f"{str(self._attempts)!r}, or use another --out"
             )
 
     def begin(self, shard: int, replica: str) -> int:

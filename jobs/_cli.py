@@ -54,16 +54,16 @@ def retry_errors_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_run(args: argparse.Namespace) -> RunDirectory:
-    """Open the run directory that the arguments name, with their configuration."""
+def open_run(args: argparse.Namespace, *, write: bool = False) -> RunDirectory:
+    """Open the run directory that the arguments name, with their configuration; by default only to look at it."""
     if args.config is not None:
-        return RunDirectory(args.out, load_config(args.config, args.overrides))
-    directory = RunDirectory(args.out, None)
+        return RunDirectory(args.out, load_config(args.config, args.overrides), write=write)
+    directory = RunDirectory(args.out, None, write=write)
     if args.overrides:
         config = parse_config(
             directory.config.model_dump(mode="json"), args.overrides, source="the stored configuration"
         )
-        directory = RunDirectory(args.out, config)
+        directory = RunDirectory(args.out, config, write=write)
     return directory
 
 
@@ -72,14 +72,16 @@ def _working_on(args: argparse.Namespace) -> Iterator[RunDirectory]:
     """`open_run` for a job that writes: with the lock of the run directory.
 
     Raises:
-        ConfigError: when another job is at work there.
+        ConfigError: when another job is at work there, or nothing can be written.
     """
     if args.config is not None:
         load_config(args.config, args.overrides)  # refused before anything is made
     else:
-        RunDirectory(args.out, None)
-    with RunLock(Folder(args.out)):
-        yield open_run(args)
+        RunDirectory(args.out, None, write=False)
+    folder = Folder(args.out)
+    folder.check_writable()
+    with RunLock(folder):
+        yield open_run(args, write=True)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -100,6 +102,11 @@ def run_job(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace],
             raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    except OSError as error:
+        if args.debug:
+            raise
+        print(f"error: a file or the storage failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 

@@ -19,11 +19,14 @@ def main() -> int:
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from core.errors import DataError
         from distributed.audit import audit, replay
+        from distributed.shards import ShardStore
 
         directory = open_run(args)
         findings, checked = audit(directory)
         for store, rows in checked.items():
             print(f"{store}: {rows:,} rows recomputed from their votes")
+            if failed := len(ShardStore(directory.folder, store).read_errors()):
+                print(f"{store}: {failed:,} of them could not be run and certify nothing (errors/)")
         if args.replay and not findings:
             findings = replay(directory, args.replay, args.replay_seed, directory.config.compute.progress_interval_s)
             print(f"replay: {args.replay} rows drawn again")

@@ -1,8 +1,12 @@
-"""Step 2: certify EVERY training sample under EVERY sigma, on Ray; rows stream into dataset/*.parquet."""
+"""Step 2: certify EVERY training sample under EVERY sigma, on Ray; rows stream into dataset/*.parquet.
+
+The base models are made first (step 1), where they are not there yet.
+"""
 
 import sys
 
 from distributed.run_directory import RunDirectory
+from jobs import train_base
 from jobs._cli import job_parser, retry_errors_option, run_step
 
 
@@ -10,6 +14,7 @@ def run(directory: RunDirectory, retry_errors: bool = False) -> None:
     """Commit every shard of the dataset that is not there yet."""
     from distributed.launch import certify_store
 
+    train_base.run(directory)
     certify_store(directory, "dataset", retry_errors)
 
 

@@ -1,5 +1,7 @@
 """Step 3: train the variance estimator on the radii of the dataset."""
 
+import hashlib
+import json
 import sys
 
 from core.progress import Progress
@@ -11,7 +13,9 @@ READS = ("classifier", "denoiser")  # the classifier through the dataset
 
 def run(directory: RunDirectory) -> None:
     """Write models/estimator, unless it is done."""
-    if directory.is_done("train_estimator", READS, writes=("estimator",)):
+    dataset = dataset_digest(directory)
+    done = directory.is_done("train_estimator", READS, writes=("estimator",))
+    if done and directory.manifest["steps"]["train_estimator"].get("dataset") == dataset:
         return
     import torch
 
@@ -52,11 +56,17 @@ def run(directory: RunDirectory) -> None:
             progress,
         )
     digest = directory.save_model("estimator", estimator)
-    facts = {"samples": int((radii.max(axis=1) > 0).sum()), "of": len(radii), "loss": history}
+    facts = {"dataset": dataset, "samples": int((radii.max(axis=1) > 0).sum()), "of": len(radii), "loss": history}
     print(
         f"estimator: trained on {facts['samples']} of {facts['of']} samples (the others have radius 0 at every sigma)"
     )
     directory.finish("train_estimator", read=hashes, wrote={"estimator": digest}, facts=facts)
+
+
+def dataset_digest(directory: RunDirectory) -> str | None:
+    """Of the rows that the estimator is trained on: a retried example changes them."""
+    record = directory.manifest["steps"].get("build_dataset")
+    return None if record is None else hashlib.sha256(json.dumps(record["sha256"], sort_keys=True).encode()).hexdigest()
 
 
 def main() -> int:
