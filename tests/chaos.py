@@ -121,6 +121,7 @@ class Chaos:
         self.driver.wait(timeout=60)
         if number == signal.SIGTERM:
             self.report.terminations_s.append(time.monotonic() - start)
+            assert self.driver.returncode in (130, 0), self.driver.returncode
         return True
 
     def _replicas(self) -> list[psutil.Process]:

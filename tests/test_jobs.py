@@ -10,8 +10,8 @@ import pytest
 from core.config import parse_config
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
-from jobs import pipeline
-from tests.tiny import PLAIN
+from jobs import build_dataset, pipeline
+from tests.tiny import PLAIN, tiny_run
 
 ROOT = Path(__file__).parent.parent
 JOBS = [
@@ -110,3 +110,22 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     audit = call("audit", "--out", str(run.path))
     assert audit.returncode == 3
     assert re.search(r"dataset: part-000000-0000\d\d.parquet: is missing", audit.stderr)
+
+
+def test_jobs_that_only_look_leave_the_run_directory_as_it_is(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", "compute.executor=local")
+    build_dataset.run(run)
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    for job in ("status", "audit"):
+        assert call(job, "--out", str(run.path), "compute.max_replicas=3").returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+    missing = call("status", "--out", str(tmp_path / "none"), "--config", "configs/digits.yaml")
+    assert (missing.returncode, (tmp_path / "none").exists()) == (2, False)
+    assert "holds no manifest.json" in missing.stderr
+
+
+def test_job_that_cannot_write_says_so_in_one_line() -> None:
+    result = call("build_dataset", "--out", "/proc/run", "--config", "configs/digits.yaml")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: cannot write to '/proc/run'")
+    assert len(result.stderr.splitlines()) == 1

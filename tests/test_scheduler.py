@@ -23,10 +23,11 @@ from core.errors import ConfigError, DataError, ModelError
 from core.files import file_sha256
 from core.models.checkpoints import load_model, save_model
 from core.models.small import SmallConvNet
+from core.network import Network
 from core.records import Sampling
 from distributed.audit import audit
 from distributed.datasets import load_dataset
-from distributed.replica import Replica, Work
+from distributed.replica import Replica, Work, retired
 from distributed.run_directory import RunDirectory
 from distributed.shards import Plan, ShardStore
 from distributed.tables import training_radii
@@ -320,3 +321,23 @@ def test_replica_that_loses_its_device_ends_its_process_with_a_note(tmp_path: Pa
     assert "gives up its device: CUDA out of memory" in done.stderr
     (note,) = (tmp_path / "errors" / "replicas").iterdir()
     assert json.loads(note.read_text())["error"] == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_replica_device_that_fails_again_and_again_is_an_error_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path, "compute.max_attempts=2")
+    planned(run)
+    work = work_on(run, denoiser="denoiser", classifier="classifier")
+    for name in ("a", "b"):
+        retired(work).write(f"{name}.json", b"{}")
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Network, "__call__", fails)
+    monkeypatch.setattr(replica_module, "ReplicaMetrics", lambda store: None)
+    replica = Replica(work, on_ray=True)  # fails while it warms up
+    with pytest.raises(ModelError, match=r"OutOfMemoryError: CUDA out of memory\), after 2 others in this run"):
+        replica.submit(0)
+    replica.close()
