@@ -35,6 +35,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    ours = signal.getsignal(signal.SIGTERM)
     # Ray's own progress lines are for its developers: ours say what matters.
     if joins:
         ray.init(logging_level=logging.WARNING)
@@ -46,8 +47,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
             logging_level=logging.WARNING,
         )
     if threading.current_thread() is threading.main_thread():
-        # Ray has put a handler of its own before ours, which prints a stack on the signal that ends a job properly.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, ours)  # Ray has put its own in its place
     try:
         yield
     finally:

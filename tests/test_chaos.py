@@ -61,7 +61,7 @@ def disturbed(tmp_path: Path, faults: list[str], overrides: list[str], seed: int
 
 
 def test_chaos_a_fault_of_each_kind(tmp_path: Path) -> None:
-    faults = ["SIGKILL of the driver", "SIGKILL of a replica", "SIGKILL of a worker's raylet", "S3 fails"]
+    faults = ["SIGKILL of the driver", "SIGTERM to the driver", "SIGKILL of a worker's raylet", "S3 fails"]
     disturbed(tmp_path, faults, ["compute.shard_examples=4", "labels.num_estimation=300"], seed=0)
 
 
