@@ -224,6 +224,9 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1  # an autoscaling cluster may wait long for its first node
         context.max_consecutive_actor_init_deaths = 10  # a node may go while a replica loads
+        # Shards in flight over shards at work, 3 / 2 below: at Ray's own 1.75 the pool would never grow, and the nodes
+        # that Ray Data asks for would stand idle.
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.25
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it complains of the line above
         pool = replica_pool(work.config.compute)
