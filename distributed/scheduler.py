@@ -259,7 +259,7 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
                     max_size=max(smallest, min(pool.largest, len(pending))),
                     initial_size=max(smallest, min(pool.initial, len(pending))),
                     max_concurrent_calls_per_actor=2,  # two shards share a replica's engine
-                    max_tasks_in_flight_per_actor=4,  # fewer, and the pool never looks busy enough to grow
+                    max_tasks_in_flight_per_actor=3,
                 ),
                 **resources,
             )
