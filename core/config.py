@@ -322,14 +322,24 @@ class ReportConfig(_Section):
 
 
 class ComputeConfig(_Section):
-    """How it runs. Only `batch_size`, `chunk_size`, `device` and, in the last bits, thread counts can touch a count."""
+    """How it runs. Of these, only `batch_size`, `precision`, `channels_last`, `compile`, `chunk_size`, `device` and, in
+    the last bits, thread counts can touch a count.
+    """
 
     executor: Literal["ray", "local"] = "ray"
     """`ray`: replicas on Ray actors; `local`: the reference, one replica in this process, without Ray."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is a GPU."""
-    batch_size: Count = 500
-    """Rows of every forward pass."""
+    batch_size: Literal["auto"] | Count = 500
+    """Rows of every forward pass. `auto` measures, once, before a step's plan is written: doubled while two batches fit
+    the memory and rows per second still grow. The plan keeps the number, for all replicas and every resumption."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    """Of the arithmetic in denoiser and heads when certificates are made: `tf32` on CUDA's tensor cores; `bfloat16`,
+    `float16` by autocast. Noise, images, the timestep embedding and votes stay float32. Training is float32 always."""
+    channels_last: bool = False
+    """Memory order that convolutions on tensor cores want (+4 to +12% on a CPU)."""
+    compile: bool = False
+    """torch.compile of denoiser and heads, in every replica: minutes before its first pass."""
     chunk_size: Count = 100
     """Draws that share one noise key."""
     min_replicas: Count = 1
@@ -355,6 +365,11 @@ class ComputeConfig(_Section):
     """A step gives up on a shard that so many replicas have begun and none has finished."""
     progress_interval_s: Positive = 10.0
     """Seconds between two progress lines where there is no terminal."""
+
+    @property
+    def training_batch_size(self) -> int:
+        """Rows of the forward passes of the training jobs, where `auto` is 500: no weight hangs on a measurement."""
+        return 500 if self.batch_size == "auto" else self.batch_size
 
 
 class Config(_Section):
@@ -451,9 +466,13 @@ class Config(_Section):
             if plain.get("dataset", {}).get(split) == {}:  # nothing but its path differed from the defaults
                 del plain["dataset"][split]
         compute = plain.pop("compute", {})
-        plain["compute"] = {
-            key: compute[key] for key in ("batch_size", "chunk_size", "train_threads") if key in compute
-        }
+        # `batch_size: auto` stands here as "auto", not as the number that it came to: that is found per step, on a
+        # device, long after the fingerprint has been written into the manifest, and a resumption has to arrive at the
+        # same fingerprint without a device. The number is the plan's (`distributed.shards.Plan.batch_size`), written
+        # before the first row and never changed: whoever goes on, replays or audits takes it from there. So two runs
+        # with one fingerprint hold the same counts if their plans name the same number; one that is given always is.
+        keys = ("batch_size", "precision", "channels_last", "compile", "chunk_size", "train_threads")
+        plain["compute"] = {key: compute[key] for key in keys if key in compute}
         plain["sigma_e"] = self.estimator_sigma
         if self.certify.budget == "grid":
             plain["certify"]["grid"] = list(self.grid_radii)

@@ -7,7 +7,7 @@ Finished ones leave and new ones enter, so that the device never sees a half-emp
 last one is padded: every forward pass has the same shape, so a row's result does not depend on what else is running.
 """
 
-import time
+import logging
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from core.batch_size import seconds_of_pass
 from core.errors import ConfigError, DataError
 from core.network import Network
 from core.noise import Noise
@@ -26,6 +26,8 @@ from core.records import Draws, Procedure
 __all__ = ["Engine", "Finished", "Task"]
 
 R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +104,14 @@ class Engine:
     """Runs procedures on one network, batched.
 
     Guarantee: the votes of a request depend on the seed, the example, the phase, the noise level and the network
-    evaluated at this batch shape; never on the other tasks, their number or their order.
+    evaluated at this batch shape; never on the other tasks, their number or their order. When the device runs out of
+    memory, a batch is run as equal micro-batches from then on (`micro_batch`, logged): the noise is the same, and the
+    network is evaluated at another shape; see "Batch shapes" in docs/guarantees.md.
 
     Args:
         network: what votes.
         noise: where noise comes from.
-        batch_size: rows of every forward pass.
+        batch_size: rows of every forward pass, as long as they fit.
         max_live: procedures live at once, at most (bounds the memory for images and votes).
     """
 
@@ -117,6 +121,8 @@ class Engine:
         self.network = network
         self.noise = noise
         self.batch_size = batch_size
+        self.micro_batch = batch_size
+        """Rows of a forward pass at present: `batch_size` unless memory has run out."""
         self.max_live = max_live
         self.rows_run = 0
         """Rows sent through the network so far, padding included."""
@@ -145,16 +151,9 @@ class Engine:
             requests: one of each kind that procedures will make.
 
         Returns:
-            Seconds that the last pass took.
+            Seconds that a pass took, on average over the kinds.
         """
-        zeros = torch.zeros((self.batch_size, *image_shape), device=self._device)
-        seconds = 0.0
-        for draws in requests:
-            sigma = torch.full((self.batch_size,), draws.sigma, device=self._device)
-            start = time.perf_counter()
-            for values in self.network(self.network.lane(draws), zeros, sigma).values():
-                values.sum().item()  # waits for the device
-            seconds = time.perf_counter() - start
+        seconds = seconds_of_pass(self._logits, self.network, self.batch_size, image_shape, requests)
         self.network.rows.clear()
         return seconds
 
@@ -167,6 +166,7 @@ class Engine:
 
         Raises:
             ModelError, ConfigError: from the network, which all tasks share. An error of one task is in its `Finished`.
+            torch.OutOfMemoryError: when not even one row at a time fits.
         """
         source = iter(tasks)
         exhausted = False
@@ -241,13 +241,16 @@ class Engine:
         lane, noisy = self._lanes[lane_key], self._noisy
         assert noisy is not None
         slots = np.zeros(self.batch_size, np.int64)
+        masks: list[tuple[int, Tensor]] = []
         sigmas = np.ones(self.batch_size, np.float32)  # padding rows: any valid level, their votes go to slot 0
         completed: list[_Request] = []
         row = 0
         while row < self.batch_size and lane.queue:
             request = lane.queue[0]
             taken, may_vote = self._draw(request, noisy[row:])
-            slots[row : row + taken] = request.slot if may_vote is None else np.where(may_vote, request.slot, 0)
+            slots[row : row + taken] = request.slot
+            if may_vote is not None:
+                masks.append((row, may_vote))
             sigmas[row : row + taken] = request.draws.sigma
             row += taken
             lane.rows -= taken
@@ -255,7 +258,9 @@ class Engine:
                 completed.append(lane.queue.popleft())
         self.rows_run += self.batch_size
         slot_of_row = self._to_device(torch.from_numpy(slots))
-        logits = self.network(lane_key, noisy, self._to_device(torch.from_numpy(sigmas)))
+        for first, mask in masks:  # on the device: reading the masks here would wait for all that is queued there
+            slot_of_row[first : first + len(mask)] *= mask
+        logits = self._logits(lane_key, noisy, self._to_device(torch.from_numpy(sigmas)))
         for name, values in logits.items():
             valid = torch.isfinite(values).all(dim=1)
             vote = torch.where(valid, values.argmax(dim=1), self._width - 1)
@@ -263,11 +268,54 @@ class Engine:
             self._votes.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
         self._in_flight.append(self._read_later(completed))
 
-    def _draw(self, request: _Request, rows: Tensor) -> tuple[int, NDArray[np.bool_] | None]:
+    def _logits(self, lane: Hashable, noisy: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """Logits of a batch, in micro-batches of the largest size that has fitted so far.
+
+        Raises:
+            torch.OutOfMemoryError: when a single row does not fit.
+        """
+        before = self.micro_batch
+        while True:
+            try:
+                logits = self._in_pieces(lane, noisy, sigma)
+                break
+            except torch.OutOfMemoryError as error:
+                if self.micro_batch == 1:
+                    error.add_note("not even a forward pass of one row fits: use a device with more memory")
+                    raise
+            # Out of the handler, whose traceback holds the activations of the pass that failed.
+            self.micro_batch = -(-self.micro_batch // 2)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self.micro_batch < before:
+            _log.warning(
+                "out of memory in a pass of %d rows on %s: a batch of %d rows runs as %d passes of %d from now on",
+                before,
+                self._device,
+                self.batch_size,
+                -(-self.batch_size // self.micro_batch),
+                self.micro_batch,
+            )
+        return logits
+
+    def _in_pieces(self, lane: Hashable, noisy: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """All passes have one shape: where the batch is no multiple of it, the last one starts earlier."""
+        size, total = self.micro_batch, len(noisy)
+        if size >= total:
+            return self.network(lane, noisy, sigma)
+        parts: dict[str, list[Tensor]] = {}
+        for first in range(0, total, size):
+            start = min(first, total - size)
+            rows = slice(start, start + size)
+            for name, values in self.network(lane, noisy[rows], sigma[rows]).items():
+                parts.setdefault(name, []).append(values[first - start :])
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    def _draw(self, request: _Request, rows: Tensor) -> tuple[int, Tensor | None]:
         """Write the request's next noisy copies into `rows`, at most up to the end of a chunk.
 
         Returns:
-            How many, and which of them may vote (None: all).
+            How many, and which of them may vote, bool ``(taken,)`` on the device (None: all).
         """
         draws, size = request.draws, self.noise.chunk_size
         chunk, offset = divmod(request.next_row, size)
@@ -285,13 +333,15 @@ class Engine:
             if offset + taken == size:
                 request.carry = request.carry_valid = None
         request.next_row += taken
-        return taken, None if valid is None else valid.cpu().numpy()
+        return taken, valid
 
     def _read_later(self, completed: list[_Request]) -> _Launched:
         """Queue the copy of the completed requests' votes to the host, without waiting for it."""
         if not completed:
             return _Launched(completed, None, None)
-        votes = self._votes[[request.slot for request in completed]]
+        # By a pinned index: a plain list would be copied in a way that waits for the forward pass.
+        slots = torch.tensor([request.slot for request in completed])
+        votes = self._votes.index_select(0, self._to_device(slots))
         if self._device.type != "cuda":
             return _Launched(completed, votes, None)
         host = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)

@@ -198,7 +198,7 @@ class ExactNoise:
         may_vote = fill(out, key, sigma)
         out.add_(pixels).clamp_(-255 * table.k, 255 * (table.k + 1))
         # All integers up to here. By a tensor: CUDA divides by a number as it multiplies by its rounded inverse.
-        out.div_(torch.tensor(255.0, device=out.device))
+        out.div_(torch.full((), 255.0, device=out.device))
         return may_vote
 
     def _fill_on_host(self, out: Tensor, key: int, sigma: float) -> Tensor | None:

@@ -109,6 +109,8 @@ def _files(directory: RunDirectory, store: ShardStore, hashes: Mapping[str, str]
     if record is None:
         yield "", "the step is not finished: its shards cannot be checked against recorded hashes"
         return
+    if plan is not None and record.get("batch_size", plan.batch_size) != plan.batch_size:
+        yield store.plan_file, f"names batch size {plan.batch_size}, the manifest {record['batch_size']}"
     recorded, files = record["sha256"], set(store.files())
     for name in sorted(recorded.keys() | files):
         if name not in files:
@@ -225,7 +227,7 @@ def _replay_store(directory: RunDirectory, name: str, places: Sequence[int], pro
     table = store.read()
     rows = [row for place in places for row in table.slice(place, 1).to_pylist()]
     made = list(procedures(work))
-    engine = build_engine(work, data.num_classes)
+    engine = build_engine(work, data.num_classes, plan.batch_size)
 
     def tasks() -> Iterator[Any]:
         for number, row in enumerate(rows):

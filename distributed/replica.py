@@ -26,13 +26,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from core.batch_size import DeviceProbe, choose_batch_size
 from core.config import Config
 from core.data import Dataset, Split
 from core.engine import Engine, Task
 from core.errors import ConfigError, DualRSError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
-from core.network import Head, Network
+from core.network import Forward, Head, Network
 from core.noise import make_noise
 from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, DualCertificate, Phase, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
@@ -60,6 +61,7 @@ __all__ = [
     "make_row",
     "make_task",
     "measure_rate",
+    "probe_batch_size",
     "procedures",
     "retired",
 ]
@@ -142,22 +144,46 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
     return Network(heads, cast("OneShotDenoiser | None", denoiser), device)
 
 
-def build_engine(work: Work, num_classes: int) -> Engine:
-    """Network, noise and batch shape of a work; sets the CPU threads of this process."""
+def build_engine(work: Work, num_classes: int, batch_size: int | None = None) -> Engine:
+    """Network, noise and batch shape of a work; sets the CPU threads of this process.
+
+    Args:
+        work: what to do.
+        num_classes: of the data set.
+        batch_size: the plan's; None takes the configured one (a plan from before plans kept it).
+
+    Raises:
+        ConfigError: without a number, from the plan or the configuration.
+    """
     config, compute = work.config, work.config.compute
+    rows = batch_size or compute.batch_size
+    if rows == "auto":
+        raise ConfigError(f"the plan of {work.store} does not say what compute.batch_size=auto came to; use a number")
+    forward = Forward(compute.precision, compute.channels_last, compute.compile)
+    noise = make_noise(config.noise, config.seed, compute.chunk_size)
+    return Engine(_load_network(work, num_classes, forward), noise, batch_size=rows)
+
+
+def _load_network(work: Work, num_classes: int, forward: Forward) -> Network:
     if work.device == "cpu":
-        torch.set_num_threads(compute.threads_per_replica)
-    network = build_network(work.model_files(), config, num_classes, work.device)
-    return Engine(network, make_noise(config.noise, config.seed, compute.chunk_size), batch_size=compute.batch_size)
+        torch.set_num_threads(work.config.compute.threads_per_replica)
+    plain = build_network(work.model_files(), work.config, num_classes, work.device)
+    return Network(plain.heads, plain.denoiser, plain.device, forward)
+
+
+def _requests(work: Work, network: Network) -> list[Draws]:
+    """One of each kind that the procedures of a work make: of every network, at the highest level that it sees."""
+    experts = isinstance(network.heads[CLASSIFIER].module, Mapping)
+    levels = work.config.sigmas if experts else work.config.sigmas[-1:]
+    requests = [Draws(level, 1, (CLASSIFIER,), Phase.ESTIMATION) for level in levels]
+    if work.method == "dual":
+        requests.append(Draws(work.config.estimator_sigma, 1, (ESTIMATOR,), Phase.ESTIMATION))
+    return requests
 
 
 def warm_up(engine: Engine, work: Work, data: Dataset) -> float:
-    """One forward pass of every network of a work; returns the seconds of the last one."""
-    sigma, heads = work.config.estimator_sigma, (ESTIMATOR, CLASSIFIER)
-    requests = [Draws(level, 1, (CLASSIFIER,), Phase.ESTIMATION) for level in work.config.sigmas[-1:]]
-    if work.method == "dual":
-        requests.append(Draws(sigma, 1, heads[:1], Phase.ESTIMATION))
-    return engine.warm_up(data.shape, requests)
+    """One forward pass of every network of a work; returns the seconds of one, on average."""
+    return engine.warm_up(data.shape, _requests(work, engine.network))
 
 
 def check_visible(work: Work) -> None:
@@ -173,11 +199,32 @@ def check_visible(work: Work) -> None:
         )
 
 
-def measure_rate(work: Work, seconds: float = 2.0) -> float:
+def probe_batch_size(work: Work) -> int:
+    """What `compute.batch_size: auto` comes to on this device (`core.batch_size.choose_batch_size`).
+
+    Uncompiled where `compute.compile` is set: every size that is tried would be compiled anew, for minutes each.
+
+    Raises:
+        ModelError: when the device is too small for a single row.
+    """
+    check_visible(work)
+    data, compute = load_dataset(work.config.dataset, work.split), work.config.compute
+    network = _load_network(work, data.num_classes, Forward(compute.precision, compute.channels_last))
+    replicas_here = max(1, (os.cpu_count() or 1) // compute.threads_per_replica)
+    share = min(1.0, compute.gpus_per_replica) if work.device == "cuda" else 1 / replicas_here
+    try:
+        return choose_batch_size(DeviceProbe(network, data.shape, _requests(work, network), share))
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"not even one row fits on {work.device} of {_node()}: use a larger device ({error})"
+        ) from error
+
+
+def measure_rate(work: Work, batch_size: int | None = None, seconds: float = 2.0) -> float:
     """Rows per second of the bare forward passes of a work at its batch shape, on this device."""
     check_visible(work)
     data = load_dataset(work.config.dataset, work.split)
-    engine = build_engine(work, data.num_classes)
+    engine = build_engine(work, data.num_classes, batch_size)
     start, took = time.monotonic(), warm_up(engine, work, data)
     while time.monotonic() - start < seconds:
         took = min(took, warm_up(engine, work, data))
@@ -291,7 +338,7 @@ class Replica:
         if plan is None:
             raise ConfigError(f"the plan {self._store.plan_file!r} is gone")
         self._plan = plan
-        self._engine = build_engine(work, self._data.num_classes)
+        self._engine = build_engine(work, self._data.num_classes, plan.batch_size)
         warm_up(self._engine, work, self._data)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -345,7 +392,7 @@ class Replica:
         fresh = len(shard.rows) > len(shard.done)
         if fresh:
             shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
-            self._store.commit(shard.number, shard.rows, self.work.schema, self._device, shard.errors)
+            self._store.commit(shard.number, shard.rows, self.work.schema, self._made_on(), shard.errors)
         draws = sum(row["num_draws"] for row in shard.rows) if fresh else 0
         failed = {row["example_id"] for row in shard.errors}
         if self._metrics is not None:
@@ -361,6 +408,11 @@ class Replica:
             replica=self.id,
             first_error=f"{first['example_id']}: {first['message']}" if first else "",
         )
+
+    def _made_on(self) -> str:
+        """The device, and the micro-batch where a whole batch did not fit: the shape may have touched a vote."""
+        rows, most = self._engine.micro_batch, self._engine.batch_size
+        return self._device if rows == most else f"{self._device} (micro-batch {rows} of {most})"
 
     def close(self) -> None:
         """End the engine's thread after the certificate at hand; shards that are not finished are given up."""

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from core import errors
 from core.progress import Progress
-from distributed.replica import Facts, Replica, Work, is_device_error, measure_rate
+from distributed.replica import Facts, Replica, Work, is_device_error, measure_rate, probe_batch_size
 from distributed.shards import Plan, ShardStore
 
 __all__ = ["run_work"]
@@ -30,14 +31,16 @@ class Executor:
     Attributes:
         device: `cpu` or `cuda`.
         slots: replicas at most.
-        measure: rows per second of one replica's bare forward passes.
+        probe: the batch size that one replica finds best.
+        measure: rows per second of one replica's bare forward passes, at a batch size.
         run: certify these shards; facts come as they are committed, in any order.
         on_ray: whether Ray's metrics are there.
     """
 
     device: str
     slots: int
-    measure: Callable[[], float]
+    probe: Callable[[], int]
+    measure: Callable[[int], float]
     run: Callable[[Sequence[int]], Iterator[Facts]]
     on_ray: bool
 
@@ -95,17 +98,27 @@ def run_work(
         "error_rows": verified.error_rows,
         "retries": sum(attempts.values()) - len(attempts),
         "devices": list(verified.devices),
+        "batch_size": plan.batch_size,
         "duration_s": round(time.monotonic() - start, 1),
         "sha256": dict(verified.sha256),
     }
 
 
 def _make_plan(work: Work, executor: Executor, origin: Mapping[str, Any], num_examples: int) -> Plan:
-    """Shards of the configured size, or of one that takes a replica `shard_seconds` at the measured rate."""
+    """Shards of the configured size, or of one that takes a replica `shard_seconds` at the measured rate.
+
+    `batch_size: auto` is settled here, once and for all replicas: what a network computes can depend on the shape.
+    """
     compute = work.config.compute
+    if compute.batch_size == "auto":
+        batch_size = executor.probe()
+        print(f"{work.store}: compute.batch_size=auto comes to {batch_size} rows on this {executor.device}", flush=True)
+    else:
+        batch_size = compute.batch_size
+    divide = partial(Plan.divide, num_examples, batch_size=batch_size)
     if isinstance(compute.shard_examples, int):
-        return Plan.divide(num_examples, compute.shard_examples, work.rows_per_example, origin, executor.device)
-    rate = executor.measure()
+        return divide(compute.shard_examples, work.rows_per_example, origin, executor.device)
+    rate = executor.measure(batch_size)
     examples_per_s = rate / work.draws_per_example
     even = math.ceil(num_examples / (4 * executor.slots))  # all replicas have something to do
     size = max(1, min(round(compute.shard_seconds * examples_per_s), even))
@@ -114,7 +127,7 @@ def _make_plan(work: Work, executor: Executor, origin: Mapping[str, Any], num_ex
         f"({size / examples_per_s:.1f} s)",
         flush=True,
     )
-    return Plan.divide(num_examples, size, work.rows_per_example, origin, executor.device, executor.slots)
+    return divide(size, work.rows_per_example, origin, executor.device, executor.slots)
 
 
 class _Tally:
@@ -209,7 +222,9 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         finally:
             replica.close()
 
-    yield Executor(device, 1, lambda: measure_rate(placed), run, on_ray=False)
+    yield Executor(
+        device, 1, lambda: probe_batch_size(placed), lambda size: measure_rate(placed, size), run, on_ray=False
+    )
 
 
 @contextmanager
@@ -233,16 +248,23 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         placed = replace(work, device=pool.device)
         resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
 
-        def measure() -> float:
+        def ask(question: Callable[..., Any], *args: Any) -> Any:
+            """Have a replica's place answer, as soon as there is one."""
             print(f"{work.store}: waiting for a replica to measure", flush=True)
             try:
-                return float(ray.get(ray.remote(**resources)(measure_rate).remote(placed)))
+                return ray.get(ray.remote(**resources)(question).remote(placed, *args))
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, errors.DualRSError):
                     raise error.cause from None
                 if is_device_error(error.cause):
                     raise errors.ModelError(f"the device failed while it was measured: {error.cause}") from error
                 raise
+
+        def probe() -> int:
+            return int(ask(probe_batch_size))
+
+        def measure(batch_size: int) -> float:
+            return float(ask(measure_rate, batch_size))
 
         def run(pending: Sequence[int]) -> Iterator[Facts]:
             numbers = ray.data.from_items(
@@ -266,4 +288,4 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             for row in done.iter_rows():
                 yield Facts(**row)
 
-        yield Executor(pool.device, pool.largest, measure, run, on_ray=True)
+        yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True)

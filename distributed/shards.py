@@ -201,6 +201,8 @@ class Plan:
         rows_per_example: rows that an example gives.
         origin: what the rows are made from (configuration fingerprint, model hashes); plain JSON.
         device: `cpu` or `cuda`: the two draw different noise for one key and must not be mixed.
+        batch_size: rows of every forward pass, whoever makes the rows; None in a plan from before it was kept, which
+            means the configured number.
     """
 
     order: NDArray[np.int64]
@@ -208,6 +210,7 @@ class Plan:
     rows_per_example: int
     origin: Mapping[str, Any]
     device: str
+    batch_size: int | None = None
 
     @classmethod
     def divide(
@@ -218,6 +221,7 @@ class Plan:
         origin: Mapping[str, Any],
         device: str = "cpu",
         slots: int = 0,
+        batch_size: int | None = None,
     ) -> "Plan":
         """Consecutive examples, `shard_examples` to a shard.
 
@@ -230,7 +234,8 @@ class Plan:
             *range(num_examples - tail, num_examples, max(1, shard_examples // 4)),
         ]
         bounds = np.array([*starts, num_examples] if starts else [0], np.int64)
-        return cls(np.arange(num_examples, dtype=np.int64), bounds, rows_per_example, dict(origin), device)
+        order = np.arange(num_examples, dtype=np.int64)
+        return cls(order, bounds, rows_per_example, dict(origin), device, batch_size)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -257,7 +262,8 @@ class Plan:
             shard = table.column("shard").to_numpy()
             order = table.column("index").to_numpy().astype(np.int64)
             bounds = np.searchsorted(shard, np.arange(facts["num_shards"] + 1)).astype(np.int64)
-            return cls(order, bounds, facts["rows_per_example"], facts["origin"], facts["device"])
+            each, origin = facts["rows_per_example"], facts["origin"]
+            return cls(order, bounds, each, origin, facts["device"], facts.get("batch_size"))
         except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{name!r} is not a plan: {error}") from error
 
@@ -276,6 +282,7 @@ class Plan:
             "rows_per_example": self.rows_per_example,
             "origin": dict(self.origin),
             "device": self.device,
+            "batch_size": self.batch_size,
         }
         return _to_bytes(table.replace_schema_metadata({"plan": json.dumps(facts)}))
 

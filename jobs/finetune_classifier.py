@@ -33,7 +33,9 @@ def run(directory: RunDirectory) -> None:
         {name: directory.model(name) for name in ("denoiser", "estimator")}, config, train.num_classes, "cpu"
     )
     engine = Engine(
-        network, make_noise(config.noise, config.seed, config.compute.chunk_size), batch_size=config.compute.batch_size
+        network,
+        make_noise(config.noise, config.seed, config.compute.chunk_size),
+        batch_size=config.compute.training_batch_size,
     )
     tasks = (
         Task(

@@ -38,7 +38,9 @@ def run(directory: RunDirectory) -> None:
 
     test = load_dataset(config.dataset, "test")
     with torch.inference_mode():
-        logits = torch.cat([classifier(batch) for batch in torch.split(test.pixels(), config.compute.batch_size)])
+        logits = torch.cat(
+            [classifier(batch) for batch in torch.split(test.pixels(), config.compute.training_batch_size)]
+        )
     if logits.shape != (len(test), test.num_classes):
         raise ModelError(
             f"the classifier returns {tuple(logits.shape)[1:]} logits, expected {test.num_classes} classes"

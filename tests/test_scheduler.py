@@ -56,7 +56,7 @@ def naive_votes(run: RunDirectory, example: int, sigma: float, phase: str, num: 
     config = run.config
     data = load_dataset(config.dataset, "train")
     denoiser, classifier = load_model(run.model("denoiser")), load_model(run.model("classifier"))
-    size, batch = config.compute.chunk_size, config.compute.batch_size
+    size, batch = config.compute.chunk_size, config.compute.training_batch_size
     image = data.pixels()[example]
     rows = []
     for chunk in range(-(-num // size)):
