@@ -72,13 +72,15 @@ def _working_on(args: argparse.Namespace) -> Iterator[RunDirectory]:
     """`open_run` for a job that writes: with the lock of the run directory.
 
     Raises:
-        ConfigError: when another job is at work there.
+        ConfigError: when another job is at work there, or nothing can be written.
     """
     if args.config is not None:
         load_config(args.config, args.overrides)  # refused before anything is made
     else:
         RunDirectory(args.out, None)
-    with RunLock(Folder(args.out)):
+    folder = Folder(args.out)
+    folder.check_writable()
+    with RunLock(folder):
         yield open_run(args)
 
 
