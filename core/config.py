@@ -12,13 +12,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core.confidence import draws_needed, largest_radius
 from core.errors import ConfigError
+from core.records import CLASSIFIER
 
 __all__ = [
     "BaseModelsConfig",
@@ -206,6 +207,8 @@ class BaseModelsConfig(_Section):
     or a name on the Hugging Face hub. Unless given, a small one is trained."""
     classifier: ClassifierConfig | None = None
     """A classifier of your own. Unless given, a small one is trained."""
+    experts: dict[Annotated[Positive, Field(strict=False)], ClassifierConfig] | None = None
+    """Instead of `classifier`: a classifier of your own for each sigma, and each exactly once. The estimator routes."""
     denoiser_steps: Count = 800
     denoiser_batch: Count = 128
     denoiser_lr: Positive = 8e-3
@@ -221,11 +224,12 @@ class BaseModelsConfig(_Section):
 
     @model_validator(mode="after")
     def _trained(self) -> Self:
-        own = self.classifier
-        if own is not None and own.checkpoint is None and not own.pretrained:
-            raise ValueError(
-                f"classifier: {own.arch} is not trained here; give classifier.checkpoint or classifier.pretrained"
-            )
+        if self.classifier is not None and self.experts is not None:
+            raise ValueError("experts: goes without base.classifier; give one of them")
+        experts = {f"experts.{sigma}": expert for sigma, expert in (self.experts or {}).items()}
+        for key, own in {"classifier": self.classifier, **experts}.items():
+            if own is not None and own.checkpoint is None and not own.pretrained:
+                raise ValueError(f"{key}: {own.arch} is not trained here; give {key}.checkpoint or {key}.pretrained")
         return self
 
 
@@ -280,6 +284,8 @@ class EstimatorConfig(_Section):
 class FinetuneConfig(_Section):
     """Fine-tuning of the classifier at the estimated sigmas (`jobs.finetune_classifier`, METHOD step 3)."""
 
+    share: Share = 1.0
+    """A random share of the training split, drawn with the run's seed: fine-tuning reads no other image."""
     epochs: Count = 15
     batch_size: Count = 128
     lr: Positive = 2e-5
@@ -403,6 +409,12 @@ class Config(_Section):
                 f"sigma_e: must be at least max(sigmas) = {top}, got {self.sigma_e}: a smaller one caps every radius; "
                 "raise it or leave it out"
             )
+        experts = self.base.experts
+        if experts is not None and sorted(experts) != list(self.sigmas):
+            raise ValueError(
+                f"base.experts: has experts for {sorted(experts)}, expected one for each of sigmas = "
+                f"{list(self.sigmas)} and no other; add or drop some, or change sigmas"
+            )
         asked, certify = max(self.report.radii), self.certify
         half = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
         reach = largest_radius(top, certify.num_estimation, half)
@@ -436,6 +448,13 @@ class Config(_Section):
         if low >= high:
             raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")
         return self
+
+    @property
+    def classifiers(self) -> dict[str, float | None]:
+        """The networks that classify: `classifier` at every sigma (None), or an expert for each, `classifier-0.25`."""
+        if self.base.experts is None:
+            return {CLASSIFIER: None}
+        return {f"{CLASSIFIER}-{sigma}": sigma for sigma in self.sigmas}
 
     @property
     def grid_radii(self) -> tuple[float, ...]:
@@ -582,8 +601,12 @@ def _explain(detail: Mapping[str, Any], source: str) -> str:
 
 def _known_keys(path: Iterable[str | int]) -> list[str]:
     section: type[BaseModel] = Config
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         annotation = section.model_fields[str(part)].annotation
         candidates = [annotation, *get_args(annotation)]
+        if mapping := next((c for c in candidates if get_origin(c) is dict), None):
+            candidates = list(get_args(mapping))
+            next(parts, None)  # its key
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(section.model_fields)

@@ -5,7 +5,7 @@ from typing import Literal
 from core.records import Sampling
 from distributed.datasets import load_dataset
 from distributed.replica import Work
-from distributed.run_directory import RunDirectory
+from distributed.run_directory import RunDirectory, finetuned
 from distributed.scheduler import run_work
 from distributed.shards import ShardStore
 
@@ -34,8 +34,8 @@ def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
     """
     config = directory.config
     method: Literal["standard", "dual"] = "dual" if "dual" in store else "standard"
-    classifier = "classifier" if store == "dataset" or store.endswith("-base") else "classifier_finetuned"
-    models = {"denoiser": "denoiser", "classifier": classifier}
+    as_trained = store == "dataset" or store.endswith("-base")
+    models = {"denoiser": "denoiser"} | {role: role if as_trained else finetuned(role) for role in config.classifiers}
     if method == "dual":
         models["estimator"] = "estimator"
     stage = config.labels if store == "dataset" else config.certify

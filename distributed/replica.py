@@ -82,7 +82,8 @@ class Work:
         split: which examples.
         sampling: draws and failure probability of a certificate.
         budget: `fixed`, `sequential` or `grid`, as in `CertifyConfig`.
-        models: by role (`denoiser`, `classifier` and, for `dual`, `estimator`): name in models/ and SHA-256.
+        models: by role (`denoiser`, those of `Config.classifiers` and, for `dual`, `estimator`): name in models/ and
+            SHA-256.
         config: the run's configuration.
         device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.
         started: when this call of the driver began, seconds since the epoch.
@@ -129,6 +130,12 @@ class Work:
 def build_network(models: Mapping[str, Path], config: Config, num_classes: int, device: str) -> Network:
     """Load denoiser and heads and check them against the configuration.
 
+    Args:
+        models: files by role, see `Work`; the roles that are missing are left out.
+        config: the run's.
+        num_classes: of the data set.
+        device: where they go.
+
     Raises:
         ModelError: for a file that cannot be loaded, or a sigma beyond the denoiser's schedule.
     """
@@ -136,11 +143,14 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
     if isinstance(denoiser, OneShotDenoiser):
         for sigma in {*config.sigmas, config.estimator_sigma}:
             denoiser.timestep(sigma)
-    widths = {CLASSIFIER: num_classes, ESTIMATOR: len(config.sigmas)}
-    denoise = {CLASSIFIER: True, ESTIMATOR: config.estimator.denoiser}
-    heads = {
-        name: Head(load_model(models[name]), width, denoise[name]) for name, width in widths.items() if name in models
-    }
+    loaded = {role: load_model(file) for role, file in models.items() if role != "denoiser"}
+    heads = {}
+    if CLASSIFIER in loaded:
+        heads[CLASSIFIER] = Head(loaded[CLASSIFIER], num_classes)
+    elif experts := {sigma: loaded[role] for role, sigma in config.classifiers.items() if sigma and role in loaded}:
+        heads[CLASSIFIER] = Head(experts, num_classes)
+    if ESTIMATOR in loaded:
+        heads[ESTIMATOR] = Head(loaded[ESTIMATOR], len(config.sigmas), config.estimator.denoiser)
     return Network(heads, cast("OneShotDenoiser | None", denoiser), device)
 
 

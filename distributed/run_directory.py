@@ -30,7 +30,7 @@ from distributed.storage import Folder
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "finetuned"]
 
 _PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "pillow", "scikit-learn")
 _MANIFEST = "manifest.json"
@@ -185,6 +185,11 @@ class RunDirectory:
 
     def _write(self) -> None:
         self.folder.write(_MANIFEST, (json.dumps(self._manifest, indent=2) + "\n").encode())
+
+
+def finetuned(role: str) -> str:
+    """A classifier's, or an expert's, name after fine-tuning: `classifier-0.25` -> `classifier_finetuned-0.25`."""
+    return role.replace("classifier", "classifier_finetuned", 1)
 
 
 def _model_file(name: str) -> str:

@@ -162,6 +162,7 @@ def _radii_at(table: pa.Table, sigmas: Sequence[float], alpha: float) -> NDArray
     """R_c(x, sigma_i) at another alpha, from the stored counts: ``(N, K)``, 0 for a wrong class."""
     top = grid(table, "counts_selection", sigmas).argmax(axis=2)
     votes = np.take_along_axis(grid(table, "counts_estimation", sigmas), top[:, :, None], axis=2)[:, :, 0]
-    p_lower = clopper_pearson_lower(votes, grid(table, "num_estimation", sigmas), alpha)
+    draws = np.maximum(grid(table, "num_estimation", sigmas), 1)  # 0 where an example could not be run
+    p_lower = clopper_pearson_lower(votes, draws, alpha)
     radius = certified_radius(p_lower, np.asarray(sigmas)[None, :])
     return np.where(top == grid(table, "label", sigmas), radius, 0.0)

@@ -1,20 +1,25 @@
-"""Step 4: fine-tune the classifier at the noise level that the estimator picks for each training sample."""
+"""Step 4: fine-tune the classifier at the noise level that the estimator picks for each training sample.
+
+An expert is fine-tuned on the samples that are routed to it.
+"""
 
 import sys
 
 from core.progress import Progress
-from distributed.run_directory import RunDirectory
+from distributed.run_directory import RunDirectory, finetuned
 from jobs._cli import job_parser, run_step
-
-READS = ("classifier", "denoiser", "estimator")
 
 
 def run(directory: RunDirectory) -> None:
-    """Write models/classifier_finetuned, unless it is done."""
-    if directory.is_done("finetune_classifier", READS, writes=("classifier_finetuned",)):
+    """Write models/classifier_finetuned (or one for each expert), unless it is done."""
+    config, finetune = directory.config, directory.config.finetune
+    reads = (*config.classifiers, "denoiser", "estimator")
+    if directory.is_done("finetune_classifier", reads, writes=[finetuned(role) for role in config.classifiers]):
         return
     import torch
 
+    from core.config import SplitConfig
+    from core.data.subsets import choose
     from core.engine import Engine, Task
     from core.models.checkpoints import load_model
     from core.noise import make_noise
@@ -22,12 +27,15 @@ def run(directory: RunDirectory) -> None:
     from distributed.datasets import load_dataset
     from distributed.replica import build_network
 
-    config, finetune = directory.config, directory.config.finetune
-    hashes = directory.model_hashes(READS)
+    hashes = directory.model_hashes(reads)
     torch.set_num_threads(config.compute.train_threads)
     interval = config.compute.progress_interval_s
-    train = load_dataset(config.dataset, "train")
-    pixels = train.pixels()
+    whole = load_dataset(config.dataset, "train")
+    part = choose(whole, SplitConfig(share=finetune.share, seed=config.seed), "finetune")
+    pixels, places = part.readable_pixels(range(len(part)))
+    train = part.take(places)
+    if len(train) < len(part):
+        print(f"fine-tuning: {len(part) - len(train)} of {len(part)} images cannot be read and are left out")
 
     network = build_network(
         {name: directory.model(name) for name in ("denoiser", "estimator")}, config, train.num_classes, "cpu"
@@ -52,25 +60,41 @@ def run(directory: RunDirectory) -> None:
             sigma[finished.key] = finished.result
             progress.update(1)
 
-    classifier = load_model(directory.model("classifier"))
-    with Progress(finetune.epochs, "fine-tuning", "epochs", interval_s=interval) as progress:
-        history = finetune_classifier(
-            classifier,
-            network.denoiser,
-            pixels,
-            torch.from_numpy(train.labels),
-            sigma,
-            finetune,
-            config.seed + 3,
-            progress,
-        )
-    digest = directory.save_model("classifier_finetuned", classifier)
+    wrote: dict[str, str] = {}
+    losses: dict[str, list[float]] = {}
+    labels = torch.from_numpy(train.labels)
+    for role, level in config.classifiers.items():
+        classifier = load_model(directory.model(role))
+        # An expert learns from the samples that the estimator routes to it.
+        routed = slice(None) if level is None else sigma == torch.tensor(level)
+        if not len(labels[routed]):
+            print(f"fine-tuning: no sample is routed to {role}, it stays as it is")
+            losses[role] = []
+        else:
+            name = "fine-tuning" if level is None else f"fine-tuning {role}"
+            with Progress(finetune.epochs, name, "epochs", interval_s=interval) as progress:
+                losses[role] = finetune_classifier(
+                    classifier,
+                    network.denoiser,
+                    pixels[routed],
+                    labels[routed],
+                    sigma[routed],
+                    finetune,
+                    config.seed + 3,
+                    progress,
+                )
+        wrote[finetuned(role)] = directory.save_model(finetuned(role), classifier)
     shares = {str(level): float((sigma == torch.tensor(level)).float().mean()) for level in config.sigmas}
     directory.finish(
         "finetune_classifier",
         read=hashes,
-        wrote={"classifier_finetuned": digest},
-        facts={"share_of_samples_at_sigma": shares, "loss": history},
+        wrote=wrote,
+        facts={
+            "samples": len(train),
+            "of": len(whole),
+            "share_of_samples_at_sigma": shares,
+            "loss": losses.get("classifier", losses),
+        },
     )
 
 

@@ -1,16 +1,23 @@
-"""Step 1: the denoiser and the classifier, trained on the training split or taken from files."""
+"""Step 1: the denoiser and the classifier, or an expert for each sigma, trained here or taken from files."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from core.errors import ModelError
 from core.progress import Progress
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from core.data import Dataset
+
 
 def run(directory: RunDirectory) -> None:
-    """Write models/denoiser and models/classifier, unless they are done."""
-    if directory.is_done("train_base", writes=("denoiser", "classifier")):
+    """Write models/denoiser and models/classifier (or one for each expert), unless they are done."""
+    config, base = directory.config, directory.config.base
+    if directory.is_done("train_base", writes=("denoiser", *config.classifiers)):
         return
     import torch
 
@@ -18,10 +25,9 @@ def run(directory: RunDirectory) -> None:
     from core.training.base import train_classifier, train_denoiser
     from distributed.datasets import load_dataset
 
-    config, base = directory.config, directory.config.base
     torch.set_num_threads(config.compute.train_threads)
     interval = config.compute.progress_interval_s
-    train = load_dataset(config.dataset, "train")
+    train, test = load_dataset(config.dataset, "train"), load_dataset(config.dataset, "test")
     if base.denoiser is not None:
         denoiser = load_denoiser(base.denoiser)
         denoiser.check_images(train.shape)
@@ -29,26 +35,43 @@ def run(directory: RunDirectory) -> None:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
     wrote = {"denoiser": directory.save_model("denoiser", denoiser)}
-    if base.classifier is not None:
-        classifier = load_classifier(base.classifier, train.num_classes, train.shape[0])
-    else:
-        with Progress(base.classifier_epochs, "classifier", "epochs", interval_s=interval) as progress:
-            classifier = train_classifier(train, denoiser, base, config.seed + 1, progress)
-    wrote["classifier"] = directory.save_model("classifier", classifier)
+    accuracy = {}
+    for role, sigma in config.classifiers.items():
+        own = base.classifier if base.experts is None or sigma is None else base.experts[sigma]
+        if own is not None:
+            classifier: nn.Module = load_classifier(own, train.num_classes, train.shape[0])
+        else:
+            with Progress(base.classifier_epochs, role, "epochs", interval_s=interval) as progress:
+                classifier = train_classifier(train, denoiser, base, config.seed + 1, progress)
+        accuracy[role] = clean_accuracy(role, classifier, test, config.compute.training_batch_size)
+        wrote[role] = directory.save_model(role, classifier)
+    facts = {"clean_accuracy": accuracy.get("classifier", accuracy)}
+    directory.finish("train_base", read={}, wrote=wrote, facts=facts)
 
-    test = load_dataset(config.dataset, "test")
-    with torch.inference_mode():
-        logits = torch.cat(
-            [classifier(batch) for batch in torch.split(test.pixels(), config.compute.training_batch_size)]
-        )
-    if logits.shape != (len(test), test.num_classes):
-        raise ModelError(
-            f"the classifier returns {tuple(logits.shape)[1:]} logits, expected {test.num_classes} classes"
-        )
-    right = logits.argmax(dim=1) == torch.from_numpy(test.labels)
-    accuracy = float(right.double().mean())
-    print(f"classifier: {100 * accuracy:.1f}% of {len(test)} clean test images")
-    directory.finish("train_base", read={}, wrote=wrote, facts={"clean_accuracy": accuracy})
+
+def clean_accuracy(role: str, classifier: "nn.Module", test: "Dataset", batch_size: int) -> float:
+    """Accuracy without noise on the images that can be read, also printed.
+
+    Raises:
+        ModelError: when there is not a logit for each class.
+    """
+    import torch
+
+    right = total = 0
+    for start in range(0, len(test), batch_size):
+        pixels, places = test.readable_pixels(range(len(test))[start : start + batch_size])
+        with torch.inference_mode():
+            logits = classifier(pixels)
+        if logits.shape != (len(places), test.num_classes):
+            raise ModelError(
+                f"the {role} returns {tuple(logits.shape)[1:]} logits, expected {test.num_classes} classes"
+            )
+        right += int((logits.argmax(dim=1) == torch.from_numpy(test.labels[places])).sum())
+        total += len(places)
+    unread = f" ({len(test) - total} cannot be read)" if total < len(test) else ""
+    accuracy = right / max(total, 1)
+    print(f"{role}: {100 * accuracy:.1f}% of {total} clean test images{unread}")
+    return accuracy
 
 
 def main() -> int:

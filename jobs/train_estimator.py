@@ -8,15 +8,15 @@ from core.progress import Progress
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
 
-READS = ("classifier", "denoiser")  # the classifier through the dataset
-
 
 def run(directory: RunDirectory) -> None:
     """Write models/estimator, unless it is done."""
-    dataset = dataset_digest(directory)
-    done = directory.is_done("train_estimator", READS, writes=("estimator",))
+    config, dataset = directory.config, dataset_digest(directory)
+    reads = ("denoiser", *config.classifiers)  # the classifiers through the dataset
+    done = directory.is_done("train_estimator", reads, writes=("estimator",))
     if done and directory.manifest["steps"]["train_estimator"].get("dataset") == dataset:
         return
+    import numpy as np
     import torch
 
     from core.models.checkpoints import load_classifier, load_denoiser
@@ -25,13 +25,13 @@ def run(directory: RunDirectory) -> None:
     from distributed.datasets import load_dataset
     from distributed.tables import training_radii
 
-    config = directory.config
-    hashes = directory.model_hashes(READS)
+    hashes = directory.model_hashes(reads)
     torch.set_num_threads(config.compute.train_threads)
     train = load_dataset(config.dataset, "train")
     radii = training_radii(directory, train)
     denoiser = load_denoiser(directory.model("denoiser"))
-    pixels = train.pixels()
+    # Only what is trained on: images that could not be certified may not be readable either.
+    pixels, places = train.readable_pixels(np.flatnonzero(radii.max(axis=1) > 0).tolist())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)
         channels, size, num_sigmas, backbone = *pixels.shape[1:3], len(config.sigmas), config.estimator.backbone
@@ -49,14 +49,14 @@ def run(directory: RunDirectory) -> None:
             estimator,
             denoiser if config.estimator.denoiser else None,
             pixels,
-            radii,
+            radii[places],
             config.estimator_sigma,
             config.estimator,
             config.seed + 2,
             progress,
         )
     digest = directory.save_model("estimator", estimator)
-    facts = {"dataset": dataset, "samples": int((radii.max(axis=1) > 0).sum()), "of": len(radii), "loss": history}
+    facts = {"dataset": dataset, "samples": len(places), "of": len(radii), "loss": history}
     print(
         f"estimator: trained on {facts['samples']} of {facts['of']} samples (the others have radius 0 at every sigma)"
     )

@@ -40,6 +40,19 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("certify", r"override 'certify': expected key=value"),
         ("certify.alpha.x=1", r"'alpha' is a value, not a section"),
         ("seed=[", r"not valid YAML"),
+        (
+            "base.experts={0.25: {checkpoint: a}}",
+            r"base.experts: has experts for \[0.25\], expected one for each of sigmas = \[0.25, 0.5\] and no other",
+        ),
+        ("base.experts={}", r"base.experts: has experts for \[\]"),
+        ("base.experts={x: {checkpoint: a}}", r"'base.experts.x.\[key\]' is 'x': input should be a valid number"),
+        (
+            "base.experts={0.25: {chekpoint: a}}",
+            r"unknown key 'base.experts.0.25.chekpoint'; did you mean 'checkpoint'",
+        ),
+        ("base.experts={0.25: {arch: resnet110}}", r"base.experts.0.25: resnet110 is not trained here; give experts"),
+        ("base={classifier: {checkpoint: a}, experts: {0.25: {checkpoint: a}}}", r"base.experts: goes without"),
+        ("finetune.share=0", r"'finetune.share' is 0: input should be greater than 0"),
     ],
 )
 def test_parse_config_bad_value_names_the_key_and_the_remedy(override: str, message: str) -> None:
@@ -81,6 +94,15 @@ def test_load_config_evaluates_nothing(tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text("sigmas: !!python/object/apply:os.system ['true']")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "evil.yaml")
+
+
+def test_experts_keys_are_numbers_however_they_are_written() -> None:
+    texts = ("{0.25: {checkpoint: a}, 0.5: {checkpoint: b}}", "{'0.5': {checkpoint: b}, '0.25': {checkpoint: a}}")
+    one, other = (parse_config(MINIMAL, [f"base.experts={text}"]) for text in texts)
+    assert one.fingerprint() == other.fingerprint() != parse_config(MINIMAL).fingerprint()
+    assert parse_config(one.model_dump(mode="json")) == one
+    assert one.classifiers == {"classifier-0.25": 0.25, "classifier-0.5": 0.5}
+    assert parse_config(MINIMAL).classifiers == {"classifier": None}
 
 
 def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> None:

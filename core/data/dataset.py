@@ -112,17 +112,40 @@ class Dataset:
         """
         if isinstance(self.images, np.ndarray):
             return torch.from_numpy(self.images).float().div_(255.0)
-        needed = 4 * len(self) * int(np.prod(self.shape))
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > available:
-            raise DataError(
-                f"{self.name}: {len(self):,} images of shape {self.shape} take {needed / 2**30:,.0f} GiB as float32, "
-                f"this machine has {available / 2**30:,.0f}; take a part of them (dataset.train.share or .first)"
-            )
-        pixels = torch.empty(len(self), *self.shape)
+        pixels = self._room(len(self))
         for index in range(len(self)):
             pixels[index] = torch.from_numpy(self.image(index))
         return pixels.div_(255.0)
+
+    def readable_pixels(self, places: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
+        """The images at these places, without those that cannot be read.
+
+        Returns:
+            float32 ``(M, C, H, W)`` in [0, 1], and the places of these M.
+
+        Raises:
+            DataError: when the whole set holds no image that can be read, or the machine has not the memory.
+        """
+        pixels = self._room(len(places))
+        read: list[int] = []
+        for place in places:
+            try:
+                pixels[len(read)] = torch.from_numpy(self.image(place))
+            except DataError:
+                continue
+            read.append(place)
+        return pixels[: len(read)].div_(255.0), np.array(read, np.int64)
+
+    def _room(self, num: int) -> Tensor:
+        """Memory for so many images."""
+        needed = 4 * num * int(np.prod(self.shape))
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > available:
+            raise DataError(
+                f"{self.name}: {num:,} images of shape {self.shape} take {needed / 2**30:,.0f} GiB as float32, "
+                f"this machine has {available / 2**30:,.0f}; take a part of them (dataset.train.share or .first)"
+            )
+        return torch.empty(num, *self.shape)
 
     def digest(self) -> str:
         """Fingerprint of the content: ids, labels, and the stored bytes of 32 evenly spread examples.
