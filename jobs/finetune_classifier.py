@@ -19,14 +19,13 @@ def run(directory: RunDirectory) -> None:
     from core.models.checkpoints import load_model
     from core.noise import make_noise
     from core.training.finetune import choose_sigma, finetune_classifier
-    from distributed.datasets import load_dataset
     from distributed.replica import build_network
 
     config, finetune = directory.config, directory.config.finetune
     hashes = directory.model_hashes(READS)
     torch.set_num_threads(config.compute.train_threads)
     interval = config.compute.progress_interval_s
-    train = load_dataset(config.dataset, "train")
+    train = directory.data("train")
     pixels = train.pixels()
 
     network = build_network(
@@ -75,7 +74,7 @@ def run(directory: RunDirectory) -> None:
 def main() -> int:
     """Command line."""
     parser = job_parser("finetune_classifier", __doc__)
-    return run_step(parser, lambda directory, args: run(directory))
+    return run_step(parser, lambda directory, args: run(directory), lambda args: ["finetune_classifier"])
 
 
 if __name__ == "__main__":

@@ -16,12 +16,11 @@ def run(directory: RunDirectory) -> None:
 
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.training.base import train_classifier, train_denoiser
-    from distributed.datasets import load_dataset
 
     config, base = directory.config, directory.config.base
     torch.set_num_threads(config.compute.train_threads)
     interval = config.compute.progress_interval_s
-    train = load_dataset(config.dataset, "train")
+    train = directory.data("train")
     if base.denoiser is not None:
         denoiser = load_denoiser(base.denoiser)
         denoiser.check_images(train.shape)
@@ -36,7 +35,7 @@ def run(directory: RunDirectory) -> None:
             classifier = train_classifier(train, denoiser, base, config.seed + 1, progress)
     wrote["classifier"] = directory.save_model("classifier", classifier)
 
-    test = load_dataset(config.dataset, "test")
+    test = directory.data("test")
     with torch.inference_mode():
         logits = torch.cat([classifier(batch) for batch in torch.split(test.pixels(), config.compute.batch_size)])
     if logits.shape != (len(test), test.num_classes):
@@ -52,7 +51,7 @@ def run(directory: RunDirectory) -> None:
 def main() -> int:
     """Command line."""
     parser = job_parser("train_base", __doc__)
-    return run_step(parser, lambda directory, args: run(directory))
+    return run_step(parser, lambda directory, args: run(directory), lambda args: ["train_base"])
 
 
 if __name__ == "__main__":

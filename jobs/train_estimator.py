@@ -18,13 +18,12 @@ def run(directory: RunDirectory) -> None:
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.models.small import SmallConvNet
     from core.training.estimator import train_estimator
-    from distributed.datasets import load_dataset
     from distributed.tables import training_radii
 
     config = directory.config
     hashes = directory.model_hashes(READS)
     torch.set_num_threads(config.compute.train_threads)
-    train = load_dataset(config.dataset, "train")
+    train = directory.data("train")
     radii = training_radii(directory, train)
     denoiser = load_denoiser(directory.model("denoiser"))
     pixels = train.pixels()
@@ -62,7 +61,7 @@ def run(directory: RunDirectory) -> None:
 def main() -> int:
     """Command line."""
     parser = job_parser("train_estimator", __doc__)
-    return run_step(parser, lambda directory, args: run(directory))
+    return run_step(parser, lambda directory, args: run(directory), lambda args: ["train_estimator"])
 
 
 if __name__ == "__main__":

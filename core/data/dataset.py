@@ -112,6 +112,14 @@ class Dataset:
         """
         if isinstance(self.images, np.ndarray):
             return torch.from_numpy(self.images).float().div_(255.0)
+        self.check_memory()
+        pixels = torch.empty(len(self), *self.shape)
+        for index in range(len(self)):
+            pixels[index] = torch.from_numpy(self.image(index))
+        return pixels.div_(255.0)
+
+    def check_memory(self) -> None:
+        """Raise `DataError` when the machine has not the memory for `pixels`."""
         needed = 4 * len(self) * int(np.prod(self.shape))
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > available:
@@ -119,10 +127,6 @@ class Dataset:
                 f"{self.name}: {len(self):,} images of shape {self.shape} take {needed / 2**30:,.0f} GiB as float32, "
                 f"this machine has {available / 2**30:,.0f}; take a part of them (dataset.train.share or .first)"
             )
-        pixels = torch.empty(len(self), *self.shape)
-        for index in range(len(self)):
-            pixels[index] = torch.from_numpy(self.image(index))
-        return pixels.div_(255.0)
 
     def digest(self) -> str:
         """Fingerprint of the content: ids, labels, and the stored bytes of 32 evenly spread examples.
