@@ -456,6 +456,11 @@ class Config(_Section):
             return {CLASSIFIER: None}
         return {f"{CLASSIFIER}-{sigma}": sigma for sigma in self.sigmas}
 
+    def own_classifier(self, role: str) -> ClassifierConfig | None:
+        """Which file or architecture a network of `classifiers` is taken from; None where it is trained here."""
+        sigma = self.classifiers[role]
+        return self.base.classifier if self.base.experts is None or sigma is None else self.base.experts[sigma]
+
     @property
     def grid_radii(self) -> tuple[float, ...]:
         """The radii that `budget: grid` decides."""

@@ -1,17 +1,19 @@
 """Loading a data set from wherever it is: `core.data` plus Parquet files and object stores."""
 
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 
-from core.config import DatasetConfig
+from core.config import DatasetConfig, SplitConfig
 from core.data import Dataset, LocalStorage, Split, Storage
 from core.data import load_dataset as load_local
 from core.errors import DataError
 from distributed.parquet_images import read_parquet
 from distributed.storage import file_system
 
-__all__ = ["ArrowStorage", "load_dataset", "open_storage"]
+__all__ = ["ArrowStorage", "absolute", "load_dataset", "open_storage"]
 
 
 def load_dataset(config: DatasetConfig, split: Split) -> Dataset:
@@ -20,6 +22,18 @@ def load_dataset(config: DatasetConfig, split: Split) -> Dataset:
     Images that are stored encoded stay where they are until somebody asks for them.
     """
     return load_local(config, split, open_storage=open_storage, read_parquet=read_parquet)
+
+
+def absolute(config: DatasetConfig) -> DatasetConfig:
+    """The same data set with all its files by absolute paths: Ray's workers have another working directory."""
+
+    def full(part: DatasetConfig | SplitConfig, *keys: str) -> dict[str, Any]:
+        named = {key: getattr(part, key) for key in keys}
+        return {key: str(Path(name).absolute()) for key, name in named.items() if name and "://" not in name}
+
+    splits = {key: getattr(config, key) for key in ("train", "test")}
+    there = {key: part.model_copy(update=full(part, "path", "ids_file")) for key, part in splits.items()}
+    return config.model_copy(update={**full(config, "path", "class_file"), **there})
 
 
 class ArrowStorage:

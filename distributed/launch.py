@@ -1,15 +1,16 @@
 """From a run directory and the name of a store to committed shards: what all certifying jobs share."""
 
+from dataclasses import replace
 from typing import Literal
 
 from core.records import Sampling
-from distributed.datasets import load_dataset
+from distributed.datasets import absolute
 from distributed.replica import Work
 from distributed.run_directory import RunDirectory, finetuned
 from distributed.scheduler import run_work
 from distributed.shards import ShardStore
 
-__all__ = ["STORES", "certify_store", "step_of", "work_of"]
+__all__ = ["STORES", "certify_store", "outline", "step_of", "work_of"]
 
 STORES = (
     "dataset",
@@ -26,32 +27,38 @@ def step_of(store: str) -> str:
     return "build_dataset" if store == "dataset" else store.replace("certificates/", "certify-")
 
 
-def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
-    """What fills a store, and the hashes of the models that it takes (by their name in the run directory).
-
-    Raises:
-        ConfigError: when an earlier step is missing, or a model is not the one that it wrote.
-    """
+def outline(directory: RunDirectory, store: str) -> Work:
+    """What fills a store, without the models: enough to count with."""
     config = directory.config
     method: Literal["standard", "dual"] = "dual" if "dual" in store else "standard"
-    as_trained = store == "dataset" or store.endswith("-base")
-    models = {"denoiser": "denoiser"} | {role: role if as_trained else finetuned(role) for role in config.classifiers}
-    if method == "dual":
-        models["estimator"] = "estimator"
     stage = config.labels if store == "dataset" else config.certify
-    hashes = directory.model_hashes(sorted(models.values()))
-    work = Work(
+    return Work(
         root=directory.folder,
         store=store,
         method=method,
         split="train" if store == "dataset" else "test",
         sampling=Sampling(stage.num_selection, stage.num_estimation, stage.alpha),
         budget="fixed" if store == "dataset" else config.certify.budget,
-        models={role: (name, hashes[name]) for role, name in models.items()},
-        config=config,
+        models={},
+        config=config.model_copy(update={"dataset": absolute(config.dataset)}),
         device=config.compute.device,
     )
-    return work, hashes
+
+
+def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
+    """What fills a store, and the hashes of the models that it takes (by their name in the run directory).
+
+    Raises:
+        ConfigError: when an earlier step is missing, or a model is not the one that it wrote.
+    """
+    work = outline(directory, store)
+    as_trained = store == "dataset" or store.endswith("-base")
+    roles = directory.config.classifiers
+    models = {"denoiser": "denoiser"} | {role: role if as_trained else finetuned(role) for role in roles}
+    if work.method == "dual":
+        models["estimator"] = "estimator"
+    hashes = directory.model_hashes(sorted(models.values()))
+    return replace(work, models={role: (name, hashes[name]) for role, name in models.items()}), hashes
 
 
 def certify_store(directory: RunDirectory, store: str, retry_errors: bool = False) -> None:
@@ -63,7 +70,7 @@ def certify_store(directory: RunDirectory, store: str, retry_errors: bool = Fals
         retry_errors: whether a finished step with errors is taken up again.
 
     Raises:
-        ConfigError: as `work_of`, or when the folder holds rows of other models.
+        ConfigError: as `work_of`, or when the folder holds rows of other models, or the data set is another one.
     """
     config, step = directory.config, step_of(store)
     work, hashes = work_of(directory, store)
@@ -74,8 +81,9 @@ def certify_store(directory: RunDirectory, store: str, retry_errors: bool = Fals
         and not (retry_errors and shards.shards_with_errors())
     ):
         return
-    example_ids = load_dataset(config.dataset, work.split).example_ids
-    facts = run_work(work, {"fingerprint": config.fingerprint(), "models": hashes}, example_ids)
+    data = directory.data(work.split)
+    work = replace(work, data_digest=directory.manifest["data"][work.split]["digest"])
+    facts = run_work(work, {"fingerprint": config.fingerprint(), "models": hashes}, data.example_ids)
     retries = f", {facts['retries']} retries" if facts["retries"] else ""
     failed = f", {facts['error_rows']} with errors" if facts["error_rows"] else ""
     print(f"{store}: {facts['rows']:,} rows{failed} in {facts['shards']} shards{retries}, {facts['duration_s']} s")

@@ -86,6 +86,7 @@ class Work:
             SHA-256.
         config: the run's configuration.
         device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.
+        data_digest: `Dataset.digest` of the split; a replica that finds another one refuses it. Empty: not compared.
         started: when this call of the driver began, seconds since the epoch.
     """
 
@@ -98,6 +99,7 @@ class Work:
     models: Mapping[str, tuple[str, str]]
     config: Config
     device: str
+    data_digest: str = ""
     started: float = field(default_factory=time.time)
 
     @property
@@ -342,6 +344,11 @@ class Replica:
     def _load(self, work: Work) -> None:
         self._device = "cpu" if work.device == "cpu" else f"cuda: {torch.cuda.get_device_name()}"
         self._data = load_dataset(work.config.dataset, work.split)
+        if work.data_digest and (found := self._data.digest()) != work.data_digest:
+            raise ConfigError(
+                f"dataset.{work.split}: {socket.gethostname()} has another data set than the driver (fingerprint "
+                f"{found}, expected {work.data_digest}); give all machines the same files"
+            )
         self._store = ShardStore(work.root, work.store)
         check_visible(work)
         plan = self._store.read_plan()

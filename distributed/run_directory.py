@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from core.config import Config, parse_config
 from core.errors import ConfigError
@@ -29,6 +29,8 @@ from distributed.storage import Folder
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from core.data import Dataset, Split
 
 __all__ = ["RunDirectory", "finetuned"]
 
@@ -42,20 +44,34 @@ class RunDirectory:
     Args:
         where: the folder: a path, or a URI of an object store.
         config: what to run. None takes the configuration that the folder was made with.
-        write: False for a look that leaves the folder as it is; it must be there then.
+        mode: `write`; `dry` writes nothing, not even the folder, before `begin`; `look` never does, and the folder must
+            be there.
 
     Raises:
         ConfigError: when the folder was made with another configuration (the message lists each difference), or when
             there is none to take.
     """
 
-    def __init__(self, where: Folder | Path | str, config: Config | None, *, write: bool = True) -> None:
+    def __init__(
+        self, where: Folder | Path | str, config: Config | None, mode: Literal["write", "dry", "look"] = "write"
+    ) -> None:
         self.folder = Folder(where)
+        self._mode = mode
+        self._data: dict[Split, tuple[Dataset, str]] = {}
+        self._open(config)
+
+    def begin(self) -> None:
+        """End the dry mode: read the folder again, and make it if it is not there."""
+        self._mode = "write"
+        self._open(self.config)
+
+    def _open(self, config: Config | None) -> None:
         stored = self._read()
         if stored is None:
-            if config is None or not write:
+            if config is None or self._mode == "look":
                 raise ConfigError(f"{str(self.folder)!r} holds no manifest.json: name a configuration with --config")
-            self.folder.check_writable()
+            if self._mode == "write":
+                self.folder.check_writable()
             self.config = config
             self._manifest: dict[str, Any] = {
                 "created": _now(),
@@ -69,6 +85,7 @@ class RunDirectory:
                     "system": platform.system(),
                 },
                 "versions": _versions(),
+                "data": {},
                 "steps": {},
             }
             self._write()
@@ -83,7 +100,7 @@ class RunDirectory:
                 + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
                 + "\nuse another --out for the new one, or go back to the old values"
             )
-        if self.config != before and write:  # the report's radii, or where it runs
+        if self.config != before:  # the report's radii, or where it runs
             self._manifest["config"] = self.config.model_dump(mode="json")
             self._write()
 
@@ -145,6 +162,41 @@ class RunDirectory:
                 )
         return {name: written[name] for name in names}
 
+    def data(self, split: "Split") -> "Dataset":
+        """A split of the configured data set, loaded once and checked by `check_data`.
+
+        Raises:
+            ConfigError: as `check_data`, and for a split that the configuration does not describe.
+            DataError: for files that are missing or are not what they should be.
+        """
+        from distributed.datasets import load_dataset
+
+        data = self._data[split][0] if split in self._data else load_dataset(self.config.dataset, split)
+        self.check_data(split, data)
+        return data
+
+    def check_data(self, split: "Split", data: "Dataset") -> None:
+        """Refuse another data set than the one that this run began with; at first use, note which one it is.
+
+        Raises:
+            ConfigError: says what is another one.
+            DataError: when one of the images that `Dataset.digest` looks at cannot be read.
+        """
+        if split not in self._data or self._data[split][0] is not data:
+            self._data[split] = data, data.digest()
+        found = {"digest": self._data[split][1], "examples": len(data), "classes": data.num_classes}
+        before = self._manifest.get("data", {}).get(split)  # a run of an earlier version has none
+        if before is None:
+            if self._mode == "write":
+                self._merge("data", split, found)
+        elif before["digest"] != found["digest"]:
+            old, new = (f"{each['digest']} ({each['examples']:,} examples)" for each in (before, found))
+            raise ConfigError(
+                f"dataset.{split}: this is not the data set that {str(self.folder)!r} began with: fingerprint {old} "
+                f"there, {new} now; put the old one back (dataset.path, dataset.{split}.path, its ids_file), or use "
+                "another --out"
+            )
+
     def is_done(self, step: str, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> bool:
         """Whether `step` has finished, with the models that are there now, and its own models are still there.
 
@@ -163,8 +215,14 @@ class RunDirectory:
         record = {"finished": _now(), "read": dict(read), "wrote": dict(wrote), **facts}
         if (versions := _versions()) != self._manifest["versions"]:  # a resumed run may have met other ones
             record["versions"] = versions
-        # Another job may have finished a step of its own in the meantime.
-        self._manifest["steps"] = {**(self._read() or self._manifest)["steps"], step: record}
+        self._merge("steps", step, record)
+
+    def _merge(self, section: str, key: str, record: Mapping[str, Any]) -> None:
+        """Add to a section of the file; another job may have added something of its own in the meantime."""
+        now = self._read() or self._manifest
+        for name in ("data", "steps"):
+            self._manifest[name] = dict(now.get(name, {}))
+        self._manifest[section][key] = dict(record)
         self._write()
 
     @property
@@ -184,6 +242,8 @@ class RunDirectory:
         return dict(plain)
 
     def _write(self) -> None:
+        if self._mode != "write":
+            return
         self.folder.write(_MANIFEST, (json.dumps(self._manifest, indent=2) + "\n").encode())
 
 

@@ -253,7 +253,7 @@ class Folder:
                 self.write(name, (Path(aside) / name).read_bytes())
 
     def check_writable(self) -> None:
-        """Write and remove a small file.
+        """Write, read and remove a small file, and the folders that this made.
 
         Raises:
             ConfigError: says why it does not work.
@@ -261,15 +261,31 @@ class Folder:
         probe = f"probe-{os.getpid()}-{time.monotonic_ns()}"
         try:
             if self.local is not None:
-                write_whole(self.local / probe, b"")
-                (self.local / probe).unlink()
+                made = [folder for folder in (self.local, *self.local.parents) if not folder.exists()]
+                try:
+                    write_whole(self.local / probe, b"-")
+                    (self.local / probe).unlink()
+                finally:
+                    with suppress(OSError):  # somebody else has put something there
+                        for folder in made:
+                            folder.rmdir()
                 return
-            system, base = self._remote
-            with system.open_output_stream(f"{base}/{probe}") as file:
-                file.write(b"-")
-            system.delete_file(f"{base}/{probe}")
+            self._probe_store(probe)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot write to {self.uri!r}: {error}") from error
+
+    def _probe_store(self, probe: str) -> None:
+        system, base = self._remote
+        prefixes = [base.rsplit("/", depth)[0] if depth else base for depth in range(base.count("/"))]  # not the bucket
+        made = [info.path for info in system.get_file_info(prefixes) if info.type == pafs.FileType.NotFound]
+        with system.open_output_stream(f"{base}/{probe}") as file:
+            file.write(b"-")
+        with system.open_input_file(f"{base}/{probe}") as file:
+            file.read()
+        system.delete_file(f"{base}/{probe}")  # leaves an empty object in place of the folder
+        for folder in made:
+            if not system.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
+                system.delete_dir(folder)
 
     def _patiently(self, action: Callable[[], T], what: str) -> T:
         """Repeat what fails until it works or `PATIENCE_S` has passed."""

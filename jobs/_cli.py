@@ -3,15 +3,14 @@
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from core.config import load_config, parse_config
 from core.errors import ConfigError, DualRSError
 from distributed.lock import RunLock
 from distributed.run_directory import RunDirectory
-from distributed.storage import Folder
 
 __all__ = ["job_parser", "open_run", "retry_errors_option", "run_job", "run_step"]
 
@@ -54,34 +53,17 @@ def retry_errors_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_run(args: argparse.Namespace, *, write: bool = False) -> RunDirectory:
-    """Open the run directory that the arguments name, with their configuration; by default only to look at it."""
+def open_run(args: argparse.Namespace, mode: Literal["dry", "look"] = "look") -> RunDirectory:
+    """Open the run directory that the arguments name, with their configuration; `mode` as for `RunDirectory`."""
     if args.config is not None:
-        return RunDirectory(args.out, load_config(args.config, args.overrides), write=write)
-    directory = RunDirectory(args.out, None, write=write)
+        return RunDirectory(args.out, load_config(args.config, args.overrides), mode)
+    directory = RunDirectory(args.out, None, mode)
     if args.overrides:
         config = parse_config(
             directory.config.model_dump(mode="json"), args.overrides, source="the stored configuration"
         )
-        directory = RunDirectory(args.out, config, write=write)
+        directory = RunDirectory(args.out, config, mode)
     return directory
-
-
-@contextmanager
-def _working_on(args: argparse.Namespace) -> Iterator[RunDirectory]:
-    """`open_run` for a job that writes: with the lock of the run directory.
-
-    Raises:
-        ConfigError: when another job is at work there, or nothing can be written.
-    """
-    if args.config is not None:
-        load_config(args.config, args.overrides)  # refused before anything is made
-    else:
-        RunDirectory(args.out, None, write=False)
-    folder = Folder(args.out)
-    folder.check_writable()
-    with RunLock(folder):
-        yield open_run(args, write=True)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -110,11 +92,39 @@ def run_job(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace],
     return 0
 
 
-def run_step(parser: argparse.ArgumentParser, run: Callable[[RunDirectory, argparse.Namespace], None]) -> int:
-    """`run_job` for a job that writes into its run directory."""
+def run_step(
+    parser: argparse.ArgumentParser,
+    run: Callable[[RunDirectory, argparse.Namespace], None],
+    steps: Callable[[argparse.Namespace], Sequence[str]],
+) -> int:
+    """`run_job` for a job that writes into its run directory: with a check of all that it needs, and under the lock.
 
-    def locked(args: argparse.Namespace) -> None:
-        with _working_on(args) as directory:
+    Args:
+        parser: of the job; gets --dry-run and --price.
+        run: the job.
+        steps: its steps, by their names in the manifest.
+    """
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that the job needs, measure for a few seconds here, print what it will take, and stop: "
+        "nothing is written",
+    )
+    parser.add_argument("--price", type=float, metavar="PER_HOUR", help="of a device hour, for --dry-run")
+
+    def checked(args: argparse.Namespace) -> None:
+        if args.price is not None and not (args.dry_run and 0 <= args.price < float("inf")):
+            raise ConfigError("--price: goes with --dry-run, and is a number of at least 0")
+        directory = open_run(args, "dry")
+        from distributed.preflight import check, dry_run, refuse  # torch takes its time: after what needs none
+
+        if args.dry_run:
+            dry_run(directory, steps(args), args.price)
+            return
+        directory.folder.check_writable()
+        refuse(check(directory, steps(args)).problems)
+        with RunLock(directory.folder):
+            directory.begin()
             run(directory, args)
 
-    return run_job(parser, locked)
+    return run_job(parser, checked)

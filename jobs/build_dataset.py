@@ -22,7 +22,7 @@ def main() -> int:
     """Command line."""
     parser = job_parser("build_dataset", __doc__)
     retry_errors_option(parser)
-    return run_step(parser, lambda directory, args: run(directory, args.retry_errors))
+    return run_step(parser, lambda directory, args: run(directory, args.retry_errors), lambda args: ["build_dataset"])
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ def run(
     """Commit every shard of certificates/<method> (or <method>-base) that is not there yet."""
     from distributed.launch import certify_store
 
-    store = f"certificates/{method}" + ("-base" if classifier == "base" else "")
-    certify_store(directory, store, retry_errors)
+    certify_store(directory, f"certificates/{_name(method, classifier)}", retry_errors)
+
+
+def _name(method: Method, classifier: Classifier) -> str:
+    return method + ("-base" if classifier == "base" else "")
 
 
 def main() -> int:
@@ -36,7 +39,11 @@ def main() -> int:
         help="base certifies the classifier as it was before fine-tuning, into certificates/<method>-base",
     )
     retry_errors_option(parser)
-    return run_step(parser, lambda directory, args: run(directory, args.method, args.classifier, args.retry_errors))
+    return run_step(
+        parser,
+        lambda directory, args: run(directory, args.method, args.classifier, args.retry_errors),
+        lambda args: [f"certify-{_name(args.method, args.classifier)}"],
+    )
 
 
 if __name__ == "__main__":

@@ -24,13 +24,12 @@ def run(directory: RunDirectory) -> None:
     from core.models.checkpoints import load_model
     from core.noise import make_noise
     from core.training.finetune import choose_sigma, finetune_classifier
-    from distributed.datasets import load_dataset
     from distributed.replica import build_network
 
     hashes = directory.model_hashes(reads)
     torch.set_num_threads(config.compute.train_threads)
     interval = config.compute.progress_interval_s
-    whole = load_dataset(config.dataset, "train")
+    whole = directory.data("train")
     part = choose(whole, SplitConfig(share=finetune.share, seed=config.seed), "finetune")
     pixels, places = part.readable_pixels(range(len(part)))
     train = part.take(places)
@@ -101,7 +100,7 @@ def run(directory: RunDirectory) -> None:
 def main() -> int:
     """Command line."""
     parser = job_parser("finetune_classifier", __doc__)
-    return run_step(parser, lambda directory, args: run(directory))
+    return run_step(parser, lambda directory, args: run(directory), lambda args: ["finetune_classifier"])
 
 
 if __name__ == "__main__":

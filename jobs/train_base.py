@@ -23,11 +23,10 @@ def run(directory: RunDirectory) -> None:
 
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.training.base import train_classifier, train_denoiser
-    from distributed.datasets import load_dataset
 
     torch.set_num_threads(config.compute.train_threads)
     interval = config.compute.progress_interval_s
-    train, test = load_dataset(config.dataset, "train"), load_dataset(config.dataset, "test")
+    train, test = directory.data("train"), directory.data("test")
     if base.denoiser is not None:
         denoiser = load_denoiser(base.denoiser)
         denoiser.check_images(train.shape)
@@ -36,8 +35,8 @@ def run(directory: RunDirectory) -> None:
             denoiser = train_denoiser(train, base, config.seed, progress)
     wrote = {"denoiser": directory.save_model("denoiser", denoiser)}
     accuracy = {}
-    for role, sigma in config.classifiers.items():
-        own = base.classifier if base.experts is None or sigma is None else base.experts[sigma]
+    for role in config.classifiers:
+        own = config.own_classifier(role)
         if own is not None:
             classifier: nn.Module = load_classifier(own, train.num_classes, train.shape[0])
         else:
@@ -77,7 +76,7 @@ def clean_accuracy(role: str, classifier: "nn.Module", test: "Dataset", batch_si
 def main() -> int:
     """Command line."""
     parser = job_parser("train_base", __doc__)
-    return run_step(parser, lambda directory, args: run(directory))
+    return run_step(parser, lambda directory, args: run(directory), lambda args: ["train_base"])
 
 
 if __name__ == "__main__":

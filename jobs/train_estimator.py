@@ -22,12 +22,11 @@ def run(directory: RunDirectory) -> None:
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.models.small import SmallConvNet
     from core.training.estimator import train_estimator
-    from distributed.datasets import load_dataset
     from distributed.tables import training_radii
 
     hashes = directory.model_hashes(reads)
     torch.set_num_threads(config.compute.train_threads)
-    train = load_dataset(config.dataset, "train")
+    train = directory.data("train")
     radii = training_radii(directory, train)
     denoiser = load_denoiser(directory.model("denoiser"))
     # Only what is trained on: images that could not be certified may not be readable either.
@@ -72,7 +71,7 @@ def dataset_digest(directory: RunDirectory) -> str | None:
 def main() -> int:
     """Command line."""
     parser = job_parser("train_estimator", __doc__)
-    return run_step(parser, lambda directory, args: run(directory))
+    return run_step(parser, lambda directory, args: run(directory), lambda args: ["train_estimator"])
 
 
 if __name__ == "__main__":

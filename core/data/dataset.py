@@ -112,10 +112,22 @@ class Dataset:
         """
         if isinstance(self.images, np.ndarray):
             return torch.from_numpy(self.images).float().div_(255.0)
-        pixels = self._room(len(self))
+        self.check_memory()
+        pixels = torch.empty(len(self), *self.shape)
         for index in range(len(self)):
             pixels[index] = torch.from_numpy(self.image(index))
         return pixels.div_(255.0)
+
+    def check_memory(self, num: int | None = None) -> None:
+        """Raise `DataError` when the machine has not the memory for `pixels` of all images, or of so many."""
+        count = len(self) if num is None else num
+        needed = 4 * count * int(np.prod(self.shape))
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > available:
+            raise DataError(
+                f"{self.name}: {count:,} images of shape {self.shape} take {needed / 2**30:,.0f} GiB as float32, "
+                f"this machine has {available / 2**30:,.0f}; take a part of them (dataset.train.share or .first)"
+            )
 
     def readable_pixels(self, places: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
         """The images at these places, without those that cannot be read.
@@ -126,7 +138,8 @@ class Dataset:
         Raises:
             DataError: when the whole set holds no image that can be read, or the machine has not the memory.
         """
-        pixels = self._room(len(places))
+        self.check_memory(len(places))
+        pixels = torch.empty(len(places), *self.shape)
         read: list[int] = []
         for place in places:
             try:
@@ -135,17 +148,6 @@ class Dataset:
                 continue
             read.append(place)
         return pixels[: len(read)].div_(255.0), np.array(read, np.int64)
-
-    def _room(self, num: int) -> Tensor:
-        """Memory for so many images."""
-        needed = 4 * num * int(np.prod(self.shape))
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > available:
-            raise DataError(
-                f"{self.name}: {num:,} images of shape {self.shape} take {needed / 2**30:,.0f} GiB as float32, "
-                f"this machine has {available / 2**30:,.0f}; take a part of them (dataset.train.share or .first)"
-            )
-        return torch.empty(num, *self.shape)
 
     def digest(self) -> str:
         """Fingerprint of the content: ids, labels, and the stored bytes of 32 evenly spread examples.

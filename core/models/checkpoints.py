@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from core.config import ClassifierConfig
@@ -23,7 +23,7 @@ from core.models.denoiser import OneShotDenoiser, Schedule
 from core.models.diffusers_folder import read_folder, unet_config
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
 from core.models.small import SmallConvNet
-from core.models.weights import load_strictly, read_weights
+from core.models.weights import load_strictly, read_safetensors, read_weights
 
 __all__ = ["assemble_denoiser", "build_denoiser", "load_classifier", "load_denoiser", "load_model", "save_model"]
 
@@ -78,13 +78,16 @@ def save_model(module: nn.Module, path: Path) -> None:
 def load_model(path: Path) -> nn.Module:
     """Build the network that `path` describes and load its weights, strictly.
 
+    Inside `with torch.device("meta")` the network has no weights: only names and shapes are read and compared. The
+    same holds for `load_denoiser` and `load_classifier`.
+
     Raises:
         ModelError: for a missing, truncated or foreign file, an unknown kind, or weights that do not fit.
     """
     try:
         with safe_open(path, framework="pt") as file:
             description = (file.metadata() or {}).get("architecture")
-        weights = load_file(path)
+        weights = read_safetensors(path)
     except FileNotFoundError as error:
         raise ModelError(f"no checkpoint at {str(path)!r}") from error
     except (SafetensorError, OSError) as error:

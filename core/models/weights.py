@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from core.errors import ModelError
 
-__all__ = ["load_strictly", "misfits", "read_json", "read_weights"]
+__all__ = ["load_strictly", "misfits", "read_json", "read_safetensors", "read_weights"]
 
 _NESTED_UNDER = ("state_dict", "model", "net")
 _WRAPPERS = ("module.", "model.", "1.")
@@ -26,7 +26,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, by its content rather than its name, on the CPU.
 
     A dict nested under 'state_dict', 'model' or 'net' is taken out, and a prefix that all keys share ('module.',
-    'model.', '1.') is dropped.
+    'model.', '1.') is dropped. Inside `with torch.device("meta")` it is names and shapes alone.
 
     Raises:
         ModelError: for a missing or truncated file, and for a pickle that holds anything but plain data: it is refused
@@ -41,7 +41,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}") from error
     if start[8:] == b"{":  # the length of a JSON header, then the header
         try:
-            return _unwrapped(dict(load_file(path)))
+            return _unwrapped(read_safetensors(path))
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{str(path)!r} is truncated or not a readable safetensors file ({error}): fetch it again"
@@ -49,11 +49,28 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _unwrapped(_state_dict(_unpickle(path, is_zip=start[:2] == b"PK"), path))
 
 
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the CPU; inside `with torch.device("meta")` its header alone is read.
+
+    Raises:
+        SafetensorError, OSError: when it cannot be read.
+    """
+    if not _shapes_only():
+        return dict(load_file(path))
+    with safe_open(path, framework="pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _shapes_only() -> bool:
+    return torch.get_default_device().type == "meta"
+
+
 def _unpickle(path: Path, is_zip: bool) -> Any:
+    where = "meta" if _shapes_only() else "cpu"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=where, weights_only=True, mmap=is_zip and where == "meta")
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found:
