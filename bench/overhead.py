@@ -1,6 +1,8 @@
-"""What Ray, shards and commits cost: two replicas on Ray against two bare engines in two processes.
+"""What Ray, shards and commits cost: replicas on Ray against as many bare engines in processes of their own.
 
-    python -m bench.overhead [--rounds 3] [--shard-seconds 4]
+    python -m bench.overhead [--replicas 2] [--rounds 3] [--shard-seconds 4]
+
+With as many replicas as cores, what Ray's own processes compute is missing to the replicas; with one fewer it is not.
 
 Both sides run the same certificates of the digits (networks of the demo's architecture) on one thread each. Bare: the
 engine's rows per second, nothing committed. Ray: rows of the shards that are committed between the end of start-up and
@@ -30,12 +32,19 @@ from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 
 
-def prepare(folder: Path, shard_seconds: float) -> RunDirectory:
+def prepare(folder: Path, shard_seconds: float, replicas: int) -> RunDirectory:
     """A run directory with random networks."""
     plain = {
         "sigmas": [0.12, 0.25, 0.5],
         "labels": {"num_selection": 100, "num_estimation": 300},
-        "compute": {"batch_size": 500, "shard_seconds": shard_seconds, "part_rows": 1, "progress_interval_s": 1e9},
+        "compute": {
+            "batch_size": 500,
+            "shard_seconds": shard_seconds,
+            "part_rows": 1,
+            "progress_interval_s": 1e9,
+            "min_replicas": replicas,
+            "max_replicas": replicas,
+        },
         "report": {"radii": [0.0]},
     }
     run = RunDirectory(folder, parse_config(plain))
@@ -70,14 +79,14 @@ def bare(work: Work, seconds: float, barrier: Any, rates: Any) -> None:
             return
 
 
-def bare_pair(work: Work, seconds: float) -> float:
-    """Sum of two processes at once."""
+def bare_engines(work: Work, seconds: float, num: int) -> float:
+    """Sum of processes that run at once."""
     context = multiprocessing.get_context("spawn")
-    barrier, rates = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=bare, args=(work, seconds, barrier, rates)) for _ in range(2)]
+    barrier, rates = context.Barrier(num), context.Queue()
+    processes = [context.Process(target=bare, args=(work, seconds, barrier, rates)) for _ in range(num)]
     for process in processes:
         process.start()
-    total = rates.get() + rates.get()
+    total = sum(rates.get() for _ in processes)
     for process in processes:
         process.join()
     return float(total)
@@ -90,28 +99,29 @@ def on_ray(run: RunDirectory, work: Work) -> float:
     plan = store.read_plan()
     assert plan is not None
     commits = [(moment, int(plan.sizes[list(shards)].sum())) for moment, shards in store.commits()]
-    inner = commits[3 : len(commits) - 4]
+    inner = commits[2 : -2 * work.config.compute.max_replicas - 8]
     return sum(examples for _, examples in inner[1:]) * work.draws_per_example / (inner[-1][0] - inner[0][0])
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shard-seconds", type=float, default=4.0)
     args = parser.parse_args()
     ratios = []
     for number in range(args.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            run = prepare(Path(folder), args.shard_seconds)
+            run = prepare(Path(folder), args.shard_seconds, args.replicas)
             work, _ = work_of(run, "dataset")
             work = Work(**{**vars(work), "device": "cpu"})
-            before = bare_pair(work, 20.0)
+            before = bare_engines(work, 20.0, args.replicas)
             ray = on_ray(run, work)
-            after = bare_pair(work, 20.0)
+            after = bare_engines(work, 20.0, args.replicas)
             ratios.append(ray / ((before + after) / 2))
             print(
-                f"round {number}: bare pair {before:,.0f} and {after:,.0f} rows/s, two replicas {ray:,.0f} rows/s,"
+                f"round {number}: bare {before:,.0f} and {after:,.0f} rows/s, replicas {ray:,.0f} rows/s,"
                 f" ratio {ratios[-1]:.3f}",
                 flush=True,
             )

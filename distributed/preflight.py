@@ -95,8 +95,10 @@ def check(directory: RunDirectory, steps: Sequence[str]) -> Found:
     """
     found, plan = Found(), _steps(directory.config)
     found.steps = _unfinished(directory, steps, found)
+    before = len(found.problems)
     with found.collect():
         directory.folder.check_writable()
+    writable = len(found.problems) == before
     for split in ("train", "test"):
         if any(split in plan[step].splits for step in found.steps):
             with found.collect():
@@ -108,8 +110,9 @@ def check(directory: RunDirectory, steps: Sequence[str]) -> Found:
             with found.collect():
                 data.check_memory()
     _check_models(directory, found)
-    with found.collect():
-        _check_room(directory, found)
+    if writable:
+        with found.collect():
+            _check_room(directory, found)
     certify = directory.config.certify
     alpha = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
     reach = largest_radius(max(directory.config.sigmas), certify.num_estimation, alpha)

@@ -22,7 +22,11 @@ def main() -> int:
     """Command line."""
     parser = job_parser("build_dataset", __doc__)
     retry_errors_option(parser)
-    return run_step(parser, lambda directory, args: run(directory, args.retry_errors), lambda args: ["build_dataset"])
+    return run_step(
+        parser,
+        lambda directory, args: run(directory, args.retry_errors),
+        lambda args: ["train_base", "build_dataset"],
+    )
 
 
 if __name__ == "__main__":

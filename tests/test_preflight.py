@@ -137,12 +137,12 @@ def test_check_all_problems_at_once_each_with_key_and_remedy(data: Path, models:
     found = check(dry("/proc/run", config), ALL)
     with pytest.raises(ConfigError) as caught:
         refuse(found.problems)
+    assert any("example 'test/dog/1.png': cannot decode" in fact for _, fact in found.facts)  # becomes an error row
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{len(found.problems)} problems"
     expected = [
         "configuration: cannot write to '/proc/run'",
         f"data: {f'{tmp_path}/nowhere'!r} is not there; set dataset.path",
-        "data: example 'test/dog/1.png': cannot decode",
         f"model: base.classifier: '{models}/classes3.safetensors' holds a SmallConvNet with 3 classes, expected 2",
         "model: estimator.backbone: no architecture 'resnet9000' in timm",
         "model: denoiser: sigma=0.5 is above the schedule's largest noise level",

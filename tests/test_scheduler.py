@@ -318,7 +318,7 @@ def test_replica_that_loses_its_device_ends_its_process_with_a_note(tmp_path: Pa
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "gives up its device: CUDA out of memory" in done.stderr
+    assert "gives up its device: OutOfMemoryError: CUDA out of memory" in done.stderr
     (note,) = (tmp_path / "errors" / "replicas").iterdir()
     assert json.loads(note.read_text())["error"] == "OutOfMemoryError: CUDA out of memory"
 
