@@ -356,6 +356,8 @@ class ComputeConfig(_Section):
     """Share of a GPU that a replica takes; 0.5 puts two on one."""
     threads_per_replica: Count = 1
     """CPU threads of a replica."""
+    train_device: Literal["cpu", "cuda"] = "cpu"
+    """Where the estimator is trained and the classifier fine-tuned: in the driver's process, on this device of it."""
     train_threads: Count = 1
     """CPU threads of the training jobs; another number may change the last bits of the weights, and does not pay for
     networks as small as the digits'."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from core.config import ComputeConfig
 from core.errors import ConfigError
 
-__all__ = ["Pool", "connected", "replica_pool"]
+__all__ = ["Pool", "connected", "replica_pool", "train_device"]
 
 
 @contextmanager
@@ -52,6 +52,23 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def train_device(compute: ComputeConfig) -> str:
+    """The device of the training steps, which run in the driver's process.
+
+    Raises:
+        ConfigError: when the driver sees no GPU and is to train on one.
+    """
+    if compute.train_device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "compute.train_device is 'cuda', but the driver sees no GPU: run the training steps on a machine that "
+                "has one, or set compute.train_device=cpu"
+            )
+    return compute.train_device
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ def run(directory: RunDirectory) -> None:
     from core.models.checkpoints import load_model
     from core.noise import make_noise
     from core.training.finetune import choose_sigma, finetune_classifier
+    from distributed.cluster import train_device
     from distributed.replica import build_network
 
     hashes = directory.model_hashes(reads)
     torch.set_num_threads(config.compute.train_threads)
-    interval = config.compute.progress_interval_s
+    interval, device = config.compute.progress_interval_s, train_device(config.compute)
     whole = directory.data("train")
     part = choose(whole, SplitConfig(share=finetune.share, seed=config.seed), "finetune")
     pixels, places = part.readable_pixels(range(len(part)))
@@ -37,7 +38,7 @@ def run(directory: RunDirectory) -> None:
         print(f"fine-tuning: {len(part) - len(train)} of {len(part)} images cannot be read and are left out")
 
     network = build_network(
-        {name: directory.model(name) for name in ("denoiser", "estimator")}, config, train.num_classes, "cpu"
+        {name: directory.model(name) for name in ("denoiser", "estimator")}, config, train.num_classes, device
     )
     engine = Engine(
         network,
@@ -63,7 +64,7 @@ def run(directory: RunDirectory) -> None:
     losses: dict[str, list[float]] = {}
     labels = torch.from_numpy(train.labels)
     for role, level in config.classifiers.items():
-        classifier = load_model(directory.model(role))
+        classifier = load_model(directory.model(role)).to(device)
         # An expert learns from the samples that the estimator routes to it.
         routed = slice(None) if level is None else sigma == torch.tensor(level)
         if not len(labels[routed]):

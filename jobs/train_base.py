@@ -23,9 +23,10 @@ def run(directory: RunDirectory) -> None:
 
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.training.base import train_classifier, train_denoiser
+    from distributed.cluster import train_device
 
     torch.set_num_threads(config.compute.train_threads)
-    interval = config.compute.progress_interval_s
+    interval, device = config.compute.progress_interval_s, train_device(config.compute)
     train, test = directory.data("train"), directory.data("test")
     if base.denoiser is not None:
         denoiser = load_denoiser(base.denoiser)
@@ -42,7 +43,7 @@ def run(directory: RunDirectory) -> None:
         else:
             with Progress(base.classifier_epochs, role, "epochs", interval_s=interval) as progress:
                 classifier = train_classifier(train, denoiser, base, config.seed + 1, progress)
-        accuracy[role] = clean_accuracy(role, classifier, test, config.compute.training_batch_size)
+        accuracy[role] = clean_accuracy(role, classifier.to(device), test, config.compute.training_batch_size)
         wrote[role] = directory.save_model(role, classifier)
     facts = {"clean_accuracy": accuracy.get("classifier", accuracy)}
     directory.finish("train_base", read={}, wrote=wrote, facts=facts)
@@ -60,7 +61,7 @@ def clean_accuracy(role: str, classifier: "nn.Module", test: "Dataset", batch_si
     for start in range(0, len(test), batch_size):
         pixels, places = test.readable_pixels(range(len(test))[start : start + batch_size])
         with torch.inference_mode():
-            logits = classifier(pixels)
+            logits = classifier(pixels.to(next(classifier.parameters()).device)).cpu()
         if logits.shape != (len(places), test.num_classes):
             raise ModelError(
                 f"the {role} returns {tuple(logits.shape)[1:]} logits, expected {test.num_classes} classes"

@@ -22,13 +22,15 @@ def run(directory: RunDirectory) -> None:
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.models.small import SmallConvNet
     from core.training.estimator import train_estimator
+    from distributed.cluster import train_device
     from distributed.tables import training_radii
 
     hashes = directory.model_hashes(reads)
     torch.set_num_threads(config.compute.train_threads)
     train = directory.data("train")
     radii = training_radii(directory, train)
-    denoiser = load_denoiser(directory.model("denoiser"))
+    device = train_device(config.compute)
+    denoiser = load_denoiser(directory.model("denoiser")).to(device)
     # Only what is trained on: images that could not be certified may not be readable either.
     pixels, places = train.readable_pixels(np.flatnonzero(radii.max(axis=1) > 0).tolist())
     with torch.random.fork_rng(devices=[]):
@@ -45,7 +47,7 @@ def run(directory: RunDirectory) -> None:
         config.estimator.epochs, "estimator", "epochs", interval_s=config.compute.progress_interval_s
     ) as progress:
         history = train_estimator(
-            estimator,
+            estimator.to(device),
             denoiser if config.estimator.denoiser else None,
             pixels,
             radii[places],

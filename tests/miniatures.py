@@ -30,6 +30,7 @@ GUIDED = replace(IMAGENET, width=32, multipliers=(1, 1, 2), blocks=1, attention_
 SMALL = (
     "compute.executor=local",
     "compute.device=cpu",
+    "compute.train_device=cpu",
     "compute.batch_size=16",
     "compute.chunk_size=8",
     "compute.shard_examples=5",

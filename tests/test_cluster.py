@@ -2,10 +2,11 @@
 
 import pytest
 import ray
+import torch
 
-from core.config import parse_config
+from core.config import ComputeConfig, parse_config
 from core.errors import ConfigError
-from distributed.cluster import Pool, replica_pool
+from distributed.cluster import Pool, replica_pool, train_device
 
 
 def pool(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], *overrides: str) -> Pool:
@@ -56,3 +57,10 @@ def test_pool_that_cannot_know_what_to_wait_for_refuses(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         pool(monkeypatch, nodes, *overrides)
+
+
+def test_training_on_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train_device(ComputeConfig()) == "cpu"
+    with pytest.raises(ConfigError, match=r"compute.train_device is 'cuda', but the driver sees no GPU"):
+        train_device(ComputeConfig(train_device="cuda"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from core.batch_size import DeviceProbe, choose_batch_size
+from core.config import FinetuneConfig
 from core.engine import Engine, Task
 from core.exact_noise import ExactNoise
 from core.models.checkpoints import build_denoiser
@@ -15,8 +16,10 @@ from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
 from core.network import Forward, Head, Network, Precision
 from core.noise import GaussianNoise, Noise
+from core.progress import Progress
 from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
 from core.smoothing import certify
+from core.training.finetune import finetune_classifier
 from distributed.audit import audit, replay
 from distributed.shards import ShardStore
 from jobs import build_dataset
@@ -168,3 +171,15 @@ def test_cuda_compiled_network_is_close() -> None:
 def test_on_device_is_sign_count() -> None:
     images = torch.rand(50, 1, 4, 4)
     assert torch.equal(on_device(images.cuda()).cpu(), sign_count(images))
+
+
+def test_training_on_cuda_is_close_to_the_cpu() -> None:
+    torch.manual_seed(0)
+    pixels, labels, sigma = torch.rand(64, 1, 8, 8), torch.randint(10, (64,)), torch.full((64,), 0.25)
+    losses = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(1)
+        model = SmallConvNet(1, 8, 10).to(device)
+        config = FinetuneConfig(epochs=3, batch_size=16, lr=1e-3)
+        losses.append(finetune_classifier(model, None, pixels, labels, sigma, config, 0, Progress(3, "t", "epochs")))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

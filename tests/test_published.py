@@ -254,6 +254,7 @@ def test_full_size_networks_certify_two_images_on_the_cpu(tmp_path: Path) -> Non
         "compute.batch_size=50",
         "compute.shard_examples=2",
         "compute.train_threads=2",
+        "compute.train_device=cpu",
         "compute.threads_per_replica=2",
     ]
     config = ["--config", str(ROOT / "configs" / "cifar10.yaml")]

@@ -120,7 +120,7 @@ def train_estimator(
     Samples with radius 0 at every sigma are left out. Same seed, thread count and machine: same weights.
 
     Args:
-        model: ``(B, C, H, W)`` in [0, 1] -> ``(B, K)``.
+        model: ``(B, C, H, W)`` in [0, 1] -> ``(B, K)``, on any device; batches and noise are made on the CPU.
         denoiser: fixed, the same as at test time; None for a denoiser-free estimator.
         pixels: ``(N, C, H, W)`` float32 in [0, 1].
         radii: ``(N, K)`` from `label_radii`.
@@ -139,8 +139,9 @@ def train_estimator(
     if not kept.size:
         raise DataError("every training sample has radius 0 at every sigma: nothing to learn a noise level from")
     pixels = pixels[torch.from_numpy(kept)]
-    target = torch.from_numpy(radii[kept]).float()
-    weight = torch.from_numpy(class_weights(radii[kept], config.rebalance)).float()
+    device = next(model.parameters()).device
+    target = torch.from_numpy(radii[kept]).float().to(device)
+    weight = torch.from_numpy(class_weights(radii[kept], config.rebalance)).float().to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step, config.lr_gamma)
@@ -150,9 +151,10 @@ def train_estimator(
         total = 0.0
         for batch in torch.split(torch.randperm(len(pixels), generator=generator), config.batch_size):
             copies = pixels[batch].repeat(config.num_copies, 1, 1, 1)
-            noisy = copies + sigma_e * torch.empty_like(copies).normal_(generator=generator)
+            noisy = (copies + sigma_e * torch.empty_like(copies).normal_(generator=generator)).to(device)
             with torch.no_grad():
-                images = noisy if denoiser is None else denoiser(noisy, torch.full((len(noisy),), sigma_e))
+                level = torch.full((len(noisy),), sigma_e, device=device)
+                images = noisy if denoiser is None else denoiser(noisy, level)
             logits = model(images).view(config.num_copies, len(batch), -1)
             loss = estimator_loss(logits, target[batch], weight[batch], config)
             optimizer.zero_grad()

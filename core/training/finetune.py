@@ -35,7 +35,7 @@ def finetune_classifier(
     Same seed, thread count and machine: same weights.
 
     Args:
-        model: ``(B, C, H, W)`` in [0, 1] -> ``(B, num_classes)``.
+        model: ``(B, C, H, W)`` in [0, 1] -> ``(B, num_classes)``, on any device; batches and noise are made on the CPU.
         denoiser: fixed; None for a classifier that takes the noisy image itself.
         pixels: ``(N, C, H, W)`` float32 in [0, 1].
         labels: ``(N,)`` int64.
@@ -47,7 +47,7 @@ def finetune_classifier(
     Returns:
         Mean loss of each epoch.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     history = []
     model.train()
@@ -56,9 +56,10 @@ def finetune_classifier(
         for batch in torch.split(torch.randperm(len(pixels), generator=generator), config.batch_size):
             images, level = pixels[batch], sigma[batch]
             noisy = images + level.view(-1, 1, 1, 1) * torch.empty_like(images).normal_(generator=generator)
+            noisy, level = noisy.to(device), level.to(device)
             with torch.no_grad():
                 inputs = noisy if denoiser is None else denoiser(noisy, level)
-            loss = F.cross_entropy(model(inputs), labels[batch])
+            loss = F.cross_entropy(model(inputs), labels[batch].to(device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
