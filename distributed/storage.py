@@ -105,7 +105,10 @@ class Folder:
             FileNotFoundError: when it is not there.
         """
         if self.local is not None:
-            return (self.local / name).read_bytes()
+            try:
+                return (self.local / name).read_bytes()
+            except NotADirectoryError as error:
+                raise FileNotFoundError(error.errno, error.strerror, str(self.local / name)) from error
 
         def read() -> bytes:
             system, base = self._remote
