@@ -20,8 +20,8 @@ from core.records import DualCertificate, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
 from distributed.datasets import load_dataset
 from distributed.launch import work_of
-from distributed.replica import build_engine, make_task
 from distributed.run_directory import RunDirectory
+from distributed.work import build_engine, make_task
 
 
 def main() -> None:

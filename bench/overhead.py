@@ -27,9 +27,9 @@ from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
 from distributed.datasets import load_dataset
 from distributed.launch import certify_store, work_of
-from distributed.replica import Work, build_engine, make_task, procedures
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
+from distributed.work import Work, build_engine, make_task, procedures
 
 
 def prepare(folder: Path, shard_seconds: float, replicas: int) -> RunDirectory:

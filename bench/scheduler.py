@@ -22,10 +22,11 @@ from core.config import parse_config
 from core.records import Sampling
 from core.smoothing import certificate
 from distributed.cluster import connected
-from distributed.replica import Replica, Work, _OpenShard
+from distributed.replica import Replica, _OpenShard
 from distributed.scheduler import run_work
 from distributed.shards import ShardStore, certificate_row
 from distributed.storage import Folder
+from distributed.work import Work
 
 PLAIN = {"sigmas": [0.25], "report": {"radii": [0.0]}}
 SAMPLING = Sampling(100, 100, 0.001)

@@ -18,9 +18,9 @@ from core.dual import selection_heads
 from core.progress import clock
 from core.records import CLASSIFIER, ESTIMATOR, Sampling
 from distributed.launch import STORES, outline, step_of
-from distributed.replica import Work
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
+from distributed.work import Work
 
 __all__ = [
     "BOTH",

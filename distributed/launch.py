@@ -5,10 +5,10 @@ from typing import Literal
 
 from core.records import Sampling
 from distributed.datasets import absolute
-from distributed.replica import Work
 from distributed.run_directory import RunDirectory, finetuned
 from distributed.scheduler import run_work
 from distributed.shards import ShardStore
+from distributed.work import Work
 
 __all__ = ["STORES", "certify_store", "outline", "step_of", "work_of"]
 

@@ -34,8 +34,8 @@ from core.training.estimator import train_estimator
 from core.training.finetune import choose_sigma, finetune_classifier
 from distributed.estimate import BOTH, TRAINING, Kind, Part
 from distributed.launch import STORES, step_of, work_of
-from distributed.replica import Work, build_engine, make_row, make_task, warm_up
 from distributed.run_directory import RunDirectory, finetuned
+from distributed.work import Work, build_engine, make_row, make_task, warm_up
 
 __all__ = ["base_classifier", "base_denoiser", "measure_parts", "new_estimator"]
 

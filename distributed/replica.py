@@ -14,264 +14,30 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
-from core.batch_size import DeviceProbe, choose_batch_size
-from core.config import Config
-from core.data import Dataset, Split
-from core.engine import Engine, Task
+from core.engine import Task
 from core.errors import ConfigError, DualRSError, ModelError
-from core.models.checkpoints import load_model
-from core.models.denoiser import OneShotDenoiser
-from core.network import Forward, Head, Network
-from core.noise import make_noise
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, DualCertificate, Phase, Rule, Sampling
-from core.sequential import Budget, dual_procedure, standard_procedure
 from distributed.datasets import load_dataset
 from distributed.metrics import ReplicaMetrics
 from distributed.shards import (
-    CERTIFICATE_SCHEMA,
-    DUAL_SCHEMA,
     OK,
     ShardStore,
-    certificate_row,
-    dual_row,
     error_row,
 )
 from distributed.storage import Folder
+from distributed.work import Rows, Work, build_engine, check_visible, make_row, make_task, procedures, warm_up
 
-__all__ = [
-    "Facts",
-    "Replica",
-    "Work",
-    "build_engine",
-    "build_network",
-    "check_visible",
-    "is_device_error",
-    "make_row",
-    "make_task",
-    "measure_rate",
-    "probe_batch_size",
-    "procedures",
-    "retired",
-]
+__all__ = ["Facts", "Replica", "is_device_error", "retired"]
 
 _log = logging.getLogger(__name__)
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a replica does; small and picklable: names of files, not weights.
-
-    Attributes:
-        root: the run directory.
-        store: folder of the shards inside it.
-        method: `standard` certifies every example at every sigma; `dual` runs DUAL-CERTIFY once per example.
-        split: which examples.
-        sampling: draws and failure probability of a certificate.
-        budget: `fixed`, `sequential` or `grid`, as in `CertifyConfig`.
-        models: by role (`denoiser`, those of `Config.classifiers` and, for `dual`, `estimator`): name in models/ and
-            SHA-256.
-        config: the run's configuration.
-        device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.
-        data_digest: `Dataset.digest` of the split; a replica that finds another one refuses it. Empty: not compared.
-        started: when this call of the driver began, seconds since the epoch.
-    """
-
-    root: Folder
-    store: str
-    method: Literal["standard", "dual"]
-    split: Split
-    sampling: Sampling
-    budget: Budget
-    models: Mapping[str, tuple[str, str]]
-    config: Config
-    device: str
-    data_digest: str = ""
-    started: float = field(default_factory=time.time)
-
-    @property
-    def rows_per_example(self) -> int:
-        """Rows that an example gives."""
-        return len(self.config.sigmas) if self.method == "standard" else 1
-
-    @property
-    def draws_per_example(self) -> int:
-        """Rows of forward passes that an example takes, at most."""
-        stages = len(self.config.sigmas) if self.method == "standard" else 2
-        return stages * (self.sampling.num_selection + self.sampling.num_estimation)
-
-    @property
-    def levels(self) -> tuple[float | None, ...]:
-        """Noise levels of an example's rows; (None,) where the estimator picks it."""
-        return self.config.sigmas if self.method == "standard" else (None,)
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Of the rows."""
-        return CERTIFICATE_SCHEMA if self.method == "standard" else DUAL_SCHEMA
-
-    def model_files(self) -> dict[str, Path]:
-        """The networks as files of this machine."""
-        models = self.root / "models"
-        return {role: models.fetch(f"{name}.safetensors", digest) for role, (name, digest) in self.models.items()}
-
-
-def build_network(models: Mapping[str, Path], config: Config, num_classes: int, device: str) -> Network:
-    """Load denoiser and heads and check them against the configuration.
-
-    Args:
-        models: files by role, see `Work`; the roles that are missing are left out.
-        config: the run's.
-        num_classes: of the data set.
-        device: where they go.
-
-    Raises:
-        ModelError: for a file that cannot be loaded, or a sigma beyond the denoiser's schedule.
-    """
-    denoiser = load_model(models["denoiser"]) if "denoiser" in models else None
-    if isinstance(denoiser, OneShotDenoiser):
-        for sigma in {*config.sigmas, config.estimator_sigma}:
-            denoiser.timestep(sigma)
-    loaded = {role: load_model(file) for role, file in models.items() if role != "denoiser"}
-    heads = {}
-    if CLASSIFIER in loaded:
-        heads[CLASSIFIER] = Head(loaded[CLASSIFIER], num_classes)
-    elif experts := {sigma: loaded[role] for role, sigma in config.classifiers.items() if sigma and role in loaded}:
-        heads[CLASSIFIER] = Head(experts, num_classes)
-    if ESTIMATOR in loaded:
-        heads[ESTIMATOR] = Head(loaded[ESTIMATOR], len(config.sigmas), config.estimator.denoiser)
-    return Network(heads, cast("OneShotDenoiser | None", denoiser), device)
-
-
-def build_engine(work: Work, num_classes: int, batch_size: int | None = None) -> Engine:
-    """Network, noise and batch shape of a work; sets the CPU threads of this process.
-
-    Args:
-        work: what to do.
-        num_classes: of the data set.
-        batch_size: the plan's; None takes the configured one (a plan from before plans kept it).
-
-    Raises:
-        ConfigError: without a number, from the plan or the configuration.
-    """
-    config, compute = work.config, work.config.compute
-    rows = batch_size or compute.batch_size
-    if rows == "auto":
-        raise ConfigError(f"the plan of {work.store} does not say what compute.batch_size=auto came to; use a number")
-    forward = Forward(compute.precision, compute.channels_last, compute.compile)
-    noise = make_noise(config.noise, config.seed, compute.chunk_size)
-    return Engine(_load_network(work, num_classes, forward), noise, batch_size=rows)
-
-
-def _load_network(work: Work, num_classes: int, forward: Forward) -> Network:
-    if work.device == "cpu":
-        torch.set_num_threads(work.config.compute.threads_per_replica)
-    plain = build_network(work.model_files(), work.config, num_classes, work.device)
-    return Network(plain.heads, plain.denoiser, plain.device, forward)
-
-
-def _requests(work: Work, network: Network) -> list[Draws]:
-    """One of each kind that the procedures of a work make: of every network, at the highest level that it sees."""
-    experts = isinstance(network.heads[CLASSIFIER].module, Mapping)
-    levels = work.config.sigmas if experts else work.config.sigmas[-1:]
-    requests = [Draws(level, 1, (CLASSIFIER,), Phase.ESTIMATION) for level in levels]
-    if work.method == "dual":
-        requests.append(Draws(work.config.estimator_sigma, 1, (ESTIMATOR,), Phase.ESTIMATION))
-    return requests
-
-
-def warm_up(engine: Engine, work: Work, data: Dataset) -> float:
-    """One forward pass of every network of a work; returns the seconds of one, on average."""
-    return engine.warm_up(data.shape, _requests(work, engine.network))
-
-
-def check_visible(work: Work) -> None:
-    """Refuse to work where the run directory is another one.
-
-    Raises:
-        ConfigError: when this machine does not see the driver's files.
-    """
-    if not work.root.exists("manifest.json"):
-        raise ConfigError(
-            f"{str(work.root)!r} cannot be seen on {socket.gethostname()}: replicas on other machines need a run "
-            "directory on a shared file system or an object store (s3://, gs://)"
-        )
-
-
-def probe_batch_size(work: Work) -> int:
-    """What `compute.batch_size: auto` comes to on this device (`core.batch_size.choose_batch_size`).
-
-    Uncompiled where `compute.compile` is set: every size that is tried would be compiled anew, for minutes each.
-
-    Raises:
-        ModelError: when the device is too small for a single row.
-    """
-    check_visible(work)
-    data, compute = load_dataset(work.config.dataset, work.split), work.config.compute
-    network = _load_network(work, data.num_classes, Forward(compute.precision, compute.channels_last))
-    replicas_here = max(1, (os.cpu_count() or 1) // compute.threads_per_replica)
-    share = min(1.0, compute.gpus_per_replica) if work.device == "cuda" else 1 / replicas_here
-    try:
-        return choose_batch_size(DeviceProbe(network, data.shape, _requests(work, network), share))
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"not even one row fits on {work.device} of {_node()}: use a larger device ({error})"
-        ) from error
-
-
-def measure_rate(work: Work, batch_size: int | None = None, seconds: float = 2.0) -> float:
-    """Rows per second of the bare forward passes of a work at its batch shape, on this device."""
-    check_visible(work)
-    data = load_dataset(work.config.dataset, work.split)
-    engine = build_engine(work, data.num_classes, batch_size)
-    start, took = time.monotonic(), warm_up(engine, work, data)
-    while time.monotonic() - start < seconds:
-        took = min(took, warm_up(engine, work, data))
-    return engine.batch_size / took
-
-
-def procedures(work: Work) -> Iterator[Callable[[], Any]]:
-    """What is run on each example: makers of fresh generators, in the order of the example's rows."""
-    config, certify = work.config, work.config.certify
-    arguments = (
-        work.sampling,
-        Rule(certify.look_every, certify.early_share, certify.futility_z),
-        config.grid_radii,
-    )
-    if work.method == "dual":
-        yield partial(
-            dual_procedure, work.budget, config.sigmas, config.estimator_sigma, *arguments, certify.alpha_split
-        )
-        return
-    for sigma in config.sigmas:
-        yield partial(standard_procedure, work.budget, sigma, *arguments)
-
-
-def make_task(key: Any, data: Dataset, index: int, procedure: Callable[[], Any]) -> Task[Any]:
-    """The engine's task for one procedure on one example."""
-    image = torch.from_numpy(data.image(index)).float().div_(255.0)
-    return Task(key, data.example_ids[index], image, procedure())
-
-
-def make_row(data: Dataset, index: int, result: Certificate | DualCertificate) -> dict[str, Any]:
-    """The row of a result."""
-    example_id, label = data.example_ids[index], int(data.labels[index])
-    if isinstance(result, DualCertificate):
-        return dual_row(example_id, label, result)
-    return certificate_row(example_id, label, result)
 
 
 @dataclass(frozen=True)

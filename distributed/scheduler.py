@@ -15,8 +15,9 @@ import torch
 
 from core import errors
 from core.progress import Progress
-from distributed.replica import Facts, Replica, Work, is_device_error, measure_rate, probe_batch_size
+from distributed.replica import Facts, Replica, is_device_error
 from distributed.shards import Plan, ShardStore
+from distributed.work import Work, measure_rate, probe_batch_size
 
 __all__ = ["run_work"]
 

@@ -25,7 +25,7 @@ def run(directory: RunDirectory) -> None:
     from core.noise import make_noise
     from core.training.finetune import choose_sigma, finetune_classifier
     from distributed.cluster import train_device
-    from distributed.replica import build_network
+    from distributed.work import build_network
 
     hashes = directory.model_hashes(reads)
     torch.set_num_threads(config.compute.train_threads)

@@ -12,8 +12,8 @@ import ray
 import torch
 from torch import Tensor, nn
 
-import distributed.replica as replica_module
 import distributed.scheduler as scheduler_module
+import distributed.work as work_module
 from core.batch_size import DeviceProbe, Measured, choose_batch_size
 from core.config import parse_config
 from core.engine import Engine, Task
@@ -27,9 +27,10 @@ from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
 from core.smoothing import certify
 from distributed.audit import audit, replay
 from distributed.datasets import load_dataset
-from distributed.replica import Replica, build_engine, probe_batch_size
+from distributed.replica import Replica
 from distributed.run_directory import RunDirectory
 from distributed.shards import Plan, ShardStore
+from distributed.work import build_engine, probe_batch_size
 from jobs import build_dataset
 from tests.oracles import HalfSpace, axis
 from tests.test_scheduler import work_on
@@ -425,7 +426,7 @@ def test_probe_batch_size_device_too_small_for_a_row_says_so(tmp_path: Path, mon
     def never(probe: object) -> int:
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr(replica_module, "choose_batch_size", never)
+    monkeypatch.setattr(work_module, "choose_batch_size", never)
     with pytest.raises(ModelError, match=r"not even one row fits on cpu of .*80 GiB"):
         probe_batch_size(work_on(tiny_run(tmp_path), denoiser="denoiser", classifier="classifier"))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-import distributed.replica as replica_module
+import distributed.work as work_module
 from core.config import Config, parse_config
 from core.engine import Engine
 from core.errors import ConfigError, DataError, DualRSError, ModelError
@@ -263,7 +263,7 @@ class Counting(Engine):
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     monkeypatch.setattr(Counting, "made", [])
-    monkeypatch.setattr(replica_module, "Engine", Counting)
+    monkeypatch.setattr(work_module, "Engine", Counting)
     return Counting.made
 
 

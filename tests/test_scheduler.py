@@ -27,10 +27,11 @@ from core.network import Network
 from core.records import Sampling
 from distributed.audit import audit
 from distributed.datasets import load_dataset
-from distributed.replica import Replica, Work, retired
+from distributed.replica import Replica, retired
 from distributed.run_directory import RunDirectory
 from distributed.shards import Plan, ShardStore
 from distributed.tables import training_radii
+from distributed.work import Work, make_task
 from jobs import build_dataset, certify
 from tests.tiny import tiny_run
 
@@ -239,7 +240,7 @@ def test_build_dataset_examples_that_cannot_be_run_become_error_rows_and_are_tri
 ) -> None:
     run = tiny_run(tmp_path, "compute.executor=local")
     bad = load_dataset(run.config.dataset, "train").example_ids[13]
-    real = replica_module.make_task
+    real = make_task
 
     def fails(key: Any, data: Any, index: int, procedure: Any) -> Any:
         if data.example_ids[index] == bad:
