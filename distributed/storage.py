@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from core.errors import ConfigError, DataError
-from core.files import write_whole
+from core.files import file_sha256, write_whole
 
 __all__ = ["Folder", "Stored", "file_system"]
 
@@ -215,8 +215,7 @@ class Folder:
     def sha256(self, name: str) -> str:
         """Hex digest of a file's bytes."""
         if self.local is not None:
-            with (self.local / name).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return file_sha256(self.local / name)
         return hashlib.sha256(self.read(name)).hexdigest()
 
     def fetch(self, name: str, sha256: str) -> Path:

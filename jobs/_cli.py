@@ -121,7 +121,6 @@ def run_step(
         if args.dry_run:
             dry_run(directory, steps(args), args.price)
             return
-        directory.folder.check_writable()
         refuse(check(directory, steps(args)).problems)
         with RunLock(directory.folder):
             directory.begin()
