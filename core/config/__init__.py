@@ -1,0 +1,29 @@
+"""The configuration: one YAML file per setting, validated before anything runs.
+
+Every section refuses unknown keys and wrong types. `Config.identity` is the part that decides the numbers of a run: two
+runs with the same identity and the same seed hold the same counts.
+"""
+
+from core.config.compute import ComputeConfig
+from core.config.dataset import DatasetConfig, SplitConfig
+from core.config.loading import load_config, parse_config, parse_values
+from core.config.models import BaseModelsConfig, ClassifierConfig
+from core.config.run import Config
+from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
+
+__all__ = [
+    "BaseModelsConfig",
+    "CertifyConfig",
+    "ClassifierConfig",
+    "ComputeConfig",
+    "Config",
+    "DatasetConfig",
+    "EstimatorConfig",
+    "FinetuneConfig",
+    "LabelConfig",
+    "ReportConfig",
+    "SplitConfig",
+    "load_config",
+    "parse_config",
+    "parse_values",
+]

@@ -1,0 +1,69 @@
+"""`base`: the denoiser and the classifiers, taken from files or trained here."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from core.config.values import Count, Positive, Section
+
+__all__ = ["BaseModelsConfig", "ClassifierConfig"]
+
+
+class ClassifierConfig(Section):
+    """An image classifier: an architecture and where its weights are."""
+
+    arch: str | None = None
+    """A timm architecture such as `vit_base_patch16_224`, or `resnet110`; none for a checkpoint of our own format."""
+    checkpoint: str | None = None
+    """File or folder with its weights: timm's, transformers' (ViT), a plain state dict, or our own format."""
+    pretrained: bool = False
+    """Whether to take timm's weights, from its cache or the network."""
+    input_size: Count | None = None
+    """Height and width that images are resized to (bicubic, antialias); the architecture's own unless given."""
+    mean: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None = None
+    """By channel, in the pixel scale [0, 1]; what the checkpoint or the architecture says unless given."""
+    std: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = None
+    label_map: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] | None = None
+    """Class index of the checkpoint for each class of the data set; none where they are the same."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.checkpoint is not None and self.pretrained:
+            raise ValueError("checkpoint and pretrained: give one of them, both name weights")
+        if self.arch is None and self.checkpoint is None:
+            raise ValueError("arch: is missing; only a checkpoint of our own format says it itself")
+        return self
+
+
+class BaseModelsConfig(Section):
+    """The base models (`jobs.train_base`): trained here, or models of your own, of which nothing is trained."""
+
+    denoiser: str | None = None
+    """A denoiser of your own: a diffusers folder, an OpenAI checkpoint (.pt), a file of our own format (.safetensors),
+    or a name on the Hugging Face hub. Unless given, a small one is trained."""
+    classifier: ClassifierConfig | None = None
+    """A classifier of your own. Unless given, a small one is trained."""
+    experts: dict[Annotated[Positive, Field(strict=False)], ClassifierConfig] | None = None
+    """Instead of `classifier`: a classifier of your own for each sigma, and each exactly once. The estimator routes."""
+    denoiser_steps: Count = 800
+    denoiser_batch: Count = 128
+    denoiser_lr: Positive = 8e-3
+    denoiser_ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    """Decay of the exponential moving average of the weights."""
+    noise_range: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.05, 1.5)
+    """The denoiser sees noise levels drawn log-uniformly from this range."""
+    classifier_epochs: Count = 40
+    classifier_batch: Count = 128
+    classifier_lr: Positive = 5e-3
+    classifier_width: Count = 16
+    """Channels of the small CNN's first layer (the estimator uses the same)."""
+
+    @model_validator(mode="after")
+    def _trained(self) -> Self:
+        if self.classifier is not None and self.experts is not None:
+            raise ValueError("experts: goes without base.classifier; give one of them")
+        experts = {f"experts.{sigma}": expert for sigma, expert in (self.experts or {}).items()}
+        for key, own in {"classifier": self.classifier, **experts}.items():
+            if own is not None and own.checkpoint is None and not own.pretrained:
+                raise ValueError(f"{key}: {own.arch} is not trained here; give {key}.checkpoint or {key}.pretrained")
+        return self

@@ -1,0 +1,142 @@
+"""A whole run: the sections together, what has to agree between them, and what decides the numbers."""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from core.confidence import draws_needed, largest_radius
+from core.config.compute import ComputeConfig
+from core.config.dataset import DatasetConfig
+from core.config.models import BaseModelsConfig, ClassifierConfig
+from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
+from core.config.values import Positive, Section
+from core.records import CLASSIFIER
+
+__all__ = ["Config"]
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of all noise and all training."""
+    sigmas: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
+    """Sigma, the candidate noise levels: standard deviations in the pixel scale [0, 1], ascending."""
+    sigma_e: Positive | None = None
+    """Noise level of the estimator; max(sigmas) unless given, never below it."""
+    noise: Literal["gaussian", "exact"] = "gaussian"
+    """`gaussian`: float32 normal noise, as everybody does it; `exact`: integer noise on the 8-bit grid, for which the
+    certificate holds in exact arithmetic too (Voracek & Hein 2023)."""
+    dataset: DatasetConfig = DatasetConfig()
+    base: BaseModelsConfig = BaseModelsConfig()
+    labels: LabelConfig = LabelConfig()
+    estimator: EstimatorConfig = EstimatorConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    certify: CertifyConfig = CertifyConfig()
+    report: ReportConfig = ReportConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if list(self.sigmas) != sorted(set(self.sigmas)):
+            raise ValueError(f"sigmas: must be ascending and distinct, got {list(self.sigmas)}; sort them")
+        top = max(self.sigmas)
+        if self.sigma_e is not None and self.sigma_e < top:
+            raise ValueError(
+                f"sigma_e: must be at least max(sigmas) = {top}, got {self.sigma_e}: a smaller one caps every radius; "
+                "raise it or leave it out"
+            )
+        experts = self.base.experts
+        if experts is not None and sorted(experts) != list(self.sigmas):
+            raise ValueError(
+                f"base.experts: has experts for {sorted(experts)}, expected one for each of sigmas = "
+                f"{list(self.sigmas)} and no other; add or drop some, or change sigmas"
+            )
+        asked, certify = max(self.report.radii), self.certify
+        half = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
+        reach = largest_radius(top, certify.num_estimation, half)
+        if asked >= reach:
+            raise ValueError(
+                f"certify.num_estimation: {certify.num_estimation} draws at {half:g} a stage certify radii below "
+                f"{reach:.3f} at sigma = {top}, but report.radii asks for {asked:g}; set certify.num_estimation to at "
+                f"least {draws_needed(asked, top, half):,}, or lower report.radii"
+                if asked > 0
+                else f"certify.num_estimation: {certify.num_estimation} draws at {half:g} a stage cannot certify "
+                f"anything, every input would abstain; set it to at least {draws_needed(0.0, top, half):,}"
+            )
+        labels = self.labels
+        if largest_radius(top, labels.num_estimation, labels.alpha) <= 0:
+            raise ValueError(
+                f"labels.num_estimation: {labels.num_estimation} draws at alpha = {labels.alpha:g} cannot certify "
+                f"anything; set it to at least {draws_needed(0.0, top, labels.alpha):,}"
+            )
+        radii = list(self.report.radii)
+        if radii != sorted(set(radii)):
+            raise ValueError(f"report.radii: must be ascending and distinct, got {radii}; sort them")
+        grid = list(certify.grid)
+        if grid != sorted(set(grid)):
+            raise ValueError(f"certify.grid: must be ascending and distinct, got {grid}; sort them")
+        compute = self.compute
+        if compute.max_replicas and compute.min_replicas > compute.max_replicas:
+            raise ValueError(
+                f"compute.min_replicas: {compute.min_replicas} is above compute.max_replicas = {compute.max_replicas}"
+            )
+        low, high = self.base.noise_range
+        if low >= high:
+            raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")
+        return self
+
+    @property
+    def classifiers(self) -> dict[str, float | None]:
+        """The networks that classify: `classifier` at every sigma (None), or an expert for each, `classifier-0.25`."""
+        if self.base.experts is None:
+            return {CLASSIFIER: None}
+        return {f"{CLASSIFIER}-{sigma}": sigma for sigma in self.sigmas}
+
+    def own_classifier(self, role: str) -> ClassifierConfig | None:
+        """Which file or architecture a network of `classifiers` is taken from; None where it is trained here."""
+        sigma = self.classifiers[role]
+        return self.base.classifier if self.base.experts is None or sigma is None else self.base.experts[sigma]
+
+    @property
+    def grid_radii(self) -> tuple[float, ...]:
+        """The radii that `budget: grid` decides."""
+        return self.certify.grid or self.report.radii
+
+    @property
+    def estimator_sigma(self) -> float:
+        """The noise level of the estimator, sigma_e."""
+        return max(self.sigmas) if self.sigma_e is None else self.sigma_e
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides a run's numbers, as plain JSON: all but the report and where things run."""
+        return self._identity(exclude_defaults=False)
+
+    def fingerprint(self) -> str:
+        """Short hash of what differs from the defaults in `identity`, so that a later version may add keys."""
+        text = json.dumps(self._identity(exclude_defaults=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _identity(self, exclude_defaults: bool) -> dict[str, Any]:
+        # Data may move; what they hold is for `Dataset.digest` to say.
+        where: dict[str, Any] = {"path": True, "train": {"path": True}, "test": {"path": True}}
+        plain = self.model_dump(
+            mode="json", exclude={"report": True, "dataset": where}, exclude_defaults=exclude_defaults
+        )
+        for split in ("train", "test"):
+            if plain.get("dataset", {}).get(split) == {}:  # nothing but its path differed from the defaults
+                del plain["dataset"][split]
+        compute = plain.pop("compute", {})
+        # `batch_size: auto` stands here as "auto", not as the number that it came to: that is found per step, on a
+        # device, long after the fingerprint has been written into the manifest, and a resumption has to arrive at the
+        # same fingerprint without a device. The number is the plan's (`distributed.shards.Plan.batch_size`), written
+        # before the first row and never changed: whoever goes on, replays or audits takes it from there. So two runs
+        # with one fingerprint hold the same counts if their plans name the same number; one that is given always is.
+        keys = ("batch_size", "precision", "channels_last", "compile", "chunk_size", "train_threads")
+        plain["compute"] = {key: compute[key] for key in keys if key in compute}
+        plain["sigma_e"] = self.estimator_sigma
+        if self.certify.budget == "grid":
+            plain["certify"]["grid"] = list(self.grid_radii)
+        return plain

@@ -1,0 +1,104 @@
+"""`labels`, `estimator`, `finetune`, `certify`, `report`: the steps of the method."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from core.config.models import ClassifierConfig
+from core.config.values import Alpha, Count, NonNegative, Positive, Section, Share
+
+__all__ = ["CertifyConfig", "EstimatorConfig", "FinetuneConfig", "LabelConfig", "ReportConfig"]
+
+
+class LabelConfig(Section):
+    """The all-sigma certification of the training set (`jobs.build_dataset`, METHOD step 1)."""
+
+    num_selection: Count = 100
+    num_estimation: Count = 100
+    alpha: Alpha = 0.001
+
+
+class EstimatorConfig(Section):
+    """The variance estimator (`jobs.train_estimator`, METHOD step 2)."""
+
+    backbone: ClassifierConfig | None = None
+    """Its network, with one output per sigma, trained from the weights given or from scratch; a checkpoint's last layer
+    is replaced where it has another width. Unless given, the small CNN."""
+    loss: Literal["hard", "soft", "consistency"] = "consistency"
+    """`hard`: cross-entropy on the best sigma; `soft`: on softmax(radii); `consistency`: soft plus consistency."""
+    consistency_weight: Literal["strong", "weak", "max_radius", "min_radius", "none"] = "strong"
+    """w_r of the consistency term: R_c at the largest (strong) or smallest (weak) sigma that is predicted over the
+    noisy copies; or the largest or smallest R_c over Sigma; or 1."""
+    label_radius: Literal["at_n", "at_10k"] = "at_n"
+    """Radii as certified, or those that the same share of votes would give with 10,000 draws."""
+    consistency_lambda: NonNegative = 40.0
+    """Weight of the KL term, lambda."""
+    consistency_eta: NonNegative = 0.5
+    """Weight of the entropy term, eta."""
+    num_copies: Annotated[int, Field(ge=1)] = 2
+    """Noisy copies of each sample in a step, m."""
+    denoiser: bool = True
+    """Whether the estimator reads denoised images, as published, or the noisy ones: a denoiser-free, light one."""
+    rebalance: bool = True
+    """Weight samples by 1 / (share of samples with the same best sigma)."""
+    epochs: Count = 90
+    batch_size: Count = 256
+    lr: Positive = 0.01
+    weight_decay: NonNegative = 0.01
+    lr_step: Count = 30
+    """The learning rate is multiplied by `lr_gamma` every so many epochs."""
+    lr_gamma: Share = 0.5
+
+    @model_validator(mode="after")
+    def _no_labels(self) -> Self:
+        if self.backbone is not None and self.backbone.label_map is not None:
+            raise ValueError(
+                "backbone.label_map: has no meaning for an estimator, its classes are the sigmas; remove it"
+            )
+        return self
+
+
+class FinetuneConfig(Section):
+    """Fine-tuning of the classifier at the estimated sigmas (`jobs.finetune_classifier`, METHOD step 3)."""
+
+    share: Share = 1.0
+    """A random share of the training split, drawn with the run's seed: fine-tuning reads no other image."""
+    epochs: Count = 15
+    batch_size: Count = 128
+    lr: Positive = 2e-5
+    weight_decay: NonNegative = 0.01
+    num_sigma_draws: Count = 100
+    """Noisy copies over which the estimator's majority picks the sigma of a training sample."""
+
+
+class CertifyConfig(Section):
+    """Test-time certification (`jobs.certify`)."""
+
+    num_selection: Count = 100
+    num_estimation: Count = 10_000
+    alpha: Alpha = 0.001
+    """Total failure probability."""
+    alpha_split: Literal["halves", "full"] = "halves"
+    """`halves`: Dual RS spends half of alpha on each stage, as published; `full`: all of it on each, for the same claim
+    (see docs/guarantees.md)."""
+    budget: Literal["fixed", "sequential", "grid"] = "fixed"
+    """`fixed`: all draws, the field's standard; `sequential`: the same radii, each stage of Dual RS stops as soon as
+    it cannot change what is reported; `grid`: only which radii of `grid` are exceeded."""
+    grid: Annotated[tuple[NonNegative, ...], Field(strict=False)] = ()
+    """Radii that `budget: grid` decides; `report.radii` unless given."""
+    look_every: Count = 100
+    """Draws between two looks of a sequential budget."""
+    early_share: Annotated[float, Field(gt=0, lt=0.49)] = 0.1
+    """Share of alpha for stopping early; the rest is for the look at the last draw."""
+    futility_z: Annotated[float, Field(gt=0)] = 3.0
+    """`grid` gives up on the next radius when it is so many standard deviations out of reach: smaller saves draws and
+    loses more radii (never the guarantee), .inf gives up only on what cannot be reached."""
+
+
+class ReportConfig(Section):
+    """The report (`jobs.report`); changing it needs no new run."""
+
+    radii: Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """l2 radii of the table, pixel scale [0, 1]."""
+    strict: bool = True
+    """Count radius > r (the Dual RS authors) rather than radius >= r (older scripts)."""
