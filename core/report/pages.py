@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from core.report.charts import CSS, SCRIPT, SCRIPT_HASH, Chart, chart_html
+
 __all__ = ["Block", "Heading", "Picture", "Table", "Text", "html_page", "markdown_page", "markdown_table"]
 
 
@@ -34,11 +36,12 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure: its file for Markdown, its SVG for HTML."""
+    """A figure: its file for Markdown, its SVG for HTML, and its curves where a reader may question them."""
 
     file: str
     caption: str
     svg: str
+    chart: Chart | None = None
 
 
 Block = Heading | Text | Table | Picture
@@ -97,29 +100,32 @@ tbody tr:last-child > * { border-bottom: 0; }
 th:first-child { text-align: left; min-width: 9rem; font-weight: 500; position: sticky; left: 0; }
 figure { margin: 1.4rem 0; } figcaption { font-size: .85rem; opacity: .8; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
-.card svg { display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto; }
+.card > svg { display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto; }
 pre { overflow-x: auto; padding: .8rem; background: var(--soft); border-radius: 6px; font-size: .8rem; }
 """
+
+# Keeps the promise that the page needs nothing but itself, and that nothing in it runs but its own script.
+_POLICY: Final = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src '{SCRIPT_HASH}'"
 
 
 def html_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:
     """The report as one page that needs nothing but itself."""
     title = html.escape(title)
     body = "\n".join(_html_block(block) for block in blocks)
-    # The policy keeps the promise that the page needs nothing but itself.
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{title}</title>
-<style>{_CSS}</style>
+<style>{_CSS}{CSS}</style>
 </head>
 <body>
 <h1>{title}</h1>
 {body}
 {_manifest(manifest)}
+<script>{SCRIPT}</script>
 </body>
 </html>
 """
@@ -131,9 +137,10 @@ def _html_block(block: Block) -> str:
             return f"<h2>{html.escape(text)}</h2>"
         case Text(text):
             return f"<p>{html.escape(text)}</p>"
-        case Picture(_, caption, svg):
+        case Picture(_, caption, svg, chart):
             image = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(caption)}"', 1)
-            return f'<figure><div class="card">{image}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+            look, inside = ("card", image) if chart is None else ("card chart", chart_html(chart, image))
+            return f'<figure><div class="{look}">{inside}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
         case Table(header, rows, bold):
             head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
             body = "\n".join(_html_row(row, {j for i, j in bold if i == number}) for number, row in enumerate(rows))

@@ -8,11 +8,15 @@ from typing import Any, Final
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from core.metrics import ecdf
 from core.report import Kind, Method, ReportData
+from core.report.charts import Chart, Curve
+from core.report.pages import Picture
 
 __all__ = [
     "certified_accuracy_figure",
@@ -21,6 +25,7 @@ __all__ = [
     "p_lower_figure",
     "sigma_choice_figure",
     "to_bytes",
+    "to_picture",
     "to_svg",
 ]
 
@@ -153,6 +158,56 @@ def to_bytes(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def to_picture(figure: Figure, name: str, caption: str) -> Picture:
+    """The figure for a page; one whose lines have names gets a legend of buttons instead of its own."""
+    lines = _named_lines(figure)
+    if len(figure.axes) > 1 or not lines:
+        return Picture(f"{name}.png", caption, to_svg(figure, name))
+    legends, size = figure.legends, figure.get_size_inches()
+    figure.legends = []
+    figure.set_size_inches(size[0], size[1] - _LEGEND_ROW_IN * len(lines))
+    svg = to_svg(figure, name)
+    chart = _chart(figure, lines, name, svg)
+    figure.legends = legends
+    figure.set_size_inches(size)
+    return Picture(f"{name}.png", caption, svg, chart)
+
+
+def _named_lines(figure: Figure) -> list[Line2D]:
+    """In the order of the legend."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    by_name = {name: line for name, line in zip(labels, handles, strict=True) if isinstance(line, Line2D)}
+    order = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return [by_name[name] for name in order or by_name if name in by_name]
+
+
+def _chart(figure: Figure, lines: Sequence[Line2D], name: str, svg: str) -> Chart:
+    """What the page's script needs: the axes' place in the SVG just drawn, and every named line on one grid."""
+    (axes,) = figure.axes
+    grid = np.linspace(*axes.get_xlim(), _GRID_POINTS)
+    width, height = 72.0 * figure.get_size_inches()  # an SVG of matplotlib's counts in points
+    box = axes.get_position()
+    curves = []
+    for line in lines:
+        x, y = (np.asarray(v, np.float64) for v in line.get_data())
+        if str(line.get_drawstyle()).startswith("steps"):
+            at = np.searchsorted(x, grid, side="right") - 1
+            values = np.where(at >= 0, y[np.maximum(at, 0)], np.nan)
+        else:
+            values = np.interp(grid, x, y, left=np.nan)
+        key = f"{name}-{line.get_gid()}"
+        dashes = re.search(rf'id="{key}">.*?style="([^"]*)"', svg, re.DOTALL)
+        drawn = re.search(r"stroke-dasharray: ([\d., ]+)", dashes[1] if dashes else "")
+        pattern = tuple(float(d) for d in drawn[1].split(",")) if drawn else ()
+        curves.append(Curve(key, str(line.get_label()), str(to_hex(line.get_color())), pattern, tuple(values.tolist())))
+    return Chart(
+        x_name=axes.get_xlabel().replace(r"$\ell_2$", "l2"),
+        grid=tuple(grid.tolist()),
+        left=box.x0 * width, right=box.x1 * width, top=(1 - box.y1) * height, bottom=(1 - box.y0) * height,
+        curves=tuple(curves),
+    )  # fmt: skip
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as one `<svg>` element to put into HTML.
 
@@ -177,6 +232,8 @@ def _figure(panels: Sequence[Callable[[Any], None]], height_in: float, order: Se
         FigureCanvasAgg(figure)
         for axes, draw in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
             draw(axes)
+        for number, line in enumerate(_named_lines(figure)):
+            line.set_gid(f"curve-{number}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
             by_name = dict(zip(labels, handles, strict=True))

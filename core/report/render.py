@@ -19,6 +19,13 @@ from core.report.pages import Block, Heading, Picture, Table, Text, html_page, m
 __all__ = ["DualRows", "ReportData", "StandardRows", "best_method_sentence", "format_table", "write_report"]
 
 _RHO: Final = 0.001
+_CAPTIONS: Final = {
+    "certified_accuracy": "Certified accuracy against the radius. The oracle picks the best sigma with the label in "
+    "hand.",
+    "sigma_choice": "The estimator's choice of sigma, against the oracle's.",
+    "delta_radius": "Empirical distribution of the lost radius and of the spare radius, where measured.",
+    "p_lower": "Empirical distribution of the lower bound.",
+}
 _NONE: Final = "–"
 
 
@@ -64,7 +71,7 @@ def write_report(data: ReportData, folder: Path) -> list[Path]:
     files = {"table.csv": _csv(data).encode()}
     files |= {f"{name}.png": plots.to_bytes(figure, "png") for name, figure in figures.items()}
     files["certified_accuracy.pdf"] = plots.to_bytes(figures["certified_accuracy"], "pdf")
-    blocks = _blocks(data, {name: plots.to_svg(figure, name) for name, figure in figures.items()})
+    blocks = _blocks(data, {name: plots.to_picture(figure, name, _CAPTIONS[name]) for name, figure in figures.items()})
     # The pages last: they name the other files.
     files["report.md"] = markdown_page(data.title, blocks, data.manifest).encode()
     files["report.html"] = html_page(data.title, blocks, data.manifest).encode()
@@ -153,7 +160,7 @@ def _choice_table(data: ReportData, dual: DualRows) -> Table:
     return Table(("sigma", "Chosen by the estimator", "Certified by the estimator", "Best in hindsight"), tuple(rows))
 
 
-def _dual_blocks(data: ReportData, dual: DualRows, svgs: Mapping[str, str]) -> list[Block]:
+def _dual_blocks(data: ReportData, dual: DualRows, pictures: Mapping[str, Picture]) -> list[Block]:
     agree = data.choice_agreement()
     said = "No sigma certifies the right class of any example." if np.isnan(agree) else (
         f"Where some sigma certifies the right class, the estimator chose the best one for {_percent(agree)} "
@@ -162,7 +169,7 @@ def _dual_blocks(data: ReportData, dual: DualRows, svgs: Mapping[str, str]) -> l
     blocks: list[Block] = [
         Heading("Dual RS, stage by stage"), _stage_table(data, dual),
         Heading("Choice of the noise level"), Text(said), _choice_table(data, dual),
-        Picture("sigma_choice.png", "The estimator's choice of sigma, against the oracle's.", svgs["sigma_choice"]),
+        pictures["sigma_choice"],
         Heading("Lost and spare radius"),
     ]  # fmt: skip
     lost, slack = data.lost_radius(), dual.slack()
@@ -184,18 +191,16 @@ def _dual_blocks(data: ReportData, dual: DualRows, svgs: Mapping[str, str]) -> l
             f" it is negative for {_percent(float((slack < 0.0).mean()))}, where the estimator caps the radius."
         )
     blocks.append(Text(text))
-    if "delta_radius" in svgs:
-        caption = "Empirical distribution of the lost radius and of the spare radius, where measured."
-        blocks.append(Picture("delta_radius.png", caption, svgs["delta_radius"]))
+    if "delta_radius" in pictures:
+        blocks.append(pictures["delta_radius"])
     return blocks
 
 
-def _blocks(data: ReportData, svgs: Mapping[str, str]) -> list[Block]:
-    curve = "Certified accuracy against the radius. The oracle picks the best sigma with the label in hand."
+def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     blocks: list[Block] = [
         Text(_summary(data)), *(Text(note) for note in data.notes),
         Heading("Certified accuracy"), Text(best_method_sentence(data)), _accuracy_table(data),
-        Picture("certified_accuracy.png", curve, svgs["certified_accuracy"]),
+        pictures["certified_accuracy"],
         Heading("How sure the accuracies are"),
         Text("Exact intervals (Clopper-Pearson, 95% each) over the draw of the test set, for one method at one radius."
               " The methods share their examples, so these intervals are no test of a difference between two of them."),
@@ -207,12 +212,11 @@ def _blocks(data: ReportData, svgs: Mapping[str, str]) -> list[Block]:
         _method_table(data),
     ]  # fmt: skip
     if data.dual is not None:
-        blocks += _dual_blocks(data, data.dual, svgs)
+        blocks += _dual_blocks(data, data.dual, pictures)
     text = "Up to one half (dashed) nothing is certified."
     if data.dual is not None:
         text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
-    picture = Picture("p_lower.png", "Empirical distribution of the lower bound.", svgs["p_lower"])
-    return [*blocks, Heading("Lower bound of the top class's probability"), Text(text), picture]
+    return [*blocks, Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
 
 
 def _csv(data: ReportData) -> str:
