@@ -18,7 +18,7 @@ from core.errors import DataError
 from core.report.render import DualRows, ReportData, StandardRows, best_method_sentence, format_table, write_report
 
 PAGES = ["certified_accuracy.pdf", "certified_accuracy.png", "delta_radius.png", "p_lower.png", "report.html"]
-PAGES += ["report.md", "sigma_choice.png", "table.csv"]
+PAGES += ["report.md", "sigma_choice.png", "table.csv", "table.tex"]
 SCRIPT = "<script>alert('x')</script>"
 
 
@@ -137,6 +137,20 @@ def test_write_report_csv_holds_unrounded_shares_and_intervals(written: Path) ->
     assert float(row["ci95_lower"]) == pytest.approx(0.0527, abs=5e-5)
     assert float(row["ci95_upper"]) == pytest.approx(0.8534, abs=5e-5)
     assert {r["method"] for r in rows if r["is_certificate"] == "False"} == {"Oracle over Sigma (not a certificate)"}
+
+
+def test_write_report_latex_is_the_table_with_its_bests_bold_and_marks_escaped(written: Path, tmp_path: Path) -> None:
+    text = (written / "table.tex").read_text()
+    accuracy, intervals = text.split("\n\n")
+    (dual,) = [line for line in accuracy.splitlines() if "Dual RS" in line]
+    assert dual.strip() == r"Dual RS & 60.00 & \textbf{40.00} & \textbf{40.00} & 0.00 & 0.00 \\"
+    assert "5.27 -- 85.34" in intervals
+    assert accuracy.count("\\toprule") == accuracy.count("\\midrule") == accuracy.count("\\bottomrule") == 1
+    write_report(replace(report(), labels="50%_of {a&b} \\x~y^z"), tmp_path)
+    assert (
+        "50\\%\\_of \\{a\\&b\\} \\textbackslash{}x\\textasciitilde{}y\\textasciicircum{}z"
+        in (tmp_path / "table.tex").read_text()
+    )
 
 
 def test_write_report_method_table_equals_hand_count(written: Path) -> None:

@@ -8,7 +8,17 @@ from typing import Final
 
 from core.report.charts import CSS, SCRIPT, SCRIPT_HASH, Chart, chart_html
 
-__all__ = ["Block", "Heading", "Picture", "Table", "Text", "html_page", "markdown_page", "markdown_table"]
+__all__ = [
+    "Block",
+    "Heading",
+    "Picture",
+    "Table",
+    "Text",
+    "html_page",
+    "latex_table",
+    "markdown_page",
+    "markdown_table",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,27 @@ def markdown_table(table: Table) -> str:
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
     lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex_table(table: Table, caption: str) -> str:
+    """A LaTeX table; the document has to load the package booktabs."""
+    cells = [[_latex(cell) for cell in row] for row in (table.header, *table.rows)]
+    for i, j in table.bold:
+        cells[i + 1][j] = rf"\textbf{{{cells[i + 1][j]}}}"
+    head, *body = (" & ".join(row) + r" \\" for row in cells)
+    lines = [
+        r"\begin{table}", r"  \centering", rf"  \caption{{{_latex(caption)}}}",
+        rf"  \begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"    \toprule", f"    {head}", r"    \midrule",
+        *(f"    {line}" for line in body),
+        r"    \bottomrule", r"  \end{tabular}", r"\end{table}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _latex(text: str) -> str:
+    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+    marks |= {mark: "\\" + mark for mark in "&%$#_{}"}
+    return "".join(marks.get(mark, mark) for mark in " ".join(text.split()))
 
 
 def markdown_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:

@@ -14,7 +14,17 @@ import numpy as np
 from core.files import write_whole
 from core.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
 from core.report import DualRows, Kind, ReportData, StandardRows
-from core.report.pages import Block, Heading, Picture, Table, Text, html_page, markdown_page, markdown_table
+from core.report.pages import (
+    Block,
+    Heading,
+    Picture,
+    Table,
+    Text,
+    html_page,
+    latex_table,
+    markdown_page,
+    markdown_table,
+)
 
 __all__ = ["DualRows", "ReportData", "StandardRows", "best_method_sentence", "format_table", "write_report"]
 
@@ -55,15 +65,15 @@ def best_method_sentence(data: ReportData) -> str:
 
 
 def write_report(data: ReportData, folder: Path) -> list[Path]:
-    """Write report.md, report.html, table.csv and the figures; each file appears whole or not at all.
+    """Write report.md, report.html, table.csv, table.tex and the figures; each file appears whole or not at all.
 
     Args:
         data: what to report.
         folder: made if missing; files of an earlier report are replaced.
 
     Returns:
-        The paths written: table.csv, certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png and delta_radius.png
-        (the last two where Dual RS and what they show were measured), report.md, report.html.
+        The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png
+        and delta_radius.png (the last two where Dual RS and what they show were measured), report.md, report.html.
     """
     from core.report import plots  # matplotlib: half a second that a terminal table does not need
 
@@ -72,6 +82,7 @@ def write_report(data: ReportData, folder: Path) -> list[Path]:
     files |= {f"{name}.png": plots.to_bytes(figure, "png") for name, figure in figures.items()}
     files["certified_accuracy.pdf"] = plots.to_bytes(figures["certified_accuracy"], "pdf")
     blocks = _blocks(data, {name: plots.to_picture(figure, name, _CAPTIONS[name]) for name, figure in figures.items()})
+    files["table.tex"] = _latex(data).encode()
     # The pages last: they name the other files.
     files["report.md"] = markdown_page(data.title, blocks, data.manifest).encode()
     files["report.html"] = html_page(data.title, blocks, data.manifest).encode()
@@ -216,7 +227,11 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     text = "Up to one half (dashed) nothing is certified."
     if data.dual is not None:
         text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
-    return [*blocks, Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
+    blocks += [Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
+    steps = data.manifest.get("steps")
+    if isinstance(steps, Mapping) and (table := _steps_table(steps)).rows:
+        blocks += [Heading("What it took"), table]
+    return blocks
 
 
 def _csv(data: ReportData) -> str:
@@ -229,6 +244,28 @@ def _csv(data: ReportData) -> str:
         columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, data.num_examples))
         writer.writerows((m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True))
     return out.getvalue()
+
+
+def _latex(data: ReportData) -> str:
+    claim = f"{data.labels}, {data.num_examples} examples, n = {data.num_estimation}, alpha = {data.alpha:g}"
+    accuracy = latex_table(_accuracy_table(data), f"Certified accuracy ({claim}).")
+    return (
+        accuracy
+        + "\n"
+        + latex_table(_interval_table(data), f"95% Clopper-Pearson intervals over the test set ({claim}).")
+    )
+
+
+def _steps_table(steps: Mapping[str, Mapping[str, object]]) -> Table:
+    """What each certifying step drew and took, from the manifest."""
+    rows = []
+    for name, step in steps.items():
+        if (seconds := step.get("duration_s")) is None:
+            continue
+        draws, device = step.get("draws_this_call"), step.get("devices")
+        where = ", ".join(map(str, device)) if isinstance(device, list) else _NONE
+        rows.append((name, f"{step.get('rows', 0):,}", _NONE if draws is None else f"{draws:,}", f"{seconds:,}", where))
+    return Table(("Step (its last call)", "Rows", "Draws", "Wall time [s]", "Device"), tuple(rows))
 
 
 def _percent(share: float) -> str:
