@@ -1,6 +1,7 @@
 """Step 6: certified accuracy against radius, as a table, plots, Markdown and one self-contained HTML page."""
 
 import sys
+from dataclasses import replace
 
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, open_run, run_job
@@ -12,6 +13,14 @@ def run(directory: RunDirectory) -> None:
     from distributed.tables import report_data
 
     data = report_data(directory.config, directory.folder, directory.manifest)
+    if directory.config.report.gallery:
+        from distributed.gallery import gallery
+
+        images = gallery(directory, directory.config.report.gallery)
+        if isinstance(images, str):
+            print(f"no gallery of images: {images}")
+        else:
+            data = replace(data, gallery=images)
     folder = directory.folder / "report"
     with folder.staged() as local:
         write_report(data, local)

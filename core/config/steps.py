@@ -102,3 +102,5 @@ class ReportConfig(Section):
     """l2 radii of the table, pixel scale [0, 1]."""
     strict: bool = True
     """Count radius > r (the Dual RS authors) rather than radius >= r (older scripts)."""
+    gallery: Annotated[int, Field(ge=0)] = 4
+    """So many images with the largest and so many with the smallest certificates are shown, noisy and denoised."""

@@ -14,7 +14,7 @@ from core import metrics
 from core.errors import DataError
 from core.records import Bound
 
-__all__ = ["DualRows", "Kind", "Method", "ReportData", "StandardRows"]
+__all__ = ["DualRows", "Gallery", "Kind", "Method", "ReportData", "StandardRows"]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -136,6 +136,21 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Gallery:
+    """Images to look at, M of them, from the most certified to the least.
+
+    Attributes:
+        captions: what is said of each.
+        clean, noisy, denoised: float32 ``(M, C, H, W)`` in [0, 1], C = 1 or 3.
+    """
+
+    captions: tuple[str, ...]
+    clean: NDArray[np.float32]
+    noisy: NDArray[np.float32]
+    denoised: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ReportData:
     """Everything that a report shows. All rows are aligned: entry i of each array is the same example.
 
@@ -152,6 +167,7 @@ class ReportData:
         alpha: failure probability per example.
         alpha_stages: what Dual RS spends on the noise level and on the class.
         num_selection, num_estimation: draws of each certificate (n0 and n).
+        gallery: images with the largest and the smallest certificates, where they are at hand.
         notes: sentences to show below the summary.
         manifest: configuration, versions, seed; shown as JSON.
 
@@ -171,6 +187,7 @@ class ReportData:
     alpha_stages: tuple[float, float]
     num_selection: int
     num_estimation: int
+    gallery: Gallery | None = None
     notes: tuple[str, ...] = ()
     manifest: Mapping[str, object]
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from core.metrics import ecdf
-from core.report import Kind, Method, ReportData
+from core.report import Gallery, Kind, Method, ReportData
 from core.report.charts import Chart, Curve
 from core.report.pages import Picture
 
@@ -22,6 +22,7 @@ __all__ = [
     "certified_accuracy_figure",
     "delta_figure",
     "figures",
+    "gallery_figure",
     "p_lower_figure",
     "sigma_choice_figure",
     "to_bytes",
@@ -67,6 +68,8 @@ def figures(data: ReportData) -> dict[str, Figure]:
         lost, slack = data.lost_radius(), data.dual.slack()
         if lost.size or slack.size:
             shown["delta_radius"] = delta_figure(lost, slack)
+    if data.gallery is not None:
+        shown["gallery"] = gallery_figure(data.gallery)
     return shown
 
 
@@ -147,6 +150,26 @@ def sigma_choice_figure(labels: Sequence[str], chosen: Ints, best: Ints) -> Figu
         axes.set(xlabel="sigma", ylabel="examples")
 
     return _figure([draw], height_in=2.8)
+
+
+def gallery_figure(gallery: Gallery) -> Figure:
+    """A row for each image: clean, noisy at its sigma, denoised."""
+    num = len(gallery.captions)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_IN, 1.5 * num), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        rows = figure.subfigures(num, 1, squeeze=False)[:, 0]
+        for row, caption, *images in zip(
+            rows, gallery.captions, gallery.clean, gallery.noisy, gallery.denoised, strict=True
+        ):
+            row.suptitle(caption, fontsize=8.5)
+            for axes, image, name in zip(row.subplots(1, 3), images, ("clean", "noisy", "denoised"), strict=True):
+                shown = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+                axes.imshow(shown, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+                axes.set_xlabel(name, fontsize=8)
+                axes.set(xticks=[], yticks=[])
+                axes.grid(visible=False)
+    return figure
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:

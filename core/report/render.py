@@ -35,6 +35,7 @@ _CAPTIONS: Final = {
     "sigma_choice": "The estimator's choice of sigma, against the oracle's.",
     "delta_radius": "Empirical distribution of the lost radius and of the spare radius, where measured.",
     "p_lower": "Empirical distribution of the lower bound.",
+    "gallery": "From the largest certificate to the smallest: the image, one of its noisy copies, that copy denoised.",
 }
 _NONE: Final = "–"
 
@@ -72,8 +73,8 @@ def write_report(data: ReportData, folder: Path) -> list[Path]:
         folder: made if missing; files of an earlier report are replaced.
 
     Returns:
-        The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png
-        and delta_radius.png (the last two where Dual RS and what they show were measured), report.md, report.html.
+        The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png,
+        delta_radius.png, gallery.png (the last three where what they show was measured), report.md, report.html.
     """
     from core.report import plots  # matplotlib: half a second that a terminal table does not need
 
@@ -228,6 +229,8 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     if data.dual is not None:
         text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
     blocks += [Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
+    if data.gallery is not None:
+        blocks += [Heading("Most and least certified"), pictures["gallery"]]
     steps = data.manifest.get("steps")
     if isinstance(steps, Mapping) and (table := _steps_table(steps)).rows:
         blocks += [Heading("What it took"), table]
