@@ -67,6 +67,8 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
         [
             "compute.executor=local",
             "dataset.test_size=800",
+            "dataset.train.first=300",
+            "dataset.test.first=100",
             "base.denoiser_steps=40",
             "base.classifier_epochs=5",
             "estimator.epochs=2",
@@ -82,8 +84,8 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     pipeline.run(run)
     out = capfd.readouterr().out
     assert "| Dual RS " in out
-    assert ShardStore(run.path, "dataset").read().num_rows == 997 * 2
-    assert ShardStore(run.path, "certificates/standard").read().num_rows == 800 * 2
+    assert ShardStore(run.path, "dataset").read().num_rows == 300 * 2
+    assert ShardStore(run.path, "certificates/standard").read().num_rows == 100 * 2
     table = ShardStore(run.path, "certificates/dual").read().to_pandas()
     # The printed table is what the rows say.
     line = next(line for line in out.splitlines() if line.startswith("| Dual RS "))
