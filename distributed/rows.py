@@ -1,23 +1,22 @@
-"""Rows of the shards: their columns, and from a certificate to a row."""
+"""Rows of certificates: their columns, made from what the procedures return."""
 
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from core.records import Bound, Certificate, DualCertificate, Stop
+from core.records import Bound, Certificate, DualCertificate, MultiscaleCertificate, Stop
 
 __all__ = [
     "CERTIFICATE_SCHEMA",
     "DUAL_SCHEMA",
     "ERROR",
     "ERROR_SCHEMA",
+    "MULTISCALE_SCHEMA",
     "OK",
     "certificate_row",
     "dual_row",
     "error_row",
-    "non_finite_votes",
+    "multiscale_row",
 ]
 
 OK: Final = "ok"
@@ -74,6 +73,24 @@ DUAL_SCHEMA = pa.schema(
 )
 """A row per example. Unmarked counts are the classifier's (empty when it was not run), `_sigma` the estimator's.
 `sigma` is null when the estimator abstained; `sigma_index` is its selection draws' choice all the same."""
+
+_COUNTS_BY_LEVEL = pa.list_(_COUNTS)
+
+MULTISCALE_SCHEMA = pa.schema(
+    [
+        *CERTIFICATE_SCHEMA,
+        ("num_levels", pa.int64()),
+        ("radius_level", pa.float64()),
+        ("radius_above", pa.float64()),
+        ("sigma_bound", pa.float64()),
+        ("alpha_level", pa.float64()),
+        ("counts_selection_above", _COUNTS_BY_LEVEL),
+        ("counts_estimation_above", _COUNTS_BY_LEVEL),
+    ]
+)
+"""A row per example; `sigma`, the level that decided, is null where it abstained. Unmarked counts and `p_lower` are of
+the last of `num_levels` levels that were asked, the largest sigma first; `_above` holds those before it, in that order.
+`alpha_level` is what each of its bounds spends. See `core.records.MultiscaleCertificate`."""
 
 ERROR_SCHEMA = pa.schema(
     [
@@ -154,35 +171,44 @@ def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[
     }
 
 
+def multiscale_row(example_id: str, label: int, certificate: MultiscaleCertificate) -> dict[str, Any]:
+    """One row of `MULTISCALE_SCHEMA`."""
+    c, last, above = certificate, certificate.levels[-1], certificate.levels[:-1]
+    return {
+        **certificate_row(example_id, label, last),
+        "sigma": c.sigma,
+        "prediction": c.prediction,
+        "correct": c.prediction == label,
+        "radius": c.radius,
+        "alpha": c.alpha,
+        "abstained": c.abstained,
+        "num_draws": c.num_draws,
+        "num_levels": len(c.levels),
+        "radius_level": c.radius_level,
+        "radius_above": c.radius_above,
+        "sigma_bound": c.sigma_bound,
+        "alpha_level": last.alpha,
+        "counts_selection_above": [level.counts_selection for level in above],
+        "counts_estimation_above": [level.counts_estimation for level in above],
+    }
+
+
 def error_row(schema: pa.Schema, example_id: str, label: int, sigma: float | None, alpha: float) -> dict[str, Any]:
     """The row of an example that could not be run: nothing was drawn, so nothing is claimed.
 
     Args:
-        schema: CERTIFICATE_SCHEMA or DUAL_SCHEMA.
+        schema: CERTIFICATE_SCHEMA, DUAL_SCHEMA or MULTISCALE_SCHEMA.
         example_id: of the example.
         label: of the example.
-        sigma: of the row; None for Dual RS.
+        sigma: of the row; None for Dual RS and Multiscale.
         alpha: that a certificate would have spent.
     """
-    empty = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.0, pa.bool_(): False, _COUNTS: []}
-    row: dict[str, Any] = {field.name: empty[field.type] for field in schema}
+    empty = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.0, pa.bool_(): False}
+    row: dict[str, Any] = {f.name: [] if pa.types.is_list(f.type) else empty[f.type] for f in schema}
     row |= {"example_id": example_id, "label": label, "sigma": sigma, "prediction": -1, "abstained": True}
     row |= {"alpha": alpha, "stop_reason": Stop.SKIPPED.value, "target": None, "status": ERROR}
     if schema.equals(DUAL_SCHEMA):
         row |= {"stop_reason_sigma": Stop.SKIPPED.value, "target_sigma": None, "bounded_by": Bound.NONE.value}
+    if schema.equals(MULTISCALE_SCHEMA):
+        row["sigma_bound"] = None
     return row
-
-
-def non_finite_votes(table: pa.Table) -> int:
-    """Draws whose logits were not finite: what the votes of each stage lack of its draws."""
-    missing = 0
-    for ending in ("", "_sigma"):
-        if f"counts_estimation{ending}" not in table.column_names:
-            continue
-        ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
-        for phase in ("selection", "estimation"):
-            draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
-            missing += int(draws[ran].sum()) - int(
-                pc.sum(pc.list_flatten(table.column(f"counts_{phase}{ending}"))).as_py() or 0
-            )
-    return missing

@@ -20,14 +20,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
-from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR, ERROR_SCHEMA, non_finite_votes
+from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR, ERROR_SCHEMA, MULTISCALE_SCHEMA
 from distributed.storage import Folder
 
-__all__ = [
-    "Plan",
-    "ShardStore",
-    "Verified",
-]
+__all__ = ["Plan", "ShardStore", "Verified", "non_finite_votes"]
 
 
 @dataclass(frozen=True)
@@ -227,7 +223,7 @@ class ShardStore:
         Args:
             shard: its place in the plan.
             rows: of `schema`.
-            schema: CERTIFICATE_SCHEMA or DUAL_SCHEMA.
+            schema: CERTIFICATE_SCHEMA, DUAL_SCHEMA or MULTISCALE_SCHEMA.
             device: type and name; goes into the file's metadata.
             errors: of ERROR_SCHEMA, one for each row whose status is `error`.
         """
@@ -287,7 +283,7 @@ class ShardStore:
 
     def _table(self, name: str, content: bytes) -> pa.Table:
         table = _from_bytes(content, self.folder.where(name))
-        if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA):
+        if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA, MULTISCALE_SCHEMA):
             raise DataError(f"{self.folder.where(name)!r} has other columns than certificates: {table.schema.names}")
         return table
 
@@ -387,6 +383,29 @@ def _first_odd(table: pa.Table, ids: pa.Array, levels: NDArray[np.float64] | Non
     count = Counter(found.to_pylist())
     count.subtract(Counter(wanted.to_pylist()))
     return min((name for name, number in count.items() if number), default=None)
+
+
+def non_finite_votes(table: pa.Table) -> int:
+    """Draws whose logits were not finite: what the votes of each stage lack of its draws."""
+    missing = 0
+    for ending in ("", "_sigma"):
+        if f"counts_estimation{ending}" not in table.column_names:
+            continue
+        ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
+        for phase in ("selection", "estimation"):
+            draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
+            missing += int(draws[ran].sum()) - _votes(table, f"counts_{phase}{ending}")
+    if "num_levels" in table.column_names:  # the levels above drew as much as the last one
+        above = np.maximum(table.column("num_levels").to_numpy() - 1, 0)
+        for phase in ("selection", "estimation"):
+            drawn = int((table.column(f"num_{phase}").to_numpy() * above).sum())
+            missing += drawn - _votes(table, f"counts_{phase}_above")
+    return missing
+
+
+def _votes(table: pa.Table, column: str) -> int:
+    """Sum of a column of votes."""
+    return int(pc.sum(pc.list_flatten(table.column(column), recursive=True)).as_py() or 0)
 
 
 def _to_bytes(table: pa.Table) -> bytes:

@@ -1,4 +1,4 @@
-"""Step 5: certify the test split: standard randomized smoothing at every sigma, or Dual RS."""
+"""Step 5: certify the test split: standard randomized smoothing at every sigma, Dual RS, or Multiscale."""
 
 import sys
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, retry_errors_option, run_step
 
-Method = Literal["standard", "dual"]
+Method = Literal["standard", "dual", "multiscale"]
 Classifier = Literal["finetuned", "base"]
 
 
@@ -28,9 +28,11 @@ def main() -> int:
     parser = job_parser("certify", __doc__)
     parser.add_argument(
         "--method",
-        choices=("standard", "dual"),
+        choices=("standard", "dual", "multiscale"),
         required=True,
-        help="standard: CERTIFY (Cohen et al. 2019) once per sigma; dual: min(R_sigma, R_c), alpha / 2 each",
+        help="standard: CERTIFY (Cohen et al. 2019) once per sigma; dual: min(R_sigma, R_c), alpha / 2 each; "
+        "multiscale: the cascade of Jeong & Shin (2023) from the largest sigma down, alpha divided over the levels "
+        "(certify.level_shares), all draws of each level that it asks whatever certify.budget says",
     )
     parser.add_argument(
         "--classifier",
