@@ -14,6 +14,7 @@ class is in doubt does not end the cascade, as long as a level below may still d
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def level_alphas(alpha: float, num_levels: int, shares: Sequence[float] = ()) ->
             f"{list(shares)}"
         )
     alphas = [alpha * share / total for share in shares]
-    while math.fsum(alphas) > alpha:
+    while sum(map(Fraction, alphas)) > Fraction(alpha):  # exactly
         alphas = [math.nextafter(each, 0.0) for each in alphas]
     return tuple(alphas)
 

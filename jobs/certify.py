@@ -16,6 +16,11 @@ def run(
     """Commit every shard of certificates/<method> (or <method>-base) that is not there yet."""
     from distributed.launch import certify_store
 
+    budget = directory.config.certify.budget
+    if method == "multiscale" and budget != "fixed":
+        print(
+            f"multiscale: takes all draws of each level that it asks; certify.budget={budget} is for the other methods"
+        )
     certify_store(directory, f"certificates/{_name(method, classifier)}", retry_errors)
 
 

@@ -37,7 +37,7 @@ def finished_run(path: Path, *overrides: str) -> RunDirectory:
         wrote={"classifier_finetuned": _copy(run.model("classifier"), run.model("classifier_finetuned"))},
         facts={},
     )
-    for method in ("standard", "dual"):
+    for method in ("standard", "dual", "multiscale"):
         certify.run(run, method)
     return run
 
@@ -81,7 +81,7 @@ def rewrite(run: RunDirectory, store: str, change: Callable[[list[dict]], list[d
 def test_audit_and_replay_untouched_run_finds_nothing(run: RunDirectory) -> None:
     findings, checked = audit(run)
     assert findings == []
-    assert checked == {"certificates/standard": 100, "certificates/dual": 50}
+    assert checked == {"certificates/standard": 100, "certificates/dual": 50, "certificates/multiscale": 50}
     assert replay(run, 12, seed=None) == []
 
 
@@ -137,6 +137,68 @@ def test_audit_any_column_altered_is_found(run: RunDirectory, column: str, value
 
     rewrite(run, "certificates/dual", spoil, True)
     assert problems(run)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("radius", 9.0),
+        ("prediction", 77),
+        ("alpha", 0.5),
+        ("alpha_level", 0.01),
+        ("radius_level", 9.0),
+        ("radius_above", math.inf),
+        ("sigma", 0.5),
+        ("sigma_bound", None),
+        ("num_levels", 1),
+        ("num_draws", 3),
+        ("num_estimation", 99),
+        ("counts_selection_above", []),
+        ("counts_estimation_above", []),
+        ("counts_estimation_above", [[10] * 10, [10] * 10]),
+        ("counts_estimation_above", [[10] * 9]),
+        ("counts_estimation_above", [[-1, *[10] * 9]]),
+        ("counts_estimation_above", [[11] * 10]),
+    ],
+)
+def test_audit_any_column_of_multiscale_altered_is_found(run: RunDirectory, column: str, value: object) -> None:
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if row["sigma"] == 0.25)  # the smaller one decided
+        assert row[column] != value
+        row[column] = value
+        return rows
+
+    rewrite(run, "certificates/multiscale", spoil, True)
+    assert problems(run)
+
+
+def test_audit_vote_of_a_level_above_moved_is_found_and_named(run: RunDirectory) -> None:
+    """Votes above are no decoration: what moves to another class moves the radius, or what the cascade asks next."""
+
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        for row in rows:
+            for votes in row["counts_estimation_above"]:
+                most = votes.index(max(votes))
+                votes[most], votes[most - 1] = votes[most] - 40, votes[most - 1] + 40
+        return rows
+
+    rewrite(run, "certificates/multiscale", spoil, True)
+    found = problems(run)
+    assert any("radius_above is" in problem or "cannot be recomputed" in problem for problem in found)
+
+
+def test_audit_cascade_that_goes_on_after_a_decision_is_found(run: RunDirectory) -> None:
+    """A level that decided is passed over for a smaller sigma with a larger radius, its votes kept as if undecided."""
+
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if row["num_levels"] == 1)
+        for phase in ("selection", "estimation"):
+            row[f"counts_{phase}_above"] = [row[f"counts_{phase}"]]
+        row |= {"num_levels": 2, "sigma": 0.25, "num_draws": 2 * row["num_draws"]}
+        return rows
+
+    rewrite(run, "certificates/multiscale", spoil, True)
+    assert any("num_levels is 2, its votes give 1" in problem for problem in problems(run))
 
 
 def test_audit_radius_off_by_the_last_bit_is_found(run: RunDirectory) -> None:
@@ -233,8 +295,26 @@ def test_recertify_smaller_alpha_equals_the_formula(run: RunDirectory) -> None:
 
 def test_recertify_same_settings_gives_the_same_rows(run: RunDirectory) -> None:
     _, root = recertify(run, Change())
-    for name in ("certificates/standard", "certificates/dual"):
+    for name in ("certificates/standard", "certificates/dual", "certificates/multiscale"):
         assert ShardStore(root, name).read().equals(ShardStore(run.path, name).read())
+
+
+def test_recertify_derives_multiscale_of_a_run_that_has_none(run: RunDirectory, tmp_path: Path) -> None:
+    made = ShardStore(run.path, "certificates/multiscale").read()
+    shutil.rmtree(run.path / "certificates/multiscale")
+    data, root = recertify(run, Change())
+    assert ShardStore(root, "certificates/multiscale").read().equals(made)
+    assert data.multiscale is not None
+    one, _ = recertify(run, Change(alpha=0.05, sigmas=(0.25,)))
+    assert one.multiscale is not None
+    assert one.multiscale.radius.tolist() == one.standard[0].radius.tolist(), "one level is standard RS"
+    uneven = finished_run(tmp_path / "uneven", "certify.level_shares=[0.25, 0.5]")
+    derived, root = recertify(uneven, Change(sigmas=(0.5,)))
+    assert derived.alpha_levels == (0.01,)
+    assert set(ShardStore(uneven.path, "certificates/multiscale").read().column("alpha_level").to_pylist()) == {
+        0.0025,
+        0.005,
+    }
 
 
 def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDirectory) -> None:

@@ -222,9 +222,9 @@ def _multiscale_blocks(data: ReportData, rows: MultiscaleRows) -> list[Block]:
     lines = [(f"{s:g}", f"{a:,}", f"{d:,}", f"{c:,}") for s, a, d, c in levels][::-1]
     lines.append(("none", _NONE, f"{rows.abstained.sum():,} abstained", _NONE))
     text = (
-        "The cascade asks the largest sigma first and goes on where that does not decide. Where a smaller sigma decides, "
-        "a level above may bound the radius: it must not decide for another class anywhere in the ball. All draws of a "
-        "level are taken, whatever certify.budget says."
+        "The cascade asks the largest sigma first and goes on where that does not decide. Where a smaller sigma "
+        "decides, a level above may bound the radius: it must not decide for another class anywhere in the ball. All "
+        "draws of a level are taken, whatever certify.budget says."
     )
     header = ("sigma", "Examples asked", "Decided and certified", "of these bounded by a level above")
     return [Heading("Multiscale, level by level"), Text(text), Table(header, tuple(lines))]
