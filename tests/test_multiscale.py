@@ -215,13 +215,14 @@ class Truth:
 
 
 JUST_BELOW_HALF = 0.5 * JUST_BELOW
+Q = lower(13, NUM, 0.11) * JUST_BELOW
 HARD = {
     "another class above at 1/2": Truth((JUST_BELOW_HALF, 0.5, 0), (0, 1, 0), (0, 1)),
     "another class above at 1/2, three classes": Truth((JUST_BELOW_HALF, 0.3, 0.2), (0, 1, 0), (0, 1)),
     "both levels at 1/2": Truth((JUST_BELOW_HALF, 0.3, 0.2), (0, JUST_BELOW_HALF, 0), (0, 1)),
     "the own class above at 1/2": Truth((JUST_BELOW_HALF, 0.3, 0.2), (lower(15, NUM, 0.11) * JUST_BELOW, 0, 0), (0, 0)),
     "two others above": Truth((0.1, 0.45, 0.45), (1, 0, 0), (1, 0)),
-    "an upper bound just missed": Truth((0.2, 1 - lower(10, NUM, 0.11) * JUST_BELOW, 0.1), (1, 0, 0), (0, 0)),
+    "an upper bound just missed": Truth((Q - 0.1, 1 - Q, 0.1), (1, 0, 0), (0, 0)),
 }
 
 
