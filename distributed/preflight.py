@@ -45,8 +45,10 @@ def _steps(config: Config) -> dict[str, _Step]:
         "finetune_classifier": _Step(("train",), ("denoiser", *made, "estimator"), tuned, pixels=True),
         "certify-standard": _Step(("test",), ("denoiser", *tuned)),
         "certify-dual": _Step(("test",), ("denoiser", *tuned, "estimator")),
+        "certify-multiscale": _Step(("test",), ("denoiser", *tuned)),
         "certify-standard-base": _Step(("test",), ("denoiser", *made)),
         "certify-dual-base": _Step(("test",), ("denoiser", *made, "estimator")),
+        "certify-multiscale-base": _Step(("test",), ("denoiser", *made)),
     }
 
 
@@ -174,7 +176,8 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     if any(not part.exact for part in parts):
         notes.append(
             "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies) or abstains, "
-            "sequential budgets where they stop early; training leaves out samples of radius 0"
+            "Multiscale where a level above the smallest sigma decides, sequential budgets where they stop early; "
+            "training leaves out samples of radius 0"
         )
     notes.append("wall: with all replicas from the start; without the start of Ray, of machines, and of Python")
     print("\n".join(notes))
@@ -293,7 +296,7 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
             continue
         # timm's own weights do not load without their tensors.
         with found.collect(key), torch.device("cpu" if own and own.pretrained else "meta"):
-            found.networks[role] = base_classifier(own, config, shape, classes)
+            found.networks[role] = base_classifier(config, role, shape, classes)
 
 
 def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:

@@ -12,11 +12,13 @@ from core.confidence import certified_radius, clopper_pearson_lower
 from core.config import Config
 from core.data import Dataset
 from core.errors import DataError
+from core.multiscale import level_alphas
 from core.records import Stop
-from core.report import DualRows, ReportData, StandardRows
+from core.report import DualRows, MultiscaleRows, ReportData, StandardRows
 from core.training.estimator import label_radii
+from distributed.rows import ERROR
 from distributed.run_directory import RunDirectory
-from distributed.shards import ERROR, ShardStore
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 
 __all__ = ["grid", "report_data", "training_radii"]
@@ -100,8 +102,7 @@ def report_data(
     if dual_store.committed():
         rows = dual_store.read()
         failed |= _failed(rows)
-        if rows.column("example_id").to_pylist() != grid(table, "example_id", config.sigmas)[:, 0].tolist():
-            raise DataError("certificates/standard and certificates/dual cover different examples")
+        _check_same_examples(rows, table, config.sigmas, dual_store.name)
         dual = DualRows(
             correct=_column(rows, "correct"),
             radius=_column(rows, "radius"),
@@ -114,6 +115,14 @@ def report_data(
             p_lower=_column(rows, "p_lower"),
             sigma_choice=_column(rows, "sigma_index"),
         )
+    multiscale_store = ShardStore(root, "certificates/multiscale")
+    multiscale = None
+    if multiscale_store.committed():
+        rows = multiscale_store.read()
+        failed |= _failed(rows)
+        _check_same_examples(rows, table, config.sigmas, multiscale_store.name)
+        names = ("correct", "radius", "p_lower", "abstained", "num_draws", "sigma", "sigma_bound", "num_levels")
+        multiscale = MultiscaleRows(**{name: _column(rows, name) for name in names})
     if failed:
         notes += (f"{len(failed)} examples could not be run and count as not certified, first {min(failed)!r}.",)
     return ReportData(
@@ -124,6 +133,9 @@ def report_data(
         standard=standard,
         baseline=baseline,
         dual=dual,
+        multiscale=multiscale,
+        alpha_levels=level_alphas(alpha, len(config.sigmas), config.certify.level_shares),
+        experts=config.has_experts,
         standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]),
         alpha=config.certify.alpha,
         alpha_stages=stages,
@@ -132,6 +144,11 @@ def report_data(
         manifest=manifest,
         notes=notes,
     )
+
+
+def _check_same_examples(rows: pa.Table, standard: pa.Table, sigmas: Sequence[float], name: str) -> None:
+    if rows.column("example_id").to_pylist() != grid(standard, "example_id", sigmas)[:, 0].tolist():
+        raise DataError(f"certificates/standard and {name} cover different examples")
 
 
 def _failed(table: pa.Table) -> set[str]:

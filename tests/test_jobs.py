@@ -78,6 +78,7 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
             "labels.num_estimation=20",
             "certify.num_selection=5",
             "certify.num_estimation=20",
+            "certify.multiscale=true",
         ],
     )
     run = RunDirectory(tmp_path / "run", config)
@@ -86,15 +87,18 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     assert "| Dual RS " in out
     assert ShardStore(run.path, "dataset").read().num_rows == 300 * 2
     assert ShardStore(run.path, "certificates/standard").read().num_rows == 100 * 2
-    table = ShardStore(run.path, "certificates/dual").read().to_pandas()
-    # The printed table is what the rows say.
-    line = next(line for line in out.splitlines() if line.startswith("| Dual RS "))
-    printed = [float(x) for x in re.findall(r"\d+\.\d+", line)]
-    expected = [100 * np.mean(table.correct & (table.radius > r)) for r in config.report.radii]
-    assert printed == pytest.approx(expected, abs=0.005)
+    assert "[7/8] certify --method multiscale" in out
+    for store, name in (("certificates/dual", "Dual RS"), ("certificates/multiscale", "Multiscale")):
+        table = ShardStore(run.path, store).read().to_pandas()
+        # The printed table is what the rows say.
+        line = next(line for line in out.splitlines() if line.startswith(f"| {name} "))
+        printed = [float(x) for x in re.findall(r"\d+\.\d+", line)]
+        expected = [100 * np.mean(table.correct & (table.radius > r)) for r in config.report.radii]
+        assert printed == pytest.approx(expected, abs=0.005)
     steps = json.loads((run.path / "manifest.json").read_text())["steps"]
     assert set(steps) == {
         "train_base", "build_dataset", "train_estimator", "finetune_classifier", "certify-standard", "certify-dual",
+        "certify-multiscale",
     }  # fmt: skip
     for name in ("report.md", "report.html", "certified_accuracy.png", "table.csv"):
         assert (run.path / "report" / name).stat().st_size > 0

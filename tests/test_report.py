@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from core.errors import DataError
+from core.report import MultiscaleRows
 from core.report.render import DualRows, ReportData, StandardRows, best_method_sentence, format_table, write_report
 
 PAGES = ["certified_accuracy.pdf", "certified_accuracy.png", "delta_radius.png", "p_lower.png", "report.html"]
@@ -330,3 +331,52 @@ def test_dual_rows_inconsistent_is_refused(change: dict[str, np.ndarray], messag
 def test_report_data_inconsistent_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         replace(report(), **change)  # type: ignore[arg-type]
+
+
+def cascade() -> MultiscaleRows:
+    """Two levels: the first two decided at 0.5; the third and the fourth at 0.25, the fourth bounded from above."""
+    nan = np.nan
+    return MultiscaleRows(
+        correct=np.array([True, True, True, False, False]),
+        radius=np.array([0.55, 1.1, 0.15, 0.1, 0.0]),
+        p_lower=np.array([0.9, 0.9, 0.8, 0.9, 0.3]),
+        abstained=np.array([False, False, False, False, True]),
+        num_draws=np.array([110, 110, 220, 220, 220]),
+        sigma=np.array([0.5, 0.5, 0.25, 0.25, nan]),
+        sigma_bound=np.array([0.5, 0.5, 0.25, 0.5, nan]),
+        num_levels=np.array([1, 1, 2, 2, 2]),
+    )
+
+
+def test_write_report_multiscale_equals_hand_count(tmp_path: Path) -> None:
+    data = replace(report(), multiscale=cascade(), alpha_levels=(0.0004, 0.0006))
+    assert cells(format_table(data))["Multiscale"] == ["60.00", "**40.00**", "**40.00**", "**20.00**", "0.00"]
+    write_report(data, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    levels = markdown_table(text, "sigma | Examples asked")
+    assert levels["0.5"] == ["5", "2", "0"]
+    assert levels["0.25"] == ["3", "2", "1"]
+    assert levels["none"] == ["–", "1 abstained", "–"]
+    assert "0.0004 at 0.25, 0.0006 at 0.5" in text
+    assert markdown_table(text, "Method")["Multiscale"][3:5] == ["176.0", "880"]
+    assert "Multiscale" not in format_table(report())
+
+
+def test_format_table_experts_are_called_so() -> None:
+    names = cells(format_table(replace(report(), experts=True)))
+    assert {"Expert, sigma = 0.25", "Expert, sigma = 0.5", "Expert off the shelf, sigma = 0.25", "Dual RS"} <= set(
+        names
+    )
+    assert "Standard RS, sigma = 0.25" not in names
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigma": np.zeros(5)}, "sigma must be nan exactly where nothing is certified"),
+        ({"num_levels": np.zeros(4, int)}, "num_levels must have shape"),
+    ],
+)
+def test_multiscale_rows_inconsistent_is_refused(change: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        replace(cascade(), **change)

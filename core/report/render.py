@@ -13,7 +13,7 @@ import numpy as np
 
 from core.files import write_whole
 from core.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
-from core.report import DualRows, Kind, ReportData, StandardRows
+from core.report import DualRows, Kind, MultiscaleRows, ReportData, StandardRows
 from core.report.pages import (
     Block,
     Heading,
@@ -143,6 +143,14 @@ def _summary(data: ReportData) -> str:
             f" Dual RS spends {data.alpha_stages[0]:g} on the noise level and {data.alpha_stages[1]:g} on the class; "
             "the claim holds at alpha."
         )
+    if data.multiscale is not None:
+        levels = ", ".join(f"{a:g} at {s:g}" for s, a in zip(data.sigmas, data.alpha_levels, strict=True))
+        text += f" Multiscale spends what the sigma that decides allows: {levels}; the claim holds at alpha."
+    if data.experts:
+        text += (
+            " Each sigma has a classifier of its own: a row 'Expert' is standard RS with that one, Dual RS routes "
+            "between the experts."
+        )
     text += "" if seed is None else f" Seed {seed}."
     counted = "radius > r" if data.strict else "radius >= r"
     return f"{text} Radii are l2, in the pixel scale [0, 1]; a certificate counts at r when its {counted}."
@@ -208,6 +216,20 @@ def _dual_blocks(data: ReportData, dual: DualRows, pictures: Mapping[str, Pictur
     return blocks
 
 
+def _multiscale_blocks(data: ReportData, rows: MultiscaleRows) -> list[Block]:
+    asked, decided, capped = data.level_counts()
+    levels = zip(data.sigmas, asked, decided, capped, strict=True)
+    lines = [(f"{s:g}", f"{a:,}", f"{d:,}", f"{c:,}") for s, a, d, c in levels][::-1]
+    lines.append(("none", _NONE, f"{rows.abstained.sum():,} abstained", _NONE))
+    text = (
+        "The cascade asks the largest sigma first and goes on where that does not decide. Where a smaller sigma "
+        "decides, a level above may bound the radius: it must not decide for another class anywhere in the ball. All "
+        "draws of a level are taken, whatever certify.budget says."
+    )
+    header = ("sigma", "Examples asked", "Decided and certified", "of these bounded by a level above")
+    return [Heading("Multiscale, level by level"), Text(text), Table(header, tuple(lines))]
+
+
 def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     blocks: list[Block] = [
         Text(_summary(data)), *(Text(note) for note in data.notes),
@@ -223,6 +245,8 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
               "judge by the curve."),
         _method_table(data),
     ]  # fmt: skip
+    if data.multiscale is not None:
+        blocks += _multiscale_blocks(data, data.multiscale)
     if data.dual is not None:
         blocks += _dual_blocks(data, data.dual, pictures)
     text = "Up to one half (dashed) nothing is certified."
