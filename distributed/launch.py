@@ -60,7 +60,8 @@ def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
     if work.method == "dual":
         models["estimator"] = "estimator"
     hashes = directory.model_hashes(sorted(models.values()))
-    return replace(work, models={role: (name, hashes[name]) for role, name in models.items()}), hashes
+    taken = {role: (name, hashes[name]) for role, name in models.items()}
+    return replace(work, models=taken, networks=directory.models), hashes
 
 
 def certify_store(directory: RunDirectory, store: str, retry_errors: bool = False) -> None:

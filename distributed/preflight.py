@@ -52,7 +52,7 @@ def _steps(config: Config) -> dict[str, _Step]:
     }
 
 
-_CLASSES = {"digits": 10, "cifar10": 10, "cifar10-c": 10, "imagenet": 1000, "imagenet-c": 1000}
+_CLASSES = {"digits": 10, "digits-c": 10, "cifar10": 10, "cifar10-c": 10, "imagenet": 1000, "imagenet-c": 1000}
 
 
 @dataclass
@@ -248,7 +248,7 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
         needed = [name for name in plan[step].reads if name not in made and name not in found.networks]
         for name in needed:
             written = any(name in record["wrote"] for record in directory.manifest["steps"].values())
-            if not written or not (directory.folder / "models").exists(f"{name}.safetensors"):
+            if not written or not directory.models.exists(f"{name}.safetensors"):
                 missing.append(name)
                 continue
             with found.collect(), torch.device("meta"):
@@ -311,7 +311,7 @@ def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
 
 def _shape(config: Config, data: Dataset | None) -> tuple[int, int, int]:
     """Of the images; where they are missing, at least their channels are known."""
-    grey = config.dataset.name == "digits" or config.dataset.color == "grey"
+    grey = config.dataset.name in ("digits", "digits-c") or config.dataset.color == "grey"
     return data.shape if data else (1 if grey else 3, 32, 32)
 
 

@@ -84,6 +84,7 @@ class Work:
         config: the run's configuration.
         device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.
         data_digest: `Dataset.digest` of the split; a replica that finds another one refuses it. Empty: not compared.
+        networks: folder of the models, where it is not models/ in the run directory.
         started: when this call of the driver began, seconds since the epoch.
     """
 
@@ -97,6 +98,7 @@ class Work:
     config: Config
     device: str
     data_digest: str = ""
+    networks: Folder | None = None
     started: float = field(default_factory=time.time)
 
     @property
@@ -122,7 +124,7 @@ class Work:
 
     def model_files(self) -> dict[str, Path]:
         """The networks as files of this machine."""
-        models = self.root / "models"
+        models = self.networks or self.root / "models"
         return {role: models.fetch(f"{name}.safetensors", digest) for role, (name, digest) in self.models.items()}
 
 

@@ -120,6 +120,7 @@ def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> N
         "compute.shard_examples=3",
         "compute.executor=local",
         "report.radii=[0.1]",
+        "rounds=3",
         "sigma_e=0.5",
         "certify.multiscale=true",
     ):

@@ -11,7 +11,7 @@ from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
 from core.config.models import BaseModelsConfig, ClassifierConfig
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
-from core.config.values import Positive, Section
+from core.config.values import Count, Positive, Section
 from core.errors import ConfigError
 from core.multiscale import level_alphas
 from core.records import CLASSIFIER
@@ -39,6 +39,10 @@ class Config(Section):
     certify: CertifyConfig = CertifyConfig()
     report: ReportConfig = ReportConfig()
     compute: ComputeConfig = ComputeConfig()
+    rounds: Count = 1
+    """Rounds of the alternation (step 4 of the paper's training): labels, estimator and fine-tuning again on the
+    fine-tuned classifier, each round in a run directory of its own below this one. Decides no number of the rounds
+    before, so it may grow."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -134,7 +138,7 @@ class Config(Section):
         return max(self.sigmas) if self.sigma_e is None else self.sigma_e
 
     def identity(self) -> dict[str, Any]:
-        """The part that decides a run's numbers, as plain JSON: all but the report and where things run."""
+        """The part that decides a run's numbers, as plain JSON: all but the report, `rounds`, and where things run."""
         return self._identity(exclude_defaults=False)
 
     def fingerprint(self) -> str:
@@ -145,7 +149,7 @@ class Config(Section):
     def _identity(self, exclude_defaults: bool) -> dict[str, Any]:
         # Data may move; what they hold is for `Dataset.digest` to say.
         where: dict[str, Any] = {"path": True, "train": {"path": True}, "test": {"path": True}}
-        left_out: dict[str, Any] = {"report": True, "dataset": where, "certify": {"multiscale": True}}
+        left_out: dict[str, Any] = {"report": True, "rounds": True, "dataset": where, "certify": {"multiscale": True}}
         plain = self.model_dump(mode="json", exclude=left_out, exclude_defaults=exclude_defaults)
         if plain.get("certify") == {}:  # nothing else differed from the defaults
             del plain["certify"]

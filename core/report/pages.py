@@ -12,6 +12,7 @@ __all__ = [
     "Block",
     "Heading",
     "Picture",
+    "Section",
     "Table",
     "Text",
     "html_page",
@@ -55,6 +56,21 @@ class Picture:
 
 
 Block = Heading | Text | Table | Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Further blocks of a report.
+
+    Attributes:
+        summary: what a terminal is shown of it.
+        blocks: in order.
+        files: contents by name, those of its pictures and tables.
+    """
+
+    summary: str
+    blocks: tuple[Block, ...]
+    files: Mapping[str, bytes]
 
 
 # Markdown

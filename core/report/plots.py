@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import matplotlib
@@ -20,10 +20,12 @@ from core.report.pages import Picture
 
 __all__ = [
     "certified_accuracy_figure",
+    "curves_figure",
     "delta_figure",
     "figures",
     "gallery_figure",
     "p_lower_figure",
+    "severity_figure",
     "sigma_choice_figure",
     "to_bytes",
     "to_picture",
@@ -171,6 +173,47 @@ def gallery_figure(gallery: Gallery) -> Figure:
                 axes.set(xticks=[], yticks=[])
                 axes.grid(visible=False)
     return figure
+
+
+def curves_figure(curves: Mapping[str, Method]) -> Figure:
+    """Certified accuracy against the radius, one curve per name."""
+
+    def draw(axes: Any) -> None:
+        largest = max((float(m.radius[m.correct].max(initial=0.0)) for m in curves.values()), default=0.0)
+        grid = np.linspace(0.0, 1.02 * largest if largest > 0.0 else 1.0, _GRID_POINTS)
+        for number, (name, method) in enumerate(curves.items()):
+            accuracy = 100.0 * method.accuracy(grid)
+            end = int(np.count_nonzero(accuracy)) + 1
+            colour, dashes = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
+            axes.plot(grid[:end], accuracy[:end], label=name, color=colour, linestyle=dashes, linewidth=1.8)
+        axes.set(xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+        axes.set_xlim(0.0, grid[-1])
+        axes.set_ylim(0.0, 101.0)
+
+    return _figure([draw], height_in=3.5)
+
+
+def severity_figure(severities: Sequence[int], methods: Sequence[Method], panels: Mapping[str, Floats]) -> Figure:
+    """Certified accuracy against the severity of a corruption, one line per method.
+
+    Args:
+        severities: x, ascending; 0 is the clean test set.
+        methods: M of them, for their names and looks.
+        panels: by title, shares ``(len(severities), M)``.
+    """
+
+    def panel(title: str, shares: Floats) -> Callable[[Any], None]:
+        def draw(axes: Any) -> None:
+            for method, values in zip(methods, shares.T, strict=True):
+                axes.plot(severities, 100.0 * values, label=method.name, **(_look(method) | {"markevery": 1}))
+            axes.set_xticks(severities, ["clean" if severity == 0 else str(severity) for severity in severities])
+            axes.set(title=title, xlabel="severity", ylabel="certified accuracy [%]")
+            axes.set_ylim(bottom=0.0)
+
+        return draw
+
+    drawn = [panel(title, shares) for title, shares in panels.items()]
+    return _figure(drawn, height_in=2.9 * len(drawn), order=[method.name for method in methods])
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:

@@ -5,7 +5,7 @@ Every number and every claim is computed from `ReportData` here; nothing is asse
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +18,7 @@ from core.report.pages import (
     Block,
     Heading,
     Picture,
+    Section,
     Table,
     Text,
     html_page,
@@ -65,16 +66,18 @@ def best_method_sentence(data: ReportData) -> str:
     return f"{text}; Dual RS is the best certified method at {count}."
 
 
-def write_report(data: ReportData, folder: Path) -> list[Path]:
+def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = ()) -> list[Path]:
     """Write report.md, report.html, table.csv, table.tex and the figures; each file appears whole or not at all.
 
     Args:
         data: what to report.
         folder: made if missing; files of an earlier report are replaced.
+        sections: further blocks, below the others.
 
     Returns:
         The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png,
-        delta_radius.png, gallery.png (the last three where what they show was measured), report.md, report.html.
+        delta_radius.png, gallery.png (the last three where what they show was measured), those of the sections,
+        report.md, report.html.
     """
     from core.report import plots  # matplotlib: half a second that a terminal table does not need
 
@@ -84,6 +87,9 @@ def write_report(data: ReportData, folder: Path) -> list[Path]:
     files["certified_accuracy.pdf"] = plots.to_bytes(figures["certified_accuracy"], "pdf")
     blocks = _blocks(data, {name: plots.to_picture(figure, name, _CAPTIONS[name]) for name, figure in figures.items()})
     files["table.tex"] = _latex(data).encode()
+    for section in sections:
+        files |= section.files
+        blocks += section.blocks
     # The pages last: they name the other files.
     files["report.md"] = markdown_page(data.title, blocks, data.manifest).encode()
     files["report.html"] = html_page(data.title, blocks, data.manifest).encode()
