@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from core.config import ComputeConfig
 from core.errors import ConfigError
 
-__all__ = ["Pool", "connected", "replica_pool", "train_device", "train_resources"]
+__all__ = ["Pool", "connected", "replica_pool", "train_device", "train_resources", "training_place"]
 
 
 @contextmanager
@@ -74,6 +74,31 @@ def train_device(compute: ComputeConfig) -> str:
                 "compute.train_device=cpu"
             )
     return compute.train_device
+
+
+def training_place(compute: ComputeConfig, here: bool) -> str:
+    """Where the training steps will run, in words.
+
+    Args:
+        compute: how it runs.
+        here: whether this machine starts them, so that it needs the devices unless it joins a cluster.
+
+    Raises:
+        ConfigError: when they are not there, as far as it can be told without a cluster.
+    """
+    if not compute.train_workers:
+        return f"in the driver's process, on its {train_device(compute) if here else compute.train_device}"
+    if compute.train_device == "cpu":
+        return f"{compute.train_workers} workers of Ray Train, {compute.train_threads} CPUs each"
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if here and gpus < compute.train_workers and "RAY_ADDRESS" not in os.environ:
+        raise ConfigError(
+            f"compute.train_workers: {compute.train_workers} workers of a GPU each, but this machine has {gpus}; lower "
+            "it, or submit the job to a cluster"
+        )
+    return f"{compute.train_workers} workers of Ray Train, a GPU each"
 
 
 def train_resources(compute: ComputeConfig) -> dict[str, float]:

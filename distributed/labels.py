@@ -44,10 +44,10 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
     ids = grid(table, "example_id", config.sigmas)[:, 0].tolist()
     if ids != sorted(train.example_ids):
         raise DataError(f"the dataset holds {len(ids)} examples, not the {len(train)} of the training split")
-    radii = grid(table, "radius", config.sigmas)
-    radii[grid(table, "failed", config.sigmas).any(axis=1)] = 0.0
+    failed = grid(table, "failed", config.sigmas).any(axis=1)
+    radii = np.where(failed[:, None], 0.0, grid(table, "radius", config.sigmas))
     order = {example_id: row for row, example_id in enumerate(ids)}
-    return np.asarray(radii[[order[example_id] for example_id in train.example_ids]], np.float64)
+    return radii[[order[example_id] for example_id in train.example_ids]]
 
 
 def _by_ray_data(config: Config, store: ShardStore, files: list[str]) -> list[pa.Table]:
@@ -56,9 +56,10 @@ def _by_ray_data(config: Config, store: ShardStore, files: list[str]) -> list[pa
 
         ray.data.DataContext.get_current().enable_progress_bars = False
         system, path = file_system(store.folder.uri)
-        rows = ray.data.read_parquet(
-            [f"{path}/{name}" for name in files], filesystem=system, columns=list(_COLUMNS)
-        ).map_batches(partial(_radii, config), batch_format="pyarrow", batch_size=10_000)
+        shards = ray.data.read_parquet([f"{path}/{name}" for name in files], filesystem=system)
+        rows = shards.select_columns(list(_COLUMNS)).map_batches(
+            partial(_radii, config), batch_format="pyarrow", batch_size=10_000
+        )
         return [_plain(block) for block in ray.get(rows.to_arrow_refs())]
 
 

@@ -27,6 +27,7 @@ from core.training.loop import Objective, Record, Training
 from distributed.checkpoints import Checkpoints, Curves, identity_of
 from distributed.cluster import connected, train_device, train_resources
 from distributed.datasets import absolute, load_dataset
+from distributed.metrics import TrainingMetrics
 from distributed.run_directory import RunDirectory
 from distributed.storage import Folder
 from distributed.work import check_visible
@@ -240,6 +241,7 @@ def _on_workers(directory: RunDirectory, lesson: Lesson, model: nn.Module, what:
             ),
         )
         print(f"{what}: {compute.train_workers} workers of {_describe(resources)} each", flush=True)
+        metrics = TrainingMetrics(lesson.name)
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -262,6 +264,8 @@ def _on_workers(directory: RunDirectory, lesson: Lesson, model: nn.Module, what:
             if isinstance(sign, DualRSError):
                 fitting.join()
                 raise sign
+            if sign.record is not None:
+                metrics.ended(sign.record)
             yield sign
         if failure:
             raise _explained(failure[0], compute.train_retries, what) from failure[0]
