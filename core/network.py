@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError, ModelError
 from core.records import Draws
 
-__all__ = ["Denoiser", "Forward", "Head", "Module", "Network", "Precision"]
+__all__ = ["Denoiser", "Forward", "Head", "Module", "Network", "Precision", "set_tf32"]
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 """Of the arithmetic inside the networks; see `Forward`."""
@@ -140,7 +140,7 @@ class Network:
         """
         assert isinstance(lane, Lane)
         if self.device.type == "cuda":
-            _set_tf32(self.forward.precision == "tf32")
+            set_tf32(self.forward.precision == "tf32")
         half = _HALF.get(self.forward.precision)
         # Switched off too where it is not wanted: what is recorded is what was run, whatever surrounds the call.
         with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
@@ -199,7 +199,7 @@ def _compile(name: str, module: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def _set_tf32(allowed: bool) -> None:
+def set_tf32(allowed: bool) -> None:
     """Switch TF32 on or off for all matrix products and convolutions of this process on CUDA.
 
     PyTorch's own default is mixed (off for products, on for convolutions). Both of its interfaces are set: what is set

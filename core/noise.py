@@ -14,7 +14,7 @@ from torch import Tensor
 from core.noise_key import chunk_key
 from core.records import Phase
 
-__all__ = ["GaussianNoise", "Noise", "make_noise"]
+__all__ = ["GaussianNoise", "Noise", "fill_normal", "make_noise"]
 
 
 class Noise(Protocol):
@@ -83,11 +83,17 @@ class GaussianNoise:
             sigma: the level that it will be scaled to.
             chunk: number of the chunk, from 0.
         """
-        key = int.from_bytes(chunk_key(self.seed, example_id, phase, sigma, chunk), "little")
+        key = chunk_key(self.seed, example_id, phase, sigma, chunk)
         if out.device.type == "cpu":
-            np.random.Generator(np.random.SFC64(key)).standard_normal(dtype=np.float32, out=out.numpy())
+            fill_normal(out, key)
             return
         generator = self._generators.get(out.device)
         if generator is None:
             generator = self._generators[out.device] = torch.Generator(out.device)
-        out.normal_(generator=generator.manual_seed(key & (2**63 - 1)))
+        out.normal_(generator=generator.manual_seed(int.from_bytes(key, "little") & (2**63 - 1)))
+
+
+def fill_normal(out: Tensor, key: bytes) -> None:
+    """Overwrite `out`, contiguous float32 on the CPU, with the standard normal draws of a key (`core.noise_key`)."""
+    seed = int.from_bytes(key, "little")
+    np.random.Generator(np.random.SFC64(seed)).standard_normal(dtype=np.float32, out=out.numpy())

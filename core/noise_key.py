@@ -8,7 +8,7 @@ import hashlib
 
 from core.records import Phase
 
-__all__ = ["chunk_key"]
+__all__ = ["chunk_key", "training_key"]
 
 
 def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int) -> bytes:
@@ -18,3 +18,16 @@ def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int
     """
     text = f"{seed}|{phase.value}|{float(sigma).hex()}|{chunk}|{example_id}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def training_key(seed: int, training: str, use: str, epoch: int, where: str) -> bytes:
+    """The 16-byte key of something random in an epoch of a training: an example's noise, the order, dropout.
+
+    Args:
+        seed: of the run.
+        training: its name; neither it nor `use` holds "|", and no phase of `chunk_key` is called so.
+        use: `noise`, `order` or `dropout`.
+        epoch: from 0.
+        where: an example id, or a place in the epoch.
+    """
+    return hashlib.blake2b(f"{seed}|{training}|{use}|{epoch}|{where}".encode(), digest_size=16).digest()

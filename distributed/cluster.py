@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from core.config import ComputeConfig
 from core.errors import ConfigError
 
-__all__ = ["Pool", "connected", "replica_pool", "train_device"]
+__all__ = ["Pool", "connected", "replica_pool", "train_device", "train_resources", "training_place"]
 
 
 @contextmanager
@@ -42,7 +42,11 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     else:
         ray.init(
             "local",  # never whatever cluster happens to run on this machine
-            num_cpus=max(os.cpu_count() or 1, compute.max_replicas * compute.threads_per_replica),
+            num_cpus=max(
+                os.cpu_count() or 1,
+                compute.max_replicas * compute.threads_per_replica,
+                compute.train_workers * compute.train_threads,
+            ),
             include_dashboard=False,
             logging_level=logging.WARNING,
         )
@@ -55,7 +59,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
 
 
 def train_device(compute: ComputeConfig) -> str:
-    """The device of the training steps, which run in the driver's process.
+    """The device of training steps that run in the driver's process.
 
     Raises:
         ConfigError: when the driver sees no GPU and is to train on one.
@@ -65,10 +69,57 @@ def train_device(compute: ComputeConfig) -> str:
 
         if not torch.cuda.is_available():
             raise ConfigError(
-                "compute.train_device is 'cuda', but the driver sees no GPU: run the training steps on a machine that "
-                "has one, or set compute.train_device=cpu"
+                "compute.train_device is 'cuda', but the driver sees no GPU: train on workers of the cluster "
+                "(compute.train_workers=1, or more), run the training steps on a machine that has one, or set "
+                "compute.train_device=cpu"
             )
     return compute.train_device
+
+
+def training_place(compute: ComputeConfig, here: bool) -> str:
+    """Where the training steps will run, in words.
+
+    Args:
+        compute: how it runs.
+        here: whether this machine starts them, so that it needs the devices unless it joins a cluster.
+
+    Raises:
+        ConfigError: when they are not there, as far as it can be told without a cluster.
+    """
+    if not compute.train_workers:
+        return f"in the driver's process, on its {train_device(compute) if here else compute.train_device}"
+    if compute.train_device == "cpu":
+        return f"{compute.train_workers} workers of Ray Train, {compute.train_threads} CPUs each"
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if here and gpus < compute.train_workers and "RAY_ADDRESS" not in os.environ:
+        raise ConfigError(
+            f"compute.train_workers: {compute.train_workers} workers of a GPU each, but this machine has {gpus}; lower "
+            "it, or submit the job to a cluster"
+        )
+    return f"{compute.train_workers} workers of Ray Train, a GPU each"
+
+
+def train_resources(compute: ComputeConfig) -> dict[str, float]:
+    """What Ray reserves for a training worker. Says so where they have to wait for room.
+
+    Raises:
+        ConfigError: when a cluster that cannot grow has no room for all of them.
+    """
+    import ray
+
+    kind = "GPU" if compute.train_device == "cuda" else "CPU"
+    each = 1.0 if kind == "GPU" else float(compute.train_threads)
+    if _room(kind, each) < compute.train_workers:
+        there = f"{ray.cluster_resources().get(kind, 0.0):g} {kind}s"
+        if "RAY_ADDRESS" not in os.environ:
+            raise ConfigError(
+                f"compute.train_workers: {compute.train_workers} workers of {each:g} {kind} each, but this machine has "
+                f"{there}; lower it, or submit the job to a cluster"
+            )
+        print(f"waiting for room: {compute.train_workers} training workers, the cluster has {there} now", flush=True)
+    return {kind: each}
 
 
 @dataclass(frozen=True)

@@ -183,11 +183,12 @@ def count_parts(
         replicas: that certify at the same time.
     """
     config, parts = directory.config, []
+    workers = max(1, config.compute.train_workers)
     base, estimator, finetune = config.base, config.estimator, config.finetune
 
-    def training(name: str, copies: int, model: str, exact: bool = True, **rows: int) -> None:
+    def training(name: str, copies: int, model: str, exact: bool = True, share: int = 1, **rows: int) -> None:
         stored = model_bytes.get(model, 0)
-        parts.append(Part(name, len(data["train"]), {TRAINING: copies}, rows, exact, stored))
+        parts.append(Part(name, len(data["train"]), {TRAINING: copies}, rows, exact, stored, share))
 
     for step in steps:
         num = len(data["train"]) if "train" in data else 0
@@ -201,13 +202,14 @@ def count_parts(
                 training("train_base, classifier", copies, "classifier", denoiser=copies, classifier=2 * copies)
         elif step == "train_estimator":  # without the samples of radius 0 at every sigma
             copies = estimator.epochs * num * estimator.num_copies
-            training(step, copies, "estimator", False, denoiser=copies if estimator.denoiser else 0, estimator=copies)
+            front = copies if estimator.denoiser else 0
+            training(step, copies, "estimator", False, workers, denoiser=front, estimator=copies)
         elif step == "finetune_classifier":
             num = max(1, round(num * finetune.share)) if num else 0
             draws: Mapping[Kind, int] = {(ESTIMATOR,): num * finetune.num_sigma_draws}
-            parts.append(Part(f"{step}, sigmas", num, draws, rows_of(draws, config)))
+            parts.append(Part(f"{step}, sigmas", num, draws, rows_of(draws, config), replicas=workers))
             copies = finetune.epochs * num
-            training(f"{step}, training", copies, "classifier", denoiser=copies, classifier=copies)
+            training(f"{step}, training", copies, "classifier", True, workers, denoiser=copies, classifier=copies)
         elif step in (by_step := {step_of(store): store for store in STORES}):
             parts.append(_certifying(directory, by_step[step], data, replicas))
     return parts

@@ -30,8 +30,9 @@ from core.progress import Progress
 from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling, stage_sampling
 from core.smoothing import certificate, certify
 from core.training.base import train_classifier, train_denoiser
-from core.training.estimator import train_estimator
-from core.training.finetune import choose_sigma, finetune_classifier
+from core.training.estimator import EstimatorObjective
+from core.training.finetune import FinetuneObjective, choose_sigma
+from core.training.loop import Objective, Training
 from distributed.estimate import BOTH, TRAINING, Kind, Part
 from distributed.launch import STORES, step_of, work_of
 from distributed.run_directory import RunDirectory, finetuned
@@ -283,17 +284,19 @@ class _Training:
         front: Denoiser | None = denoiser if estimator.denoiser or not learns else None
         if _one_image_s(front, model, part, sigma_e) * copies > _PATIENCE_S:
             return None
-        pixels, labels = part.pixels(), torch.from_numpy(part.labels)
         radii = np.random.default_rng(0).random((len(part), len(self._config.sigmas)))
-        sigma, silent, seed = torch.full((len(part),), sigma_e), _Silent(), self._config.seed
+        sigma, seed = np.full(len(part), sigma_e), self._config.seed
 
         def train(num: int) -> None:
+            objective: Objective
             if learns:
                 settings = estimator.model_copy(update={"epochs": num})
-                train_estimator(model, front, pixels, radii, sigma_e, settings, seed, silent)
+                objective = EstimatorObjective(part, radii, sigma_e, front, settings, seed)
             else:
                 tuned = finetune.model_copy(update={"epochs": num})
-                finetune_classifier(model, front, pixels, labels, sigma, tuned, seed, silent)
+                objective = FinetuneObjective(part, np.arange(len(part)), sigma, front, tuned, seed)
+            for _ in Training(model, objective).run():
+                pass
 
         return self._timed(train, copies)
 

@@ -1,6 +1,8 @@
 """What Prometheus, and with it the Ray dashboard and Grafana, see of a run: `ray_dualrs_*`, tagged with the store."""
 
-__all__ = ["DriverMetrics", "ReplicaMetrics"]
+from core.training.loop import Record
+
+__all__ = ["DriverMetrics", "ReplicaMetrics", "TrainingMetrics"]
 
 
 class ReplicaMetrics:
@@ -63,3 +65,28 @@ class DriverMetrics:
         self._replicas.set(replicas, self._tags)
         if eta_s is not None:
             self._eta.set(eta_s, self._tags)
+
+
+class TrainingMetrics:
+    """Set by the driver while workers of Ray Train are at work.
+
+    Args:
+        training: its name.
+    """
+
+    def __init__(self, training: str) -> None:
+        from ray.util.metrics import Gauge
+
+        tags = {"tag_keys": ("store",)}
+        self._gauges = {
+            "epoch": Gauge("dualrs_training_epoch", "epochs done", **tags),
+            "loss": Gauge("dualrs_training_loss", "mean loss of the last epoch", **tags),
+            "lr": Gauge("dualrs_training_learning_rate", "of the last epoch", **tags),
+            "samples_per_s": Gauge("dualrs_training_samples_per_second", "over the last epoch", **tags),
+        }
+        self._tags = {"store": training}
+
+    def ended(self, record: Record) -> None:
+        """An epoch."""
+        for name, gauge in self._gauges.items():
+            gauge.set(record[name], self._tags)

@@ -17,6 +17,7 @@ from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
+from distributed.cluster import training_place
 from distributed.estimate import Part, count_parts, format_parts, size
 from distributed.lock import read_lock
 from distributed.run_directory import RunDirectory, finetuned
@@ -32,17 +33,20 @@ class _Step(NamedTuple):
     writes: tuple[str, ...] = ()
     pixels: bool = False
     """Whether it takes all images into memory."""
+    trains: bool = False
+    """Whether it trains where `compute.train_device` and `compute.train_workers` say."""
 
 
 def _steps(config: Config) -> dict[str, _Step]:
     """Every step of a configuration, by its name in the manifest."""
     made = tuple(config.classifiers)
     tuned = tuple(map(finetuned, made))
+    own = config.base.denoiser is None or None in map(config.own_classifier, made)
     return {
-        "train_base": _Step(("train", "test"), (), ("denoiser", *made), pixels=True),
+        "train_base": _Step(("train", "test"), (), ("denoiser", *made), pixels=own),
         "build_dataset": _Step(("train",), ("denoiser", *made)),
-        "train_estimator": _Step(("train",), ("denoiser", *made), ("estimator",), pixels=True),
-        "finetune_classifier": _Step(("train",), ("denoiser", *made, "estimator"), tuned, pixels=True),
+        "train_estimator": _Step(("train",), ("denoiser", *made), ("estimator",), trains=True),
+        "finetune_classifier": _Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
         "certify-standard": _Step(("test",), ("denoiser", *tuned)),
         "certify-dual": _Step(("test",), ("denoiser", *tuned, "estimator")),
         "certify-multiscale": _Step(("test",), ("denoiser", *tuned)),
@@ -86,7 +90,7 @@ class Found:
             self.problems.append(DataError(str(error)))
 
 
-def check(directory: RunDirectory, steps: Sequence[str]) -> Found:
+def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> Found:
     """Look at everything that the steps need, without running a network.
 
     Nothing is written but a probe that removes itself. Weights of a hub are fetched into its cache.
@@ -94,6 +98,7 @@ def check(directory: RunDirectory, steps: Sequence[str]) -> Found:
     Args:
         directory: the run, which may not be there yet (`dry`).
         steps: names as in the manifest, in their order; those that are finished need nothing.
+        here: whether this machine is the one that will run them, so that it needs the devices.
     """
     found, plan = Found(), _steps(directory.config)
     found.steps = _unfinished(directory, steps, found)
@@ -112,6 +117,9 @@ def check(directory: RunDirectory, steps: Sequence[str]) -> Found:
             with found.collect():
                 data.check_memory()
     _check_models(directory, found)
+    if any(plan[step].trains for step in found.steps):
+        with found.collect():
+            found.facts.append(("training", training_place(directory.config.compute, here)))
     if writable:
         with found.collect():
             _check_room(directory, found)
@@ -151,7 +159,7 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     Raises:
         DualRSError: for the problems, all in one.
     """
-    found = check(directory, steps)
+    found = check(directory, steps, here=False)
     device, replicas, of = _replicas(directory.config.compute)
     found.facts.append(("device", of))
     if holder := read_lock(directory.folder):

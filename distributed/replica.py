@@ -113,7 +113,7 @@ class Replica:
                 f"{found}, expected {work.data_digest}); give all machines the same files"
             )
         self._store = ShardStore(work.root, work.store)
-        check_visible(work)
+        check_visible(work.root)
         plan = self._store.read_plan()
         if plan is None:
             raise ConfigError(f"the plan {self._store.plan_file!r} is gone")

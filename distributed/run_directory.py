@@ -5,6 +5,7 @@ lock.json        who is at work
 models/          *.safetensors
 plan/            which examples belong to which shard
 dataset/         shards: the all-sigma certification of the training split
+training/        <training>/ the checkpoint that a training goes on from, until its step is finished; learning curves
 certificates/    <method>/ shards: the test-time certificates
 errors/          why an example has no certificate; replicas that had to be given up
 attempts/        which replica began which shard, until the step is finished

@@ -1,4 +1,4 @@
-"""Reading shards back as arrays for training and for the report."""
+"""Reading shards back as arrays, for the report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,18 +10,15 @@ from numpy.typing import NDArray
 
 from core.confidence import certified_radius, clopper_pearson_lower
 from core.config import Config
-from core.data import Dataset
 from core.errors import DataError
 from core.multiscale import level_alphas
 from core.records import Stop
 from core.report import DualRows, MultiscaleRows, ReportData, StandardRows
-from core.training.estimator import label_radii
 from distributed.rows import ERROR
-from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from distributed.storage import Folder
 
-__all__ = ["grid", "report_data", "training_radii"]
+__all__ = ["grid", "report_data", "stacked"]
 
 
 def grid(table: pa.Table, column: str, sigmas: Sequence[float]) -> NDArray[Any]:
@@ -35,43 +32,14 @@ def grid(table: pa.Table, column: str, sigmas: Sequence[float]) -> NDArray[Any]:
     if len(levels) % width or not np.array_equal(levels.reshape(-1, width), np.tile(sigmas, (len(levels) // width, 1))):
         raise DataError(f"expected one row per example for each sigma of {list(sigmas)}")
     values = table.column(column)
-    array = _stacked(values.to_numpy()) if pa.types.is_list(values.type) else values.to_numpy()
+    array = stacked(values.to_numpy()) if pa.types.is_list(values.type) else values.to_numpy()
     return np.asarray(array.reshape(-1, width, *array.shape[1:]))
 
 
-def _stacked(lists: NDArray[Any]) -> NDArray[Any]:
+def stacked(lists: NDArray[Any]) -> NDArray[Any]:
     """Lists of one length as rows; zeros for the empty ones of rows with errors."""
     width = max(map(len, lists), default=0)
     return np.stack([values if len(values) else np.zeros(width, np.int64) for values in lists])
-
-
-def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float64]:
-    """The radii R_c(x, sigma_i) of the dataset as the estimator's training wants them, ``(N, K)`` in `train`'s order.
-
-    An example with an error at any sigma has radius 0 at all of them: training drops it, its best sigma is unknown.
-
-    Raises:
-        DataError: when the dataset does not hold exactly the training split.
-    """
-    config = directory.config
-    table = ShardStore(directory.folder, "dataset").read()
-    ids = grid(table, "example_id", config.sigmas)[:, 0].tolist()
-    if ids != sorted(train.example_ids):
-        raise DataError(f"the dataset holds {len(ids)} examples, not the {len(train)} of the training split")
-    order = {example_id: row for row, example_id in enumerate(ids)}
-    votes = grid(table, "counts_estimation", config.sigmas)
-    top = grid(table, "counts_selection", config.sigmas).argmax(axis=2)
-    radii = label_radii(
-        radius=grid(table, "radius", config.sigmas),
-        correct=grid(table, "correct", config.sigmas),
-        votes=np.take_along_axis(votes, top[:, :, None], axis=2)[:, :, 0],
-        num_estimation=np.maximum(grid(table, "num_estimation", config.sigmas), 1),
-        sigmas=np.asarray(config.sigmas),
-        alpha=config.labels.alpha,
-        mode=config.estimator.label_radius,
-    )
-    radii[(grid(table, "status", config.sigmas) == ERROR).any(axis=1)] = 0.0
-    return radii[[order[example_id] for example_id in train.example_ids]]
 
 
 def report_data(

@@ -197,16 +197,16 @@ def warm_up(engine: Engine, work: Work, data: Dataset) -> float:
     return engine.warm_up(data.shape, _requests(work, engine.network))
 
 
-def check_visible(work: Work) -> None:
+def check_visible(root: Folder) -> None:
     """Refuse to work where the run directory is another one.
 
     Raises:
         ConfigError: when this machine does not see the driver's files.
     """
-    if not work.root.exists("manifest.json"):
+    if not root.exists("manifest.json"):
         raise ConfigError(
-            f"{str(work.root)!r} cannot be seen on {socket.gethostname()}: replicas on other machines need a run "
-            "directory on a shared file system or an object store (s3://, gs://)"
+            f"{str(root)!r} cannot be seen on {socket.gethostname()}: replicas and training workers on other "
+            "machines need a run directory on a shared file system or an object store (s3://, gs://)"
         )
 
 
@@ -218,7 +218,7 @@ def probe_batch_size(work: Work) -> int:
     Raises:
         ModelError: when the device is too small for a single row.
     """
-    check_visible(work)
+    check_visible(work.root)
     data, compute = load_dataset(work.config.dataset, work.split), work.config.compute
     network = _load_network(work, data.num_classes, Forward(compute.precision, compute.channels_last))
     replicas_here = max(1, (os.cpu_count() or 1) // compute.threads_per_replica)
@@ -233,7 +233,7 @@ def probe_batch_size(work: Work) -> int:
 
 def measure_rate(work: Work, batch_size: int | None = None, seconds: float = 2.0) -> float:
     """Rows per second of the bare forward passes of a work at its batch shape, on this device."""
-    check_visible(work)
+    check_visible(work.root)
     data = load_dataset(work.config.dataset, work.split)
     engine = build_engine(work, data.num_classes, batch_size)
     start, took = time.monotonic(), warm_up(engine, work, data)

@@ -5,7 +5,6 @@ An expert is fine-tuned on the samples that are routed to it.
 
 import sys
 
-from core.progress import Progress
 from distributed.run_directory import RunDirectory, finetuned
 from jobs._cli import job_parser, run_step
 
@@ -16,86 +15,55 @@ def run(directory: RunDirectory) -> None:
     reads = (*config.classifiers, "denoiser", "estimator")
     if directory.is_done("finetune_classifier", reads, writes=[finetuned(role) for role in config.classifiers]):
         return
-    import torch
+    import numpy as np
 
     from core.config import SplitConfig
     from core.data.subsets import choose
-    from core.engine import Engine, Task
     from core.models.checkpoints import load_model
-    from core.noise import make_noise
-    from core.training.finetune import choose_sigma, finetune_classifier
-    from distributed.cluster import train_device
-    from distributed.work import build_network
+    from distributed.sigmas import forget_sigmas, training_sigmas
+    from distributed.training import Lesson, forget, train
 
     hashes = directory.model_hashes(reads)
-    torch.set_num_threads(config.compute.train_threads)
-    interval, device = config.compute.progress_interval_s, train_device(config.compute)
     whole = directory.data("train")
-    part = choose(whole, SplitConfig(share=finetune.share, seed=config.seed), "finetune")
-    pixels, places = part.readable_pixels(range(len(part)))
-    train = part.take(places)
-    if len(train) < len(part):
-        print(f"fine-tuning: {len(part) - len(train)} of {len(part)} images cannot be read and are left out")
-
-    network = build_network(
-        {name: directory.model(name) for name in ("denoiser", "estimator")}, config, train.num_classes, device
-    )
-    engine = Engine(
-        network,
-        make_noise(config.noise, config.seed, config.compute.chunk_size),
-        batch_size=config.compute.training_batch_size,
-    )
-    tasks = (
-        Task(
-            index,
-            train.example_ids[index],
-            pixels[index],
-            choose_sigma(config.sigmas, config.estimator_sigma, finetune.num_sigma_draws),
-        )
-        for index in range(len(train))
-    )
-    sigma = torch.zeros(len(train))
-    with Progress(len(train), "sigma of each sample", "samples", interval_s=interval) as progress:
-        for finished in engine.run(tasks):
-            sigma[finished.key] = finished.result
-            progress.update(1)
+    part = set(choose(whole, SplitConfig(share=finetune.share, seed=config.seed), "finetune").example_ids)
+    asked = np.flatnonzero([example_id in part for example_id in whole.example_ids])
+    places, sigma = training_sigmas(directory, whole, asked)
+    if len(places) < len(asked):
+        print(f"fine-tuning: {len(asked) - len(places)} of {len(asked)} images cannot be read and are left out")
 
     wrote: dict[str, str] = {}
     losses: dict[str, list[float]] = {}
-    labels = torch.from_numpy(train.labels)
+    lessons = []
     for role, level in config.classifiers.items():
-        classifier = load_model(directory.model(role)).to(device)
+        classifier = load_model(directory.model(role))
         # An expert learns from the samples that the estimator routes to it.
-        routed = slice(None) if level is None else sigma == torch.tensor(level)
-        if not len(labels[routed]):
+        routed = np.ones(len(places), np.bool_) if level is None else sigma == level
+        if not routed.any():
             print(f"fine-tuning: no sample is routed to {role}, it stays as it is")
             losses[role] = []
         else:
-            name = "fine-tuning" if level is None else f"fine-tuning {role}"
-            with Progress(finetune.epochs, name, "epochs", interval_s=interval) as progress:
-                losses[role] = finetune_classifier(
-                    classifier,
-                    network.denoiser,
-                    pixels[routed],
-                    labels[routed],
-                    sigma[routed],
-                    finetune,
-                    config.seed + 3,
-                    progress,
-                )
+            name = "finetune_classifier" if level is None else f"finetune_classifier-{level}"
+            lesson = Lesson.of(directory, name, "classifier", places[routed], sigma[routed])
+            history = train(directory, lesson, classifier, "fine-tuning" if level is None else f"fine-tuning {role}")
+            losses[role] = [record["loss"] for record in history]
+            lessons.append(lesson)
         wrote[finetuned(role)] = directory.save_model(finetuned(role), classifier)
-    shares = {str(level): float((sigma == torch.tensor(level)).float().mean()) for level in config.sigmas}
+    shares = {str(level): float((sigma == level).mean()) for level in config.sigmas}
     directory.finish(
         "finetune_classifier",
         read=hashes,
         wrote=wrote,
         facts={
-            "samples": len(train),
+            "samples": len(places),
             "of": len(whole),
             "share_of_samples_at_sigma": shares,
             "loss": losses.get("classifier", losses),
+            "workers": max(1, config.compute.train_workers),
         },
     )
+    for lesson in lessons:
+        forget(lesson)
+    forget_sigmas(directory.folder)
 
 
 def main() -> int:

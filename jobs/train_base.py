@@ -26,7 +26,9 @@ def run(directory: RunDirectory) -> None:
     from distributed.cluster import train_device
 
     torch.set_num_threads(config.compute.train_threads)
-    interval, device = config.compute.progress_interval_s, train_device(config.compute)
+    # With training workers the driver need not have a GPU.
+    device = "cpu" if config.compute.train_workers else train_device(config.compute)
+    interval = config.compute.progress_interval_s
     train, test = directory.data("train"), directory.data("test")
     if base.denoiser is not None:
         denoiser = load_denoiser(base.denoiser)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import sys
 
-from core.progress import Progress
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
 
@@ -16,26 +15,21 @@ def run(directory: RunDirectory) -> None:
     done = directory.is_done("train_estimator", reads, writes=("estimator",))
     if done and directory.manifest["steps"]["train_estimator"].get("dataset") == dataset:
         return
-    import numpy as np
     import torch
 
-    from core.models.checkpoints import load_classifier, load_denoiser
+    from core.models.checkpoints import load_classifier
     from core.models.small import SmallConvNet
-    from core.training.estimator import train_estimator
-    from distributed.cluster import train_device
-    from distributed.tables import training_radii
+    from core.training.estimator import learnable
+    from distributed.labels import training_radii
+    from distributed.training import Lesson, forget, train
 
     hashes = directory.model_hashes(reads)
-    torch.set_num_threads(config.compute.train_threads)
-    train = directory.data("train")
-    radii = training_radii(directory, train)
-    device = train_device(config.compute)
-    denoiser = load_denoiser(directory.model("denoiser")).to(device)
-    # Only what is trained on: images that could not be certified may not be readable either.
-    pixels, places = train.readable_pixels(np.flatnonzero(radii.max(axis=1) > 0).tolist())
+    data = directory.data("train")
+    radii = training_radii(directory, data)
+    kept = learnable(radii)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)
-        channels, size, num_sigmas, backbone = *pixels.shape[1:3], len(config.sigmas), config.estimator.backbone
+        channels, size, num_sigmas, backbone = *data.shape[:2], len(config.sigmas), config.estimator.backbone
         estimator = (
             SmallConvNet(channels, size, num_sigmas, config.base.classifier_width)
             if backbone is None
@@ -43,25 +37,19 @@ def run(directory: RunDirectory) -> None:
         )
     if getattr(estimator, "new_head", False):
         print(f"estimator: its checkpoint's last layer is replaced by a new one with {num_sigmas} outputs")
-    with Progress(
-        config.estimator.epochs, "estimator", "epochs", interval_s=config.compute.progress_interval_s
-    ) as progress:
-        history = train_estimator(
-            estimator.to(device),
-            denoiser if config.estimator.denoiser else None,
-            pixels,
-            radii[places],
-            config.estimator_sigma,
-            config.estimator,
-            config.seed + 2,
-            progress,
-        )
+    print(f"estimator: trained on {len(kept)} of {len(radii)} samples (the others have radius 0 at every sigma)")
+    lesson = Lesson.of(directory, "train_estimator", "estimator", kept, radii[kept])
+    history = train(directory, lesson, estimator, "estimator")
     digest = directory.save_model("estimator", estimator)
-    facts = {"dataset": dataset, "samples": len(places), "of": len(radii), "loss": history}
-    print(
-        f"estimator: trained on {facts['samples']} of {facts['of']} samples (the others have radius 0 at every sigma)"
-    )
+    facts = {
+        "dataset": dataset,
+        "samples": len(kept),
+        "of": len(radii),
+        "loss": [record["loss"] for record in history],
+        "workers": max(1, config.compute.train_workers),
+    }
     directory.finish("train_estimator", read=hashes, wrote={"estimator": digest}, facts=facts)
+    forget(lesson)
 
 
 def dataset_digest(directory: RunDirectory) -> str | None:

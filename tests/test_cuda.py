@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from core.batch_size import DeviceProbe, choose_batch_size
 from core.config import FinetuneConfig
+from core.data import Dataset
 from core.engine import Engine, Task
 from core.exact_noise import ExactNoise
 from core.models.checkpoints import build_denoiser
@@ -16,10 +18,10 @@ from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
 from core.network import Forward, Head, Network, Precision
 from core.noise import GaussianNoise, Noise
-from core.progress import Progress
 from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
 from core.smoothing import certify
-from core.training.finetune import finetune_classifier
+from core.training.finetune import FinetuneObjective
+from core.training.loop import Training
 from distributed.audit import audit, replay
 from distributed.shards import ShardStore
 from jobs import build_dataset
@@ -175,11 +177,15 @@ def test_on_device_is_sign_count() -> None:
 
 def test_training_on_cuda_is_close_to_the_cpu() -> None:
     torch.manual_seed(0)
-    pixels, labels, sigma = torch.rand(64, 1, 8, 8), torch.randint(10, (64,)), torch.full((64,), 0.25)
+    images = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), np.uint8)
+    data = Dataset("random", tuple(map(str, range(64))), images, np.arange(64) % 10, 10)
     losses = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(1)
         model = SmallConvNet(1, 8, 10).to(device)
         config = FinetuneConfig(epochs=3, batch_size=16, lr=1e-3)
-        losses.append(finetune_classifier(model, None, pixels, labels, sigma, config, 0, Progress(3, "t", "epochs")))
+        training = Training(model, FinetuneObjective(data, np.arange(64), np.full(64, 0.25), None, config, 0))
+        for _ in training.run():
+            pass
+        losses.append([record["loss"] for record in training.history])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -21,7 +21,7 @@ from core.errors import ConfigError, DataError, ModelError
 from core.models.checkpoints import build_denoiser
 from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
-from core.network import Forward, Head, Module, Network, Precision, _set_tf32
+from core.network import Forward, Head, Module, Network, Precision, set_tf32
 from core.noise import GaussianNoise
 from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
 from core.smoothing import certify
@@ -138,13 +138,13 @@ def test_run_logits_that_overflow_in_float16_vote_for_no_class() -> None:
 @pytest.fixture
 def _switches() -> Iterator[None]:
     yield
-    _set_tf32(False)
+    set_tf32(False)
 
 
 @pytest.mark.usefixtures("_switches")
-def test_set_tf32_sets_every_switch_in_both_directions() -> None:
+def testset_tf32_sets_every_switch_in_both_directions() -> None:
     for allowed in (True, False, True):
-        _set_tf32(allowed)
+        set_tf32(allowed)
         matmul: Any = torch.backends.cuda.matmul
         cudnn: Any = torch.backends.cudnn
         assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)

@@ -66,7 +66,7 @@ def test_train_estimator_backbone_takes_a_checkpoint_with_another_head(
         values[:40, 0], values[20:40, 1] = 0.3, 0.4
         return values
 
-    monkeypatch.setattr("distributed.tables.training_radii", radii)
+    monkeypatch.setattr("distributed.labels.training_radii", radii)
     backbone = f"estimator.backbone={{arch: resnet110, checkpoint: {models / 'resnet.pt'}}}"
     directory = own(models, backbone, "estimator.epochs=1", "estimator.lr=0.00001")
     train_base.run(directory)

@@ -11,8 +11,9 @@ from core.models.small import SmallConvNet
 from core.progress import Progress
 from core.records import ESTIMATOR
 from core.training.base import train_classifier, train_denoiser
-from core.training.estimator import class_weights, estimator_loss, label_radii, train_estimator
-from core.training.finetune import choose_sigma, finetune_classifier
+from core.training.estimator import EstimatorObjective, class_weights, estimator_losses, label_radii
+from core.training.finetune import FinetuneObjective, choose_sigma
+from core.training.loop import Record, Training
 from tests.oracles import drive
 
 
@@ -60,11 +61,14 @@ def test_estimator_loss_value_and_gradient_equal_numpy_and_finite_differences(
     logits, radii = rng.normal(size=(copies, 4, 3)), rng.uniform(0, 1, (4, 3))
     weight = rng.uniform(0.5, 3, 4)
     tensor = torch.from_numpy(logits).requires_grad_()
-    loss = estimator_loss(tensor, torch.from_numpy(radii), torch.from_numpy(weight), config)
+    terms = estimator_losses(tensor, torch.from_numpy(radii), torch.from_numpy(weight), config)
+    loss = terms["loss"].mean()
     assert loss.item() == pytest.approx(numpy_loss(logits, radii, weight, config), rel=1e-10)
+    plain = config.model_copy(update={"loss": "hard" if config.loss == "hard" else "soft"})
+    assert terms["cross_entropy"].mean().item() == pytest.approx(numpy_loss(logits, radii, weight, plain), rel=1e-10)
     loss.backward()  # type: ignore[no-untyped-call]
     assert tensor.grad is not None
-    for index in [(0, 0, 0), (copies - 1, 3, 2), (0, 2, 1)]:
+    for index in np.ndindex(*logits.shape):
         step = np.zeros_like(logits)
         step[index] = 1e-6
         slope = (
@@ -73,14 +77,15 @@ def test_estimator_loss_value_and_gradient_equal_numpy_and_finite_differences(
         assert tensor.grad[index].item() == pytest.approx(slope, rel=1e-4, abs=1e-7)
 
 
-def test_estimator_loss_probability_that_underflows_gives_finite_gradients() -> None:
-    logits = torch.tensor([[[300.0, 0.0, -300.0]], [[300.0, 0.0, -300.0]]], requires_grad=True)
-    radii, config = torch.tensor([[0.5, 0.1, 0.2]]), EstimatorConfig()
-    loss = estimator_loss(logits, radii, torch.ones(1), config)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert torch.isfinite(loss)
-    assert logits.grad is not None
-    assert torch.isfinite(logits.grad).all()
+@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.loss}-{c.consistency_weight}-{c.consistency_lambda:g}")
+def test_estimator_losses_probability_that_underflows_gives_finite_gradients(config: EstimatorConfig) -> None:
+    for far in ([300.0, 0.0, -300.0], [0.0, -300.0, 300.0]):  # the copies agree, or they do not
+        logits = torch.tensor([[[300.0, 0.0, -300.0]], [far]], requires_grad=True)
+        loss = estimator_losses(logits, torch.tensor([[0.5, 0.1, 0.2]]), torch.ones(1), config)["loss"].mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert torch.isfinite(loss)
+        assert logits.grad is not None
+        assert torch.isfinite(logits.grad).all()
 
 
 def test_label_radii_wrong_class_counts_as_zero_and_at_10k_scales_the_share() -> None:
@@ -100,35 +105,41 @@ def test_class_weights_are_the_inverse_shares_of_the_best_sigma() -> None:
     assert class_weights(radii, rebalance=False).tolist() == [1.0] * 4
 
 
-def toy(num: int = 64) -> tuple[Tensor, np.ndarray]:
+def toy(num: int = 64) -> tuple[Dataset, np.ndarray]:
     """Bright images whose best sigma is the second, dark ones whose best is the first."""
-    bright = torch.arange(num) % 2
-    pixels = (0.1 + 0.8 * bright.float()).view(-1, 1, 1, 1).expand(num, 1, 8, 8).clone()
-    radii = np.where(bright[:, None].numpy() == 1, [[0.1, 1.0]], [[1.0, 0.1]])
-    return pixels, radii
+    bright = np.arange(num) % 2
+    images = np.broadcast_to((25 + 205 * bright)[:, None, None, None], (num, 1, 8, 8)).astype(np.uint8)
+    radii = np.where(bright[:, None] == 1, [[0.1, 1.0]], [[1.0, 0.1]])
+    return Dataset("toy", tuple(f"toy/{i}" for i in range(num)), images, bright.astype(np.int64), 2), radii
 
 
 def progress() -> Progress:
     return Progress(1, "test", "steps")
 
 
-def test_train_estimator_learns_a_separable_rule_and_is_repeatable() -> None:
-    pixels, radii = toy()
+def fit(training: Training) -> list[Record]:
+    for _ in training.run():
+        pass
+    return training.history
+
+
+def test_estimator_learns_a_separable_rule_and_is_repeatable() -> None:
+    data, radii = toy()
     config = EstimatorConfig(epochs=20, batch_size=16, lr=5e-3, consistency_lambda=1.0)
     states = []
     for _ in range(2):
         torch.manual_seed(0)
         model = SmallConvNet(1, 8, 2)
-        history = train_estimator(model, None, pixels, radii, 0.3, config, 0, progress())
+        history = fit(Training(model, EstimatorObjective(data, radii, 0.3, None, config, 0)))
         states.append(model.state_dict())
-        assert history[-1] < history[0]
+        assert history[-1]["loss"] < history[0]["loss"]
         with torch.inference_mode():
-            assert (model(pixels).argmax(1) == torch.from_numpy(radii.argmax(1))).all()
+            assert (model(data.pixels()).argmax(1) == torch.from_numpy(radii.argmax(1))).all()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def test_train_estimator_leaves_out_samples_without_a_radius() -> None:
-    pixels, radii = toy(8)
+def test_estimator_leaves_out_samples_without_a_radius() -> None:
+    data, radii = toy(8)
     radii[1:] = 0.0
     seen = set()
 
@@ -136,13 +147,14 @@ def test_train_estimator_leaves_out_samples_without_a_radius() -> None:
         seen.add(len(noisy))
         return noisy
 
-    train_estimator(SmallConvNet(1, 8, 2), denoiser, pixels, radii, 0.3, EstimatorConfig(epochs=1), 0, progress())
+    config = EstimatorConfig(epochs=1)
+    fit(Training(SmallConvNet(1, 8, 2), EstimatorObjective(data, radii, 0.3, denoiser, config, 0)))
     assert seen == {2}  # two copies of the one sample that is left
     with pytest.raises(DataError, match="radius 0 at every sigma"):
-        train_estimator(SmallConvNet(1, 8, 2), None, pixels, radii * 0, 0.3, EstimatorConfig(), 0, progress())
+        EstimatorObjective(data, radii * 0, 0.3, None, config, 0)
 
 
-def test_finetune_classifier_noises_each_sample_at_its_own_sigma() -> None:
+def test_classifier_is_finetuned_on_each_sample_at_its_own_sigma() -> None:
     levels: list[Tensor] = []
 
     def denoiser(noisy: Tensor, sigma: Tensor) -> Tensor:
@@ -151,13 +163,12 @@ def test_finetune_classifier_noises_each_sample_at_its_own_sigma() -> None:
         return noisy
 
     torch.manual_seed(0)
-    model = SmallConvNet(1, 8, 2)
-    sigma = torch.tensor([0.1, 0.5]).repeat(8)
+    data, _ = toy(20)
+    places, sigma = np.arange(2, 18), np.tile([0.1, 0.5], 8)
     config = FinetuneConfig(epochs=3, batch_size=4, lr=1e-3)
-    labels = torch.arange(16) % 2
-    history = finetune_classifier(model, denoiser, torch.full((16, 1, 8, 8), 0.5), labels, sigma, config, 0, progress())
+    history = fit(Training(SmallConvNet(1, 8, 2), FinetuneObjective(data, places, sigma, denoiser, config, 0)))
     assert len(history) == 3
-    assert sorted(torch.cat(levels[:4]).tolist()) == sorted(sigma.tolist())
+    assert sorted(torch.cat(levels[:4]).tolist()) == pytest.approx(sorted(sigma.tolist()))
 
 
 def test_choose_sigma_is_the_majority() -> None:

@@ -39,7 +39,13 @@ class ComputeConfig(Section):
     threads_per_replica: Count = 1
     """CPU threads of a replica."""
     train_device: Literal["cpu", "cuda"] = "cpu"
-    """Where the estimator is trained and the classifier fine-tuned: in the driver's process, on this device of it."""
+    """Where the estimator is trained and the classifier fine-tuned."""
+    train_workers: Annotated[int, Field(ge=0)] = 0
+    """Workers of Ray Train that share every batch of these two trainings: one GPU each, or `train_threads` CPUs. 0: in
+    the driver's process. The same weights up to rounding (BatchNorm's statistics come from each worker's slice)."""
+    train_retries: Annotated[int, Field(ge=0)] = 10
+    """A training step gives up when its workers have failed more often than this; each time they go on from the last
+    checkpoint."""
     train_threads: Count = 1
     """CPU threads of the training jobs; another number may change the last bits of the weights, and does not pay for
     networks as small as the digits'."""

@@ -93,6 +93,11 @@ class Config(Section):
             raise ValueError(
                 f"compute.min_replicas: {compute.min_replicas} is above compute.max_replicas = {compute.max_replicas}"
             )
+        if compute.train_workers and compute.executor == "local":
+            raise ValueError(
+                f"compute.train_workers: {compute.train_workers} workers need compute.executor=ray; with local, leave "
+                "it at 0"
+            )
         low, high = self.base.noise_range
         if low >= high:
             raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")

@@ -1,6 +1,7 @@
 """The variance estimator h_e (arXiv 2512.01782, section 5): its targets, its loss, its training."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from core.confidence import certified_radius, clopper_pearson_lower
 from core.config import EstimatorConfig
+from core.data import Dataset
 from core.errors import DataError
 from core.network import Denoiser
-from core.progress import Progress
+from core.training.loop import Schedule
+from core.training.samples import Samples
 
-__all__ = ["class_weights", "estimator_loss", "label_radii", "train_estimator"]
+__all__ = ["EstimatorObjective", "class_weights", "estimator_losses", "label_radii", "learnable"]
 
 Floats = NDArray[np.float64]
 
@@ -48,6 +51,21 @@ def label_radii(
     return np.where(correct, radius, 0.0)
 
 
+def learnable(radii: Floats) -> NDArray[np.int64]:
+    """The samples, int64, that training takes: those with a radius at some sigma.
+
+    Args:
+        radii: ``(N, K)``.
+
+    Raises:
+        DataError: when there is none.
+    """
+    kept = np.flatnonzero(radii.max(axis=1, initial=0.0) > 0)
+    if not kept.size:
+        raise DataError("every training sample has radius 0 at every sigma: nothing to learn a noise level from")
+    return kept
+
+
 def class_weights(radii: Floats, rebalance: bool = True) -> Floats:
     """w_e(x) = 1 / q_i, q_i the share of samples whose best sigma is that of x; ones without re-balancing.
 
@@ -62,8 +80,8 @@ def class_weights(radii: Floats, rebalance: bool = True) -> Floats:
     return np.asarray(1.0 / share[best], np.float64)
 
 
-def estimator_loss(logits: Tensor, radii: Tensor, weight: Tensor, config: EstimatorConfig) -> Tensor:
-    """L = mean of w_e (CE + w_r L_con), L_con = lambda KL + eta H, over a batch.
+def estimator_losses(logits: Tensor, radii: Tensor, weight: Tensor, config: EstimatorConfig) -> dict[str, Tensor]:
+    """w_e (CE + w_r L_con) of each sample, L_con = lambda KL + eta H; the published loss is its mean over a batch.
 
     CE is averaged over the m copies; its target is softmax(radii), or the best sigma (`loss: hard`). With the mean
     prediction f = mean_i p_i, KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log f_k (Jeong & Shin
@@ -75,21 +93,25 @@ def estimator_loss(logits: Tensor, radii: Tensor, weight: Tensor, config: Estima
         radii: ``(B, K)`` R_c(x, sigma_i), sigma ascending.
         weight: ``(B,)`` w_e.
         config: variant and weights.
+
+    Returns:
+        ``(B,)`` each: `loss`, and of it `cross_entropy` (w_e CE).
     """
     log_p = F.log_softmax(logits, dim=2)
     if config.loss == "hard":
         target = F.one_hot(radii.argmax(dim=1), radii.shape[1]).to(log_p.dtype)
     else:
         target = F.softmax(radii.to(log_p.dtype), dim=1)
-    loss = -(target * log_p).sum(dim=2).mean(dim=0)
-    if config.loss == "consistency":
-        log_mean = torch.logsumexp(log_p, dim=0) - math.log(len(log_p))
-        mean = log_mean.exp()
-        divergence = (mean * (log_mean - log_p)).sum(dim=2).mean(dim=0)
-        entropy = -(mean * log_mean).sum(dim=1)
-        consistency = config.consistency_lambda * divergence + config.consistency_eta * entropy
-        loss = loss + consistency_radius(logits, radii, config.consistency_weight) * consistency
-    return (weight * loss).mean()
+    cross_entropy = weight * -(target * log_p).sum(dim=2).mean(dim=0)
+    if config.loss != "consistency":
+        return {"loss": cross_entropy, "cross_entropy": cross_entropy}
+    log_mean = torch.logsumexp(log_p, dim=0) - math.log(len(log_p))
+    mean = log_mean.exp()
+    divergence = (mean * (log_mean - log_p)).sum(dim=2).mean(dim=0)
+    entropy = -(mean * log_mean).sum(dim=1)
+    consistency = config.consistency_lambda * divergence + config.consistency_eta * entropy
+    w_r = consistency_radius(logits, radii, config.consistency_weight)
+    return {"loss": cross_entropy + weight * w_r * consistency, "cross_entropy": cross_entropy}
 
 
 def consistency_radius(logits: Tensor, radii: Tensor, mode: str) -> Tensor:
@@ -105,64 +127,61 @@ def consistency_radius(logits: Tensor, radii: Tensor, mode: str) -> Tensor:
     return radius.to(logits.dtype)
 
 
-def train_estimator(
-    model: nn.Module,
-    denoiser: Denoiser | None,
-    pixels: Tensor,
-    radii: Floats,
-    sigma_e: float,
-    config: EstimatorConfig,
-    seed: int,
-    progress: Progress,
-) -> list[float]:
-    """Train `model` in place to name the sigma with the largest radius, stably under noise of level `sigma_e`.
+class EstimatorObjective:
+    """To name the sigma with the largest radius, stably under noise of level `sigma_e`: a `loop.Objective`.
 
-    Samples with radius 0 at every sigma are left out. Same seed, thread count and machine: same weights.
+    Samples with radius 0 at every sigma are left out.
 
     Args:
-        model: ``(B, C, H, W)`` in [0, 1] -> ``(B, K)``, on any device; batches and noise are made on the CPU.
-        denoiser: fixed, the same as at test time; None for a denoiser-free estimator.
-        pixels: ``(N, C, H, W)`` float32 in [0, 1].
-        radii: ``(N, K)`` from `label_radii`.
+        data: the training split.
+        radii: ``(N, K)`` from `label_radii`, in the data's order.
         sigma_e: noise level of the estimator.
+        denoiser: fixed, the same as at test time, on the model's device; None for a denoiser-free estimator.
         config: loss, optimiser and schedule.
-        seed: of batches and noise.
-        progress: counts epochs.
-
-    Returns:
-        Mean loss of each epoch.
+        seed: the run's.
+        processes: that hold the images on this machine.
 
     Raises:
         DataError: when no sample has a radius to learn from.
     """
-    kept = np.flatnonzero(radii.max(axis=1) > 0)
-    if not kept.size:
-        raise DataError("every training sample has radius 0 at every sigma: nothing to learn a noise level from")
-    pixels = pixels[torch.from_numpy(kept)]
-    device = next(model.parameters()).device
-    target = torch.from_numpy(radii[kept]).float().to(device)
-    weight = torch.from_numpy(class_weights(radii[kept], config.rebalance)).float().to(device)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step, config.lr_gamma)
-    history = []
-    model.train()
-    for _ in range(config.epochs):
-        total = 0.0
-        for batch in torch.split(torch.randperm(len(pixels), generator=generator), config.batch_size):
-            copies = pixels[batch].repeat(config.num_copies, 1, 1, 1)
-            noisy = (copies + sigma_e * torch.empty_like(copies).normal_(generator=generator)).to(device)
-            with torch.no_grad():
-                level = torch.full((len(noisy),), sigma_e, device=device)
-                images = noisy if denoiser is None else denoiser(noisy, level)
-            logits = model(images).view(config.num_copies, len(batch), -1)
-            loss = estimator_loss(logits, target[batch], weight[batch], config)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += loss.item() * len(batch)
-        schedule.step()
-        history.append(total / len(pixels))
-        progress.update(1, f"loss {history[-1]:.4f}")
-    model.eval()
-    return history
+
+    name = "train_estimator"
+
+    def __init__(
+        self,
+        data: Dataset,
+        radii: Floats,
+        sigma_e: float,
+        denoiser: Denoiser | None,
+        config: EstimatorConfig,
+        seed: int,
+        *,
+        processes: int = 1,
+    ) -> None:
+        kept = learnable(radii)
+        self.seed, self._config, self._sigma_e, self._denoiser = seed, config, sigma_e, denoiser
+        self.schedule = Schedule(
+            config.epochs, config.batch_size, config.lr, config.weight_decay, config.lr_step, config.lr_gamma
+        )
+        self._samples = Samples(data, kept, self.name, seed, processes=processes)
+        self.threads = self._samples.threads
+        self._radii = torch.from_numpy(radii[kept]).float()
+        self._weight = torch.from_numpy(class_weights(radii[kept], config.rebalance)).float()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy copies, radii and weights."""
+        levels = [self._sigma_e] * len(chosen)
+        noisy = self._samples.noisy(epoch, chosen, levels, self._config.num_copies)
+        return noisy, self._radii[chosen], self._weight[chosen]
+
+    def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`loss` and `cross_entropy` of each sample (`estimator_losses`)."""
+        noisy, radii, weight = batch
+        with torch.no_grad():
+            level = torch.full((len(noisy),), self._sigma_e, device=noisy.device)
+            images = noisy if self._denoiser is None else self._denoiser(noisy, level)
+        logits = model(images).view(self._config.num_copies, len(radii), -1)
+        return estimator_losses(logits, radii, weight, self._config)

@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.config import FinetuneConfig
+from core.data import Dataset
 from core.network import Denoiser
-from core.progress import Progress
 from core.records import ESTIMATOR, Draws, Phase, Procedure
+from core.training.loop import Schedule
+from core.training.samples import Samples
 
-__all__ = ["choose_sigma", "finetune_classifier"]
+__all__ = ["FinetuneObjective", "choose_sigma"]
 
 
 def choose_sigma(sigmas: Sequence[float], sigma_e: float, num: int) -> Procedure[float]:
@@ -20,51 +24,50 @@ def choose_sigma(sigmas: Sequence[float], sigma_e: float, num: int) -> Procedure
     return sigmas[int(votes.argmax())]
 
 
-def finetune_classifier(
-    model: nn.Module,
-    denoiser: Denoiser | None,
-    pixels: Tensor,
-    labels: Tensor,
-    sigma: Tensor,
-    config: FinetuneConfig,
-    seed: int,
-    progress: Progress,
-) -> list[float]:
-    """Train `model` in place with cross-entropy on images noised at their own sigma, then denoised.
-
-    Same seed, thread count and machine: same weights.
+class FinetuneObjective:
+    """Cross-entropy on images noised at their own sigma, then denoised: a `loop.Objective`.
 
     Args:
-        model: ``(B, C, H, W)`` in [0, 1] -> ``(B, num_classes)``, on any device; batches and noise are made on the CPU.
-        denoiser: fixed; None for a classifier that takes the noisy image itself.
-        pixels: ``(N, C, H, W)`` float32 in [0, 1].
-        labels: ``(N,)`` int64.
-        sigma: ``(N,)`` float32, from `choose_sigma`.
+        data: the training split.
+        places: which of its examples, int64 ``(N,)``.
+        sigma: ``(N,)`` their levels, from `choose_sigma`.
+        denoiser: fixed, on the model's device; None for a classifier that takes the noisy image itself.
         config: epochs, batch, rates.
-        seed: of batches and noise.
-        progress: counts epochs.
-
-    Returns:
-        Mean loss of each epoch.
+        seed: the run's.
+        processes: that hold the images on this machine.
     """
-    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    history = []
-    model.train()
-    for _ in range(config.epochs):
-        total = 0.0
-        for batch in torch.split(torch.randperm(len(pixels), generator=generator), config.batch_size):
-            images, level = pixels[batch], sigma[batch]
-            noisy = images + level.view(-1, 1, 1, 1) * torch.empty_like(images).normal_(generator=generator)
-            noisy, level = noisy.to(device), level.to(device)
-            with torch.no_grad():
-                inputs = noisy if denoiser is None else denoiser(noisy, level)
-            loss = F.cross_entropy(model(inputs), labels[batch].to(device))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += loss.item() * len(batch)
-        history.append(total / len(pixels))
-        progress.update(1, f"loss {history[-1]:.4f}")
-    model.eval()
-    return history
+
+    name = "finetune_classifier"
+
+    def __init__(
+        self,
+        data: Dataset,
+        places: NDArray[np.int64],
+        sigma: NDArray[np.float64],
+        denoiser: Denoiser | None,
+        config: FinetuneConfig,
+        seed: int,
+        *,
+        processes: int = 1,
+    ) -> None:
+        self.seed, self._denoiser = seed, denoiser
+        self.schedule = Schedule(config.epochs, config.batch_size, config.lr, config.weight_decay)
+        self._samples = Samples(data, places, self.name, seed, processes=processes)
+        self.threads = self._samples.threads
+        self._labels = torch.from_numpy(data.labels[places])
+        self._sigma = torch.from_numpy(sigma).float()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy images, their levels and labels."""
+        sigma = self._sigma[chosen]
+        return self._samples.noisy(epoch, chosen, sigma, copies=1), sigma, self._labels[chosen]
+
+    def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`loss` of each sample."""
+        noisy, sigma, labels = batch
+        with torch.no_grad():
+            images = noisy if self._denoiser is None else self._denoiser(noisy, sigma)
+        return {"loss": F.cross_entropy(model(images), labels, reduction="none")}
