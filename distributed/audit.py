@@ -16,8 +16,9 @@ from core.records import Stop
 from distributed.datasets import load_dataset
 from distributed.launch import STORES, step_of, work_of
 from distributed.recompute import Terms, dual_from_row, standard_from_row
+from distributed.rows import ERROR, OK, certificate_row, dual_row, error_row
 from distributed.run_directory import RunDirectory
-from distributed.shards import ERROR, OK, ShardStore, certificate_row, dual_row, error_row
+from distributed.shards import ShardStore
 from distributed.work import Work, build_engine, make_row, make_task, procedures
 
 __all__ = ["Finding", "audit", "replay"]

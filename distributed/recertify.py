@@ -8,8 +8,9 @@ from core.errors import ConfigError
 from core.records import AlphaSplit, Sampling
 from core.report import ReportData
 from distributed.recompute import Terms, dual_from_row, standard_from_row
+from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR, certificate_row, dual_row
 from distributed.run_directory import RunDirectory
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR, ShardStore, certificate_row, dual_row
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 from distributed.tables import report_data
 

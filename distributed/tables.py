@@ -15,8 +15,9 @@ from core.errors import DataError
 from core.records import Stop
 from core.report import DualRows, ReportData, StandardRows
 from core.training.estimator import label_radii
+from distributed.rows import ERROR
 from distributed.run_directory import RunDirectory
-from distributed.shards import ERROR, ShardStore
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 
 __all__ = ["grid", "report_data", "training_radii"]

@@ -27,7 +27,7 @@ from core.noise import make_noise
 from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, DualCertificate, Phase, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
 from distributed.datasets import load_dataset
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, certificate_row, dual_row
+from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, certificate_row, dual_row
 from distributed.storage import Folder
 
 __all__ = [

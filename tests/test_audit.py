@@ -174,7 +174,7 @@ def test_replay_votes_that_other_noise_gave_are_found(run: RunDirectory) -> None
     """Votes and everything derived from them moved consistently: only drawing them again can tell."""
     from distributed.launch import work_of
     from distributed.recompute import Terms, standard_from_row
-    from distributed.shards import certificate_row
+    from distributed.rows import certificate_row
 
     work, _ = work_of(run, "certificates/standard")
     terms = Terms.of(work.config, work.sampling, work.budget)

@@ -40,8 +40,9 @@ from distributed.launch import certify_store, outline, work_of
 from distributed.measure import measure_parts
 from distributed.preflight import check, dry_run, refuse
 from distributed.replica import Replica
+from distributed.rows import certificate_row
 from distributed.run_directory import RunDirectory
-from distributed.shards import ShardStore, certificate_row
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 from jobs import pipeline
 from tests.s3 import s3_server, uri

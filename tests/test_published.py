@@ -15,8 +15,9 @@ from core.config import load_config
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from distributed.audit import audit, replay
+from distributed.rows import ERROR, OK
 from distributed.run_directory import RunDirectory
-from distributed.shards import ERROR, OK, ShardStore
+from distributed.shards import ShardStore
 from jobs import certify, pipeline
 from tests import miniatures
 from tests.openai_reference import CIFAR

@@ -27,9 +27,10 @@ from core.network import Network
 from core.records import Sampling
 from distributed.audit import audit
 from distributed.datasets import load_dataset
+from distributed.plan import Plan
 from distributed.replica import Replica, retired
 from distributed.run_directory import RunDirectory
-from distributed.shards import Plan, ShardStore
+from distributed.shards import ShardStore
 from distributed.tables import training_radii
 from distributed.work import Work, make_task
 from jobs import build_dataset, certify

@@ -12,7 +12,9 @@ from core.errors import ConfigError, DataError
 from core.files import file_sha256
 from core.records import Bound, Certificate, DualCertificate, Sampling
 from core.smoothing import certificate
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row, error_row
+from distributed.plan import Plan
+from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, certificate_row, dual_row, error_row
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 from distributed.tables import grid
 
@@ -132,7 +134,7 @@ def test_read_file_with_a_flipped_bit_is_refused_by_its_checksum(tmp_path: Path)
     assert refused > 100
 
 
-def test_compact_joins_shards_and_nothing_is_seen_twice_at_any_moment(
+def test_finish_joins_shards_and_nothing_is_seen_twice_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan.divide(7, 2, 2, {})
@@ -146,7 +148,7 @@ def test_compact_joins_shards_and_nothing_is_seen_twice_at_any_moment(
             seen.append(store.read().equals(before))
 
         monkeypatch.setattr(Folder, action, spied)
-    store.compact(plan, part_rows=8)  # two shards to a part
+    store.finish(plan, IDS, SIGMAS, part_rows=8)  # two shards to a part
     assert seen == [True] * 6
     assert store.files() == ["part-000000-000001.parquet", "part-000002-000003.parquet"]
     assert store.committed() == {0, 1, 2, 3}
@@ -154,23 +156,23 @@ def test_compact_joins_shards_and_nothing_is_seen_twice_at_any_moment(
     assert pq.read_table(tmp_path / "dataset").num_rows == 14
 
 
-def test_compact_that_was_cut_off_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_that_was_cut_off_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan.divide(7, 2, 2, {})
     store = store_with_rows(tmp_path, plan)
     before = store.read()
     with monkeypatch.context() as context:
         context.setattr(Folder, "remove", lambda self, name: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            store.compact(plan, part_rows=8)
+            store.finish(plan, IDS, SIGMAS, part_rows=8)
     assert len(list((tmp_path / "dataset").iterdir())) == 5  # a part beside the shards that it covers
     assert store.read().equals(before)
-    store.compact(plan, part_rows=8)
+    store.finish(plan, IDS, SIGMAS, part_rows=8)
     assert len(list((tmp_path / "dataset").iterdir())) == 2
     (tmp_path / "dataset" / "part-000000-000001.parquet").unlink()
     assert store.committed() == {2, 3}
     for shard in (0, 1):
         store.commit(shard, rows_of(plan, shard), CERTIFICATE_SCHEMA, "cpu")
-    store.compact(plan, part_rows=1_000)  # parts of another size are there: they stay
+    store.finish(plan, IDS, SIGMAS, part_rows=1_000)  # parts of another size are there: they stay
     assert store.read().equals(before)
 
 
@@ -185,7 +187,7 @@ def test_commit_with_an_error_keeps_its_message_until_it_succeeds(tmp_path: Path
     assert store.read_errors().column("message").to_pylist() == ["broken"]
     verified = store.verify(plan, IDS, SIGMAS)
     assert (verified.rows, verified.error_rows) == (14, 1)
-    store.compact(plan, 1_000)
+    store.finish(plan, IDS, SIGMAS, 1_000)
     assert "shard-000001.parquet" in store.files()  # may be tried again
     store.commit(1, rows, CERTIFICATE_SCHEMA, "cpu")
     assert store.read_errors().num_rows == 0

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from distributed.shards import CERTIFICATE_SCHEMA, Plan, ShardStore
+from distributed.plan import Plan
+from distributed.rows import CERTIFICATE_SCHEMA
+from distributed.shards import ShardStore
 from distributed.status import status
 from tests.tiny import tiny_run
 
