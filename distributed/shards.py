@@ -27,7 +27,7 @@ class ShardStore:
     """The shards of one step, in one folder of a run directory.
 
     shard-NNNNNN.parquet           rows of shard N of the plan
-    part-NNNNNN-MMMMMM.parquet     rows of the shards N to M, written when all are there (`compact`)
+    part-NNNNNN-MMMMMM.parquet     rows of the shards N to M, written when all are there (`finish`)
 
     Args:
         root: the run directory.

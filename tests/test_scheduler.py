@@ -243,10 +243,10 @@ def test_build_dataset_examples_that_cannot_be_run_become_error_rows_and_are_tri
     bad = load_dataset(run.config.dataset, "train").example_ids[13]
     real = make_task
 
-    def fails(key: Any, data: Any, index: int, procedure: Any) -> Any:
+    def fails(key: Any, data: Any, index: int, *rest: Any) -> Any:
         if data.example_ids[index] == bad:
             raise DataError(f"example {bad!r}: the image is cut off")
-        return real(key, data, index, procedure)
+        return real(key, data, index, *rest)
 
     with monkeypatch.context() as context:
         context.setattr(replica_module, "make_task", fails)

@@ -156,6 +156,41 @@ def test_finish_joins_shards_and_nothing_is_seen_twice_at_any_moment(
     assert pq.read_table(tmp_path / "dataset").num_rows == 14
 
 
+def test_finish_reads_each_file_once_and_returns_what_verify_finds_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.divide(7, 2, 2, {})
+    store = store_with_rows(tmp_path, plan)
+    store.commit(1, rows_of(plan, 1), CERTIFICATE_SCHEMA, "cuda: B")
+    read, real = [], Folder.read
+
+    def spied(self: Folder, name: str) -> bytes:
+        read.append(name)
+        return real(self, name)
+
+    with monkeypatch.context() as context:
+        context.setattr(Folder, "read", spied)
+        found = store.finish(plan, IDS, SIGMAS, part_rows=12)  # three shards to a part, the last one alone
+    assert sorted(read) == [f"shard-00000{i}.parquet" for i in range(4)]
+    assert list(found.sha256) == store.files() == ["part-000000-000002.parquet", "shard-000003.parquet"]
+    assert found.devices == ("cpu", "cuda: B")
+    assert found == store.verify(plan, IDS, SIGMAS)
+    assert found == store.finish(plan, IDS, SIGMAS, part_rows=12)
+
+
+def test_finish_does_not_join_what_is_not_whole_and_keeps_foreign_files(tmp_path: Path) -> None:
+    plan = Plan.divide(7, 2, 2, {})
+    store = store_with_rows(tmp_path, plan)
+    (tmp_path / "dataset" / "shard-notes.parquet").write_bytes(b"mine")
+    store.commit(1, rows_of(plan, 1)[1:], CERTIFICATE_SCHEMA, "cpu")
+    with pytest.raises(DataError, match=r"shard-000001.* exactly once, the first is 'e2'"):
+        store.finish(plan, IDS, SIGMAS, part_rows=8)
+    assert {f"shard-00000{i}.parquet" for i in range(4)} <= {file.name for file in (tmp_path / "dataset").iterdir()}
+    store.commit(1, rows_of(plan, 1), CERTIFICATE_SCHEMA, "cpu")
+    store.finish(plan, IDS, SIGMAS, part_rows=8)
+    assert (tmp_path / "dataset" / "shard-notes.parquet").read_bytes() == b"mine"
+
+
 def test_finish_that_was_cut_off_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan.divide(7, 2, 2, {})
     store = store_with_rows(tmp_path, plan)

@@ -131,7 +131,7 @@ class Config(Section):
         compute = plain.pop("compute", {})
         # `batch_size: auto` stands here as "auto", not as the number that it came to: that is found per step, on a
         # device, long after the fingerprint has been written into the manifest, and a resumption has to arrive at the
-        # same fingerprint without a device. The number is the plan's (`distributed.shards.Plan.batch_size`), written
+        # same fingerprint without a device. The number is the plan's (`distributed.plan.Plan.batch_size`), written
         # before the first row and never changed: whoever goes on, replays or audits takes it from there. So two runs
         # with one fingerprint hold the same counts if their plans name the same number; one that is given always is.
         keys = ("batch_size", "precision", "channels_last", "compile", "chunk_size", "train_threads")
