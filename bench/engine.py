@@ -157,6 +157,8 @@ def forward(settings: Settings) -> list[Line]:
             # A copy: the memory order belongs to the weights, and the others are timed with theirs.
             copy = digits() if pair.shape[0] == 1 else larger()
             sides[f"batch {best}, {name}"] = copy.floor(copy.network(settings.device, way), best, max(1, rows // best))
+        if not cuda:
+            sides[f"batch {best}, 2 threads"] = _with_threads(2, sides[f"batch {best}"])
         taken = interleaved(sides, settings.turns, cuda=cuda)
         reference = taken[f"batch {best}"]
         for name in sides:
@@ -165,3 +167,14 @@ def forward(settings: Settings) -> list[Line]:
                 what = f"{pair.name}: {name} / batch {best}"
                 found.append(Line("forward", what, ratio(taken[name], reference), in_cpu))
     return found
+
+
+def _with_threads(num: int, run: Callable[[], float]) -> Callable[[], float]:
+    def threaded() -> float:
+        torch.set_num_threads(num)
+        try:
+            return run()
+        finally:
+            torch.set_num_threads(1)
+
+    return threaded

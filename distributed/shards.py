@@ -164,11 +164,11 @@ class ShardStore:
         return self._table(name, self.folder.read(name))[0]
 
     def _table(self, name: str, content: bytes) -> tuple[pa.Table, str]:
-        """Rows, and the device that they were made on."""
+        """Rows, and the device that they were made on; nothing where a foreign tool has written the file."""
         table, metadata = from_bytes(content, self.folder.where(name))
-        if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA) or "device" not in metadata:
+        if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA):
             raise DataError(f"{self.folder.where(name)!r} has other columns than certificates: {table.schema.names}")
-        return table, metadata["device"]
+        return table, metadata.get("device", "")
 
     def read_shard(self, shard: int) -> pa.Table | None:
         """The rows of one shard, None when it is not there (or already part of a larger file)."""

@@ -63,8 +63,13 @@ class Verifier:
             where: path or URI, for the message.
 
         Raises:
-            DataError: names the first missing, unexpected or repeated row.
+            DataError: names the first missing, unexpected or repeated row, or a file that does not say its device.
         """
+        if not device:
+            raise DataError(
+                f"{where!r} does not say on which device it was made, so it is not as a replica wrote it; remove the "
+                "file and start the job again: it makes the file anew"
+            )
         wanted = np.sort(np.concatenate([self._plan.members(shard) for shard in shards]))
         odd = _first_odd(table, [self._ids[place] for place in wanted.tolist()], self._levels)
         if odd is not None:

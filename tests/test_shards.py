@@ -115,7 +115,12 @@ def test_verify_finds_missing_doubled_and_foreign_rows(tmp_path: Path) -> None:
         store.commit(1, damaged, CERTIFICATE_SCHEMA, "cpu")
         with pytest.raises(DataError, match=r"shard-000001.* exactly once, the first is 'e"):
             store.verify(plan, IDS, SIGMAS)
-    (tmp_path / "dataset" / "shard-000001.parquet").unlink()
+    file = tmp_path / "dataset" / "shard-000001.parquet"
+    store.commit(1, rows, CERTIFICATE_SCHEMA, "cpu")
+    pq.write_table(store.read_file(file.name), file)
+    with pytest.raises(DataError, match=r"shard-000001.* does not say on which device"):
+        store.verify(plan, IDS, SIGMAS)
+    file.unlink()
     with pytest.raises(DataError, match="1 shards of dataset are missing, the first is 1"):
         store.verify(plan, IDS, SIGMAS)
 
