@@ -45,7 +45,7 @@ def main() -> int:
         const="true",
         help="for engine and floor, and one more way in `forward`; graphs: with CUDA graphs; takes minutes on a CPU",
     )
-    parser.add_argument("--repetitions", type=int, default=7, help="turns of the short contestants (default: 7)")
+    parser.add_argument("--repetitions", type=int, default=5, help="turns of the short contestants (default: 5)")
     parser.add_argument(
         "--run", type=Path, default=Settings.run, help="trained digits, made if not there (default: %(default)s)"
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ class Smooth:
         return top_class, self.sigma * float(norm.ppf(p_lower))
 
     @torch.no_grad()
-    def _sample_noise(self, x: Tensor, num: int, batch_size: int) -> np.ndarray:
+    def _sample_noise(self, x: Tensor, num: int, batch_size: int) -> NDArray[np.int64]:
         counts = np.zeros(self.num_classes, dtype=np.int64)
         for _ in range(math.ceil(num / batch_size)):
             this_batch_size = min(batch_size, num)

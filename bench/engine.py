@@ -119,17 +119,17 @@ def engine(settings: Settings) -> list[Line]:
     # Seconds a batch: few turns, and a number of draws that fills whole batches.
     big = larger()
     return found + _compare(
-        settings, big, "engine", 860, 2, big.sigmas[-1:], of_loop=">= 1.0", turns=1 if settings.tiny else 3
+        settings, big, "engine", 860, 1, big.sigmas[-1:], of_loop=">= 1.0", turns=1 if settings.tiny else 2
     )
 
 
 def labels(settings: Settings) -> list[Line]:
     """All noise levels, n = 100, as the variance estimator's training set is made."""
     pair, big = digits(), larger()
-    turns = 1 if settings.tiny else 3
+    turns = 1 if settings.tiny else 2
     return [
         *_compare(settings, pair, "labels", 100, 128, pair.sigmas, ">= 0.95", ">= 1.5"),
-        *_compare(settings, big, "labels", 100, 3, big.sigmas, of_loop=">= 1.0", turns=turns),
+        *_compare(settings, big, "labels", 100, 2, big.sigmas, of_loop=">= 1.0", turns=turns),
     ]
 
 
@@ -159,7 +159,8 @@ def forward(settings: Settings) -> list[Line]:
             sides[f"batch {best}, {name}"] = copy.floor(copy.network(settings.device, way), best, max(1, rows // best))
         if not cuda:
             sides[f"batch {best}, 2 threads"] = _with_threads(2, sides[f"batch {best}"])
-        taken = interleaved(sides, settings.turns, cuda=cuda)
+        turns = settings.turns if pair.batch_size > 64 else min(settings.turns, 3)
+        taken = interleaved(sides, turns, cuda=cuda)
         reference = taken[f"batch {best}"]
         for name in sides:
             if name != f"batch {best}":

@@ -36,7 +36,7 @@ __all__ = ["replicas"]
 
 def replicas(settings: Settings) -> list[Line]:
     """Rates with two over rates with one: of bare engines, and of replicas on Ray."""
-    turns, most = 1 if settings.tiny else 3, 2
+    turns, most = 1 if settings.tiny else 2, 2
     bare: dict[int, list[float]] = {1: [], most: []}
     on_ray: dict[int, list[float]] = {1: [], most: []}
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def replicas(settings: Settings) -> list[Line]:
                     on_ray[num].append(_on_ray(Path(folder) / f"{num}-{turn}", num, settings.tiny))
         for turn in range(turns):  # when Ray is gone
             for num in np.random.default_rng(turn).permutation([1, most]).tolist():
-                bare[num].append(_bare_engines(work, 0.2 if settings.tiny else 6.0, num))
+                bare[num].append(_bare_engines(work, 0.2 if settings.tiny else 5.0, num))
 
     def line(what: str, ours: list[float], theirs: list[float], wanted: str = "") -> Line:
         return Line("replicas", what, spread([a / b for a, b in zip(ours, theirs, strict=True)]), wanted=wanted)
@@ -66,7 +66,7 @@ def _prepare(folder: Path, num: int, tiny: bool) -> RunDirectory:
     plain = {
         "sigmas": [0.12, 0.25, 0.5],
         "labels": {"num_selection": 10, "num_estimation": 10} if tiny else {"num_estimation": 40 + 100 * num},
-        "dataset": {"test_size": 1700} if tiny else {},
+        "dataset": {"test_size": 1700 if tiny else 1000},
         "compute": {
             "batch_size": 100 if tiny else 500,
             "shard_seconds": 0.01 if tiny else 1.0,

@@ -22,7 +22,7 @@ class Settings:
 
     device: str = "cpu"
     tiny: bool = False
-    repetitions: int = 7
+    repetitions: int = 5
     forward: Forward = field(default_factory=Forward)
     run: Path = Path("runs/bench")
 
