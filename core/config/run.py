@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from core.confidence import draws_needed, largest_radius
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
 from core.config.models import BaseModelsConfig, ClassifierConfig
@@ -40,6 +39,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        from core.confidence import draws_needed, largest_radius  # scipy: half of what `--help` would take
+
         if list(self.sigmas) != sorted(set(self.sigmas)):
             raise ValueError(f"sigmas: must be ascending and distinct, got {list(self.sigmas)}; sort them")
         top = max(self.sigmas)
