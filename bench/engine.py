@@ -119,7 +119,7 @@ def engine(settings: Settings) -> list[Line]:
     # Seconds a batch: few turns, and a number of draws that fills whole batches.
     big = larger()
     return found + _compare(
-        settings, big, "engine", 860, 1, big.sigmas[-1:], of_loop=">= 1.0", turns=1 if settings.tiny else 2
+        settings, big, "engine", 860, 2, big.sigmas[-1:], of_loop=">= 1.0", turns=1 if settings.tiny else 2
     )
 
 
@@ -143,7 +143,7 @@ def forward(settings: Settings) -> list[Line]:
     for pair in (digits(),) if settings.tiny else (digits(), larger()):
         base = pair.network(settings.device, Forward())
         best = 8 if settings.tiny else pair.best_batch(base)
-        rows = best if settings.tiny else 16 * best if pair.batch_size > 64 else best
+        rows = best if settings.tiny else 16 * best if pair.batch_size > 64 else 2 * best
         sides: dict[str, Callable[[], float]] = {
             f"batch {size}": pair.floor(base, size, max(1, rows // size))
             for size in sorted({best // 4, best // 2, best, 2 * best, 4 * best})

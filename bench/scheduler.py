@@ -72,7 +72,6 @@ class InstantReplica(Replica):
     """Everything of a replica but data, networks and engine."""
 
     def _load(self, work: Work) -> None:
-        self._device = "cpu"
         self._store = ShardStore(work.root, work.store)
         plan = self._store.read_plan()
         assert plan is not None
@@ -81,6 +80,9 @@ class InstantReplica(Replica):
 
     def _serve(self) -> None:
         pass
+
+    def _made_on(self) -> str:
+        return "cpu"
 
     def submit(self, number: int) -> "Future[_OpenShard]":
         """The shard's rows, at once."""
