@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu chaos check format clean
+.PHONY: help demo test test-slow test-gpu chaos bench check format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -29,6 +29,9 @@ test-gpu: $(VENV)/.installed  ## tests that need a CUDA device
 
 chaos: $(VENV)/.installed  ## a run with 30 and more faults, compared with an undisturbed one
 	$(BIN)/python -m pytest -m chaos -s
+
+bench: $(VENV)/.installed  ## speed beside its floor and beside what people run now; PARTS=engine,labels chooses
+	$(BIN)/python -m bench $(if $(PARTS),--parts $(PARTS)) $(BENCH)
 
 check: $(VENV)/.installed  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .

@@ -28,9 +28,10 @@ from core.records import Sampling
 from distributed.audit import audit
 from distributed.datasets import load_dataset
 from distributed.labels import training_radii
+from distributed.plan import Plan
 from distributed.replica import Replica, retired
 from distributed.run_directory import RunDirectory
-from distributed.shards import Plan, ShardStore
+from distributed.shards import ShardStore
 from distributed.work import Work, make_task
 from jobs import build_dataset, certify
 from tests.tiny import tiny_run
@@ -242,10 +243,10 @@ def test_build_dataset_examples_that_cannot_be_run_become_error_rows_and_are_tri
     bad = load_dataset(run.config.dataset, "train").example_ids[13]
     real = make_task
 
-    def fails(key: Any, data: Any, index: int, procedure: Any) -> Any:
+    def fails(key: Any, data: Any, index: int, *rest: Any) -> Any:
         if data.example_ids[index] == bad:
             raise DataError(f"example {bad!r}: the image is cut off")
-        return real(key, data, index, procedure)
+        return real(key, data, index, *rest)
 
     with monkeypatch.context() as context:
         context.setattr(replica_module, "make_task", fails)
