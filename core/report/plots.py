@@ -230,13 +230,13 @@ def to_picture(figure: Figure, name: str, caption: str) -> Picture:
     lines = _named_lines(figure)
     if len(figure.axes) > 1 or not lines:
         return Picture(f"{name}.png", caption, to_svg(figure, name))
-    legends, size = figure.legends, figure.get_size_inches()
+    legends, (width, height) = figure.legends, figure.get_size_inches()
     figure.legends = []
-    figure.set_size_inches(size[0], size[1] - _LEGEND_ROW_IN * len(lines))
+    figure.set_size_inches(width, height - _LEGEND_ROW_IN * len(lines))
     svg = to_svg(figure, name)
     chart = _chart(figure, lines, name, svg)
     figure.legends = legends
-    figure.set_size_inches(size)
+    figure.set_size_inches(width, height)
     return Picture(f"{name}.png", caption, svg, chart)
 
 
