@@ -15,6 +15,7 @@ from core.errors import DataError
 from core.records import Stop
 from core.report import DualRows, ReportData, StandardRows
 from core.training.estimator import label_radii
+from distributed.exchange import imported_rows
 from distributed.run_directory import RunDirectory
 from distributed.shards import ERROR, ShardStore
 from distributed.storage import Folder
@@ -123,6 +124,7 @@ def report_data(
         strict=config.report.strict,
         standard=standard,
         baseline=baseline,
+        imported=imported_rows(root),
         dual=dual,
         standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]),
         alpha=config.certify.alpha,

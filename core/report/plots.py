@@ -288,6 +288,9 @@ def _look(method: Method) -> dict[str, Any]:
             "markersize": 9,
             "markevery": (0.09, 0.2),
         }
+    if method.kind is Kind.IMPORTED:
+        dashes = (0, (4 + 2 * (method.index // len(_COLOURS)), 1, 1, 1, 1, 1))
+        return {"color": _COLOURS[-1 - method.index % len(_COLOURS)], "linestyle": dashes, "linewidth": 1.2}
     # Marks along the drawn line, staggered so that they stay apart where curves meet.
     marks = (0.02 + 0.03 * method.index + (0.015 if method.kind is Kind.BASELINE else 0.0), 0.2)
     colour = _COLOURS[method.index % len(_COLOURS)]
