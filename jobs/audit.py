@@ -2,19 +2,19 @@
 
 import sys
 
-from jobs._cli import job_parser, open_run, run_job
+from jobs._cli import job_parser, number, open_run, run_job
 
 
 def main() -> int:
     """Command line."""
     parser = job_parser("audit", __doc__)
     parser.add_argument(
-        "--replay", type=int, default=0, metavar="N", help="draw N random rows again and compare their votes"
+        "--replay", type=number, default=0, metavar="N", help="draw N random rows again and compare their votes"
     )
     parser.add_argument(
-        "--replay-seed", type=int, default=None, help="choose the same rows again (default: fresh ones)"
+        "--replay-seed", type=number, default=None, help="choose the same rows again (default: fresh ones)"
     )
-    parser.add_argument("--show", type=int, default=20, help="findings to print (default: 20)")
+    parser.add_argument("--show", type=number, default=20, help="findings to print (default: 20)")
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from core.errors import DataError
