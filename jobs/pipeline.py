@@ -33,6 +33,7 @@ CHECKED = (
 
 def run(directory: RunDirectory) -> None:
     """Run every step in order."""
+    report.require_matplotlib()
     start = time.monotonic()
     for number, (name, step) in enumerate(STEPS, 1):
         print(f"[{number}/{len(STEPS)}] {name} ({time.monotonic() - start:.0f} s)", flush=True)
