@@ -262,6 +262,8 @@ def _csv(data: ReportData) -> str:
 
 def _latex(data: ReportData) -> str:
     claim = f"{data.labels}, {data.num_examples} examples, n = {data.num_estimation}, alpha = {data.alpha:g}"
+    if data.imported:
+        claim += "; imported logs: examples and settings of their own"
     accuracy = latex_table(_accuracy_table(data), f"Certified accuracy ({claim}).")
     return (
         accuracy
