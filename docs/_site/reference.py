@@ -37,9 +37,10 @@ def configuration_page() -> str:
     parts = [
         "# Configuration",
         "This page is made from the code (`core/config`). A configuration is a YAML file of these keys; "
-        "`section.key=value` on a command line overrides one. Unknown keys, wrong types and values that contradict each "
-        "other are refused before anything runs. Most keys decide the numbers of a run, and a run directory then refuses "
-        "another value; `report.*`, paths and most of `compute.*` may change ([which](operations.md#resume)).",
+        "`section.key=value` on a command line overrides one. Unknown keys, wrong types and values that "
+        "contradict each other are refused before anything runs. Most keys decide the numbers of a run, and a run "
+        "directory then refuses another value; "
+        "`report.*`, paths and most of `compute.*` may change ([which](operations.md#resume)).",
         "[Data sets](datasets.md) shows the keys of `dataset` with examples; `configs/` holds the published settings.",
     ]
     sections: list[tuple[str, type[BaseModel]]] = [("", Config)]
