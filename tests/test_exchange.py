@@ -51,6 +51,20 @@ def test_parse_log_columns_in_another_order_and_more_of_them() -> None:
     assert (log.idx.tolist(), log.radius.tolist(), log.correct.tolist()) == ([20], [0.25], [True])
 
 
+def test_parse_log_as_multiscale_writes_it_abstains_with_minus_two_as_well() -> None:
+    text = "idx\tlabel\tpredict\tradius\tr_neg\tcorrect\tpred_uc\tcorr_uc\tstage\ttime\n"
+    text += "0\t3\t3\t0.412\t-1e+02\t1\t3\t1\t0\t0:00:20\n1\t8\t-2\t0.0\t-1e+02\t0\t8\t1\t1\t0:00:41\n"
+    log = parse_log(text + "2\t8\t-1\t0.0\t-0.3\t0\t1\t0\t2\t0:00:42\n", "log")
+    assert (log.correct.tolist(), log.abstained.tolist()) == ([True, False, False], [False, True, True])
+
+
+def test_parse_log_running_count_of_correct_ones_is_understood() -> None:
+    """diffusion_denoised_smoothing's script for CIFAR-10 adds up: its column reads 1 1 2 2, and not 1 0 1 0."""
+    rows = [(0, 3, 3, 0.5, 1), (10, 8, -1, 0.0, 1), (20, 8, 8, 0.25, 2), (30, 1, 2, 0.3, 2)]
+    text = HEADER + "".join("\t".join(map(str, row)) + "\t0:00:01\n" for row in rows)
+    assert parse_log(text, "log").correct.tolist() == [True, False, True, False]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -59,10 +73,13 @@ def test_parse_log_columns_in_another_order_and_more_of_them() -> None:
         (HEADER, "a header and no line below it"),
         (HEADER + "0\t3\t3\t0.9\n", "line 2: has 4 columns"),
         (HEADER + "0\t3\t3\tx\t1\t0\n", "line 2: expected whole numbers"),
-        (HEADER + "0\t3\t3\t0.5\t2\t0\n", "line 2: expected whole numbers"),
+        (HEADER + "0\t3\t3\t0.5\t2\t0\n", "line 2: correct is 2, but predict is 3 and label is 3"),
+        (HEADER + "0\t3\t3\t0.5\tyes\t0\n", "line 2: expected whole numbers"),
         (HEADER + "0\t3\t3\tnan\t1\t0\n", "line 2: radius must be a finite number"),
         (HEADER + "0\t3\t3\t-0.1\t1\t0\n", "line 2: radius must be a finite number"),
-        (HEADER + "0\t3\t-1\t0.1\t0\t0\n", "line 2: predict is a class, or -1 with radius 0"),
+        (HEADER + "0\t3\t-1\t0.1\t0\t0\n", "line 2: label is a class, predict a class or -1"),
+        (HEADER + "0\t-1\t-1\t0\t1\t0\n", "line 2: label is a class, predict a class or -1"),
+        (HEADER + "0\t3\t3\t0.1\t1\t0\n1\t4\t3\t0.1\t1\t0\n2\t4\t4\t0.1\t3\t0\n", "line 3: correct is 1"),
         (HEADER + "0\t3\t4\t0.1\t1\t0\n", "line 2: correct is 1, but predict is 4 and label is 3"),
         (LOG + "20\t8\t8\t0.2\t1\t0\n", "line 7: idx 20 was there before"),
     ],
