@@ -111,13 +111,14 @@ def test_command_of_a_job_parses_and_its_configuration_is_valid(
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_jobs_inside_sentences_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in inline_jobs(page):
+        assert command.job is not None
+        assert command.job[0] in summaries(), command
+        if "--help" in command.text:
+            continue
         needs_out = "--out" not in command.text and "jobs.convert" not in command.text
         complete = Command(command.page, command.text + " --out RUN" * needs_out)
         with monkeypatch.context() as patch:
-            try:
-                parse(complete, patch)
-            except SystemExit as ended:  # --help
-                assert ended.code == 0, command
+            parse(complete, patch)
     for file in re.findall(r"`(?:make test|pytest) (tests/\w+\.py)", page.read_text(encoding="utf-8")):
         assert (ROOT / file).is_file(), file
 
