@@ -103,9 +103,9 @@ def parse_log(text: str, source: str) -> CertifyLog:
     column = np.array([correct for correct, _ in stated])
     wrong = np.flatnonzero(column != log.correct)
     if len(wrong) and not np.array_equal(column, np.cumsum(log.correct)):
-        row = int(wrong[0])
+        first = int(wrong[0])
         raise DataError(
-            f"{stated[row][1]}: correct is {column[row]}, but predict is {predict[row]} and label is {label[row]}"
+            f"{stated[first][1]}: correct is {column[first]}, but predict is {predict[first]} and label is {label[first]}"
         )
     return log
 

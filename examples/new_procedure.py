@@ -6,7 +6,7 @@ theorem 1 of Cohen et al. 2019, R = sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)), whose
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     test = load_dataset(DatasetConfig(), "test")
     images, _ = test.readable_pixels(range(10))
     sampling = Sampling(num_selection=100, num_estimation=1000, alpha=0.001)
-    tasks = [
+    tasks: list[Task[Any]] = [
         Task((index, name), test.example_ids[index], image, procedure(0.5, sampling))
         for index, image in enumerate(images)
         for name, procedure in (("one-sided", certify), ("two-sided", certify_two_sided))

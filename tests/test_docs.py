@@ -185,6 +185,21 @@ def environment() -> dict[str, str]:
     return plain | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
+def made_small(arguments: list[str]) -> list[str]:
+    """The arguments of a job so that a new run takes seconds, and that one that is there goes on as it was begun."""
+    out = Path(arguments[arguments.index("--out") + 1])
+    if "--config" not in arguments:
+        return arguments
+    if (out / "manifest.json").exists():
+        place = arguments.index("--config")
+        return [word for word in arguments[:place] + arguments[place + 2 :] if "=" not in word]
+    given = {argument.partition("=")[0] for argument in arguments}
+    added = [override for override in small() if override.partition("=")[0] not in given]
+    if any(word.startswith("noise=") or "budget=" in word for word in arguments):
+        added.append("dataset.test.first=4")
+    return arguments + added
+
+
 @pytest.mark.docs
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_of_a_page_run(page: Path, desk: Path) -> None:
@@ -197,16 +212,7 @@ def test_commands_of_a_page_run(page: Path, desk: Path) -> None:
             subprocess.run([sys.executable, *arguments], env=environment(), check=True, timeout=300)
             continue
         name, *arguments = command.job
-        out = Path(arguments[arguments.index("--out") + 1])
-        if "--config" in arguments and not (out / "manifest.json").exists():
-            given = {argument.partition("=")[0] for argument in arguments}
-            arguments += [override for override in small() if override.partition("=")[0] not in given]
-            if any(word.startswith("noise=") or "budget=" in word for word in arguments):
-                arguments += ["dataset.test.first=4"]
-        elif "--config" in arguments:
-            arguments = ["--out", str(out), *[word for word in arguments if word.startswith("--dry-run")]]
-        if page.name == "README.md" and page.parent.name == "models":
-            arguments = ["desk/models" if word == "models/digits" else word for word in arguments]
+        arguments = made_small(["desk/models" if word == "models/digits" else word for word in arguments])
         if name == "import_tsv" and not Path("logs").exists():
             assert run_job("export", "--out", "RUN", "--to", "logs") == 0
         if name == "train_base" and "mine.pt" in command.text and not Path("mine.pt").exists():

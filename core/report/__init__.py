@@ -257,8 +257,8 @@ class ReportData:
         shown.append(Method(name, Kind.ORACLE, 0, best > 0.0, best, None, None, None, self.strict))
         shown += [_standard(r, Kind.BASELINE, i, self.strict) for i, r in enumerate(self.baseline)]
         for i, rows in enumerate(self.imported):
-            columns = (rows.correct, rows.radius, None, rows.abstained, None)
-            shown.append(Method(f"Imported: {rows.name}", Kind.IMPORTED, i, *columns, self.strict))
+            claims = (rows.correct, rows.radius, None, rows.abstained, None)
+            shown.append(Method(f"Imported: {rows.name}", Kind.IMPORTED, i, *claims, self.strict))
         return tuple(shown)
 
     def leaders(self) -> list[list[Method]]:
