@@ -105,7 +105,8 @@ def parse_log(text: str, source: str) -> CertifyLog:
     if len(wrong) and not np.array_equal(column, np.cumsum(log.correct)):
         first = int(wrong[0])
         raise DataError(
-            f"{stated[first][1]}: correct is {column[first]}, but predict is {predict[first]} and label is {label[first]}"
+            f"{stated[first][1]}: correct is {column[first]}, but predict is {predict[first]} and label is "
+            f"{label[first]}"
         )
     return log
 
