@@ -46,6 +46,7 @@ def checked_of(config: Config) -> tuple[str, ...]:
 
 def run(directory: RunDirectory) -> None:
     """Run every step of every round in order."""
+    report.require_matplotlib()
     config, start = directory.config, time.monotonic()
     steps = steps_of(config)
     with ExitStack() as stack:

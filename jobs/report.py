@@ -3,10 +3,12 @@
 Where the run has more than one round, or certified corrupted sets (jobs.shift), the report compares them too.
 """
 
+import importlib.util
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from core.errors import ConfigError
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, open_run, run_job
 
@@ -15,8 +17,21 @@ if TYPE_CHECKING:
     from core.report.pages import Section
 
 
+def require_matplotlib() -> None:
+    """Refuse, before any work, where the figures could not be drawn at its end.
+
+    Raises:
+        ConfigError: says what to install.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "the report needs matplotlib, which is not installed: in the checkout, python -m pip install -e '.[report]'"
+        )
+
+
 def run(directory: RunDirectory) -> None:
     """Write report/ anew and print the tables and where the plot and the page are."""
+    require_matplotlib()
     from core.report.render import best_method_sentence, format_table, write_report
     from distributed.tables import report_data
 

@@ -154,7 +154,8 @@ def test_build_dataset_killed_and_started_again_has_every_row_once_with_the_same
     assert store.read().equals(reference)
 
 
-def test_build_dataset_terminated_says_so_and_keeps_what_is_committed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_build_dataset_told_to_stop_says_so_and_keeps_what_is_committed(number: signal.Signals, tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "compute.executor=local", "compute.shard_examples=2", "compute.part_rows=1")
     store = ShardStore(run.path, "dataset")
     command = [sys.executable, "-m", "jobs.build_dataset", "--out", str(run.path), "compute.executor=local"]
@@ -162,7 +163,7 @@ def test_build_dataset_terminated_says_so_and_keeps_what_is_committed(tmp_path: 
         deadline = time.monotonic() + 60
         while len(store.committed()) < 3 and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted; what is committed stays" in errors

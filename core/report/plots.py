@@ -335,6 +335,9 @@ def _look(method: Method) -> dict[str, Any]:
     if method.kind is Kind.MULTISCALE:
         return {"color": _MULTISCALE, "linestyle": "-", "linewidth": 1.8, "marker": "X", "markersize": 6,
                 "markevery": (0.05, 0.2)}  # fmt: skip
+    if method.kind is Kind.IMPORTED:
+        dashes = (0, (4 + 2 * (method.index // len(_COLOURS)), 1, 1, 1, 1, 1))
+        return {"color": _COLOURS[-1 - method.index % len(_COLOURS)], "linestyle": dashes, "linewidth": 1.2}
     # Marks along the drawn line, staggered so that they stay apart where curves meet.
     marks = (0.02 + 0.03 * method.index + (0.015 if method.kind is Kind.BASELINE else 0.0), 0.2)
     colour = _COLOURS[method.index % len(_COLOURS)]
