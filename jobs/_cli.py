@@ -19,8 +19,8 @@ EXIT_USAGE, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 EXIT_CODES = "Exit codes: 0 done, 2 usage or configuration, 3 data, model or findings, 130 interrupted."
 
 
-def job_parser(module: str, description: str) -> argparse.ArgumentParser:
-    """The parser of `python -m jobs.<module>`."""
+def job_parser(module: str, description: str, needs_out: bool = True) -> argparse.ArgumentParser:
+    """The parser of `python -m jobs.<module>`; `needs_out`: --out has to be given."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{module}",
         description=description,
@@ -28,7 +28,7 @@ def job_parser(module: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        required=True,
+        required=needs_out,
         metavar="RUN",
         help="run directory, made if it is not there: a path, or a URI of an object store (s3://bucket/run, gs://...)",
     )
