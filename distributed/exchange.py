@@ -63,8 +63,8 @@ def export_logs(root: Folder, stores: Sequence[str], target: Folder) -> list[tup
 
 
 def _curves(table: pa.Table, name: str) -> Iterator[tuple[str, pa.Table]]:
-    """The rows of each curve: those of Dual RS and other methods with a row per example, or those of each sigma."""
-    if "sigma_index" in table.column_names:
+    """The rows of each curve: those of each noise level of standard RS, or all of a method with a row per example."""
+    if not name.startswith(("standard", "dataset")):
         yield name, table
         return
     for sigma in sorted(table.column("sigma").unique().to_pylist()):

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from core.config import load_config
+from core.data.digits import read_digits
 from jobs import _cli
 from jobs.__main__ import summaries
 from tests.documents import GENERATED, PAGES, ROOT, Command, anchors, blocks, commands, inline_jobs, links, name_of
@@ -22,8 +24,8 @@ sys.path.insert(0, str(ROOT / "docs" / "_site"))
 import reference
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
-CLUSTER = ("ray ", "kubectl ", "sbatch ", "docker ", "export RAY_", "tail -f slurm-")
-"""Commands that need a cloud or a cluster: what they run is parsed, and the files that they name are there."""
+CLUSTER = ("ray ", "kubectl ", "sbatch ", "docker ", "export RAY_", "tail -f slurm-", "tensorboard --logdir ")
+"""Commands of others, most of which need a cluster: what they run is parsed, and the files that they name are there."""
 ONCE = {  # commands that run elsewhere, with the test or target that runs them
     "make demo FAST=1": "test_fast_demo_certifies_with_the_models_of_the_checkout",
     "make demo": "tests/test_demo.py",
@@ -132,7 +134,7 @@ def test_every_command_is_run_or_checked_somewhere() -> None:
             continue  # by the tests below
         if words[0] == "make":
             assert words[1] in targets, command
-        elif words[0] == "RUN_TESTS" or command.text.startswith(".venv/bin/python -m pytest "):
+        elif command.text.startswith(".venv/bin/python -m pytest "):
             assert all((ROOT / word).is_file() for word in words[3:]), command
         else:
             assert command.text.startswith(CLUSTER), f"nobody runs {command}"
@@ -173,6 +175,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("configs", "models", "examples", "deploy", "cluster.yaml"):
         (folder / name).symlink_to(ROOT / name)
     os.chdir(folder)
+    Path("IMAGES").mkdir()
+    for number in range(2):
+        Image.fromarray(read_digits("test", 500, 0).image(number)[0]).save(f"IMAGES/{number}.png")
     assert run_job("pipeline", "--config", "configs/digits_fast.yaml", "--out", "RUN", *small()) == 0
     for name in ("digits", "digits-fast"):
         shutil.copytree("RUN", f"runs/{name}")
@@ -204,8 +209,9 @@ def made_small(arguments: list[str]) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_of_a_page_run(page: Path, desk: Path) -> None:
     for command in commands(page):
-        if not command.local or "BUCKET" in command.text or "cifar10" in command.text or "/shared/" in command.text:
-            continue  # a cluster's, or data that are not here: parsed above
+        elsewhere = any(word in command.text for word in ("BUCKET", "/shared/", "cifar10", "device=cuda"))
+        if not command.local or elsewhere:
+            continue  # a cluster's, a GPU's, or data that are not here: parsed above
         words = command.text.split()
         if command.job is None:
             if words[1].startswith("examples/"):

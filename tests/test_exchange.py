@@ -15,7 +15,7 @@ from core.records import Certificate, Sampling
 from core.report.render import write_report
 from core.smoothing import certificate
 from distributed.exchange import export_logs, import_log, imported_rows
-from distributed.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
+from distributed.rows import CERTIFICATE_SCHEMA, MULTISCALE_SCHEMA, certificate_row, error_row
 from distributed.shards import ShardStore
 from distributed.storage import Folder
 from tests.test_report import report
@@ -182,6 +182,13 @@ def test_export_ids_without_numbers_are_listed_beside_the_log(tmp_path: Path) ->
     ((name, log),) = export_logs(Folder(tmp_path), ["certificates/standard"], Folder(tmp_path / "logs"))
     assert log.idx.tolist() == [0, 1, 2, 3, 4]
     assert (tmp_path / "logs" / name.replace(".tsv", ".ids.txt")).read_text().splitlines() == ids
+
+
+def test_export_method_with_a_row_per_example_is_one_curve(tmp_path: Path) -> None:
+    rows = [error_row(MULTISCALE_SCHEMA, f"digits-{number:04d}", 1, None, 0.001) for number in range(2)]
+    ShardStore(tmp_path, "certificates/multiscale").commit(0, rows, MULTISCALE_SCHEMA, "cpu")
+    ((name, log),) = export_logs(Folder(tmp_path), ["certificates/multiscale"], Folder(tmp_path / "logs"))
+    assert (name, len(log.idx)) == ("multiscale.tsv", 2)
 
 
 def test_export_store_without_rows_says_so(tmp_path: Path) -> None:
