@@ -323,7 +323,8 @@ def test_rows_of_a_single_sigma_are_exact(tmp_path: Path, engines: list[Engine])
 def test_rows_of_multiscale_stay_below_the_bound_and_reach_it_where_no_level_decides(
     tmp_path: Path, engines: list[Engine]
 ) -> None:
-    run = tiny_run(tmp_path, *WHOLE_BATCHES, "certify.budget=grid")
+    settings = ("certify.budget=grid", "sigmas=[0.1, 1.0]")
+    run = tiny_run(tmp_path, *WHOLE_BATCHES, *settings, weight_seed=4)
     store = "certificates/multiscale-base"
     certify_store(run, store)
     each, exact = most_copies(outline(run, store))
