@@ -215,7 +215,7 @@ class RunDirectory:
 
         Raises:
             ConfigError: says what is another one.
-            DataError: when one of the images that `Dataset.digest` looks at cannot be read.
+            DataError: when one of the images that `Dataset.digest` looks at cannot be read, or none can be decoded.
         """
         if split not in self._data or self._data[split][0] is not data:
             self._data[split] = data, data.digest()

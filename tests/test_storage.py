@@ -14,9 +14,9 @@ from distributed.audit import audit
 from distributed.rounds import begin_round, rounds_there
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
-from distributed.shift import sets_there
+from distributed.shift import open_set, sets_there, shifted_config
 from distributed.storage import Folder, file_system
-from jobs import build_dataset, certify, shift
+from jobs import build_dataset, certify
 from tests.s3 import FlakyProxy, s3_server, uri
 from tests.tiny import tiny_run
 
@@ -158,7 +158,7 @@ def test_round_and_corrupted_set_below_a_run_on_s3(server: FlakyProxy, tmp_path:
     second = begin_round(run, 2)
     assert second.model_hashes(["classifier"]) == {"classifier": wrote["classifier_finetuned"]}
     assert [each.folder for each in rounds_there(run)] == [run.folder, run.folder / "rounds/2"]
-    shift.run(run, [("contrast", 2)])
+    certify.run(open_set(run, shifted_config(run.config, "contrast", 2, None), "write"), "dual")
     (corrupted,) = sets_there(RunDirectory(run.folder, None))
     assert corrupted.models == run.models
     assert ShardStore(corrupted.folder, "certificates/dual").read().num_rows == 3
