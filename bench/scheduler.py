@@ -23,8 +23,9 @@ from core.records import Sampling
 from core.smoothing import certificate
 from distributed.cluster import connected
 from distributed.replica import Replica, _OpenShard
+from distributed.rows import certificate_row
 from distributed.scheduler import run_work
-from distributed.shards import ShardStore, certificate_row
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 from distributed.work import Work
 

@@ -22,6 +22,7 @@ __all__ = [
     "Draws",
     "DualCertificate",
     "DualPrediction",
+    "MultiscaleCertificate",
     "Phase",
     "Prediction",
     "Procedure",
@@ -298,6 +299,45 @@ class DualCertificate(_Record):
     def counts_estimation(self) -> Counts:
         """The classifier's estimation votes; empty when it was not run."""
         return self.class_stage.counts_estimation if self.class_stage else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MultiscaleCertificate(_Record):
+    """The outcome of Multiscale (Jeong & Shin 2023) for one input, made rigorous: see `core.multiscale`.
+
+    With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
+    of the cascade everywhere in the open l2 ball of `radius`.
+
+    Attributes:
+        prediction: class index, or ABSTAIN.
+        radius: min(radius_level, radius_above), or 0.0.
+        sigma: noise level that decided; None where abstaining.
+        levels: certificates of the levels that were asked, the largest sigma first. All but the last one abstained.
+        radius_level: radius of the class at the last level alone; 0.0 where that one abstained too.
+        radius_above: radius within which no level above decides for another class; infinite where there is none above,
+            0.0 where the last level abstained.
+        sigma_bound: the level that bounds the radius: `sigma` or one above it; None where abstaining.
+        alpha: total failure probability; `levels[-1].alpha` is the share of it that every bound of this one spends.
+    """
+
+    prediction: int
+    radius: float
+    sigma: float | None
+    levels: tuple[Certificate, ...]
+    radius_level: float
+    radius_above: float
+    sigma_bound: float | None
+    alpha: float
+
+    @property
+    def abstained(self) -> bool:
+        """Whether nothing was certified."""
+        return self.prediction == ABSTAIN
+
+    @property
+    def num_draws(self) -> int:
+        """Noisy copies spent on all levels that were asked."""
+        return sum(level.num_draws for level in self.levels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

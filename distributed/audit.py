@@ -15,9 +15,10 @@ from core.progress import Progress
 from core.records import Stop
 from distributed.datasets import load_dataset
 from distributed.launch import STORES, step_of, work_of
-from distributed.recompute import Terms, dual_from_row, standard_from_row
+from distributed.recompute import Terms, dual_from_row, multiscale_from_row, standard_from_row
+from distributed.rows import ERROR, OK, certificate_row, dual_row, error_row, multiscale_row
 from distributed.run_directory import RunDirectory
-from distributed.shards import ERROR, OK, ShardStore, certificate_row, dual_row, error_row
+from distributed.shards import ShardStore
 from distributed.work import Work, build_engine, make_row, make_task, procedures
 
 __all__ = ["Finding", "audit", "replay"]
@@ -123,9 +124,8 @@ def _files(directory: RunDirectory, store: ShardStore, hashes: Mapping[str, str]
 
 def _against_plan(rows: Sequence[Mapping[str, Any]], data: Dataset, work: Work) -> Iterator[tuple[str, str]]:
     """Each example (and each sigma of Sigma) exactly once."""
-    levels: Sequence[float | None] = work.config.sigmas if work.method == "standard" else (None,)
     found = Counter((row["example_id"], row["sigma"] if work.method == "standard" else None) for row in rows)
-    wanted = {(example_id, sigma) for example_id in data.example_ids for sigma in levels}
+    wanted = {(example_id, sigma) for example_id in data.example_ids for sigma in work.levels}
     for key in sorted(found.keys() | wanted, key=str):
         if found[key] != (1 if key in wanted else 0):
             what = "is not planned" if key not in wanted else f"is there {found[key]} times, expected once"
@@ -136,10 +136,10 @@ def _against_votes(
     row: Mapping[str, Any], labels: Mapping[str, int], num_classes: int, terms: Terms, work: Work
 ) -> Iterator[str]:
     """One row against what its votes and the settings make of it."""
-    dual = work.method == "dual"
+    dual, multiscale = work.method == "dual", work.method == "multiscale"
     if row["status"] == ERROR:
         if row["example_id"] in labels:
-            sigma, alpha = (None if dual else row["sigma"]), terms.sampling.alpha
+            sigma, alpha = (row["sigma"] if work.method == "standard" else None), terms.sampling.alpha
             expected = error_row(work.schema, row["example_id"], labels[row["example_id"]], sigma, alpha)
             yield from _differences(row, expected, work.schema)
         return
@@ -148,10 +148,10 @@ def _against_votes(
         for phase in ("selection", "estimation"):
             votes = row[f"counts_{phase}{ending}"]
             draws = row[f"num_{phase}{ending if phase == 'estimation' else ''}"]
-            if any(vote < 0 for vote in votes) or sum(votes) > draws:
-                yield f"counts_{phase}{ending} {votes} do not fit {draws} draws"
-            if len(votes) not in ({width[ending]} if ending or not dual else {0, width[ending]}):
-                yield f"counts_{phase}{ending} has {len(votes)} classes, expected {width[ending]}"
+            allowed = {width[ending]} if ending or not dual else {0, width[ending]}
+            yield from _out_of_range(f"counts_{phase}{ending}", votes, draws, allowed)
+            for level in row[f"counts_{phase}_above"] if multiscale else ():
+                yield from _out_of_range(f"counts_{phase}_above", level, draws, allowed)
         stop, most = row[f"stop_reason{ending}"], terms.sampling.num_estimation
         drawn = row[f"num_estimation{ending}"]
         if (stop == Stop.FULL) != (drawn == most) and stop not in (Stop.REACHED, Stop.SKIPPED):
@@ -161,6 +161,8 @@ def _against_votes(
     label = labels[row["example_id"]]
     if dual:
         expected = dual_row(row["example_id"], label, dual_from_row(row, terms))
+    elif multiscale:
+        expected = multiscale_row(row["example_id"], label, multiscale_from_row(row, terms))
     else:
         expected = certificate_row(row["example_id"], label, standard_from_row(row, terms))
     yield from _differences(row, expected, work.schema)
@@ -168,6 +170,14 @@ def _against_votes(
     spent = max(parts) if terms.split == "full" else sum(parts)
     if spent > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
         yield f"spends {spent!r} of alpha, the run allows {terms.sampling.alpha!r}"
+
+
+def _out_of_range(column: str, votes: Sequence[int], draws: int, widths: set[int]) -> Iterator[str]:
+    """Votes that so many draws cannot give, or for another number of classes."""
+    if any(vote < 0 for vote in votes) or sum(votes) > draws:
+        yield f"{column} {votes} do not fit {draws} draws"
+    if len(votes) not in widths:
+        yield f"{column} has {len(votes)} classes, expected {min(widths) or max(widths)}"
 
 
 def _differences(row: Mapping[str, Any], expected: Mapping[str, Any], schema: pa.Schema) -> Iterator[str]:
@@ -232,7 +242,7 @@ def _replay_store(directory: RunDirectory, name: str, places: Sequence[int], pro
     def tasks() -> Iterator[Any]:
         for number, row in enumerate(rows):
             index = position[row["example_id"]]
-            which = 0 if work.method == "dual" else work.config.sigmas.index(row["sigma"])
+            which = work.config.sigmas.index(row["sigma"]) if work.method == "standard" else 0
             yield make_task((number, index), data, index, made[which])
 
     findings = []

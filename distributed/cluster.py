@@ -7,13 +7,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from core.config import ComputeConfig
 from core.errors import ConfigError
 
-__all__ = ["Pool", "connected", "replica_pool", "train_device", "train_resources", "training_place"]
+__all__ = ["Pool", "connected", "replica_pool", "train_cluster", "train_device", "train_resources", "training_place"]
 
 
 @contextmanager
@@ -120,6 +120,11 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
             )
         print(f"waiting for room: {compute.train_workers} training workers, the cluster has {there} now", flush=True)
     return {kind: each}
+
+
+def train_cluster(compute: ComputeConfig) -> AbstractContextManager[None]:
+    """`connected` for a whole training step, where it needs a cluster at all."""
+    return connected(compute) if compute.train_workers else nullcontext()
 
 
 @dataclass(frozen=True)

@@ -117,12 +117,14 @@ def dual_copies(
 def most_copies(work: Work) -> tuple[Counter[Kind], bool]:
     """Noisy copies of one example of a work at most, and whether it always takes so many.
 
-    Dual RS takes the most where the estimator picks another level than sigma_e and does not abstain. A sequential
-    budget never takes more than the fixed one at its most.
+    Dual RS takes the most where the estimator picks another level than sigma_e and does not abstain, Multiscale where
+    no level above the smallest decides: how often, only the data can say. A sequential budget never takes more than the
+    fixed one at its most.
     """
     sampling, sigmas, sigma_e = work.sampling, work.config.sigmas, work.config.estimator_sigma
-    if work.method == "standard":
-        return Counter({(CLASSIFIER,): work.draws_per_example}), work.budget == "fixed"
+    if work.method != "dual":
+        always = work.budget == "fixed" and (work.method == "standard" or len(sigmas) == 1)
+        return Counter({(CLASSIFIER,): work.draws_per_example}), always
     always = sigmas == (sigma_e,)  # there is nothing else to pick
     return dual_copies(sampling, sigmas, sigma_e, shared=always, class_stage=True), always and work.budget == "fixed"
 
@@ -146,8 +148,10 @@ def store_bytes(work: Work, examples: int, num_classes: int) -> int:
         share = np.full(width, 0.4 / width) + 0.6 * (np.arange(width) == 0)
         draws = sampling.num_selection if "selection" in column.name else sampling.num_estimation
         if pa.types.is_list(column.type):
-            votes = random.multinomial(draws, share / share.sum(), size=num)
-            columns.append(pa.array(list(votes), column.type))
+            votes = list(random.multinomial(draws, share / share.sum(), size=num))
+            if pa.types.is_list(column.type.value_type):  # of all levels but the last, at most
+                votes = [[each] * (len(work.config.sigmas) - 1) for each in votes]
+            columns.append(pa.array(votes, column.type))
         elif column.name == "example_id":
             columns.append(pa.array([f"example-{number:08d}" for number in random.integers(10**6, size=num)]))
         elif pa.types.is_string(column.type):
@@ -192,8 +196,9 @@ def count_parts(
             if base.denoiser is None:
                 copies = base.denoiser_steps * base.denoiser_batch
                 training("train_base, denoiser", copies, "denoiser", denoiser=copies)
-            if base.classifier is None and base.experts is None:
-                copies = base.classifier_epochs * num  # clean images beside them
+            trained = sum(config.own_classifier(role) is None for role in config.classifiers)
+            if trained:
+                copies = trained * base.classifier_epochs * num  # clean images beside them
                 training("train_base, classifier", copies, "classifier", denoiser=copies, classifier=2 * copies)
         elif step == "train_estimator":  # without the samples of radius 0 at every sigma
             copies = estimator.epochs * num * estimator.num_copies

@@ -11,8 +11,9 @@ from core.data import Dataset
 from core.errors import DataError
 from core.training.estimator import label_radii
 from distributed.cluster import connected
+from distributed.rows import ERROR
 from distributed.run_directory import RunDirectory
-from distributed.shards import ERROR, ShardStore
+from distributed.shards import ShardStore
 from distributed.storage import file_system
 from distributed.tables import grid, stacked
 

@@ -1,14 +1,13 @@
 """From a run directory and the name of a store to committed shards: what all certifying jobs share."""
 
 from dataclasses import replace
-from typing import Literal
 
 from core.records import Sampling
 from distributed.datasets import absolute
 from distributed.run_directory import RunDirectory, finetuned
 from distributed.scheduler import run_work
 from distributed.shards import ShardStore
-from distributed.work import Work
+from distributed.work import Method, Work
 
 __all__ = ["STORES", "certify_store", "outline", "step_of", "work_of"]
 
@@ -16,8 +15,10 @@ STORES = (
     "dataset",
     "certificates/standard",
     "certificates/dual",
+    "certificates/multiscale",
     "certificates/standard-base",
     "certificates/dual-base",
+    "certificates/multiscale-base",
 )
 """Folders of certificates in a run directory. `-base` is the classifier as it was before fine-tuning."""
 
@@ -30,7 +31,8 @@ def step_of(store: str) -> str:
 def outline(directory: RunDirectory, store: str) -> Work:
     """What fills a store, without the models: enough to count with."""
     config = directory.config
-    method: Literal["standard", "dual"] = "dual" if "dual" in store else "standard"
+    method: Method = "dual" if "dual" in store else "multiscale" if "multiscale" in store else "standard"
+    fixed = store == "dataset" or method == "multiscale"
     stage = config.labels if store == "dataset" else config.certify
     return Work(
         root=directory.folder,
@@ -38,7 +40,7 @@ def outline(directory: RunDirectory, store: str) -> Work:
         method=method,
         split="train" if store == "dataset" else "test",
         sampling=Sampling(stage.num_selection, stage.num_estimation, stage.alpha),
-        budget="fixed" if store == "dataset" else config.certify.budget,
+        budget="fixed" if fixed else config.certify.budget,
         models={},
         config=config.model_copy(update={"dataset": absolute(config.dataset)}),
         device=config.compute.device,
@@ -58,7 +60,8 @@ def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
     if work.method == "dual":
         models["estimator"] = "estimator"
     hashes = directory.model_hashes(sorted(models.values()))
-    return replace(work, models={role: (name, hashes[name]) for role, name in models.items()}), hashes
+    taken = {role: (name, hashes[name]) for role, name in models.items()}
+    return replace(work, models=taken, networks=directory.models), hashes
 
 
 def certify_store(directory: RunDirectory, store: str, retry_errors: bool = False) -> None:

@@ -7,6 +7,7 @@ import _thread
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -136,7 +137,10 @@ class RunLock:
             try:
                 if not self._still_mine():
                     _log.error("another driver has taken over %s", self._folder)
-                    _thread.interrupt_main()
+                    # In a shell's background SIGINT is ignored; the jobs' SIGTERM is not.
+                    _thread.interrupt_main(
+                        signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT
+                    )
                     return
                 self._beat += 1
                 self._folder.write(_NAME, self._content())

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from core.config import ClassifierConfig, Config
+from core.config import Config
 from core.data import Dataset, Split
 from core.errors import ConfigError
 from core.models.checkpoints import build_denoiser, load_classifier, load_denoiser, load_model
@@ -50,12 +50,11 @@ def base_denoiser(config: Config, shape: Sequence[int]) -> OneShotDenoiser:
     return build_denoiser(small_unet_config(shape[0], shape[1])) if named is None else load_denoiser(named)
 
 
-def base_classifier(
-    named: ClassifierConfig | None, config: Config, shape: Sequence[int], num_classes: int
-) -> nn.Module:
+def base_classifier(config: Config, role: str, shape: Sequence[int], num_classes: int) -> nn.Module:
     """A classifier that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
+    named = config.own_classifier(role)
     if named is None:
-        return SmallConvNet(shape[0], shape[1], num_classes, config.base.classifier_width)
+        return SmallConvNet(shape[0], shape[1], num_classes, config.training_of(role).classifier_width)
     return load_classifier(named, num_classes, shape[0])
 
 
@@ -121,7 +120,7 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
             "estimator": partial(new_estimator, config, shape),
         }
         for role in config.classifiers:
-            makers[role] = partial(base_classifier, config.own_classifier(role), config, shape, data.num_classes)
+            makers[role] = partial(base_classifier, config, role, shape, data.num_classes)
         tuned = {finetuned(role): role for role in config.classifiers}
         wrote: dict[str, str] = {}
         for name in (*makers, *tuned):
@@ -266,6 +265,8 @@ class _Training:
         denoiser = cast(OneShotDenoiser, load_model(self._run.model("denoiser")))
         if name == "train_base, classifier":
             part = self._part(base.classifier_batch)
+            pool = [config.training_of(role) for role in config.classifiers]
+            base = max(pool, key=lambda settings: settings.classifier_width)
             return self._timed(
                 lambda num: train_classifier(
                     part, denoiser, base.model_copy(update={"classifier_epochs": num}), seed, silent

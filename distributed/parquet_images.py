@@ -16,7 +16,7 @@ from core.data.loading import ParquetPart
 from core.errors import ConfigError, DataError
 from distributed.storage import file_system
 
-__all__ = ["read_parquet"]
+__all__ = ["read_parquet", "read_unlabelled"]
 
 
 def read_parquet(name: str, part: ParquetPart) -> Dataset:
@@ -35,15 +35,10 @@ def read_parquet(name: str, part: ParquetPart) -> Dataset:
         ConfigError: when the number of classes, or their names, are needed and not known.
     """
     files = [_File(part, file) for file in part.files]
-    _, label_column, id_column = part.columns
+    label_column = part.columns[1]
     raw_labels: list[Any] = []
-    ids: list[str] = []
     for file in files:
         raw_labels += file.column(label_column)
-        if id_column is not None:
-            ids += map(str, file.column(id_column))
-    if id_column is None:
-        ids = [f"{part.label}-{row:0{part.digits}d}" for row in range(len(raw_labels))]
     labels = _numbers(raw_labels, part)
     num_classes = part.num_classes or len(files[0].class_names(label_column))
     if not num_classes:
@@ -51,9 +46,27 @@ def read_parquet(name: str, part: ParquetPart) -> Dataset:
             f"{part.location!r} does not say how many classes there are; set dataset.num_classes (labels there: "
             f"{labels.min(initial=0)} to {labels.max(initial=0)})"
         )
-    images = _Images(files, part.columns[0])
-    stored = StoredImages(np.arange(len(ids)), images.fetch, images.describe, part.preparation)
-    return Dataset(name, tuple(ids), stored, labels, num_classes)
+    return Dataset(name, *_images(files, part), labels, num_classes)
+
+
+def read_unlabelled(part: ParquetPart) -> tuple[tuple[str, ...], StoredImages]:
+    """Ids and images of Parquet files, whatever else is in them; `part` names no label column ("").
+
+    Raises:
+        DataError: as `read_parquet`.
+    """
+    return _images([_File(part, file) for file in part.files], part)
+
+
+def _images(files: "Sequence[_File]", part: ParquetPart) -> tuple[tuple[str, ...], StoredImages]:
+    image_column, _, id_column = part.columns
+    if id_column is None:
+        num = sum(file.num_rows for file in files)
+        ids = tuple(f"{part.label}-{row:0{part.digits}d}" for row in range(num))
+    else:
+        ids = tuple(str(value) for file in files for value in file.column(id_column))
+    images = _Images(files, image_column)
+    return ids, StoredImages(np.arange(len(ids)), images.fetch, images.describe, part.preparation)
 
 
 class _File:
@@ -72,7 +85,7 @@ class _File:
         self.starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
         image, *_ = part.columns
         for key, column in zip(("image_column", "label_column", "id_column"), part.columns, strict=True):
-            if column is not None and column not in self._schema.names:
+            if column and column not in self._schema.names:
                 raise DataError(
                     f"{self.name!r} has no column {column!r}; set dataset.{key} to one of: "
                     f"{', '.join(self._schema.names)}"

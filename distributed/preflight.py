@@ -49,12 +49,14 @@ def _steps(config: Config) -> dict[str, _Step]:
         "finetune_classifier": _Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
         "certify-standard": _Step(("test",), ("denoiser", *tuned)),
         "certify-dual": _Step(("test",), ("denoiser", *tuned, "estimator")),
+        "certify-multiscale": _Step(("test",), ("denoiser", *tuned)),
         "certify-standard-base": _Step(("test",), ("denoiser", *made)),
         "certify-dual-base": _Step(("test",), ("denoiser", *made, "estimator")),
+        "certify-multiscale-base": _Step(("test",), ("denoiser", *made)),
     }
 
 
-_CLASSES = {"digits": 10, "cifar10": 10, "cifar10-c": 10, "imagenet": 1000, "imagenet-c": 1000}
+_CLASSES = {"digits": 10, "digits-c": 10, "cifar10": 10, "cifar10-c": 10, "imagenet": 1000, "imagenet-c": 1000}
 
 
 @dataclass
@@ -182,7 +184,8 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     if any(not part.exact for part in parts):
         notes.append(
             "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies) or abstains, "
-            "sequential budgets where they stop early; training leaves out samples of radius 0"
+            "Multiscale where a level above the smallest sigma decides, sequential budgets where they stop early; "
+            "training leaves out samples of radius 0"
         )
     notes.append("wall: with all replicas from the start; without the start of Ray, of machines, and of Python")
     print("\n".join(notes))
@@ -253,7 +256,7 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
         needed = [name for name in plan[step].reads if name not in made and name not in found.networks]
         for name in needed:
             written = any(name in record["wrote"] for record in directory.manifest["steps"].values())
-            if not written or not (directory.folder / "models").exists(f"{name}.safetensors"):
+            if not written or not directory.models.exists(f"{name}.safetensors"):
                 missing.append(name)
                 continue
             with found.collect(), torch.device("meta"):
@@ -301,7 +304,7 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
             continue
         # timm's own weights do not load without their tensors.
         with found.collect(key), torch.device("cpu" if own and own.pretrained else "meta"):
-            found.networks[role] = base_classifier(own, config, shape, classes)
+            found.networks[role] = base_classifier(config, role, shape, classes)
 
 
 def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
@@ -316,7 +319,7 @@ def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
 
 def _shape(config: Config, data: Dataset | None) -> tuple[int, int, int]:
     """Of the images; where they are missing, at least their channels are known."""
-    grey = config.dataset.name == "digits" or config.dataset.color == "grey"
+    grey = config.dataset.name in ("digits", "digits-c") or config.dataset.color == "grey"
     return data.shape if data else (1 if grey else 3, 32, 32)
 
 

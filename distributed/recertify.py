@@ -1,15 +1,29 @@
 """Certificates for another alpha, another split or a subset of Sigma, from stored votes alone."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+import numpy as np
+
+from core.config import Config
 from core.errors import ConfigError
-from core.records import AlphaSplit, Sampling
+from core.records import AlphaSplit, Phase, Sampling
 from core.report import ReportData
-from distributed.recompute import Terms, dual_from_row, standard_from_row
+from distributed.recompute import Terms, dual_from_row, multiscale_from_votes, standard_from_row
+from distributed.rows import (
+    CERTIFICATE_SCHEMA,
+    DUAL_SCHEMA,
+    ERROR,
+    MULTISCALE_SCHEMA,
+    certificate_row,
+    dual_row,
+    error_row,
+    multiscale_row,
+)
 from distributed.run_directory import RunDirectory
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR, ShardStore, certificate_row, dual_row
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 from distributed.tables import report_data
 
@@ -48,7 +62,8 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     been asked for in the first place; for one certificate at a time, not for the best of several changes. A noise
     level that is left out of Sigma keeps its votes from the others: draws that the estimator gave to it count for no
     level. Where the estimator's choice moves, the classifier's votes come from certificates/standard, which has them
-    at every level from the same noise.
+    at every level from the same noise. So it has Multiscale's, which is derived too, run before or not, where the
+    budget is fixed.
 
     Raises:
         ConfigError: for a change out of range, or a run without the certificates that it needs.
@@ -79,11 +94,13 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
         if row["sigma"] in sigmas
     ]
     dual = ShardStore(directory.folder, "certificates/dual")
-    subset = replace(terms, sigmas=sigmas)
+    subset = replace(terms, sigmas=sigmas, level_shares=_shares(config, sigmas))
     dual_rows = [
         row if row["status"] == ERROR else dual_row(row["example_id"], row["label"], dual_from_row(row, subset))
         for row in _restricted(dual.read().to_pylist() if dual.files() else [], by_key, config.sigmas, subset)
     ]
+
+    multiscale_rows = list(_cascades(by_key, subset)) if certify.budget == "fixed" else []
 
     # Only now, when nothing can be refused any more, the result of an earlier call makes room.
     root = directory.folder / f"recertified/{change.name()}"
@@ -91,6 +108,8 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     ShardStore(root, "certificates/standard").commit(0, standard_rows, CERTIFICATE_SCHEMA, "recertified")
     if dual_rows:
         ShardStore(root, "certificates/dual").commit(0, dual_rows, DUAL_SCHEMA, "recertified")
+    if multiscale_rows:
+        ShardStore(root, "certificates/multiscale").commit(0, multiscale_rows, MULTISCALE_SCHEMA, "recertified")
     notes = (
         f"Derived from the votes of {directory.folder.name}: alpha = {alpha:g}, share of the noise level "
         f"{change.sigma_share:g}, Sigma = {list(sigmas)}.",
@@ -98,12 +117,39 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     changed = config.model_copy(
         update={
             "sigmas": sigmas,
-            "certify": certify.model_copy(update={"alpha": alpha, "alpha_split": split}),
+            "certify": certify.model_copy(
+                update={"alpha": alpha, "alpha_split": split, "level_shares": subset.level_shares}
+            ),
             "sigma_e": terms.sigma_e,
         }
     )
     data = report_data(changed, root, directory.manifest, sigma_share=change.sigma_share, notes=notes)
     return data, root
+
+
+def _shares(config: Config, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    """Multiscale's shares of alpha for a subset of Sigma, in the same proportions."""
+    given = dict(zip(config.sigmas, config.certify.level_shares, strict=False))
+    if not given or sigmas == config.sigmas:
+        return config.certify.level_shares
+    total = math.fsum(given[sigma] for sigma in sigmas)
+    return tuple(given[sigma] / total for sigma in sigmas)
+
+
+def _cascades(standard: Mapping[tuple[str, float], Mapping[str, Any]], terms: Terms) -> Iterator[dict[str, Any]]:
+    """Rows of Multiscale from the votes of standard RS: the same noise gave them."""
+    for example_id in dict.fromkeys(example_id for example_id, _ in standard):
+        rows = {sigma: standard[example_id, sigma] for sigma in terms.sigmas}
+        label = next(iter(rows.values()))["label"]
+        if any(row["status"] == ERROR for row in rows.values()):
+            yield error_row(MULTISCALE_SCHEMA, example_id, label, None, terms.sampling.alpha)
+            continue
+        votes = {
+            (sigma, phase): np.asarray(row[f"counts_{phase.value}"], np.int64)
+            for sigma, row in rows.items()
+            for phase in (Phase.SELECTION, Phase.ESTIMATION)
+        }
+        yield multiscale_row(example_id, label, multiscale_from_votes(votes, terms))
 
 
 def _restricted(

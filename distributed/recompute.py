@@ -9,11 +9,24 @@ import numpy as np
 
 from core.config import Config
 from core.dual import join_stages
-from core.records import CLASSIFIER, ESTIMATOR, AlphaSplit, Certificate, Counts, DualCertificate, Rule, Sampling, Stop
+from core.multiscale import multiscale_certify
+from core.records import (
+    CLASSIFIER,
+    ESTIMATOR,
+    AlphaSplit,
+    Certificate,
+    Counts,
+    DualCertificate,
+    MultiscaleCertificate,
+    Phase,
+    Rule,
+    Sampling,
+    Stop,
+)
 from core.sequential import Budget, beyond, conclude, second_targets, skipped, stage_order, tie_of
 from core.smoothing import certificate
 
-__all__ = ["Terms", "dual_from_row", "standard_from_row"]
+__all__ = ["Terms", "dual_from_row", "multiscale_from_row", "multiscale_from_votes", "standard_from_row"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class Terms:
         sigma_e: the estimator's noise level.
         split: how Dual RS spends alpha.
         sigma_share: share of alpha that the estimator's stage spends, where it is divided.
+        level_shares: shares of alpha by the level of Multiscale that decides, see `core.multiscale.level_alphas`.
     """
 
     sampling: Sampling
@@ -39,6 +53,7 @@ class Terms:
     sigma_e: float
     split: AlphaSplit = "halves"
     sigma_share: float = 0.5
+    level_shares: tuple[float, ...] = ()
 
     def stages(self) -> dict[str, Sampling]:
         """Draws and failure probability of each stage of Dual RS."""
@@ -61,6 +76,7 @@ class Terms:
             sigmas=config.sigmas,
             sigma_e=config.estimator_sigma,
             split=certify.alpha_split,
+            level_shares=certify.level_shares,
         )
 
 
@@ -113,6 +129,34 @@ def dual_from_row(row: Mapping[str, Any], terms: Terms) -> DualCertificate:
             grid=grid,
         )
     return join_stages(stages[ESTIMATOR], stages[CLASSIFIER], terms.sigmas, terms.sampling.alpha, tie_of(order[0]))
+
+
+def multiscale_from_row(row: Mapping[str, Any], terms: Terms) -> MultiscaleCertificate:
+    """The certificate that a row of `MULTISCALE_SCHEMA` must hold."""
+    votes = {}
+    for phase in (Phase.SELECTION, Phase.ESTIMATION):
+        levels = [*row[f"counts_{phase.value}_above"], row[f"counts_{phase.value}"]]
+        for sigma, counts in zip(reversed(terms.sigmas), levels, strict=False):
+            votes[sigma, phase] = np.asarray(counts, np.int64)
+    return multiscale_from_votes(votes, terms)
+
+
+def multiscale_from_votes(votes: Mapping[tuple[float, Phase], Counts], terms: Terms) -> MultiscaleCertificate:
+    """The certificate of the cascade over `terms.sigmas`, from each level's votes.
+
+    Raises:
+        ValueError: when the cascade asks for a level that has none.
+    """
+    procedure = multiscale_certify(terms.sigmas, terms.sampling, terms.level_shares)
+    draws = next(procedure)
+    while True:
+        if (draws.sigma, draws.phase) not in votes:
+            raise ValueError(f"the cascade goes on to sigma {draws.sigma:g}, which has no votes")
+        try:
+            draws = procedure.send({CLASSIFIER: votes[draws.sigma, draws.phase]})
+        except StopIteration as stop:
+            certificate: MultiscaleCertificate = stop.value
+            return certificate
 
 
 def _votes(row: Mapping[str, Any], phase: str, ending: str = "") -> Counts:

@@ -27,7 +27,8 @@ from core.engine import Task
 from core.errors import ConfigError, DualRSError, ModelError
 from distributed.datasets import load_dataset
 from distributed.metrics import ReplicaMetrics
-from distributed.shards import OK, ShardStore, error_row
+from distributed.rows import OK, error_row
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 from distributed.work import Rows, Work, build_engine, check_visible, make_row, make_task, procedures, warm_up
 

@@ -10,6 +10,8 @@ certificates/    <method>/ shards: the test-time certificates
 errors/          why an example has no certificate; replicas that had to be given up
 attempts/        which replica began which shard, until the step is finished
 report/
+rounds/R/        run directories: round R of the alternation (`distributed.rounds`)
+shift/           run directories: the test split of a corrupted data set (`distributed.shift`)
 """
 
 import hashlib
@@ -37,6 +39,8 @@ __all__ = ["RunDirectory", "finetuned"]
 
 _PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "pillow", "scikit-learn")
 _MANIFEST = "manifest.json"
+_BORROWED = "borrow_models"
+"""The step of a run directory that uses the networks of another one."""
 
 
 class RunDirectory:
@@ -121,17 +125,43 @@ class RunDirectory:
             raise ConfigError(f"{str(self.folder)!r} is not on a disk of this machine")
         return self.folder.local
 
+    @property
+    def models(self) -> Folder:
+        """Where its networks are: models/, or those of the run that they are borrowed from."""
+        folder = self.folder
+        for _ in range(self._manifest["steps"].get(_BORROWED, {}).get("levels_up", 0)):
+            folder = folder.parent
+        return folder / "models"
+
+    def borrow(self, lender: "RunDirectory", names: Sequence[str]) -> None:
+        """Use networks of a run that this folder lies in, as they are now; nothing is copied.
+
+        Args:
+            lender: the run.
+            names: of the networks.
+
+        Raises:
+            ConfigError: as `model_hashes` of the lender.
+        """
+        levels, above = 0, self.folder
+        while above != lender.folder:
+            assert above != above.parent, f"{self.folder} does not lie in {lender.folder}"
+            levels, above = levels + 1, above.parent
+        hashes, record = lender.model_hashes(names), self._manifest["steps"].get(_BORROWED)
+        if record is None or record["wrote"] != hashes:
+            self.finish(_BORROWED, read={}, wrote=hashes, facts={"levels_up": levels})
+
     def model(self, name: str) -> Path:
         """A local file with the network `name`: the one in the folder, or a copy of the object.
 
         Raises:
             ConfigError: for an object that no finished step wrote.
         """
-        models = self.folder / "models"
+        models = self.models
         return models.local / _model_file(name) if models.local else self._fetch(name)
 
     def _fetch(self, name: str) -> Path:
-        return (self.folder / "models").fetch(_model_file(name), self.model_hashes([name])[name])
+        return self.models.fetch(_model_file(name), self.model_hashes([name])[name])
 
     def save_model(self, name: str, module: "nn.Module") -> str:
         """Write the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
@@ -140,7 +170,10 @@ class RunDirectory:
         with tempfile.TemporaryDirectory() as aside:
             file = Path(aside) / _model_file(name)
             save_model(module, file)
-            content = file.read_bytes()
+            return self.put_model(name, file.read_bytes())
+
+    def put_model(self, name: str, content: bytes) -> str:
+        """Write the file of the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
         (self.folder / "models").write(_model_file(name), content)
         return hashlib.sha256(content).hexdigest()
 
@@ -151,7 +184,7 @@ class RunDirectory:
             ConfigError: for a model that no finished step wrote, or a file that has changed since.
         """
         written = {name: digest for step in self._manifest["steps"].values() for name, digest in step["wrote"].items()}
-        models = self.folder / "models"
+        models = self.models
         for name in names:
             where = models.where(_model_file(name))
             if name not in written or not models.exists(_model_file(name)):
@@ -185,7 +218,9 @@ class RunDirectory:
         """
         if split not in self._data or self._data[split][0] is not data:
             self._data[split] = data, data.digest()
-        found = {"digest": self._data[split][1], "examples": len(data), "classes": data.num_classes}
+        found: dict[str, Any] = {
+            "digest": self._data[split][1], "examples": len(data), "classes": data.num_classes, "shape": data.shape,
+        }  # fmt: skip
         before = self._manifest.get("data", {}).get(split)  # a run of an earlier version has none
         if before is None:
             if self._mode == "write":
@@ -207,7 +242,7 @@ class RunDirectory:
             writes: models that it makes.
         """
         record = self._manifest["steps"].get(step)
-        if record is None or not all((self.folder / "models").exists(_model_file(name)) for name in writes):
+        if record is None or not all(self.models.exists(_model_file(name)) for name in writes):
             return False
         return bool(record["read"] == self.model_hashes(reads))
 

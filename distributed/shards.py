@@ -1,4 +1,4 @@
-"""Parquet shards: the plan that says which examples belong to which shard, the rows, atomic commits, reading back.
+"""Parquet shards: the plan that says which examples belong to which shard, atomic commits, reading back.
 
 Exactly once by construction: the plan is written first and never changes, a shard's name is its place in the plan, its
 rows depend on nothing but the seed and the models, and it appears whole (written aside, then renamed). Whoever
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,175 +20,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
-from core.records import Bound, Certificate, DualCertificate, Stop
+from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR, ERROR_SCHEMA, MULTISCALE_SCHEMA
 from distributed.storage import Folder
 
-__all__ = [
-    "CERTIFICATE_SCHEMA",
-    "DUAL_SCHEMA",
-    "ERROR",
-    "ERROR_SCHEMA",
-    "OK",
-    "Plan",
-    "ShardStore",
-    "Verified",
-    "certificate_row",
-    "dual_row",
-    "error_row",
-    "non_finite_votes",
-]
-
-OK: Final = "ok"
-ERROR: Final = "error"
-"""Status of a row: certified (or abstained), or not certified because the example could not be run."""
-
-_COUNTS = pa.list_(pa.int64())
-
-CERTIFICATE_SCHEMA = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("label", pa.int64()),
-        ("sigma", pa.float64()),
-        ("prediction", pa.int64()),
-        ("correct", pa.bool_()),
-        ("radius", pa.float64()),
-        ("p_lower", pa.float64()),
-        ("num_selection", pa.int64()),
-        ("num_estimation", pa.int64()),
-        ("counts_selection", _COUNTS),
-        ("counts_estimation", _COUNTS),
-        ("alpha", pa.float64()),
-        ("abstained", pa.bool_()),
-        ("num_draws", pa.int64()),
-        ("stop_reason", pa.string()),
-        ("alpha_early", pa.float64()),
-        ("target", pa.float64()),
-        ("status", pa.string()),
-    ]
-)
-"""A row per (example, sigma). `prediction` is -1 and `radius` 0 where it abstained; radii in the pixel scale [0, 1].
-`stop_reason`, `alpha_early`, `target`: see `core.records.Certificate`. `num_estimation` is what was drawn. A row whose
-`status` is `error` abstains without a draw, see `ERROR_SCHEMA`."""
-
-DUAL_SCHEMA = pa.schema(
-    [
-        *CERTIFICATE_SCHEMA,
-        ("sigma_e", pa.float64()),
-        ("sigma_index", pa.int64()),
-        ("radius_sigma", pa.float64()),
-        ("radius_class", pa.float64()),
-        ("bounded_by", pa.string()),
-        ("alpha_sigma", pa.float64()),
-        ("alpha_class", pa.float64()),
-        ("p_lower_sigma", pa.float64()),
-        ("num_estimation_sigma", pa.int64()),
-        ("stop_reason_sigma", pa.string()),
-        ("alpha_early_sigma", pa.float64()),
-        ("target_sigma", pa.float64()),
-        ("num_shared", pa.int64()),
-        ("counts_selection_sigma", _COUNTS),
-        ("counts_estimation_sigma", _COUNTS),
-    ]
-)
-"""A row per example. Unmarked counts are the classifier's (empty when it was not run), `_sigma` the estimator's.
-`sigma` is null when the estimator abstained; `sigma_index` is its selection draws' choice all the same."""
-
-ERROR_SCHEMA = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("sigma", pa.float64()),
-        ("error", pa.string()),
-        ("message", pa.string()),
-        ("traceback", pa.string()),
-        ("node", pa.string()),
-        ("time", pa.timestamp("ms", tz="UTC")),
-    ]
-)
-"""Why a row has status `error`; `sigma` is null for a row of Dual RS."""
-
-
-def certificate_row(example_id: str, label: int, certificate: Certificate) -> dict[str, Any]:
-    """One row of `CERTIFICATE_SCHEMA`."""
-    c = certificate
-    return {
-        "example_id": example_id,
-        "label": label,
-        "sigma": c.sigma,
-        "prediction": c.prediction,
-        "correct": c.prediction == label,
-        "radius": c.radius,
-        "p_lower": c.p_lower,
-        "num_selection": c.num_selection,
-        "num_estimation": c.num_estimation,
-        "counts_selection": c.counts_selection,
-        "counts_estimation": c.counts_estimation,
-        "alpha": c.alpha,
-        "abstained": c.abstained,
-        "num_draws": c.num_draws,
-        "stop_reason": c.stop.value,
-        "alpha_early": c.alpha_early,
-        "target": c.target,
-        "status": OK,
-    }
-
-
-def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[str, Any]:
-    """One row of `DUAL_SCHEMA`."""
-    c, level, label_stage = certificate, certificate.sigma_stage, certificate.class_stage
-    return {
-        "example_id": example_id,
-        "label": label,
-        "sigma": c.sigma,
-        "prediction": c.prediction,
-        "correct": c.prediction == label,
-        "radius": c.radius,
-        "p_lower": c.p_lower,
-        "num_selection": level.num_selection,
-        "num_estimation": label_stage.num_estimation if label_stage else 0,
-        "counts_selection": c.counts_selection,
-        "counts_estimation": c.counts_estimation,
-        "alpha": c.alpha,
-        "abstained": c.abstained,
-        "num_draws": c.num_draws,
-        "stop_reason": label_stage.stop.value if label_stage else Stop.SKIPPED.value,
-        "alpha_early": label_stage.alpha_early if label_stage else 0.0,
-        "target": label_stage.target if label_stage else None,
-        "status": OK,
-        "sigma_e": level.sigma,
-        "sigma_index": level.top_class,
-        "radius_sigma": c.radius_sigma,
-        "radius_class": c.radius_class,
-        "bounded_by": c.bounded_by.value,
-        "alpha_sigma": c.alpha_sigma,
-        "alpha_class": c.alpha_class,
-        "p_lower_sigma": level.p_lower,
-        "num_estimation_sigma": level.num_estimation,
-        "stop_reason_sigma": level.stop.value,
-        "alpha_early_sigma": level.alpha_early,
-        "target_sigma": level.target,
-        "num_shared": c.num_shared,
-        "counts_selection_sigma": level.counts_selection,
-        "counts_estimation_sigma": level.counts_estimation,
-    }
-
-
-def error_row(schema: pa.Schema, example_id: str, label: int, sigma: float | None, alpha: float) -> dict[str, Any]:
-    """The row of an example that could not be run: nothing was drawn, so nothing is claimed.
-
-    Args:
-        schema: CERTIFICATE_SCHEMA or DUAL_SCHEMA.
-        example_id: of the example.
-        label: of the example.
-        sigma: of the row; None for Dual RS.
-        alpha: that a certificate would have spent.
-    """
-    empty = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.0, pa.bool_(): False, _COUNTS: []}
-    row: dict[str, Any] = {field.name: empty[field.type] for field in schema}
-    row |= {"example_id": example_id, "label": label, "sigma": sigma, "prediction": -1, "abstained": True}
-    row |= {"alpha": alpha, "stop_reason": Stop.SKIPPED.value, "target": None, "status": ERROR}
-    if schema.equals(DUAL_SCHEMA):
-        row |= {"stop_reason_sigma": Stop.SKIPPED.value, "target_sigma": None, "bounded_by": Bound.NONE.value}
-    return row
+__all__ = ["Plan", "ShardStore", "Verified", "non_finite_votes"]
 
 
 @dataclass(frozen=True)
@@ -388,7 +223,7 @@ class ShardStore:
         Args:
             shard: its place in the plan.
             rows: of `schema`.
-            schema: CERTIFICATE_SCHEMA or DUAL_SCHEMA.
+            schema: CERTIFICATE_SCHEMA, DUAL_SCHEMA or MULTISCALE_SCHEMA.
             device: type and name; goes into the file's metadata.
             errors: of ERROR_SCHEMA, one for each row whose status is `error`.
         """
@@ -448,7 +283,7 @@ class ShardStore:
 
     def _table(self, name: str, content: bytes) -> pa.Table:
         table = _from_bytes(content, self.folder.where(name))
-        if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA):
+        if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA, MULTISCALE_SCHEMA):
             raise DataError(f"{self.folder.where(name)!r} has other columns than certificates: {table.schema.names}")
         return table
 
@@ -559,10 +394,18 @@ def non_finite_votes(table: pa.Table) -> int:
         ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
         for phase in ("selection", "estimation"):
             draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
-            missing += int(draws[ran].sum()) - int(
-                pc.sum(pc.list_flatten(table.column(f"counts_{phase}{ending}"))).as_py() or 0
-            )
+            missing += int(draws[ran].sum()) - _votes(table, f"counts_{phase}{ending}")
+    if "num_levels" in table.column_names:  # the levels above drew as much as the last one
+        above = np.maximum(table.column("num_levels").to_numpy() - 1, 0)
+        for phase in ("selection", "estimation"):
+            drawn = int((table.column(f"num_{phase}").to_numpy() * above).sum())
+            missing += drawn - _votes(table, f"counts_{phase}_above")
     return missing
+
+
+def _votes(table: pa.Table, column: str) -> int:
+    """Sum of a column of votes."""
+    return int(pc.sum(pc.list_flatten(table.column(column), recursive=True)).as_py() or 0)
 
 
 def _to_bytes(table: pa.Table) -> bytes:

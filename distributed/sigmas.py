@@ -34,8 +34,9 @@ class _Choice:
     """What a worker needs to know; small and picklable."""
 
     root: Folder
+    models: Folder
     config: Config
-    models: Mapping[str, str]
+    hashes: Mapping[str, str]
 
     def chosen(self, data: Dataset, places: Sequence[int], engine: Engine) -> Iterator[tuple[int, float]]:
         """Place and sigma of each of these samples whose image can be read, in any order."""
@@ -54,8 +55,8 @@ class _Choice:
 
     def engine(self, num_classes: int, device: str) -> Engine:
         """Estimator and denoiser on a device."""
-        config, models = self.config, self.root / "models"
-        files = {role: models.fetch(f"{role}.safetensors", digest) for role, digest in self.models.items()}
+        config = self.config
+        files = {role: self.models.fetch(f"{role}.safetensors", digest) for role, digest in self.hashes.items()}
         noise = make_noise(config.noise, config.seed, config.compute.chunk_size)
         network = build_network(files, config, num_classes, device)
         return Engine(network, noise, batch_size=config.compute.training_batch_size)
@@ -89,10 +90,11 @@ def training_sigmas(
     """
     config, folder = directory.config, directory.folder / "training" / "finetune_classifier"
     config = config.model_copy(update={"dataset": absolute(config.dataset)})
-    choice = _Choice(directory.folder, config, directory.model_hashes(["denoiser", "estimator"]))
+    hashes = directory.model_hashes(["denoiser", "estimator"])
+    choice = _Choice(directory.folder, directory.models, config, hashes)
     origin = {
         "fingerprint": config.fingerprint(),
-        "models": choice.models,
+        "models": hashes,
         "data": directory.manifest["data"]["train"]["digest"],
         "places": hashlib.sha256(places.tobytes()).hexdigest(),
     }

@@ -90,6 +90,12 @@ class Folder:
         path, sign, query = self.uri.partition("?") if self.local is None else (self.uri, "", "")
         return Folder(f"{path.rstrip('/')}/{name}{sign}{query}")
 
+    @property
+    def parent(self) -> "Folder":
+        """The folder that holds this one."""
+        path, sign, query = self.uri.partition("?") if self.local is None else (self.uri, "", "")
+        return Folder(f"{path.rstrip('/').rpartition('/')[0] or '/'}{sign}{query}")
+
     def where(self, name: str) -> str:
         """Path or URI of a file, for messages and other tools."""
         return (self / name).uri
@@ -199,6 +205,24 @@ class Folder:
 
             listed = self._patiently(look, "list it")
         return sorted((file for file in listed if not file.name.startswith(".")), key=lambda file: file.name)
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly inside, sorted, without hidden ones; none when there is no such folder."""
+        if self.local is not None:
+            try:
+                with os.scandir(self.local) as entries:
+                    names = [entry.name for entry in entries if entry.is_dir()]
+            except FileNotFoundError:
+                return []
+        else:
+
+            def look() -> list[str]:
+                system, base = self._remote
+                infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True))
+                return [info.base_name for info in infos if info.type == pafs.FileType.Directory]
+
+            names = self._patiently(look, "list it")
+        return sorted(name for name in names if not name.startswith("."))
 
     def walk(self) -> list[str]:
         """Names of all files at any depth, relative to the folder."""

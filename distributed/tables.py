@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from core.confidence import certified_radius, clopper_pearson_lower
 from core.config import Config
 from core.errors import DataError
+from core.multiscale import level_alphas
 from core.records import Stop
-from core.report import DualRows, ReportData, StandardRows
-from distributed.shards import ERROR, ShardStore
+from core.report import DualRows, MultiscaleRows, ReportData, StandardRows
+from distributed.rows import ERROR
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 
 __all__ = ["grid", "report_data", "stacked"]
@@ -68,8 +70,7 @@ def report_data(
     if dual_store.committed():
         rows = dual_store.read()
         failed |= _failed(rows)
-        if rows.column("example_id").to_pylist() != grid(table, "example_id", config.sigmas)[:, 0].tolist():
-            raise DataError("certificates/standard and certificates/dual cover different examples")
+        _check_same_examples(rows, table, config.sigmas, dual_store.name)
         dual = DualRows(
             correct=_column(rows, "correct"),
             radius=_column(rows, "radius"),
@@ -82,6 +83,14 @@ def report_data(
             p_lower=_column(rows, "p_lower"),
             sigma_choice=_column(rows, "sigma_index"),
         )
+    multiscale_store = ShardStore(root, "certificates/multiscale")
+    multiscale = None
+    if multiscale_store.committed():
+        rows = multiscale_store.read()
+        failed |= _failed(rows)
+        _check_same_examples(rows, table, config.sigmas, multiscale_store.name)
+        names = ("correct", "radius", "p_lower", "abstained", "num_draws", "sigma", "sigma_bound", "num_levels")
+        multiscale = MultiscaleRows(**{name: _column(rows, name) for name in names})
     if failed:
         notes += (f"{len(failed)} examples could not be run and count as not certified, first {min(failed)!r}.",)
     return ReportData(
@@ -92,6 +101,9 @@ def report_data(
         standard=standard,
         baseline=baseline,
         dual=dual,
+        multiscale=multiscale,
+        alpha_levels=level_alphas(alpha, len(config.sigmas), config.certify.level_shares),
+        experts=config.has_experts,
         standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]),
         alpha=config.certify.alpha,
         alpha_stages=stages,
@@ -100,6 +112,11 @@ def report_data(
         manifest=manifest,
         notes=notes,
     )
+
+
+def _check_same_examples(rows: pa.Table, standard: pa.Table, sigmas: Sequence[float], name: str) -> None:
+    if rows.column("example_id").to_pylist() != grid(standard, "example_id", sigmas)[:, 0].tolist():
+        raise DataError(f"certificates/standard and {name} cover different examples")
 
 
 def _failed(table: pa.Table) -> set[str]:

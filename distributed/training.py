@@ -43,6 +43,7 @@ class Lesson:
 
     Attributes:
         root: the run directory.
+        models: where its networks are.
         name: of its folder in training/: that of the step, with the expert's level behind it.
         kind: which network.
         config: the run's.
@@ -53,6 +54,7 @@ class Lesson:
     """
 
     root: Folder
+    models: Folder
     name: str
     kind: Literal["estimator", "classifier"]
     config: Config
@@ -73,6 +75,7 @@ class Lesson:
         """A training of a run whose training split has been loaded."""
         return cls(
             root=directory.folder,
+            models=directory.models,
             name=name,
             kind=kind,
             config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
@@ -103,8 +106,8 @@ class Lesson:
         """Its samples and its loss, with the denoiser on `device`."""
         config = self.config
         wanted = config.estimator.denoiser if self.kind == "estimator" else True
-        models = self.root / "models"
-        denoiser = load_denoiser(models.fetch("denoiser.safetensors", self.denoiser)).to(device) if wanted else None
+        file = self.models.fetch("denoiser.safetensors", self.denoiser)
+        denoiser = load_denoiser(file).to(device) if wanted else None
         if self.kind == "estimator":
             return EstimatorObjective(
                 data.take(self.places),

@@ -22,15 +22,34 @@ from core.engine import Engine, Task
 from core.errors import ConfigError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
+from core.multiscale import multiscale_certify
 from core.network import Forward, Head, Network
 from core.noise import make_noise
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, DualCertificate, Phase, Rule, Sampling
+from core.records import (
+    CLASSIFIER,
+    ESTIMATOR,
+    Certificate,
+    Draws,
+    DualCertificate,
+    MultiscaleCertificate,
+    Phase,
+    Rule,
+    Sampling,
+)
 from core.sequential import Budget, dual_procedure, standard_procedure
 from distributed.datasets import load_dataset
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, certificate_row, dual_row
+from distributed.rows import (
+    CERTIFICATE_SCHEMA,
+    DUAL_SCHEMA,
+    MULTISCALE_SCHEMA,
+    certificate_row,
+    dual_row,
+    multiscale_row,
+)
 from distributed.storage import Folder
 
 __all__ = [
+    "Method",
     "Rows",
     "Work",
     "build_engine",
@@ -44,6 +63,8 @@ __all__ = [
     "warm_up",
 ]
 
+Method = Literal["standard", "dual", "multiscale"]
+
 Rows = list[dict[str, Any]]
 
 
@@ -54,7 +75,7 @@ class Work:
     Attributes:
         root: the run directory.
         store: folder of the shards inside it.
-        method: `standard` certifies every example at every sigma; `dual` runs DUAL-CERTIFY once per example.
+        method: `standard` certifies every example at every sigma; `dual` and `multiscale` give one row per example.
         split: which examples.
         sampling: draws and failure probability of a certificate.
         budget: `fixed`, `sequential` or `grid`, as in `CertifyConfig`.
@@ -63,12 +84,13 @@ class Work:
         config: the run's configuration.
         device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.
         data_digest: `Dataset.digest` of the split; a replica that finds another one refuses it. Empty: not compared.
+        networks: folder of the models, where it is not models/ in the run directory.
         started: when this call of the driver began, seconds since the epoch.
     """
 
     root: Folder
     store: str
-    method: Literal["standard", "dual"]
+    method: Method
     split: Split
     sampling: Sampling
     budget: Budget
@@ -76,6 +98,7 @@ class Work:
     config: Config
     device: str
     data_digest: str = ""
+    networks: Folder | None = None
     started: float = field(default_factory=time.time)
 
     @property
@@ -86,22 +109,22 @@ class Work:
     @property
     def draws_per_example(self) -> int:
         """Rows of forward passes that an example takes, at most."""
-        stages = len(self.config.sigmas) if self.method == "standard" else 2
+        stages = 2 if self.method == "dual" else len(self.config.sigmas)
         return stages * (self.sampling.num_selection + self.sampling.num_estimation)
 
     @property
     def levels(self) -> tuple[float | None, ...]:
-        """Noise levels of an example's rows; (None,) where the estimator picks it."""
+        """Noise levels of an example's rows; (None,) where the draws pick it."""
         return self.config.sigmas if self.method == "standard" else (None,)
 
     @property
     def schema(self) -> pa.Schema:
         """Of the rows."""
-        return CERTIFICATE_SCHEMA if self.method == "standard" else DUAL_SCHEMA
+        return {"standard": CERTIFICATE_SCHEMA, "dual": DUAL_SCHEMA, "multiscale": MULTISCALE_SCHEMA}[self.method]
 
     def model_files(self) -> dict[str, Path]:
         """The networks as files of this machine."""
-        models = self.root / "models"
+        models = self.networks or self.root / "models"
         return {role: models.fetch(f"{name}.safetensors", digest) for role, (name, digest) in self.models.items()}
 
 
@@ -232,6 +255,9 @@ def procedures(work: Work) -> Iterator[Callable[[], Any]]:
             dual_procedure, work.budget, config.sigmas, config.estimator_sigma, *arguments, certify.alpha_split
         )
         return
+    if work.method == "multiscale":
+        yield partial(multiscale_certify, config.sigmas, work.sampling, certify.level_shares)
+        return
     for sigma in config.sigmas:
         yield partial(standard_procedure, work.budget, sigma, *arguments)
 
@@ -242,9 +268,13 @@ def make_task(key: Any, data: Dataset, index: int, procedure: Callable[[], Any])
     return Task(key, data.example_ids[index], image, procedure())
 
 
-def make_row(data: Dataset, index: int, result: Certificate | DualCertificate) -> dict[str, Any]:
+def make_row(
+    data: Dataset, index: int, result: Certificate | DualCertificate | MultiscaleCertificate
+) -> dict[str, Any]:
     """The row of a result."""
     example_id, label = data.example_ids[index], int(data.labels[index])
     if isinstance(result, DualCertificate):
         return dual_row(example_id, label, result)
+    if isinstance(result, MultiscaleCertificate):
+        return multiscale_row(example_id, label, result)
     return certificate_row(example_id, label, result)

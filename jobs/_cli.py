@@ -96,6 +96,7 @@ def run_step(
     parser: argparse.ArgumentParser,
     run: Callable[[RunDirectory, argparse.Namespace], None],
     steps: Callable[[argparse.Namespace], Sequence[str]],
+    after_dry_run: Callable[[RunDirectory], None] | None = None,
 ) -> int:
     """`run_job` for a job that writes into its run directory: with a check of all that it needs, and under the lock.
 
@@ -103,6 +104,7 @@ def run_step(
         parser: of the job; gets --dry-run and --price.
         run: the job.
         steps: its steps, by their names in the manifest.
+        after_dry_run: says what --dry-run does not count.
     """
     parser.add_argument(
         "--dry-run",
@@ -120,6 +122,8 @@ def run_step(
 
         if args.dry_run:
             dry_run(directory, steps(args), args.price)
+            if after_dry_run is not None:
+                after_dry_run(directory)
             return
         refuse(check(directory, steps(args)).problems)
         with RunLock(directory.folder):

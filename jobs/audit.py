@@ -1,4 +1,7 @@
-"""Check a run afterwards: hashes, plan, every radius from its votes; with --replay, a random sample from its seeds."""
+"""Check a run afterwards: hashes, plan, every radius from its votes; with --replay, a random sample from its seeds.
+
+With everything that lies below the run: the later rounds and the corrupted sets.
+"""
 
 import sys
 
@@ -9,7 +12,11 @@ def main() -> int:
     """Command line."""
     parser = job_parser("audit", __doc__)
     parser.add_argument(
-        "--replay", type=int, default=0, metavar="N", help="draw N random rows again and compare their votes"
+        "--replay",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N random rows of each run directory again",
     )
     parser.add_argument(
         "--replay-seed", type=int, default=None, help="choose the same rows again (default: fresh ones)"
@@ -17,19 +24,35 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=20, help="findings to print (default: 20)")
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
-        from core.errors import DataError
+        from core.errors import ConfigError, DataError
         from distributed.audit import audit, replay
+        from distributed.rounds import broken_links, rounds_there
         from distributed.shards import ShardStore
+        from distributed.shift import sets_there
 
-        directory = open_run(args)
-        findings, checked = audit(directory)
-        for store, rows in checked.items():
-            print(f"{store}: {rows:,} rows recomputed from their votes")
-            if failed := len(ShardStore(directory.folder, store).read_errors()):
-                print(f"{store}: {failed:,} of them could not be run and certify nothing (errors/)")
-        if args.replay and not findings:
-            findings = replay(directory, args.replay, args.replay_seed, directory.config.compute.progress_interval_s)
-            print(f"replay: {args.replay} rows drawn again")
+        run_itself = open_run(args)
+        rounds = rounds_there(run_itself)
+        everything = [("", run_itself)]
+        everything += [(f"rounds/{each.folder.name}/", each) for each in rounds[1:]]
+        everything += [(f"shift/{each.folder.name}/", each) for each in sets_there(run_itself)]
+        findings = [f"{where}: {problem}" for where, problem in broken_links(rounds)]
+        for prefix, directory in everything:
+            try:
+                found, checked = audit(directory)
+            except ConfigError:
+                if not prefix:
+                    raise
+                print(f"{prefix}: nothing certified yet")
+                continue
+            findings += [f"{prefix}{finding}" for finding in found]
+            for store, rows in checked.items():
+                print(f"{prefix}{store}: {rows:,} rows recomputed from their votes")
+                if failed := len(ShardStore(directory.folder, store).read_errors()):
+                    print(f"{prefix}{store}: {failed:,} of them could not be run and certify nothing (errors/)")
+        for prefix, directory in everything if args.replay and not findings else ():
+            found = replay(directory, args.replay, args.replay_seed, directory.config.compute.progress_interval_s)
+            findings += [f"{prefix}{finding}" for finding in found]
+            print(f"replay: {args.replay} rows {f'of {prefix[:-1]} ' if prefix else ''}drawn again")
         if findings:
             shown = "\n".join(f"  {finding}" for finding in findings[: args.show])
             more = f"\n  ... and {len(findings) - args.show} more" if len(findings) > args.show else ""

@@ -1,4 +1,4 @@
-"""Step 5: certify the test split: standard randomized smoothing at every sigma, or Dual RS."""
+"""Step 5: certify the test split: standard randomized smoothing at every sigma, Dual RS, or Multiscale."""
 
 import sys
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, retry_errors_option, run_step
 
-Method = Literal["standard", "dual"]
+Method = Literal["standard", "dual", "multiscale"]
 Classifier = Literal["finetuned", "base"]
 
 
@@ -16,6 +16,11 @@ def run(
     """Commit every shard of certificates/<method> (or <method>-base) that is not there yet."""
     from distributed.launch import certify_store
 
+    budget = directory.config.certify.budget
+    if method == "multiscale" and budget != "fixed":
+        print(
+            f"multiscale: takes all draws of each level that it asks; certify.budget={budget} is for the other methods"
+        )
     certify_store(directory, f"certificates/{_name(method, classifier)}", retry_errors)
 
 
@@ -28,9 +33,11 @@ def main() -> int:
     parser = job_parser("certify", __doc__)
     parser.add_argument(
         "--method",
-        choices=("standard", "dual"),
+        choices=("standard", "dual", "multiscale"),
         required=True,
-        help="standard: CERTIFY (Cohen et al. 2019) once per sigma; dual: min(R_sigma, R_c), alpha / 2 each",
+        help="standard: CERTIFY (Cohen et al. 2019) once per sigma; dual: min(R_sigma, R_c), alpha / 2 each; "
+        "multiscale: the cascade of Jeong & Shin (2023) from the largest sigma down, alpha divided over the levels "
+        "(certify.level_shares), all draws of each level that it asks whatever certify.budget says",
     )
     parser.add_argument(
         "--classifier",

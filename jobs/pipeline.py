@@ -1,49 +1,94 @@
 """The whole pipeline: train_base, build_dataset, train_estimator, finetune_classifier, certify, report.
 
-Finished steps are skipped, a step that was interrupted goes on: run it again after any crash.
+Certifies with standard RS and Dual RS, and with Multiscale where certify.multiscale is set. With rounds=2 (or more) the
+steps from build_dataset on run again on the fine-tuned classifier, in RUN/rounds/2. Finished steps are skipped, a step
+that was interrupted goes on: run it again after any crash.
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
+from core.config import Config
+from distributed.lock import RunLock
 from distributed.run_directory import RunDirectory
 from jobs import build_dataset, certify, finetune_classifier, report, train_base, train_estimator
-from jobs._cli import job_parser, run_step
+from jobs._cli import job_parser, open_run, run_step
 
-STEPS: tuple[tuple[str, Callable[[RunDirectory], None]], ...] = (
-    ("train_base", train_base.run),
-    ("build_dataset", build_dataset.run),
-    ("train_estimator", train_estimator.run),
-    ("finetune_classifier", finetune_classifier.run),
-    ("certify --method standard", lambda directory: certify.run(directory, "standard")),
-    ("certify --method dual", lambda directory: certify.run(directory, "dual")),
-    ("report", report.run),
-)
-CHECKED = (
-    "train_base",
-    "build_dataset",
-    "train_estimator",
-    "finetune_classifier",
-    "certify-standard",
-    "certify-dual",
-)
-"""The steps as the manifest names them; the report needs nothing but their results."""
+Step = tuple[str, Callable[[RunDirectory], None]]
+
+
+def steps_of(config: Config) -> tuple[Step, ...]:
+    """The steps of one round."""
+    methods = ("standard", "dual", *(["multiscale"] if config.certify.multiscale else []))
+    return (
+        ("train_base", train_base.run),
+        ("build_dataset", build_dataset.run),
+        ("train_estimator", train_estimator.run),
+        ("finetune_classifier", finetune_classifier.run),
+        *((f"certify --method {method}", _certify(method)) for method in methods),
+        ("report", report.run),
+    )
+
+
+def _certify(method: str) -> Callable[[RunDirectory], None]:
+    return lambda directory: certify.run(directory, method)
+
+
+def checked_of(config: Config) -> tuple[str, ...]:
+    """Their names in the manifest; the report needs nothing but their results."""
+    return tuple(name.replace("certify --method ", "certify-") for name, _ in steps_of(config)[:-1])
 
 
 def run(directory: RunDirectory) -> None:
-    """Run every step in order."""
-    start = time.monotonic()
-    for number, (name, step) in enumerate(STEPS, 1):
-        print(f"[{number}/{len(STEPS)}] {name} ({time.monotonic() - start:.0f} s)", flush=True)
-        step(directory)
+    """Run every step of every round in order."""
+    config, start = directory.config, time.monotonic()
+    steps = steps_of(config)
+    with ExitStack() as stack:
+        if config.compute.executor == "ray":
+            from distributed.cluster import connected
+
+            stack.enter_context(connected(config.compute))  # once for all steps
+        _run_steps(directory, steps, start)
+        for number in range(2, config.rounds + 1):
+            from distributed.preflight import check, refuse
+            from distributed.rounds import begin_round
+
+            print(f"round {number} of {config.rounds}: {directory.folder}/rounds/{number}", flush=True)
+            following = begin_round(directory, number)
+            refuse(check(following, checked_of(config)[1:]).problems)
+            with RunLock(following.folder):
+                _run_steps(following, steps[1:], start)
+    if config.rounds > 1:
+        report.run(directory)  # again: now it compares the rounds
     print(f"done in {time.monotonic() - start:.0f} s")
+
+
+def _run_steps(directory: RunDirectory, steps: Sequence[Step], start: float) -> None:
+    for number, (name, step) in enumerate(steps, 1):
+        print(f"[{number}/{len(steps)}] {name} ({time.monotonic() - start:.0f} s)", flush=True)
+        step(directory)
+
+
+def _more_rounds(directory: RunDirectory) -> None:
+    """What --dry-run has not counted."""
+    if (rounds := directory.config.rounds) > 1:
+        print(
+            f"rounds={rounds}: this is the first round alone; each of the others takes the steps from build_dataset to "
+            f"{checked_of(directory.config)[-1]} once more (one that has been begun: --dry-run --out RUN/rounds/2)"
+        )
 
 
 def main() -> int:
     """Command line."""
     parser = job_parser("pipeline", __doc__)
-    return run_step(parser, lambda directory, args: run(directory), lambda args: CHECKED)
+    return run_step(
+        parser,
+        lambda directory, args: run(directory),
+        lambda args: checked_of(open_run(args, "dry").config),
+        _more_rounds,
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ def main() -> int:
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from distributed.lock import read_lock
+        from distributed.rounds import rounds_there
+        from distributed.shift import sets_there
         from distributed.status import status
 
         directory = open_run(args)
@@ -22,7 +24,11 @@ def main() -> int:
         )
         if holder := read_lock(directory.folder):
             print(f"locked by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}")
-        for store in status(directory, time.time()):
+        places = [("", directory)]
+        places += [(f"rounds/{each.folder.name}/", each) for each in rounds_there(directory)[1:]]
+        places += [(f"shift/{each.folder.name}/", each) for each in sets_there(directory)]
+        stores = [(prefix, store) for prefix, place in places for store in status(place, time.time())]
+        for prefix, store in stores:
             parts = [f"{store.done:,}/{store.total:,} examples ({100 * store.done / max(store.total, 1):.0f}%)"]
             parts += [f"{store.rate:,.1f} examples/s"] if store.rate is not None else []
             if store.finished:
@@ -33,7 +39,7 @@ def main() -> int:
             parts += [f"{store.errors} errors"] if store.errors else []
             parts += [f"{store.retries} retries"] if store.retries else []
             parts += [f"{store.lost_devices} lost devices"] if store.lost_devices else []
-            print(f"{store.store}: {', '.join(parts)}")
+            print(f"{prefix}{store.store}: {', '.join(parts)}")
 
     return run_job(parser, run)
 

@@ -44,7 +44,7 @@ def run(directory: RunDirectory) -> None:
             classifier: nn.Module = load_classifier(own, train.num_classes, train.shape[0])
         else:
             with Progress(base.classifier_epochs, role, "epochs", interval_s=interval) as progress:
-                classifier = train_classifier(train, denoiser, base, config.seed + 1, progress)
+                classifier = train_classifier(train, denoiser, config.training_of(role), config.seed + 1, progress)
         accuracy[role] = clean_accuracy(role, classifier.to(device), test, config.compute.training_batch_size)
         wrote[role] = directory.save_model(role, classifier)
     facts = {"clean_accuracy": accuracy.get("classifier", accuracy)}

@@ -116,6 +116,8 @@ class Chaos:
 
     def _end_driver(self, number: signal.Signals) -> bool:
         assert self.driver is not None
+        if number == signal.SIGTERM and not _catches(self.driver.pid, number):
+            return False  # still starting: it would end as any process does, with nothing to commit
         start = time.monotonic()
         self.driver.send_signal(number)
         self.driver.wait(timeout=60)
@@ -176,3 +178,9 @@ class Chaos:
             self.driver.wait()
         self.cluster = self._start_cluster()
         return True
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigCgt" in line)
+    return bool(int(mask, 16) >> (number - 1) & 1)

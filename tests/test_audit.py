@@ -29,8 +29,8 @@ OVERRIDES = (
 )
 
 
-def finished_run(path: Path, *overrides: str) -> RunDirectory:
-    run = tiny_run(path, *OVERRIDES, *overrides)
+def finished_run(path: Path, *overrides: str, multiscale: bool = False, weight_seed: int = 0) -> RunDirectory:
+    run = tiny_run(path, *OVERRIDES, *overrides, weight_seed=weight_seed)
     run.finish(  # the models stand in for the fine-tuned one
         "finetune_classifier",
         read={},
@@ -39,6 +39,8 @@ def finished_run(path: Path, *overrides: str) -> RunDirectory:
     )
     for method in ("standard", "dual"):
         certify.run(run, method)
+    if multiscale:
+        certify.run(run, "multiscale")
     return run
 
 
@@ -50,6 +52,20 @@ def _copy(source: Path, target: Path) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished_run(tmp_path_factory.mktemp("run")).path
+
+
+@pytest.fixture(scope="module")
+def finished_cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights with which the larger sigma does not always decide; one file per store."""
+    settings = ("sigmas=[0.1, 1.0]", "compute.part_rows=1000", "certify.level_shares=[0.25, 0.5]")
+    return finished_run(tmp_path_factory.mktemp("cascade"), *settings, multiscale=True, weight_seed=3).path
+
+
+@pytest.fixture
+def cascade(finished_cascade: Path, tmp_path: Path) -> RunDirectory:
+    """A copy to spoil."""
+    shutil.copytree(finished_cascade, tmp_path / "cascade")
+    return RunDirectory(tmp_path / "cascade", None)
 
 
 @pytest.fixture
@@ -83,6 +99,16 @@ def test_audit_and_replay_untouched_run_finds_nothing(run: RunDirectory) -> None
     assert findings == []
     assert checked == {"certificates/standard": 100, "certificates/dual": 50}
     assert replay(run, 12, seed=None) == []
+
+
+def test_audit_and_replay_untouched_cascade_finds_nothing(cascade: RunDirectory) -> None:
+    findings, checked = audit(cascade)
+    assert findings == []
+    assert checked["certificates/multiscale"] == 50
+    assert replay(cascade, 200, seed=None) == []
+    rows = ShardStore(cascade.path, "certificates/multiscale").read().to_pylist()
+    decided = {(row["num_levels"], row["sigma"], row["alpha_level"]) for row in rows if not row["abstained"]}
+    assert decided == {(1, 1.0, 0.005), (2, 0.1, 0.0025)}
 
 
 @pytest.mark.parametrize("rehash", [False, True], ids=["file altered", "file and manifest altered"])
@@ -139,6 +165,68 @@ def test_audit_any_column_altered_is_found(run: RunDirectory, column: str, value
     assert problems(run)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("radius", 9.0),
+        ("prediction", 77),
+        ("alpha", 0.5),
+        ("alpha_level", 0.01),
+        ("radius_level", 9.0),
+        ("radius_above", math.inf),
+        ("sigma", 1.0),
+        ("sigma_bound", None),
+        ("num_levels", 1),
+        ("num_draws", 3),
+        ("num_estimation", 99),
+        ("counts_selection_above", []),
+        ("counts_estimation_above", []),
+        ("counts_estimation_above", [[10] * 10, [10] * 10]),
+        ("counts_estimation_above", [[10] * 9]),
+        ("counts_estimation_above", [[-1, *[10] * 9]]),
+        ("counts_estimation_above", [[11] * 10]),
+    ],
+)
+def test_audit_any_column_of_multiscale_altered_is_found(cascade: RunDirectory, column: str, value: object) -> None:
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if row["sigma"] == 0.1)  # the smaller one decided
+        assert row[column] != value
+        row[column] = value
+        return rows
+
+    rewrite(cascade, "certificates/multiscale", spoil, True)
+    assert problems(cascade)
+
+
+def test_audit_vote_of_a_level_above_moved_is_found_and_named(cascade: RunDirectory) -> None:
+    """Votes above are no decoration: what moves to another class moves the radius, or what the cascade asks next."""
+
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        for row in rows:
+            for votes in row["counts_estimation_above"]:
+                most = votes.index(max(votes))
+                votes[most], votes[most - 1] = votes[most] - 20, votes[most - 1] + 20
+        return rows
+
+    rewrite(cascade, "certificates/multiscale", spoil, True)
+    found = problems(cascade)
+    assert any("radius_above is" in problem or "cannot be recomputed" in problem for problem in found)
+
+
+def test_audit_cascade_that_goes_on_after_a_decision_is_found(cascade: RunDirectory) -> None:
+    """A level that decided is passed over for a smaller sigma with a larger radius, its votes kept as if undecided."""
+
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if row["sigma"] == 1.0)
+        for phase in ("selection", "estimation"):
+            row[f"counts_{phase}_above"] = [row[f"counts_{phase}"]]
+        row |= {"num_levels": 2, "sigma": 0.1, "num_draws": 2 * row["num_draws"]}
+        return rows
+
+    rewrite(cascade, "certificates/multiscale", spoil, True)
+    assert any("num_levels is 2, its votes give 1" in problem for problem in problems(cascade))
+
+
 def test_audit_radius_off_by_the_last_bit_is_found(run: RunDirectory) -> None:
     def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
         row = next(row for row in rows if row["radius"] > 0)
@@ -174,7 +262,7 @@ def test_replay_votes_that_other_noise_gave_are_found(run: RunDirectory) -> None
     """Votes and everything derived from them moved consistently: only drawing them again can tell."""
     from distributed.launch import work_of
     from distributed.recompute import Terms, standard_from_row
-    from distributed.shards import certificate_row
+    from distributed.rows import certificate_row
 
     work, _ = work_of(run, "certificates/standard")
     terms = Terms.of(work.config, work.sampling, work.budget)
@@ -235,6 +323,19 @@ def test_recertify_same_settings_gives_the_same_rows(run: RunDirectory) -> None:
     _, root = recertify(run, Change())
     for name in ("certificates/standard", "certificates/dual"):
         assert ShardStore(root, name).read().equals(ShardStore(run.path, name).read())
+
+
+def test_recertify_derives_multiscale_of_a_run_that_has_none(cascade: RunDirectory) -> None:
+    made = ShardStore(cascade.path, "certificates/multiscale").read()
+    shutil.rmtree(cascade.path / "certificates/multiscale")
+    data, root = recertify(cascade, Change())
+    assert ShardStore(root, "certificates/multiscale").read().equals(made)
+    assert data.multiscale is not None
+    assert data.alpha_levels == (0.0025, 0.005)
+    one, _ = recertify(cascade, Change(alpha=0.05, sigmas=(0.1,)))
+    assert one.alpha_levels == (0.05,)
+    assert one.multiscale is not None
+    assert one.multiscale.radius.tolist() == one.standard[0].radius.tolist(), "one level is standard RS"
 
 
 def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDirectory) -> None:

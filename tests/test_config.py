@@ -41,6 +41,14 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("certify.alpha.x=1", r"'alpha' is a value, not a section"),
         ("seed=[", r"not valid YAML"),
         (
+            "base.train_experts={0.25: 8}",
+            r"base.train_experts: has experts for \[0.25\], expected one for each of sigmas = \[0.25, 0.5\]",
+        ),
+        ("base.train_experts={0.25: 8, 0.5: 6}", r"'base.train_experts.0.5' is 6"),
+        ("base={train_experts: {0.25: 8}, experts: {0.25: {checkpoint: a}}}", r"base.experts: goes without"),
+        ("certify.level_shares=[1.0]", r"certify.level_shares: .*one for each of 2 noise levels.*got \[1.0\]"),
+        ("certify.level_shares=[0.9, 0.2]", r"certify.level_shares: .*at most 1 in all"),
+        (
             "base.experts={0.25: {checkpoint: a}}",
             r"base.experts: has experts for \[0.25\], expected one for each of sigmas = \[0.25, 0.5\] and no other",
         ),
@@ -112,10 +120,13 @@ def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> N
         "compute.shard_examples=3",
         "compute.executor=local",
         "report.radii=[0.1]",
+        "rounds=3",
         "sigma_e=0.5",
+        "certify.multiscale=true",
     ):
         assert parse_config(MINIMAL, [same]).fingerprint() == base
-    for other in ("seed=1", "compute.batch_size=7", "compute.chunk_size=7", "certify.num_selection=7", "sigma_e=0.6"):
+    for other in ("seed=1", "compute.batch_size=7", "compute.chunk_size=7", "certify.num_selection=7", "sigma_e=0.6",
+                  "certify.level_shares=[0.5,0.5]", "base.train_experts={0.25: 16, 0.5: 16}"):  # fmt: skip
         assert parse_config(MINIMAL, [other]).fingerprint() != base
 
 

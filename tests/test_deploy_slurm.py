@@ -78,7 +78,8 @@ def test_slurm_starts_head_and_workers_and_ends_only_its_steps(slurm: tuple[Path
     output, _ = job.communicate(timeout=20)
     assert job.returncode == 0, output
     lines = log.read_text().splitlines()
-    head, workers = (line for line in lines if line.startswith("srun") and "ray start" in line)
+    starts = [line for line in lines if line.startswith("srun") and "ray start" in line]  # both at once
+    head, workers = sorted(starts, key=lambda line: "--head" not in line)
     assert "--nodes=1 " in head
     for flag in ("--head", "--block", "--dashboard-host=127.0.0.1", "--temp-dir=/tmp/dual-rs-4711"):
         assert flag in head

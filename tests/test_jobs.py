@@ -20,8 +20,10 @@ JOBS = [
     "certify",
     "finetune_classifier",
     "pipeline",
+    "predict",
     "recertify",
     "report",
+    "shift",
     "status",
     "train_base",
     "train_estimator",
@@ -67,6 +69,8 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
         [
             "compute.executor=local",
             "dataset.test_size=800",
+            "dataset.train.first=300",
+            "dataset.test.first=100",
             "base.denoiser_steps=40",
             "base.classifier_epochs=5",
             "estimator.epochs=2",
@@ -76,23 +80,27 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
             "labels.num_estimation=20",
             "certify.num_selection=5",
             "certify.num_estimation=20",
+            "certify.multiscale=true",
         ],
     )
     run = RunDirectory(tmp_path / "run", config)
     pipeline.run(run)
     out = capfd.readouterr().out
     assert "| Dual RS " in out
-    assert ShardStore(run.path, "dataset").read().num_rows == 997 * 2
-    assert ShardStore(run.path, "certificates/standard").read().num_rows == 800 * 2
-    table = ShardStore(run.path, "certificates/dual").read().to_pandas()
-    # The printed table is what the rows say.
-    line = next(line for line in out.splitlines() if line.startswith("| Dual RS "))
-    printed = [float(x) for x in re.findall(r"\d+\.\d+", line)]
-    expected = [100 * np.mean(table.correct & (table.radius > r)) for r in config.report.radii]
-    assert printed == pytest.approx(expected, abs=0.005)
+    assert ShardStore(run.path, "dataset").read().num_rows == 300 * 2
+    assert ShardStore(run.path, "certificates/standard").read().num_rows == 100 * 2
+    assert "[7/8] certify --method multiscale" in out
+    for store, name in (("certificates/dual", "Dual RS"), ("certificates/multiscale", "Multiscale")):
+        table = ShardStore(run.path, store).read().to_pandas()
+        # The printed table is what the rows say.
+        line = next(line for line in out.splitlines() if line.startswith(f"| {name} "))
+        printed = [float(x) for x in re.findall(r"\d+\.\d+", line)]
+        expected = [100 * np.mean(table.correct & (table.radius > r)) for r in config.report.radii]
+        assert printed == pytest.approx(expected, abs=0.005)
     steps = json.loads((run.path / "manifest.json").read_text())["steps"]
     assert set(steps) == {
         "train_base", "build_dataset", "train_estimator", "finetune_classifier", "certify-standard", "certify-dual",
+        "certify-multiscale",
     }  # fmt: skip
     for name in ("report.md", "report.html", "certified_accuracy.png", "table.csv"):
         assert (run.path / "report" / name).stat().st_size > 0

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -83,10 +84,17 @@ def test_lock_of_another_machine_that_lives_is_respected(tmp_path: Path) -> None
         pass
 
 
-def test_lock_that_was_taken_over_interrupts_its_owner(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), RunLock(Folder(tmp_path)):  # noqa: PT012
-        foreign(tmp_path, 1)
-        time.sleep(5)
+def test_lock_that_was_taken_over_interrupts_its_owner_even_in_the_background(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `nohup ... &` leaves it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as the jobs do
+    try:
+        with pytest.raises(KeyboardInterrupt), RunLock(Folder(tmp_path)):  # noqa: PT012
+            foreign(tmp_path, 1)
+            time.sleep(5)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert read_lock(Folder(tmp_path)) is not None  # the other's lock stays
 
 

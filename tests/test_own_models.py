@@ -1,6 +1,7 @@
 """Models of one's own through the jobs that use them."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser, small_unet_config
 from core.models.diffusers_folder import write_folder
 from core.models.resnet_cifar import ResNetCifar
+from core.models.small import SmallConvNet
+from core.training import base as training_base
+from distributed.preflight import dry_run
 from distributed.run_directory import RunDirectory
 from jobs import train_base, train_estimator
 from tests.test_models import tiny_denoiser
@@ -73,3 +77,49 @@ def test_train_estimator_backbone_takes_a_checkpoint_with_another_head(
     assert estimator.num_outputs == 2
     start = torch.load(models / "resnet.pt", weights_only=True)["layer1.0.conv1.weight"]
     assert float((estimator.net.state_dict()["layer1.0.conv1.weight"] - start).abs().max()) < 1e-3
+
+
+POOL = "base.train_experts={0.25: 4, 0.5: 8}"
+
+
+def test_train_base_pool_has_an_expert_of_its_own_width_for_each_sigma(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sees its own noise level alone: the denoiser is told which."""
+    small = ["dataset.test_size=1700", "base.denoiser_steps=3", "base.classifier_epochs=2"]
+    directory = RunDirectory(tmp_path / "run", parse_config(PLAIN, [POOL, *small]))
+    seen: list[set[float]] = []
+    real = training_base.train_classifier
+
+    def watched(data: Dataset, denoiser: OneShotDenoiser, *args: Any) -> SmallConvNet:
+        levels: set[float] = set()
+        seen.append(levels)
+
+        def told(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            levels.update(sigma.tolist())
+            return denoiser(images, sigma)
+
+        return real(data, cast(OneShotDenoiser, told), *args)
+
+    monkeypatch.setattr(training_base, "train_classifier", watched)
+    train_base.run(directory)
+    assert [sorted(levels) for levels in seen] == [[pytest.approx(0.25)], [pytest.approx(0.5)]]
+    for role, width in (("classifier-0.25", 4), ("classifier-0.5", 8)):
+        expert = load_model(directory.model(role))
+        assert isinstance(expert, SmallConvNet)
+        assert expert.spec["width"] == width
+    assert not directory.model("classifier").exists()
+    assert set(directory.manifest["steps"]["train_base"]["clean_accuracy"]) == {"classifier-0.25", "classifier-0.5"}
+
+
+def test_dry_run_counts_the_training_of_every_expert_and_says_what_each_one_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["base.denoiser_steps=3", "base.classifier_epochs=3", "compute.executor=local"]
+    dry_run(RunDirectory(tmp_path / "run", parse_config(PLAIN, [POOL, *small]), "dry"), ["train_base"], None, 0.05)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("train_base, classifier"))
+    assert f"{2 * 3 * 97}" in line.split()
+    for role, width in (("classifier-0.25", 4), ("classifier-0.5", 8)):
+        num = sum(tensor.numel() for tensor in SmallConvNet(1, 8, 10, width).state_dict().values())
+        assert any(text.startswith(role) and f"{num:,} parameters" in text for text in out.splitlines())

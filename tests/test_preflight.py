@@ -40,8 +40,9 @@ from distributed.launch import certify_store, outline, work_of
 from distributed.measure import measure_parts
 from distributed.preflight import check, dry_run, refuse
 from distributed.replica import Replica
+from distributed.rows import certificate_row
 from distributed.run_directory import RunDirectory
-from distributed.shards import ShardStore, certificate_row
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 from jobs import pipeline
 from tests.s3 import s3_server, uri
@@ -317,6 +318,20 @@ def test_rows_of_a_single_sigma_are_exact(tmp_path: Path, engines: list[Engine])
     assert exact
     assert engines[-1].network.rows == {DENOISER: 60 * 120, ESTIMATOR: 60 * 120, CLASSIFIER: 60 * 120}
     assert rows_of(each, run.config) == {DENOISER: 120, ESTIMATOR: 120, CLASSIFIER: 120}
+
+
+def test_rows_of_multiscale_stay_below_the_bound_and_reach_it_where_no_level_decides(
+    tmp_path: Path, engines: list[Engine]
+) -> None:
+    run = tiny_run(tmp_path, *WHOLE_BATCHES, "certify.budget=grid")
+    store = "certificates/multiscale-base"
+    certify_store(run, store)
+    each, exact = most_copies(outline(run, store))
+    assert (each, exact) == ({(CLASSIFIER,): 240}, False)
+    rows = ShardStore(run.folder, store).read().to_pylist()
+    assert engines[-1].network.rows == {name: sum(r["num_draws"] for r in rows) for name in (DENOISER, CLASSIFIER)}
+    assert {row["num_draws"] for row in rows} == {120, 240}
+    assert {row["num_estimation"] for row in rows} == {100}, "all draws of a level, whatever the budget"
 
 
 @pytest.mark.parametrize("budget", ["sequential", "grid"])

@@ -15,6 +15,7 @@ from torch import Tensor
 from core.dual import dual_certify, join_stages
 from core.engine import Engine, Task
 from core.errors import ConfigError
+from core.multiscale import multiscale_certify
 from core.network import Head, Network
 from core.noise import GaussianNoise
 from core.records import (
@@ -25,6 +26,7 @@ from core.records import (
     Certificate,
     Counts,
     DualCertificate,
+    MultiscaleCertificate,
     Procedure,
     Rule,
     Sampling,
@@ -159,21 +161,24 @@ class Pixels:
 
 SIGMAS = (0.25, 0.5)
 
+Result = Procedure[Certificate] | Procedure[DualCertificate] | Procedure[MultiscaleCertificate]
 
-def procedure_of(kind: str, num: int, look_every: int) -> Procedure[Certificate] | Procedure[DualCertificate]:
+
+def procedure_of(kind: str, num: int, look_every: int) -> Result:
     sampling, rule = Sampling(max(1, num // 3), num, 0.1), Rule(look_every)
-    makers: dict[str, Callable[[], Procedure[Certificate] | Procedure[DualCertificate]]] = {
+    makers: dict[str, Callable[[], Result]] = {
         "fixed": lambda: certify(0.5, sampling),
         "sequential": lambda: certify_sequential(0.25, sampling, rule),
         "grid": lambda: certify_grid(0.5, (0.0, 0.1, 0.4), sampling, rule),
         "dual": lambda: dual_certify(SIGMAS, 0.5, sampling),
         "dual sequential": lambda: dual_certify_sequential(SIGMAS, 0.5, sampling, rule),
         "dual grid": lambda: dual_certify_sequential(SIGMAS, 0.5, sampling, rule, (0.0, 0.1, 0.4)),
+        "multiscale": lambda: multiscale_certify(SIGMAS, sampling),
     }
     return makers[kind]()
 
 
-KINDS = ("fixed", "sequential", "grid", "dual", "dual sequential", "dual grid")
+KINDS = ("fixed", "sequential", "grid", "dual", "dual sequential", "dual grid", "multiscale")
 jobs = st.tuples(st.sampled_from(KINDS), st.integers(1, 250), st.integers(1, 120))
 
 

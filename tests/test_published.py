@@ -15,8 +15,9 @@ from core.config import load_config
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from distributed.audit import audit, replay
+from distributed.rows import ERROR, OK
 from distributed.run_directory import RunDirectory
-from distributed.shards import ERROR, OK, ShardStore
+from distributed.shards import ShardStore
 from jobs import certify, pipeline
 from tests import miniatures
 from tests.openai_reference import CIFAR
@@ -186,7 +187,8 @@ def test_image_folder_runs_end_to_end_past_a_corrupt_image(
 
 
 def expert_run(tmp_path: Path) -> RunDirectory:
-    """Two experts: at 0.25 one that says 3, at 1.0 one that says 5; dark images are of class 3, bright ones of 5."""
+    """Two experts of different architectures: at 0.25 a ResNet that says 3, at 1.0 a ViT that says 5; dark images are
+    of class 3, bright ones of 5."""
     return shrunk(
         "cifar10_experts",
         tmp_path / "run",
@@ -195,7 +197,7 @@ def expert_run(tmp_path: Path) -> RunDirectory:
         base__denoiser=str(miniatures.openai_unet(tmp_path / "unet.pt")),
         base__experts={
             0.25: miniatures.resnet_file(tmp_path / "dark.pt", 3),
-            1.0: miniatures.resnet_file(tmp_path / "bright.pt", 5),
+            1.0: miniatures.vit_folder(tmp_path / "bright", favourite=5),
         },
         estimator__backbone=None,  # the small CNN on noisy images learns brightness at once
         estimator__denoiser=False,
@@ -233,6 +235,15 @@ def test_experts_each_certify_their_own_sigma_and_the_estimator_routes(
         digest = steps["finetune_classifier"]["wrote"][name.replace("classifier", "classifier_finetuned")]
         assert digest != steps["train_base"]["wrote"][name]
     assert replay(directory, 4, seed=0) == []
+    kinds = {role: type(load_model(directory.model(role)).net).__name__ for role in directory.config.classifiers}
+    assert kinds == {"classifier-0.25": "ResNetCifar", "classifier-1.0": "VisionTransformer"}
+    text = (directory.path / "report" / "report.md").read_text()
+    assert "| Expert, sigma = 0.25 " in text
+    assert "| Expert, sigma = 1 " in text
+    certify.run(directory, "multiscale")  # the cascade over the pool: the largest sigma always decides here
+    cascade = ShardStore(directory.folder, "certificates/multiscale").read().to_pandas()
+    assert set(cascade.prediction) == {5}
+    assert set(cascade.num_levels) == {1}
 
 
 @pytest.mark.slow

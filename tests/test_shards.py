@@ -12,7 +12,8 @@ from core.errors import ConfigError, DataError
 from core.files import file_sha256
 from core.records import Bound, Certificate, DualCertificate, Sampling
 from core.smoothing import certificate
-from distributed.shards import CERTIFICATE_SCHEMA, DUAL_SCHEMA, Plan, ShardStore, certificate_row, dual_row, error_row
+from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, certificate_row, dual_row, error_row
+from distributed.shards import Plan, ShardStore
 from distributed.storage import Folder
 from distributed.tables import grid
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from distributed.shards import CERTIFICATE_SCHEMA, Plan, ShardStore
+from distributed.rows import CERTIFICATE_SCHEMA
+from distributed.shards import Plan, ShardStore
 from distributed.status import status
 from tests.tiny import tiny_run
 

@@ -11,10 +11,12 @@ import pytest
 
 from core.errors import ConfigError, DataError
 from distributed.audit import audit
+from distributed.rounds import begin_round, rounds_there
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
+from distributed.shift import sets_there
 from distributed.storage import Folder, file_system
-from jobs import build_dataset, certify
+from jobs import build_dataset, certify, shift
 from tests.s3 import FlakyProxy, s3_server, uri
 from tests.tiny import tiny_run
 
@@ -45,6 +47,8 @@ def test_folder_write_read_list_remove(folder: Folder) -> None:
     assert [(file.name, file.size) for file in inner.files()] == [("x.bin", 3)]
     assert inner.files()[0].modified > 1.7e9
     assert [name for name in folder.walk() if "hidden" not in name] == ["a/b/deep/y", "a/b/x.bin"]
+    assert (folder.folders(), inner.folders(), (folder / "none").folders()) == (["a"], ["deep"], [])
+    assert (inner / "deep").parent == inner
     inner.remove("x.bin")
     inner.remove("x.bin")
     assert not inner.exists("x.bin")
@@ -123,7 +127,7 @@ def test_run_on_s3_equals_a_run_on_the_disk_and_resumes(
     server: FlakyProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = uri(server, "runs/one")
-    disk = tiny_run(tmp_path / "disk", "compute.executor=local")
+    disk = tiny_run(tmp_path / "disk", "compute.executor=local", "dataset.test.first=60")
     run = RunDirectory(where, disk.config)
     for name in ("denoiser", "classifier", "estimator"):
         (run.folder / "models").write(f"{name}.safetensors", disk.model(name).read_bytes())
@@ -139,5 +143,22 @@ def test_run_on_s3_equals_a_run_on_the_disk_and_resumes(
     assert store.read().equals(ShardStore(disk.folder, "dataset").read())
     certify.run(RunDirectory(where, None), "dual", "base")
     rows = ShardStore(where, "certificates/dual-base").read()
-    assert rows.num_rows == 1700
+    assert rows.num_rows == 60
     assert pc.all(pc.equal(rows.column("status"), "ok")).as_py()
+
+
+def test_round_and_corrupted_set_below_a_run_on_s3(server: FlakyProxy, tmp_path: Path) -> None:
+    disk = tiny_run(tmp_path / "disk", "compute.executor=local", "dataset.test.first=3")
+    run = RunDirectory(uri(server, "runs/rounds"), disk.config)
+    wrote = dict(disk.manifest["steps"]["train_base"]["wrote"])
+    wrote["classifier_finetuned"] = wrote["classifier"]
+    for name in wrote:
+        run.put_model(name, disk.model(name.removesuffix("_finetuned")).read_bytes())
+    run.finish("finetune_classifier", read={}, wrote=wrote, facts={})
+    second = begin_round(run, 2)
+    assert second.model_hashes(["classifier"]) == {"classifier": wrote["classifier_finetuned"]}
+    assert [each.folder for each in rounds_there(run)] == [run.folder, run.folder / "rounds/2"]
+    shift.run(run, [("contrast", 2)])
+    (corrupted,) = sets_there(RunDirectory(run.folder, None))
+    assert corrupted.models == run.models
+    assert ShardStore(corrupted.folder, "certificates/dual").read().num_rows == 3

@@ -1,6 +1,9 @@
 """A run directory of a few seconds: the digits with untrained (random) networks of the real architectures."""
 
+import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -10,6 +13,18 @@ from core.models.checkpoints import build_denoiser, save_model
 from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
 from distributed.run_directory import RunDirectory
+
+
+def run_main(job: ModuleType, *args: str) -> int:
+    """The command line of a job in this process: a tenth of the time that a fresh Python takes."""
+    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = [job.__name__, *args]
+    try:
+        return int(job.main())
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+
 
 PLAIN = {
     "sigmas": [0.25, 0.5],

@@ -33,10 +33,11 @@ class SplitConfig(Section):
 
 
 # Keys of `dataset` that only some data sets have.
-_CIFAR, _IMAGENET, _CORRUPTED = ("cifar10", "cifar10-c"), ("imagenet", "imagenet-c"), ("cifar10-c", "imagenet-c")
+_CIFAR, _IMAGENET, _DIGITS = ("cifar10", "cifar10-c"), ("imagenet", "imagenet-c"), ("digits", "digits-c")
+_CORRUPTED = ("digits-c", "cifar10-c", "imagenet-c")
 _OWN = ("folder", "parquet")
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("test_size", "split_seed"), ("digits",)),
+    **dict.fromkeys(("test_size", "split_seed"), _DIGITS),
     "path": (*_CIFAR, *_IMAGENET, *_OWN),
     "layout": (*_CIFAR, *_IMAGENET),
     **dict.fromkeys(("corruption", "severity"), _CORRUPTED),
@@ -49,9 +50,12 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 class DatasetConfig(Section):
     """Which images."""
 
-    name: Literal["digits", "cifar10", "cifar10-c", "imagenet", "imagenet-c", "folder", "parquet"] = "digits"
-    """`digits`: 1,797 real 8x8 grey images that scikit-learn ships, 10 classes; `folder` and `parquet`: a set of your
-    own, <split>/<class>/<image> or Parquet files with an image and a label column."""
+    name: Literal["digits", "digits-c", "cifar10", "cifar10-c", "imagenet", "imagenet-c", "folder", "parquet"] = (
+        "digits"
+    )
+    """`digits`: 1,797 real 8x8 grey images that scikit-learn ships, 10 classes; `digits-c`: the same, the test images
+    corrupted here; `folder` and `parquet`: a set of your own, <split>/<class>/<image> or Parquet files with an image
+    and a label column."""
     path: str | None = None
     """Where it is: a folder, or an address such as s3://bucket/folder. Not part of a run's identity: data may move."""
     layout: Literal["original", "parquet"] = "original"
@@ -62,8 +66,8 @@ class DatasetConfig(Section):
     split_seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the shuffle that splits the digits."""
     corruption: str | None = None
-    """Which corruption of CIFAR-10-C or ImageNet-C, for example `gaussian_noise`. Only the test split is corrupted; for
-    training, `train.path` names the clean set."""
+    """Which corruption of the digits, of CIFAR-10-C or ImageNet-C, for example `gaussian_noise`. Only the test split is
+    corrupted; for training, `train.path` names the clean set (digits: the clean digits)."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """How severe a corruption, 1 to 5."""
     resize: Annotated[int, Field(ge=0)] | None = None
@@ -94,13 +98,13 @@ class DatasetConfig(Section):
             if self.name not in names and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"dataset.{key}: means nothing for {self.name}, only for {', '.join(names)}; drop it")
         for key, part in (("train", self.train), ("test", self.test)):
-            if self.name == "digits" and (part.path or part.split):
+            if self.name in _DIGITS and (part.path or part.split):
                 raise ValueError(f"dataset.{key}: digits have neither path nor split; drop them")
             if part.split and self.name in _CIFAR and self.layout == "original":
                 raise ValueError(f"dataset.{key}.split: means nothing for CIFAR-10's pickles; drop it")
             if part.ids_file is not None and (part.every, part.first, part.share) != (1, None, 1.0):
                 raise ValueError(f"dataset.{key}: ids_file goes without every, first and share; drop one or the other")
-        if self.name != "digits" and self.path is None and self.train.path is None and self.test.path is None:
+        if self.name not in _DIGITS and self.path is None and self.train.path is None and self.test.path is None:
             raise ValueError(f"dataset.path: is missing; set it to where {self.name} is on this machine")
         if self.train.path is not None and (self.train.path, self.train.split) == (self.test.path, self.test.split):
             raise ValueError(

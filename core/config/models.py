@@ -9,6 +9,10 @@ from core.config.values import Count, Positive, Section
 __all__ = ["BaseModelsConfig", "ClassifierConfig"]
 
 
+Width = Annotated[int, Field(ge=4, multiple_of=4)]
+"""Channels of the small CNN's first layer: its normalisation takes them in groups of four."""
+
+
 class ClassifierConfig(Section):
     """An image classifier: an architecture and where its weights are."""
 
@@ -45,6 +49,9 @@ class BaseModelsConfig(Section):
     """A classifier of your own. Unless given, a small one is trained."""
     experts: dict[Annotated[Positive, Field(strict=False)], ClassifierConfig] | None = None
     """Instead of `classifier`: a classifier of your own for each sigma, and each exactly once. The estimator routes."""
+    train_experts: dict[Annotated[Positive, Field(strict=False)], Width] | None = None
+    """Instead of `classifier` and `experts`: a pool that is trained here, a small CNN for each sigma on images at that
+    sigma alone, {sigma: channels of its first layer}. The estimator routes."""
     denoiser_steps: Count = 800
     denoiser_batch: Count = 128
     denoiser_lr: Positive = 8e-3
@@ -55,13 +62,13 @@ class BaseModelsConfig(Section):
     classifier_epochs: Count = 40
     classifier_batch: Count = 128
     classifier_lr: Positive = 5e-3
-    classifier_width: Count = 16
+    classifier_width: Width = 16
     """Channels of the small CNN's first layer (the estimator uses the same)."""
 
     @model_validator(mode="after")
     def _trained(self) -> Self:
-        if self.classifier is not None and self.experts is not None:
-            raise ValueError("experts: goes without base.classifier; give one of them")
+        if sum(given is not None for given in (self.classifier, self.experts, self.train_experts)) > 1:
+            raise ValueError("experts: goes without base.classifier and base.train_experts; give one of them")
         experts = {f"experts.{sigma}": expert for sigma, expert in (self.experts or {}).items()}
         for key, own in {"classifier": self.classifier, **experts}.items():
             if own is not None and own.checkpoint is None and not own.pretrained:

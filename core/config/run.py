@@ -11,7 +11,9 @@ from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
 from core.config.models import BaseModelsConfig, ClassifierConfig
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
-from core.config.values import Positive, Section
+from core.config.values import Count, Positive, Section
+from core.errors import ConfigError
+from core.multiscale import level_alphas
 from core.records import CLASSIFIER
 
 __all__ = ["Config"]
@@ -37,6 +39,10 @@ class Config(Section):
     certify: CertifyConfig = CertifyConfig()
     report: ReportConfig = ReportConfig()
     compute: ComputeConfig = ComputeConfig()
+    rounds: Count = 1
+    """Rounds of the alternation (step 4 of the paper's training): labels, estimator and fine-tuning again on the
+    fine-tuned classifier, each round in a run directory of its own below this one. Decides no number of the rounds
+    before, so it may grow."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -48,12 +54,12 @@ class Config(Section):
                 f"sigma_e: must be at least max(sigmas) = {top}, got {self.sigma_e}: a smaller one caps every radius; "
                 "raise it or leave it out"
             )
-        experts = self.base.experts
-        if experts is not None and sorted(experts) != list(self.sigmas):
-            raise ValueError(
-                f"base.experts: has experts for {sorted(experts)}, expected one for each of sigmas = "
-                f"{list(self.sigmas)} and no other; add or drop some, or change sigmas"
-            )
+        for key, pool in (("experts", self.base.experts), ("train_experts", self.base.train_experts)):
+            if pool is not None and sorted(pool) != list(self.sigmas):
+                raise ValueError(
+                    f"base.{key}: has experts for {sorted(pool)}, expected one for each of sigmas = "
+                    f"{list(self.sigmas)} and no other; add or drop some, or change sigmas"
+                )
         asked, certify = max(self.report.radii), self.certify
         half = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
         reach = largest_radius(top, certify.num_estimation, half)
@@ -78,6 +84,10 @@ class Config(Section):
         grid = list(certify.grid)
         if grid != sorted(set(grid)):
             raise ValueError(f"certify.grid: must be ascending and distinct, got {grid}; sort them")
+        try:
+            level_alphas(certify.alpha, len(self.sigmas), certify.level_shares)
+        except ConfigError as error:
+            raise ValueError(f"certify.level_shares: {error}") from None
         compute = self.compute
         if compute.max_replicas and compute.min_replicas > compute.max_replicas:
             raise ValueError(
@@ -94,16 +104,33 @@ class Config(Section):
         return self
 
     @property
+    def has_experts(self) -> bool:
+        """Whether there is a classifier for each sigma, rather than one for all."""
+        return self.base.experts is not None or self.base.train_experts is not None
+
+    @property
     def classifiers(self) -> dict[str, float | None]:
         """The networks that classify: `classifier` at every sigma (None), or an expert for each, `classifier-0.25`."""
-        if self.base.experts is None:
+        if not self.has_experts:
             return {CLASSIFIER: None}
         return {f"{CLASSIFIER}-{sigma}": sigma for sigma in self.sigmas}
 
     def own_classifier(self, role: str) -> ClassifierConfig | None:
         """Which file or architecture a network of `classifiers` is taken from; None where it is trained here."""
         sigma = self.classifiers[role]
-        return self.base.classifier if self.base.experts is None or sigma is None else self.base.experts[sigma]
+        if sigma is None:
+            return self.base.classifier
+        return None if self.base.experts is None else self.base.experts[sigma]
+
+    def training_of(self, role: str) -> BaseModelsConfig:
+        """How a network of `classifiers` that is trained here is trained: an expert has a width of its own, and sees no
+        noise level but its own.
+        """
+        sigma = self.classifiers[role]
+        if sigma is None or self.base.train_experts is None:
+            return self.base
+        width = self.base.train_experts[sigma]
+        return self.base.model_copy(update={"classifier_width": width, "noise_range": (sigma, sigma)})
 
     @property
     def grid_radii(self) -> tuple[float, ...]:
@@ -116,7 +143,7 @@ class Config(Section):
         return max(self.sigmas) if self.sigma_e is None else self.sigma_e
 
     def identity(self) -> dict[str, Any]:
-        """The part that decides a run's numbers, as plain JSON: all but the report and where things run."""
+        """The part that decides a run's numbers, as plain JSON: all but the report, `rounds`, and where things run."""
         return self._identity(exclude_defaults=False)
 
     def fingerprint(self) -> str:
@@ -127,9 +154,10 @@ class Config(Section):
     def _identity(self, exclude_defaults: bool) -> dict[str, Any]:
         # Data may move; what they hold is for `Dataset.digest` to say.
         where: dict[str, Any] = {"path": True, "train": {"path": True}, "test": {"path": True}}
-        plain = self.model_dump(
-            mode="json", exclude={"report": True, "dataset": where}, exclude_defaults=exclude_defaults
-        )
+        left_out: dict[str, Any] = {"report": True, "rounds": True, "dataset": where, "certify": {"multiscale": True}}
+        plain = self.model_dump(mode="json", exclude=left_out, exclude_defaults=exclude_defaults)
+        if plain.get("certify") == {}:  # nothing else differed from the defaults
+            del plain["certify"]
         for split in ("train", "test"):
             if plain.get("dataset", {}).get(split) == {}:  # nothing but its path differed from the defaults
                 del plain["dataset"][split]

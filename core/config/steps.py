@@ -84,6 +84,12 @@ class CertifyConfig(Section):
     budget: Literal["fixed", "sequential", "grid"] = "fixed"
     """`fixed`: all draws, the field's standard; `sequential`: the same radii, each stage of Dual RS stops as soon as
     it cannot change what is reported; `grid`: only which radii of `grid` are exceeded."""
+    multiscale: bool = False
+    """Whether `jobs.pipeline` certifies the Multiscale baseline too; not part of a run's identity. It takes at most as
+    many draws as standard RS. `jobs.recertify` derives it without any, for `budget: fixed`."""
+    level_shares: Annotated[tuple[Positive, ...], Field(strict=False)] = ()
+    """Multiscale's shares of alpha, one for each of `sigmas`, at most 1 in all: what is spent where that level decides.
+    Equal unless given."""
     grid: Annotated[tuple[NonNegative, ...], Field(strict=False)] = ()
     """Radii that `budget: grid` decides; `report.radii` unless given."""
     look_every: Count = 100
@@ -102,3 +108,5 @@ class ReportConfig(Section):
     """l2 radii of the table, pixel scale [0, 1]."""
     strict: bool = True
     """Count radius > r (the Dual RS authors) rather than radius >= r (older scripts)."""
+    gallery: Annotated[int, Field(ge=0)] = 4
+    """So many images with the largest and so many with the smallest certificates are shown, noisy and denoised."""

@@ -9,9 +9,10 @@ from core.data.images import Preparation, StoredImages
 from core.data.storage import Storage
 from core.errors import DataError
 
-__all__ = ["read_folders"]
+__all__ = ["ENDINGS", "read_folders"]
 
-_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Of the names of image files."""
 
 
 def read_folders(
@@ -34,7 +35,7 @@ def read_folders(
     """
     index = {class_name: number for number, class_name in enumerate(classes)}
     start = f"{folder}/" if folder else ""
-    paths = [path for path in storage.files(folder) if path.lower().endswith(_ENDINGS) and "/" in path[len(start) :]]
+    paths = [path for path in storage.files(folder) if path.lower().endswith(ENDINGS) and "/" in path[len(start) :]]
     where = f"{storage.root.rstrip('/')}/{folder}"
     if not paths:
         raise DataError(f"no images in class folders below {where!r}; expected <class>/<image>.JPEG (or .png, ...)")

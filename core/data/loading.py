@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from core.config import DatasetConfig, SplitConfig
 from core.data.cifar import read_cifar10, read_cifar10_c
+from core.data.corruptions import corrupt_images
 from core.data.dataset import Dataset, Split
 from core.data.digits import read_digits
 from core.data.folders import read_folders
@@ -13,9 +14,11 @@ from core.data.storage import LocalStorage, OpenStorage, Storage
 from core.data.subsets import choose, read_lines
 from core.errors import ConfigError, DataError
 
-__all__ = ["ParquetPart", "ReadParquet", "load_dataset"]
+__all__ = ["ParquetPart", "ReadParquet", "class_names", "load_dataset", "preparation"]
 
 _CLASSES = {"cifar10": 10, "imagenet": 1000, "imagenet-c": 1000}
+_DIGITS, _CIFAR = ("digits", "digits-c"), ("cifar10", "cifar10-c")
+_CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class ParquetPart(NamedTuple):
@@ -84,8 +87,11 @@ def load_dataset(
 def _whole(
     config: DatasetConfig, part: SplitConfig, split: Split, open_storage: OpenStorage, read_parquet: ReadParquet | None
 ) -> Dataset:
-    if config.name == "digits":
-        return read_digits(split, config.test_size, config.split_seed)
+    if config.name in _DIGITS:
+        clean = read_digits(split, config.test_size, config.split_seed)
+        if config.corruption is None or config.severity is None or split == "train":
+            return clean
+        return corrupt_images(clean, config.name, config.corruption, config.severity)
     if config.corruption is not None and split == "train":
         if part.path is None:
             raise ConfigError(
@@ -115,10 +121,31 @@ def _locate(config: DatasetConfig, part: SplitConfig, split: Split, open_storage
     return _Place(location, open_storage(location), label, alone=part.path is not None and part.split is None)
 
 
-def _prepare(config: DatasetConfig) -> Preparation:
+def preparation(config: DatasetConfig) -> Preparation:
     """How images become pixels; ImageNet as published (Cohen et al. 2019): shorter side 256, centre crop 224."""
     resize, crop = config.resize_crop
-    return Preparation(config.color, resize, crop, config.interpolation)
+    return Preparation("grey" if config.name in _DIGITS else config.color, resize, crop, config.interpolation)
+
+
+def class_names(config: DatasetConfig, *, open_storage: OpenStorage = LocalStorage) -> tuple[str, ...] | None:
+    """Names of the classes in the order of the labels: of the set, of `class_file`, or of the class folders.
+
+    None where nothing here tells them.
+
+    Raises:
+        ConfigError: for a `class_file` that cannot be read.
+        DataError: when the class folders are not there.
+    """
+    if config.class_file is not None:
+        return _class_file(config)
+    if config.name in _DIGITS:
+        return tuple("0123456789")
+    if config.name in _CIFAR:
+        return _CIFAR_NAMES
+    if config.layout == "parquet" or config.name not in ("imagenet", "folder"):
+        return None
+    place = _locate(config, config.train, "train", open_storage)
+    return tuple(_known_folders(config, "train", place, open_storage))
 
 
 def _class_file(config: DatasetConfig) -> tuple[str, ...] | None:
@@ -145,14 +172,19 @@ def _folders(
             f"dataset.{split}.split to the split's folder (there: {there}), or dataset.{split}.path to it; "
             "Parquet files need dataset.layout=parquet, or dataset.name=parquet"
         )
-    # A class that one split lacks must not renumber the others.
+    known = present if config.class_file is not None else _known_folders(config, split, place, open_storage)
+    classes = _class_file(config) or _counted(config, known, place)
+    return read_folders(config.name, place.storage, folder, place.label, classes, preparation(config))
+
+
+def _known_folders(config: DatasetConfig, split: Split, place: _Place, open_storage: OpenStorage) -> list[str]:
+    """Class folders by name, of both splits where they lie together: one that lacks a class must not renumber it."""
     other: Split = "train" if split == "test" else "test"
-    other_part: SplitConfig = getattr(config, other)
-    known = set(present)
-    if part.path is None and other_part.path is None and config.class_file is None:
+    part, other_part = getattr(config, split), getattr(config, other)
+    known = set(place.storage.folders("" if place.alone else place.label))
+    if part.path is None and other_part.path is None:
         known.update(place.storage.folders(_locate(config, other_part, other, open_storage).label))
-    classes = _class_file(config) or _counted(config, sorted(known), place)
-    return read_folders(config.name, place.storage, folder, place.label, classes, _prepare(config))
+    return sorted(known)
 
 
 def _corrupted_folders(config: DatasetConfig, place: _Place) -> Dataset:
@@ -166,7 +198,7 @@ def _corrupted_folders(config: DatasetConfig, place: _Place) -> Dataset:
             f"corruptions there: {there}"
         )
     classes = _class_file(config) or _counted(config, present, place)
-    return read_folders(config.name, place.storage, folder, folder, classes, _prepare(config))
+    return read_folders(config.name, place.storage, folder, folder, classes, preparation(config))
 
 
 def _counted(config: DatasetConfig, folders: list[str], place: _Place) -> list[str]:
@@ -210,7 +242,7 @@ def _parquet_part(config: DatasetConfig, part: SplitConfig, split: Split, place:
         columns=(image, config.label_column or "label", config.id_column),
         classes=classes,
         num_classes=len(classes) if classes else config.num_classes or _CLASSES.get(config.name),
-        preparation=_prepare(config),
+        preparation=preparation(config),
     )
 
 

@@ -14,7 +14,7 @@ from core import metrics
 from core.errors import DataError
 from core.records import Bound
 
-__all__ = ["DualRows", "Kind", "Method", "ReportData", "StandardRows"]
+__all__ = ["DualRows", "Gallery", "Kind", "Method", "MultiscaleRows", "ReportData", "StandardRows"]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -98,18 +98,50 @@ class DualRows:
         return (self.radius_sigma - self.radius_class)[~self.abstained]
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class MultiscaleRows:
+    """Certificates of Multiscale, N examples; fields that `StandardRows` shares mean the same.
+
+    Attributes:
+        sigma: float64 ``(N,)``, the noise level that decided, nan where abstaining.
+        sigma_bound: float64 ``(N,)``, the level that bounds the radius, nan where abstaining.
+        num_levels: int64 ``(N,)``, levels that were asked, the largest sigma first.
+
+    Raises:
+        DataError: as `StandardRows`.
+    """
+
+    correct: Bools
+    radius: Floats
+    p_lower: Floats
+    abstained: Bools
+    num_draws: Ints
+    sigma: Floats
+    sigma_bound: Floats
+    num_levels: Ints
+
+    def __post_init__(self) -> None:
+        _check_rows(self, "Multiscale")
+        for name in ("sigma", "sigma_bound", "num_levels"):
+            if (shape := getattr(self, name).shape) != self.correct.shape:
+                raise DataError(f"Multiscale: {name} must have shape {self.correct.shape}, got {shape}")
+        if not (np.array_equal(np.isnan(self.sigma), self.abstained) and np.all(self.num_levels >= 0)):
+            raise DataError("Multiscale: sigma must be nan exactly where nothing is certified, num_levels at least 0")
+
+
 class Kind(StrEnum):
     """What a row of the certified-accuracy table is; everything but the oracle is a certificate."""
 
     STANDARD = "standard"
     DUAL = "dual"
+    MULTISCALE = "multiscale"
     ORACLE = "oracle"
     BASELINE = "baseline"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Method:
-    """One row of the tables and one curve of the plots. `index` is the position in Sigma (0 for Dual RS, oracle).
+    """One row of the tables and one curve of the plots. `index` is the position in Sigma (0 where there is none).
 
     The oracle has no p_lower, no abstentions and no draws of its own: these are None. `strict` counts radius > r,
     otherwise radius >= r.
@@ -136,6 +168,21 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Gallery:
+    """Images to look at, M of them, from the most certified to the least.
+
+    Attributes:
+        captions: what is said of each.
+        clean, noisy, denoised: float32 ``(M, C, H, W)`` in [0, 1], C = 1 or 3.
+    """
+
+    captions: tuple[str, ...]
+    clean: NDArray[np.float32]
+    noisy: NDArray[np.float32]
+    denoised: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ReportData:
     """Everything that a report shows. All rows are aligned: entry i of each array is the same example.
 
@@ -148,10 +195,14 @@ class ReportData:
         standard_at_dual_alpha: float64 ``(N, K)``, R_c(x, sigma_i) at the classifier's share of alpha, 0 for a wrong
             class; None when it was not measured.
         baseline: standard RS with the off-the-shelf classifier.
+        multiscale: the cascade over Sigma, None when it was not run.
+        alpha_levels: what Multiscale spends where each level of Sigma decides, ``(K,)``.
+        experts: whether each noise level has a classifier of its own.
         strict: whether a certificate counts at r when its radius is > r (else >= r).
         alpha: failure probability per example.
         alpha_stages: what Dual RS spends on the noise level and on the class.
         num_selection, num_estimation: draws of each certificate (n0 and n).
+        gallery: images with the largest and the smallest certificates, where they are at hand.
         notes: sentences to show below the summary.
         manifest: configuration, versions, seed; shown as JSON.
 
@@ -166,17 +217,21 @@ class ReportData:
     dual: DualRows | None
     standard_at_dual_alpha: Floats | None
     baseline: tuple[StandardRows, ...] = ()
+    multiscale: MultiscaleRows | None = None
+    alpha_levels: tuple[float, ...] = ()
+    experts: bool = False
     strict: bool = True
     alpha: float
     alpha_stages: tuple[float, float]
     num_selection: int
     num_estimation: int
+    gallery: Gallery | None = None
     notes: tuple[str, ...] = ()
     manifest: Mapping[str, object]
 
     def __post_init__(self) -> None:
-        rows: list[StandardRows | DualRows] = [*self.standard, *self.baseline, *([self.dual] if self.dual else [])]
-        sizes = {r.correct.size for r in rows}
+        rows = (*self.standard, *self.baseline, self.dual, self.multiscale)
+        sizes = {r.correct.size for r in rows if r is not None}
         if not self.standard or len(sizes) != 1:
             raise DataError(
                 f"a report needs standard RS at one noise level or more, and every method on the same examples; "
@@ -210,18 +265,32 @@ class ReportData:
         """The rows of the tables in the order in which they are shown."""
         _, best = self.oracle
         name = "Oracle over Sigma (not a certificate)"
-        shown = [_standard(r, Kind.STANDARD, i, self.strict) for i, r in enumerate(self.standard)]
+        shown = [_standard(r, Kind.STANDARD, i, self.strict, self.experts) for i, r in enumerate(self.standard)]
+        if (m := self.multiscale) is not None:
+            columns = (m.correct, m.radius, m.p_lower, m.abstained, m.num_draws)
+            shown.append(Method("Multiscale", Kind.MULTISCALE, 0, *columns, self.strict))
         if (d := self.dual) is not None:
             columns = (d.correct, d.radius, d.p_lower, d.abstained, d.num_draws)
             shown.append(Method("Dual RS", Kind.DUAL, 0, *columns, self.strict))
         shown.append(Method(name, Kind.ORACLE, 0, best > 0.0, best, None, None, None, self.strict))
-        return (*shown, *(_standard(r, Kind.BASELINE, i, self.strict) for i, r in enumerate(self.baseline)))
+        baseline = (_standard(r, Kind.BASELINE, i, self.strict, self.experts) for i, r in enumerate(self.baseline))
+        return (*shown, *baseline)
 
     def leaders(self) -> list[list[Method]]:
         """Per radius the certified methods with the highest accuracy, several on a tie, none where that is 0."""
         methods = [m for m in self.methods() if m.is_certificate]
         values = np.stack([m.accuracy(self.radii) for m in methods], axis=1)
         return [[m for m, v in zip(methods, row, strict=True) if v == row.max() > 0.0] for row in values]
+
+    def level_counts(self) -> tuple[Ints, Ints, Ints]:
+        """Examples per sigma, ``(K,)``: asked by Multiscale, certified there, and of these bounded by a level above."""
+        if (m := self.multiscale) is None:
+            raise DataError("Multiscale was not run, so there are no levels to count")
+        above = self.sigmas.size - 1 - np.arange(self.sigmas.size)  # levels that come before each one
+        asked = (m.num_levels[:, None] > above).sum(axis=0)
+        decided = m.sigma[:, None] == self.sigmas
+        capped = decided & (m.sigma_bound > m.sigma)[:, None]
+        return asked.astype(np.int64), decided.sum(axis=0).astype(np.int64), capped.sum(axis=0).astype(np.int64)
 
     def lost_radius(self) -> Floats:
         """Delta R_c over the examples that some sigma certifies (R_c* > 0); empty where it was not measured."""
@@ -248,15 +317,16 @@ class ReportData:
         return float(same.mean()) if same.size else float("nan")
 
 
-def _standard(rows: StandardRows, kind: Kind, index: int, strict: bool) -> Method:
-    name = "Standard RS" if kind is Kind.STANDARD else "Standard RS off the shelf"
+def _standard(rows: StandardRows, kind: Kind, index: int, strict: bool, expert: bool) -> Method:
+    name = "Expert" if expert else "Standard RS"
+    name += "" if kind is Kind.STANDARD else " off the shelf"
     return Method(
         f"{name}, sigma = {rows.sigma:g}", kind, index,
         rows.correct, rows.radius, rows.p_lower, rows.abstained, rows.num_draws, strict,
     )  # fmt: skip
 
 
-def _check_rows(rows: StandardRows | DualRows, name: str) -> None:
+def _check_rows(rows: StandardRows | DualRows | MultiscaleRows, name: str) -> None:
     shape = rows.correct.shape
     for field in ("correct", "radius", "p_lower", "abstained", "num_draws"):
         value = getattr(rows, field)

@@ -6,7 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Block", "Heading", "Picture", "Table", "Text", "html_page", "markdown_page", "markdown_table"]
+from core.report.charts import CSS, SCRIPT, SCRIPT_HASH, Chart, chart_html
+
+__all__ = [
+    "Block",
+    "Heading",
+    "Picture",
+    "Section",
+    "Table",
+    "Text",
+    "html_page",
+    "latex_table",
+    "markdown_page",
+    "markdown_table",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +47,30 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure: its file for Markdown, its SVG for HTML."""
+    """A figure: its file for Markdown, its SVG for HTML, and its curves where a reader may question them."""
 
     file: str
     caption: str
     svg: str
+    chart: Chart | None = None
 
 
 Block = Heading | Text | Table | Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Further blocks of a report.
+
+    Attributes:
+        summary: what a terminal is shown of it.
+        blocks: in order.
+        files: contents by name, those of its pictures and tables.
+    """
+
+    summary: str
+    blocks: tuple[Block, ...]
+    files: Mapping[str, bytes]
 
 
 # Markdown
@@ -61,6 +90,27 @@ def markdown_table(table: Table) -> str:
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
     lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex_table(table: Table, caption: str) -> str:
+    """A LaTeX table; the document has to load the package booktabs."""
+    cells = [[_latex(cell) for cell in row] for row in (table.header, *table.rows)]
+    for i, j in table.bold:
+        cells[i + 1][j] = rf"\textbf{{{cells[i + 1][j]}}}"
+    head, *body = (" & ".join(row) + r" \\" for row in cells)
+    lines = [
+        r"\begin{table}", r"  \centering", rf"  \caption{{{_latex(caption)}}}",
+        rf"  \begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}", r"    \toprule", f"    {head}", r"    \midrule",
+        *(f"    {line}" for line in body),
+        r"    \bottomrule", r"  \end{tabular}", r"\end{table}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _latex(text: str) -> str:
+    marks = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+    marks |= {mark: "\\" + mark for mark in "&%$#_{}"}
+    return "".join(marks.get(mark, mark) for mark in " ".join(text.split()))
 
 
 def markdown_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:
@@ -97,29 +147,32 @@ tbody tr:last-child > * { border-bottom: 0; }
 th:first-child { text-align: left; min-width: 9rem; font-weight: 500; position: sticky; left: 0; }
 figure { margin: 1.4rem 0; } figcaption { font-size: .85rem; opacity: .8; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
-.card svg { display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto; }
+.card > svg { display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto; }
 pre { overflow-x: auto; padding: .8rem; background: var(--soft); border-radius: 6px; font-size: .8rem; }
 """
+
+# Keeps the promise that the page needs nothing but itself, and that nothing in it runs but its own script.
+_POLICY: Final = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src '{SCRIPT_HASH}'"
 
 
 def html_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:
     """The report as one page that needs nothing but itself."""
     title = html.escape(title)
     body = "\n".join(_html_block(block) for block in blocks)
-    # The policy keeps the promise that the page needs nothing but itself.
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{title}</title>
-<style>{_CSS}</style>
+<style>{_CSS}{CSS}</style>
 </head>
 <body>
 <h1>{title}</h1>
 {body}
 {_manifest(manifest)}
+<script>{SCRIPT}</script>
 </body>
 </html>
 """
@@ -131,9 +184,10 @@ def _html_block(block: Block) -> str:
             return f"<h2>{html.escape(text)}</h2>"
         case Text(text):
             return f"<p>{html.escape(text)}</p>"
-        case Picture(_, caption, svg):
+        case Picture(_, caption, svg, chart):
             image = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(caption)}"', 1)
-            return f'<figure><div class="card">{image}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
+            look, inside = ("card", image) if chart is None else ("card chart", chart_html(chart, image))
+            return f'<figure><div class="{look}">{inside}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
         case Table(header, rows, bold):
             head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
             body = "\n".join(_html_row(row, {j for i, j in bold if i == number}) for number, row in enumerate(rows))

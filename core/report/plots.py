@@ -2,25 +2,33 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from core.metrics import ecdf
-from core.report import Kind, Method, ReportData
+from core.report import Gallery, Kind, Method, ReportData
+from core.report.charts import Chart, Curve
+from core.report.pages import Picture
 
 __all__ = [
     "certified_accuracy_figure",
+    "curves_figure",
     "delta_figure",
     "figures",
+    "gallery_figure",
     "p_lower_figure",
+    "severity_figure",
     "sigma_choice_figure",
     "to_bytes",
+    "to_picture",
     "to_svg",
 ]
 
@@ -30,6 +38,7 @@ Ints = NDArray[np.int64]
 # Okabe & Ito's palette without its yellow, which is hard to see on white. Vermillion is kept for Dual RS.
 _COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
 _DUAL: Final = "#D55E00"
+_MULTISCALE: Final = "#5D3A9B"
 # Dots are kept for the off-the-shelf rows.
 _DASHES: Final = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (12, 2)))
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P")
@@ -62,6 +71,8 @@ def figures(data: ReportData) -> dict[str, Figure]:
         lost, slack = data.lost_radius(), data.dual.slack()
         if lost.size or slack.size:
             shown["delta_radius"] = delta_figure(lost, slack)
+    if data.gallery is not None:
+        shown["gallery"] = gallery_figure(data.gallery)
     return shown
 
 
@@ -144,6 +155,67 @@ def sigma_choice_figure(labels: Sequence[str], chosen: Ints, best: Ints) -> Figu
     return _figure([draw], height_in=2.8)
 
 
+def gallery_figure(gallery: Gallery) -> Figure:
+    """A row for each image: clean, noisy at its sigma, denoised."""
+    num = len(gallery.captions)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH_IN, 1.5 * num), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        rows = figure.subfigures(num, 1, squeeze=False)[:, 0]
+        for row, caption, *images in zip(
+            rows, gallery.captions, gallery.clean, gallery.noisy, gallery.denoised, strict=True
+        ):
+            row.suptitle(caption, fontsize=8.5)
+            for axes, image, name in zip(row.subplots(1, 3), images, ("clean", "noisy", "denoised"), strict=True):
+                shown = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+                axes.imshow(shown, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+                axes.set_xlabel(name, fontsize=8)
+                axes.set(xticks=[], yticks=[])
+                axes.grid(visible=False)
+    return figure
+
+
+def curves_figure(curves: Mapping[str, Method]) -> Figure:
+    """Certified accuracy against the radius, one curve per name."""
+
+    def draw(axes: Any) -> None:
+        largest = max((float(m.radius[m.correct].max(initial=0.0)) for m in curves.values()), default=0.0)
+        grid = np.linspace(0.0, 1.02 * largest if largest > 0.0 else 1.0, _GRID_POINTS)
+        for number, (name, method) in enumerate(curves.items()):
+            accuracy = 100.0 * method.accuracy(grid)
+            end = int(np.count_nonzero(accuracy)) + 1
+            colour, dashes = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
+            axes.plot(grid[:end], accuracy[:end], label=name, color=colour, linestyle=dashes, linewidth=1.8)
+        axes.set(xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+        axes.set_xlim(0.0, grid[-1])
+        axes.set_ylim(0.0, 101.0)
+
+    return _figure([draw], height_in=3.5)
+
+
+def severity_figure(severities: Sequence[int], methods: Sequence[Method], panels: Mapping[str, Floats]) -> Figure:
+    """Certified accuracy against the severity of a corruption, one line per method.
+
+    Args:
+        severities: x, ascending; 0 is the clean test set.
+        methods: M of them, for their names and looks.
+        panels: by title, shares ``(len(severities), M)``.
+    """
+
+    def panel(title: str, shares: Floats) -> Callable[[Any], None]:
+        def draw(axes: Any) -> None:
+            for method, values in zip(methods, shares.T, strict=True):
+                axes.plot(severities, 100.0 * values, label=method.name, **(_look(method) | {"markevery": 1}))
+            axes.set_xticks(severities, ["clean" if severity == 0 else str(severity) for severity in severities])
+            axes.set(title=title, xlabel="severity", ylabel="certified accuracy [%]")
+            axes.set_ylim(bottom=0.0)
+
+        return draw
+
+    drawn = [panel(title, shares) for title, shares in panels.items()]
+    return _figure(drawn, height_in=2.9 * len(drawn), order=[method.name for method in methods])
+
+
 def to_bytes(figure: Figure, kind: str) -> bytes:
     """The figure as a file of `kind` ("png" or "pdf"), without date or version: equal data give equal bytes."""
     silent = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
@@ -151,6 +223,56 @@ def to_bytes(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format=kind, dpi=220, metadata=silent[kind])
     return buffer.getvalue()
+
+
+def to_picture(figure: Figure, name: str, caption: str) -> Picture:
+    """The figure for a page; one whose lines have names gets a legend of buttons instead of its own."""
+    lines = _named_lines(figure)
+    if len(figure.axes) > 1 or not lines:
+        return Picture(f"{name}.png", caption, to_svg(figure, name))
+    legends, size = figure.legends, figure.get_size_inches()
+    figure.legends = []
+    figure.set_size_inches(size[0], size[1] - _LEGEND_ROW_IN * len(lines))
+    svg = to_svg(figure, name)
+    chart = _chart(figure, lines, name, svg)
+    figure.legends = legends
+    figure.set_size_inches(size)
+    return Picture(f"{name}.png", caption, svg, chart)
+
+
+def _named_lines(figure: Figure) -> list[Line2D]:
+    """In the order of the legend."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    by_name = {name: line for name, line in zip(labels, handles, strict=True) if isinstance(line, Line2D)}
+    order = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return [by_name[name] for name in order or by_name if name in by_name]
+
+
+def _chart(figure: Figure, lines: Sequence[Line2D], name: str, svg: str) -> Chart:
+    """What the page's script needs: the axes' place in the SVG just drawn, and every named line on one grid."""
+    (axes,) = figure.axes
+    grid = np.linspace(*axes.get_xlim(), _GRID_POINTS)
+    width, height = 72.0 * figure.get_size_inches()  # an SVG of matplotlib's counts in points
+    box = axes.get_position()
+    curves = []
+    for line in lines:
+        x, y = (np.asarray(v, np.float64) for v in line.get_data())
+        if str(line.get_drawstyle()).startswith("steps"):
+            at = np.searchsorted(x, grid, side="right") - 1
+            values = np.where(at >= 0, y[np.maximum(at, 0)], np.nan)
+        else:
+            values = np.interp(grid, x, y, left=np.nan)
+        key = f"{name}-{line.get_gid()}"
+        dashes = re.search(rf'id="{key}">.*?style="([^"]*)"', svg, re.DOTALL)
+        drawn = re.search(r"stroke-dasharray: ([\d., ]+)", dashes[1] if dashes else "")
+        pattern = tuple(float(d) for d in drawn[1].split(",")) if drawn else ()
+        curves.append(Curve(key, str(line.get_label()), str(to_hex(line.get_color())), pattern, tuple(values.tolist())))
+    return Chart(
+        x_name=axes.get_xlabel().replace(r"$\ell_2$", "l2"),
+        grid=tuple(grid.tolist()),
+        left=box.x0 * width, right=box.x1 * width, top=(1 - box.y1) * height, bottom=(1 - box.y0) * height,
+        curves=tuple(curves),
+    )  # fmt: skip
 
 
 def to_svg(figure: Figure, name: str) -> str:
@@ -177,6 +299,8 @@ def _figure(panels: Sequence[Callable[[Any], None]], height_in: float, order: Se
         FigureCanvasAgg(figure)
         for axes, draw in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
             draw(axes)
+        for number, line in enumerate(_named_lines(figure)):
+            line.set_gid(f"curve-{number}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
             by_name = dict(zip(labels, handles, strict=True))
@@ -208,6 +332,9 @@ def _look(method: Method) -> dict[str, Any]:
             "markersize": 9,
             "markevery": (0.09, 0.2),
         }
+    if method.kind is Kind.MULTISCALE:
+        return {"color": _MULTISCALE, "linestyle": "-", "linewidth": 1.8, "marker": "X", "markersize": 6,
+                "markevery": (0.05, 0.2)}  # fmt: skip
     # Marks along the drawn line, staggered so that they stay apart where curves meet.
     marks = (0.02 + 0.03 * method.index + (0.015 if method.kind is Kind.BASELINE else 0.0), 0.2)
     colour = _COLOURS[method.index % len(_COLOURS)]

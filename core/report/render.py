@@ -5,7 +5,7 @@ Every number and every claim is computed from `ReportData` here; nothing is asse
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,12 +13,31 @@ import numpy as np
 
 from core.files import write_whole
 from core.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
-from core.report import DualRows, Kind, ReportData, StandardRows
-from core.report.pages import Block, Heading, Picture, Table, Text, html_page, markdown_page, markdown_table
+from core.report import DualRows, Kind, MultiscaleRows, ReportData, StandardRows
+from core.report.pages import (
+    Block,
+    Heading,
+    Picture,
+    Section,
+    Table,
+    Text,
+    html_page,
+    latex_table,
+    markdown_page,
+    markdown_table,
+)
 
 __all__ = ["DualRows", "ReportData", "StandardRows", "best_method_sentence", "format_table", "write_report"]
 
 _RHO: Final = 0.001
+_CAPTIONS: Final = {
+    "certified_accuracy": "Certified accuracy against the radius. The oracle picks the best sigma with the label in "
+    "hand.",
+    "sigma_choice": "The estimator's choice of sigma, against the oracle's.",
+    "delta_radius": "Empirical distribution of the lost radius and of the spare radius, where measured.",
+    "p_lower": "Empirical distribution of the lower bound.",
+    "gallery": "From the largest certificate to the smallest: the image, one of its noisy copies, that copy denoised.",
+}
 _NONE: Final = "–"
 
 
@@ -47,16 +66,18 @@ def best_method_sentence(data: ReportData) -> str:
     return f"{text}; Dual RS is the best certified method at {count}."
 
 
-def write_report(data: ReportData, folder: Path) -> list[Path]:
-    """Write report.md, report.html, table.csv and the figures; each file appears whole or not at all.
+def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = ()) -> list[Path]:
+    """Write report.md, report.html, table.csv, table.tex and the figures; each file appears whole or not at all.
 
     Args:
         data: what to report.
         folder: made if missing; files of an earlier report are replaced.
+        sections: further blocks, below the others.
 
     Returns:
-        The paths written: table.csv, certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png and delta_radius.png
-        (the last two where Dual RS and what they show were measured), report.md, report.html.
+        The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png,
+        delta_radius.png, gallery.png (the last three where what they show was measured), those of the sections,
+        report.md, report.html.
     """
     from core.report import plots  # matplotlib: half a second that a terminal table does not need
 
@@ -64,7 +85,11 @@ def write_report(data: ReportData, folder: Path) -> list[Path]:
     files = {"table.csv": _csv(data).encode()}
     files |= {f"{name}.png": plots.to_bytes(figure, "png") for name, figure in figures.items()}
     files["certified_accuracy.pdf"] = plots.to_bytes(figures["certified_accuracy"], "pdf")
-    blocks = _blocks(data, {name: plots.to_svg(figure, name) for name, figure in figures.items()})
+    blocks = _blocks(data, {name: plots.to_picture(figure, name, _CAPTIONS[name]) for name, figure in figures.items()})
+    files["table.tex"] = _latex(data).encode()
+    for section in sections:
+        files |= section.files
+        blocks += section.blocks
     # The pages last: they name the other files.
     files["report.md"] = markdown_page(data.title, blocks, data.manifest).encode()
     files["report.html"] = html_page(data.title, blocks, data.manifest).encode()
@@ -124,6 +149,14 @@ def _summary(data: ReportData) -> str:
             f" Dual RS spends {data.alpha_stages[0]:g} on the noise level and {data.alpha_stages[1]:g} on the class; "
             "the claim holds at alpha."
         )
+    if data.multiscale is not None:
+        levels = ", ".join(f"{a:g} at {s:g}" for s, a in zip(data.sigmas, data.alpha_levels, strict=True))
+        text += f" Multiscale spends what the sigma that decides allows: {levels}; the claim holds at alpha."
+    if data.experts:
+        text += (
+            " Each sigma has a classifier of its own: a row 'Expert' is standard RS with that one, Dual RS routes "
+            "between the experts."
+        )
     text += "" if seed is None else f" Seed {seed}."
     counted = "radius > r" if data.strict else "radius >= r"
     return f"{text} Radii are l2, in the pixel scale [0, 1]; a certificate counts at r when its {counted}."
@@ -153,7 +186,7 @@ def _choice_table(data: ReportData, dual: DualRows) -> Table:
     return Table(("sigma", "Chosen by the estimator", "Certified by the estimator", "Best in hindsight"), tuple(rows))
 
 
-def _dual_blocks(data: ReportData, dual: DualRows, svgs: Mapping[str, str]) -> list[Block]:
+def _dual_blocks(data: ReportData, dual: DualRows, pictures: Mapping[str, Picture]) -> list[Block]:
     agree = data.choice_agreement()
     said = "No sigma certifies the right class of any example." if np.isnan(agree) else (
         f"Where some sigma certifies the right class, the estimator chose the best one for {_percent(agree)} "
@@ -162,7 +195,7 @@ def _dual_blocks(data: ReportData, dual: DualRows, svgs: Mapping[str, str]) -> l
     blocks: list[Block] = [
         Heading("Dual RS, stage by stage"), _stage_table(data, dual),
         Heading("Choice of the noise level"), Text(said), _choice_table(data, dual),
-        Picture("sigma_choice.png", "The estimator's choice of sigma, against the oracle's.", svgs["sigma_choice"]),
+        pictures["sigma_choice"],
         Heading("Lost and spare radius"),
     ]  # fmt: skip
     lost, slack = data.lost_radius(), dual.slack()
@@ -184,18 +217,30 @@ def _dual_blocks(data: ReportData, dual: DualRows, svgs: Mapping[str, str]) -> l
             f" it is negative for {_percent(float((slack < 0.0).mean()))}, where the estimator caps the radius."
         )
     blocks.append(Text(text))
-    if "delta_radius" in svgs:
-        caption = "Empirical distribution of the lost radius and of the spare radius, where measured."
-        blocks.append(Picture("delta_radius.png", caption, svgs["delta_radius"]))
+    if "delta_radius" in pictures:
+        blocks.append(pictures["delta_radius"])
     return blocks
 
 
-def _blocks(data: ReportData, svgs: Mapping[str, str]) -> list[Block]:
-    curve = "Certified accuracy against the radius. The oracle picks the best sigma with the label in hand."
+def _multiscale_blocks(data: ReportData, rows: MultiscaleRows) -> list[Block]:
+    asked, decided, capped = data.level_counts()
+    levels = zip(data.sigmas, asked, decided, capped, strict=True)
+    lines = [(f"{s:g}", f"{a:,}", f"{d:,}", f"{c:,}") for s, a, d, c in levels][::-1]
+    lines.append(("none", _NONE, f"{rows.abstained.sum():,} abstained", _NONE))
+    text = (
+        "The cascade asks the largest sigma first and goes on where that does not decide. Where a smaller sigma "
+        "decides, a level above may bound the radius: it must not decide for another class anywhere in the ball. All "
+        "draws of a level are taken, whatever certify.budget says."
+    )
+    header = ("sigma", "Examples asked", "Decided and certified", "of these bounded by a level above")
+    return [Heading("Multiscale, level by level"), Text(text), Table(header, tuple(lines))]
+
+
+def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     blocks: list[Block] = [
         Text(_summary(data)), *(Text(note) for note in data.notes),
         Heading("Certified accuracy"), Text(best_method_sentence(data)), _accuracy_table(data),
-        Picture("certified_accuracy.png", curve, svgs["certified_accuracy"]),
+        pictures["certified_accuracy"],
         Heading("How sure the accuracies are"),
         Text("Exact intervals (Clopper-Pearson, 95% each) over the draw of the test set, for one method at one radius."
               " The methods share their examples, so these intervals are no test of a difference between two of them."),
@@ -206,13 +251,20 @@ def _blocks(data: ReportData, svgs: Mapping[str, str]) -> list[Block]:
               "judge by the curve."),
         _method_table(data),
     ]  # fmt: skip
+    if data.multiscale is not None:
+        blocks += _multiscale_blocks(data, data.multiscale)
     if data.dual is not None:
-        blocks += _dual_blocks(data, data.dual, svgs)
+        blocks += _dual_blocks(data, data.dual, pictures)
     text = "Up to one half (dashed) nothing is certified."
     if data.dual is not None:
         text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
-    picture = Picture("p_lower.png", "Empirical distribution of the lower bound.", svgs["p_lower"])
-    return [*blocks, Heading("Lower bound of the top class's probability"), Text(text), picture]
+    blocks += [Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
+    if data.gallery is not None:
+        blocks += [Heading("Most and least certified"), pictures["gallery"]]
+    steps = data.manifest.get("steps")
+    if isinstance(steps, Mapping) and (table := _steps_table(steps)).rows:
+        blocks += [Heading("What it took"), table]
+    return blocks
 
 
 def _csv(data: ReportData) -> str:
@@ -225,6 +277,28 @@ def _csv(data: ReportData) -> str:
         columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, data.num_examples))
         writer.writerows((m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True))
     return out.getvalue()
+
+
+def _latex(data: ReportData) -> str:
+    claim = f"{data.labels}, {data.num_examples} examples, n = {data.num_estimation}, alpha = {data.alpha:g}"
+    accuracy = latex_table(_accuracy_table(data), f"Certified accuracy ({claim}).")
+    return (
+        accuracy
+        + "\n"
+        + latex_table(_interval_table(data), f"95% Clopper-Pearson intervals over the test set ({claim}).")
+    )
+
+
+def _steps_table(steps: Mapping[str, Mapping[str, object]]) -> Table:
+    """What each certifying step drew and took, from the manifest."""
+    rows = []
+    for name, step in steps.items():
+        if (seconds := step.get("duration_s")) is None:
+            continue
+        draws, device = step.get("draws_this_call"), step.get("devices")
+        where = ", ".join(map(str, device)) if isinstance(device, list) else _NONE
+        rows.append((name, f"{step.get('rows', 0):,}", _NONE if draws is None else f"{draws:,}", f"{seconds:,}", where))
+    return Table(("Step (its last call)", "Rows", "Draws", "Wall time [s]", "Device"), tuple(rows))
 
 
 def _percent(share: float) -> str:

@@ -1,0 +1,115 @@
+"""The section of a report that compares the rounds of the alternation."""
+
+import csv
+import io
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from core.errors import DataError
+from core.metrics import average_certified_radius
+from core.report import DualRows, Kind, Method, ReportData
+from core.report.pages import Block, Heading, Section, Table, Text, markdown_table
+
+__all__ = ["rounds_section"]
+
+_NONE = "–"
+
+
+def rounds_section(rounds: Sequence[ReportData]) -> Section:
+    """Dual RS round by round: table, curves, summary numbers, examples gained and lost.
+
+    Args:
+        rounds: the report of each, the first round first, on the same examples, with Dual RS in each.
+
+    Raises:
+        DataError: for a round without Dual RS, or of another number of examples.
+    """
+    from core.report import plots
+
+    if any(data.dual is None or data.num_examples != rounds[0].num_examples for data in rounds):
+        raise DataError("rounds can be compared where each has certificates of Dual RS for the same examples")
+    radii = rounds[0].radii
+    methods = {f"Round {number}": _dual(data) for number, data in enumerate(rounds, 1)}
+    shares = {name: method.accuracy(radii) for name, method in methods.items()}
+    best = np.max(list(shares.values()), axis=0)
+    accuracy = Table(
+        ("Dual RS, certified accuracy [%] beyond radius", *(f"{radius:g}" for radius in radii)),
+        tuple((name, *(f"{100.0 * share:.2f}" for share in row)) for name, row in shares.items()),
+        frozenset(
+            (i, j + 1) for i, row in enumerate(shares.values()) for j, share in enumerate(row) if share == best[j] > 0.0
+        ),
+    )
+    figure = plots.curves_figure(methods)
+    blocks: list[Block] = [
+        Heading("Rounds"),
+        Text(
+            "Each round after the first repeats labels, estimator and fine-tuning on the classifier that the round "
+            "before has fine-tuned, with noise of its own. A round that is picked because these numbers favour it has "
+            "been picked on the test examples: to report one, fix the number of rounds beforehand."
+        ),
+        accuracy,
+        plots.to_picture(figure, "rounds", "Dual RS, round by round."),
+        _summary(rounds),
+        Text("Examples whose right class is certified beyond a radius in a round and not in the round before (+), and "
+             "the other way round (-)."),
+        _changes(radii, methods),
+    ]  # fmt: skip
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("round", "radius", "certified_accuracy"))
+    for number, row in enumerate(shares.values(), 1):
+        writer.writerows((number, float(radius), float(share)) for radius, share in zip(radii, row, strict=True))
+    files = {"rounds.png": plots.to_bytes(figure, "png"), "rounds.csv": out.getvalue().encode()}
+    return Section(markdown_table(accuracy), tuple(blocks), files)
+
+
+def _dual(data: ReportData) -> Method:
+    return next(method for method in data.methods() if method.kind is Kind.DUAL)
+
+
+def _summary(rounds: Sequence[ReportData]) -> Table:
+    rows = []
+    for number, data in enumerate(rounds, 1):
+        method, lost, agreement = _dual(data), data.lost_radius(), data.choice_agreement()
+        assert isinstance(data.dual, DualRows)
+        rows.append(
+            (
+                f"Round {number}",
+                _percent(float(data.dual.abstained.mean())),
+                _percent(float(data.dual.estimator_abstained.mean())),
+                _percent(float((data.dual.bounded_by == "sigma").mean())),
+                _NONE if np.isnan(agreement) else _percent(agreement),
+                f"{np.median(lost):.4f}" if lost.size else _NONE,
+                f"{data.oracle[1].mean():.4f}",
+                f"{average_certified_radius(method.correct, method.radius):.4f}",
+                f"{data.dual.num_draws.mean():,.1f}",
+            )
+        )
+    header = (
+        "Dual RS", "Abstained", "Estimator abstained", "Radius capped by R_sigma",
+        "Best sigma chosen, where one certifies", "Median radius lost to the choice", "Average radius of the oracle",
+        "Average certified radius", "Mean draws per example",
+    )  # fmt: skip
+    return Table(header, tuple(rows))
+
+
+def _changes(radii: np.ndarray, methods: dict[str, Method]) -> Table:
+    rows, names = [], list(methods)
+    for before, name in pairwise(names):
+        old, new = (_beyond(methods[each], radii) for each in (before, name))
+        gained, lost = (new & ~old).sum(axis=0), (old & ~new).sum(axis=0)
+        rows.append((f"{name} against {before.lower()}", *(f"+{g} -{k}" for g, k in zip(gained, lost, strict=True))))
+    return Table(("Examples beyond radius", *(f"{radius:g}" for radius in radii)), tuple(rows))
+
+
+def _beyond(method: Method, radii: np.ndarray) -> np.ndarray:
+    """Whether each example counts at each radius, bool ``(N, R)``."""
+    reach = method.radius[:, None]
+    exceeds = reach > radii if method.strict else reach >= radii
+    return np.asarray(exceeds & (reach > 0.0) & method.correct[:, None])
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.2f}%"

@@ -1,0 +1,142 @@
+"""The section of a report on distribution shift: global noise levels and Dual RS on corrupted test sets."""
+
+import csv
+import io
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import DataError
+from core.metrics import clopper_pearson_interval
+from core.report import Kind, Method, ReportData
+from core.report.pages import Block, Heading, Section, Table, Text, markdown_table
+
+__all__ = ["Shifted", "shift_section"]
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """A corrupted test set: which corruption, how severe (1 to 5; 0 is the clean set), and its certificates."""
+
+    corruption: str
+    severity: int
+    data: ReportData
+
+
+def shift_section(clean: ReportData, sets: Sequence[Shifted]) -> Section:
+    """Certified accuracy of each method per corruption and severity, their mean, and the noise levels chosen.
+
+    Args:
+        clean: the report of the clean test set, as severity 0 beside the others.
+        sets: one or more, at the radii of `clean`; shown are the methods that all of them have.
+
+    Raises:
+        DataError: for other radii than those of `clean`.
+    """
+    from core.report import plots
+
+    for each in sets:
+        if not np.array_equal(each.data.radii, clean.radii):
+            raise DataError(f"{each.corruption}, severity {each.severity}: has other radii than the run")
+    everyone = (clean, *(each.data for each in sets))
+    names = set.intersection(*({method.name for method in _certified(data)} for data in everyone))
+    methods = _certified(clean, names)
+    corruptions = sorted({each.corruption for each in sets})
+    everywhere = [Shifted(name, 0, clean) for name in corruptions] + list(sets)
+    tables = {
+        (each.corruption, each.severity): np.stack([m.accuracy(clean.radii) for m in _certified(each.data, names)])
+        for each in everywhere
+    }
+    severities = sorted({each.severity for each in everywhere})
+    complete = [name for name in corruptions if all((name, severity) in tables for severity in severities)]
+    mean = {
+        severity: np.mean([tables[name, severity] for name in complete], axis=0)
+        for severity in (severities if complete else ())
+    }
+    header = ("Certified accuracy [%] beyond radius", *(f"{radius:g}" for radius in clean.radii))
+    sizes = sorted({each.data.num_examples for each in sets})
+    blocks: list[Block] = [
+        Heading("Distribution shift"),
+        Text(
+            f"The networks of this run, as they are, on {len(sets)} corrupted test sets of "
+            f"{' or '.join(f'{size:,}' for size in sizes)} examples (severity 0: the clean one, {clean.num_examples:,} "
+            "examples). A certificate is about the neighbourhood of the corrupted image. The best certified method of "
+            "a severity is bold."
+        ),
+    ]
+    files: dict[str, bytes] = {"shift.csv": _csv([Shifted("none", 0, clean), *sets], names)}
+    summary = Table(header, *_rows(mean, methods)) if complete else None
+    if summary is not None:
+        middle = len(clean.radii) // 2
+        shown = {f"beyond radius {clean.radii[place]:g}": place for place in dict.fromkeys((0, middle))}
+        panels = {title: np.stack([mean[s][:, place] for s in severities]) for title, place in shown.items()}
+        figure = plots.severity_figure(severities, methods, panels)
+        files["shift.png"] = plots.to_bytes(figure, "png")
+        caption = f"Certified accuracy against severity, mean over {', '.join(complete)}."
+        picture = plots.to_picture(figure, "shift", caption)
+        blocks += [Text(f"Mean over the corruptions with every severity: {', '.join(complete)}."), summary, picture]
+    else:
+        blocks.append(Text("No corruption was certified at every severity shown, so no mean over them is given."))
+    for name in corruptions:
+        own = {severity: tables[name, severity] for severity in severities if (name, severity) in tables}
+        blocks.append(Table((f"{name}: certified accuracy [%] beyond radius", *header[1:]), *_rows(own, methods)))
+    if clean.dual is not None:
+        choices = _choices(clean, sets)
+        blocks += [Text("Share of the examples for which the estimator chose each sigma, certified or not."), choices]
+        terminal = markdown_table(summary or choices)
+    else:
+        terminal = markdown_table(summary) if summary else f"{len(sets)} corrupted sets"
+    return Section(terminal, tuple(blocks), files)
+
+
+def _certified(data: ReportData, names: Collection[str] | None = None) -> list[Method]:
+    """The methods that certify with the networks of the run, in their order; those of these names."""
+    methods = [method for method in data.methods() if method.is_certificate and method.kind is not Kind.BASELINE]
+    return [method for method in methods if names is None or method.name in names]
+
+
+def _rows(
+    tables: Mapping[int, Floats], methods: Sequence[Method]
+) -> tuple[tuple[tuple[str, ...], ...], frozenset[tuple[int, int]]]:
+    """A row per severity and method, and which of their cells are bold."""
+    rows: list[tuple[str, ...]] = []
+    bold: set[tuple[int, int]] = set()
+    for severity, shares in sorted(tables.items()):
+        best = shares.max(axis=0)
+        for method, values in zip(methods, shares, strict=True):
+            bold |= {(len(rows), j + 1) for j, value in enumerate(values) if value == best[j] > 0.0}
+            name = f"{severity}{' (clean)' if severity == 0 else ''}: {method.name}"
+            rows.append((name, *(f"{100.0 * value:.2f}" for value in values)))
+    return tuple(rows), frozenset(bold)
+
+
+def _choices(clean: ReportData, sets: Iterable[Shifted]) -> Table:
+    rows = []
+    for each in (Shifted("clean", 0, clean), *sets):
+        name = each.corruption if each.severity == 0 else f"{each.corruption}, severity {each.severity}"
+        if each.data.dual is None:
+            continue
+        chosen, total = each.data.choice_counts()[0], each.data.num_examples
+        abstained = float(each.data.dual.estimator_abstained.mean())
+        rows.append((name, *(f"{100.0 * count / total:.1f}%" for count in chosen), f"{100.0 * abstained:.1f}%"))
+    header = ("Test set", *(f"sigma = {sigma:g}" for sigma in clean.sigmas), "Estimator abstained")
+    return Table(header, tuple(rows))
+
+
+def _csv(sets: Iterable[Shifted], names: Collection[str]) -> bytes:
+    """One line per set, method and radius; shares, unrounded."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = ("corruption", "severity", "method", "radius", "examples", "certified_accuracy")
+    writer.writerow((*columns, "ci95_lower", "ci95_upper"))
+    for each in sets:
+        for method in _certified(each.data, names):
+            shares, num = method.accuracy(each.data.radii), each.data.num_examples
+            low, high = clopper_pearson_interval(shares, num)
+            for radius, *row in zip(each.data.radii, shares, low, high, strict=True):
+                writer.writerow((each.corruption, each.severity, method.name, float(radius), num, *map(float, row)))
+    return out.getvalue().encode()
