@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from core.config import ComputeConfig
 from core.errors import ConfigError
 
-__all__ = ["Pool", "connected", "replica_pool", "train_cluster", "train_device", "train_resources", "training_place"]
+__all__ = [
+    "Pool",
+    "connected",
+    "quiet_ray_data",
+    "replica_pool",
+    "train_cluster",
+    "train_device",
+    "train_resources",
+    "training_place",
+]
 
 
 @contextmanager
@@ -47,7 +56,7 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
                 compute.max_replicas * compute.threads_per_replica,
                 compute.train_workers * compute.train_threads,
             ),
-            include_dashboard=False,
+            include_dashboard=compute.train_workers > 0,  # Ray Train asks it for the state of its actors
             logging_level=logging.WARNING,
         )
     if threading.current_thread() is threading.main_thread():
@@ -120,6 +129,15 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
             )
         print(f"waiting for room: {compute.train_workers} training workers, the cluster has {there} now", flush=True)
     return {kind: each}
+
+
+def quiet_ray_data() -> None:
+    """Ray Data's progress bars and log lines are for its developers: ours say what matters."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it complains of the first line
 
 
 def train_cluster(compute: ComputeConfig) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ from core.errors import DataError
 from core.noise import make_noise
 from core.progress import Progress
 from core.training.finetune import choose_sigma
-from distributed.cluster import connected, train_device, train_resources
+from distributed.cluster import connected, quiet_ray_data, train_device, train_resources
 from distributed.datasets import absolute, load_dataset
 from distributed.run_directory import RunDirectory
 from distributed.storage import Folder
@@ -141,7 +141,7 @@ def _on_ray(choice: _Choice, places: NDArray[np.int64]) -> Iterator[tuple[int, f
     with connected(compute):
         import ray.data
 
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        quiet_ray_data()
         resources = train_resources(compute)
         workers = min(compute.train_workers, len(places))
         size = max(1, min(256, len(places) // (4 * workers)))

@@ -1,6 +1,7 @@
 """Training in this process, or on the workers of Ray Train: the same loop, checkpoints, curves and progress."""
 
 import hashlib
+import logging
 import os
 import tempfile
 import threading
@@ -35,6 +36,9 @@ from distributed.work import check_visible
 __all__ = ["Lesson", "forget", "train"]
 
 _START = "start"
+
+_REPORT_S = 10.0
+"""Seconds between two reports to Ray Train, at least."""
 
 
 @dataclass(frozen=True)
@@ -296,17 +300,29 @@ def _worker(given: Mapping[str, Any]) -> None:
     objective = lesson.objective(data, device, context.get_local_world_size())
     training = Training(model, objective, rank, context.get_world_size())
     checkpoints = Checkpoints(lesson.folder, given["identity"])
-    said = 0.0
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    said = reported = 0.0
     try:
         for sign in _advance(training, checkpoints, writes=rank == 0):
             if sign.record is not None:
-                ray.train.report(sign.record)
+                # A report waits for all workers and for Ray Train's next look at them, two seconds apart.
+                due = time.monotonic() - reported >= _REPORT_S or sign.done == sign.total
+                if _as_the_first_says(due, device):
+                    ray.train.report(sign.record)
+                    reported = time.monotonic()
             if rank == 0 and (sign.record is not None or time.monotonic() - said >= 1.0):
                 given["signs"].put(sign)
                 said = time.monotonic()
     except ModelError as error:  # all workers meet it at the same batch, and again at every further try
         if rank == 0:
             given["signs"].put(error)
+
+
+def _as_the_first_says(yes: bool, device: str) -> bool:
+    """The first worker's answer, on all of them."""
+    answer = torch.tensor(int(yes), device=device)
+    torch.distributed.broadcast(answer, 0)
+    return bool(answer.item())
 
 
 def _save_start(lesson: Lesson, model: nn.Module) -> str:
