@@ -10,7 +10,7 @@ from core.config import Config
 from core.data import Dataset
 from core.errors import DataError
 from core.training.estimator import label_radii
-from distributed.cluster import connected, quiet_ray_data
+from distributed.cluster import quiet_ray_data, train_cluster
 from distributed.rows import ERROR
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
@@ -52,7 +52,7 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
 
 
 def _by_ray_data(config: Config, store: ShardStore, files: list[str]) -> list[pa.Table]:
-    with connected(config.compute):
+    with train_cluster(config.compute):
         import ray.data
 
         quiet_ray_data()

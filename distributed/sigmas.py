@@ -18,7 +18,7 @@ from core.errors import DataError
 from core.noise import make_noise
 from core.progress import Progress
 from core.training.finetune import choose_sigma
-from distributed.cluster import connected, quiet_ray_data, train_device, train_resources
+from distributed.cluster import quiet_ray_data, train_cluster, train_device, train_resources
 from distributed.datasets import absolute, load_dataset
 from distributed.run_directory import RunDirectory
 from distributed.storage import Folder
@@ -138,7 +138,7 @@ def _here(choice: _Choice, data: Dataset, places: NDArray[np.int64]) -> Iterator
 def _on_ray(choice: _Choice, places: NDArray[np.int64]) -> Iterator[tuple[int, float]]:
     """Ray Data feeds places to as many actors as there are training workers."""
     compute = choice.config.compute
-    with connected(compute):
+    with train_cluster(compute):
         import ray.data
 
         quiet_ray_data()

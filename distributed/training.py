@@ -26,7 +26,7 @@ from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
 from core.training.loop import Objective, Record, Training
 from distributed.checkpoints import Checkpoints, Curves, identity_of
-from distributed.cluster import connected, train_device, train_resources
+from distributed.cluster import train_cluster, train_device, train_resources
 from distributed.datasets import absolute, load_dataset
 from distributed.metrics import TrainingMetrics
 from distributed.run_directory import RunDirectory
@@ -129,11 +129,14 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Sign:
-    """How far a training is: samples seen, of how many in all, and the record of an epoch that has just ended."""
+    """How far a training is: samples seen, of how many in all; the record of an epoch that has just ended; whether the
+    workers (or this process) have only just begun.
+    """
 
     done: int
     total: int
     record: Record | None = None
+    begins: bool = False
 
 
 def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) -> list[Record]:
@@ -173,6 +176,8 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
                 progress = stack.enter_context(
                     Progress(sign.total, what, "samples", done=sign.done, interval_s=compute.progress_interval_s)
                 )
+            elif sign.begins:
+                print(f"{what}: a worker was lost, all go on from {sign.done:,} samples", flush=True)
             if sign.record is not None and sign.record["epoch"] > epoch:  # after a lost worker some come again
                 epoch, loss = int(sign.record["epoch"]), sign.record["loss"]
                 curves.add(sign.record)
@@ -204,7 +209,7 @@ def _advance(training: Training, checkpoints: Checkpoints, *, writes: bool) -> G
     if (state := checkpoints.read()) is not None:
         training.load_state(state)
     total, epochs = training.samples_total, training.objective.schedule.epochs
-    yield Sign(training.samples_done, total)
+    yield Sign(training.samples_done, total, begins=True)
     for record in training.run():
         if writes:
             checkpoints.offer(training.state, epoch_ended=record is not None, ended=training.epoch == epochs)
@@ -215,9 +220,10 @@ def _on_workers(directory: RunDirectory, lesson: Lesson, model: nn.Module, what:
     """What the first worker says, while Ray Train keeps all running; if one is lost, all go on from the checkpoint."""
     compute = lesson.config.compute
     start = _save_start(lesson, model)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on trainings
+    if "RAY_ADDRESS" in os.environ:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on trainings
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths stay what they are
-    with connected(compute), tempfile.TemporaryDirectory() as aside:
+    with train_cluster(compute), tempfile.TemporaryDirectory() as aside:
         import ray.train  # not before: `connected` decides how Ray authenticates
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.util.queue import Empty, Queue
@@ -310,7 +316,7 @@ def _worker(given: Mapping[str, Any]) -> None:
                 if _as_the_first_says(due, device):
                     ray.train.report(sign.record)
                     reported = time.monotonic()
-            if rank == 0 and (sign.record is not None or time.monotonic() - said >= 1.0):
+            if rank == 0 and (sign.begins or sign.record is not None or time.monotonic() - said >= 1.0):
                 given["signs"].put(sign)
                 said = time.monotonic()
     except ModelError as error:  # all workers meet it at the same batch, and again at every further try

@@ -17,7 +17,9 @@ from core.training.loop import Training
 from distributed import checkpoints
 from distributed.labels import training_radii
 from distributed.run_directory import RunDirectory
+from distributed.storage import Folder
 from jobs import build_dataset, finetune_classifier, train_estimator
+from tests.s3 import s3_server, uri
 from tests.tiny import tiny_run
 
 QUICK = ("estimator.epochs=3", "estimator.batch_size=16", "estimator.lr=1e-3", "finetune.epochs=2")
@@ -141,6 +143,24 @@ def test_training_curves_are_the_losses_of_the_manifest(tmp_path: Path) -> None:
         assert 0 < shown["cross_entropy", epoch] < shown["loss", epoch]
         assert shown["samples_per_s", epoch] > 0
     assert [shown["lr", epoch] for epoch in (1, 2, 3)] == pytest.approx([1e-3, 1e-3, 5e-4])
+
+
+def test_checkpoint_and_curves_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server() as server:
+        folder = Folder(uri(server, "run/training/x"))
+        kept = checkpoints.Checkpoints(folder, "one")
+        assert kept.read() is None
+        kept.offer(lambda: {"epoch": 3, "weight": torch.arange(4)}, epoch_ended=True, ended=False)
+        state = checkpoints.Checkpoints(folder, "one").read()
+        assert state is not None
+        assert (state["epoch"], state["weight"].tolist()) == (3, [0, 1, 2, 3])
+        assert checkpoints.Checkpoints(folder, "two").read() is None
+        monkeypatch.setattr(checkpoints, "_UPLOAD_S", 0.0)
+        with checkpoints.Curves(folder / "tensorboard") as curves:
+            curves.add({"epoch": 1.0, "loss": 2.0})
+            assert len((folder / "tensorboard").files()) == 1
+        kept.forget()
+        assert folder.walk() == [f"tensorboard/{file.name}" for file in (folder / "tensorboard").files()]
 
 
 def test_training_on_two_workers_of_ray_train_equals_the_plain_loop(tmp_path: Path) -> None:
