@@ -1,10 +1,10 @@
 PYTHON ?= python3
-RUN ?= runs/digits
+RUN ?= runs/digits$(if $(FAST),-fast)
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu chaos check format clean
+.PHONY: help demo test test-slow test-gpu chaos bench check docs docs-test wheel format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -15,8 +15,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## the whole pipeline on scikit-learn's digits, with a local Ray
+demo: $(VENV)/.installed  ## the whole pipeline on scikit-learn's digits; FAST=1: from the models in models/digits
+ifdef FAST
+	@test -e $(RUN)/manifest.json || { mkdir -p $(RUN) && cp -r models/digits/. $(RUN); }
+	$(BIN)/python -m jobs.pipeline --out $(RUN)
+else
 	$(BIN)/python -m jobs.pipeline --config configs/digits.yaml --out $(RUN)
+endif
 
 test: $(VENV)/.installed  ## the tests
 	$(BIN)/python -m pytest
@@ -30,6 +35,18 @@ test-gpu: $(VENV)/.installed  ## tests that need a CUDA device
 chaos: $(VENV)/.installed  ## a run with 30 and more faults, compared with an undisturbed one
 	$(BIN)/python -m pytest -m chaos -s
 
+bench: $(VENV)/.installed  ## speed beside its floor and beside what people run now; PARTS=engine,labels chooses
+	$(BIN)/python -m bench $(if $(PARTS),--parts $(PARTS)) $(BENCH)
+
+docs: $(VENV)/.installed  ## the documentation as a site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-test: $(VENV)/.installed  ## every command and example of the documentation
+	$(BIN)/python -m pytest -m docs
+
+wheel: $(VENV)/.installed  ## a wheel into dist/; `make test-slow` checks one
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 check: $(VENV)/.installed  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +58,4 @@ format: $(VENV)/.installed  ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, caches and runs
-	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,118 +1,125 @@
-"""Draws and radii of the budgets side by side: `python -m bench.budgets --run runs/digits`.
+"""Draws and time of the budgets of Dual RS, beside standard RS, on trained networks and test images of the digits.
 
-Fixed, sequential and grid Dual RS on the test images of a finished run, same noise, same alpha; network evaluations
-per example beside standard RS, with the estimator behind the denoiser and with a light one that does without.
+Time should follow the draws. `drawn` counts the copies that the certificates used; the padding of the last batches is
+in the time.
 """
 
-import argparse
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bench.settings import Settings
+from bench.timing import Line, Taken, interleaved, ratio, spread
+from core.config import load_config
 from core.engine import Engine
-from core.metrics import certified_accuracy
-from core.network import Network
-from core.progress import Progress
-from core.records import DualCertificate, Rule, Sampling
+from core.records import Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
 from distributed.datasets import load_dataset
 from distributed.launch import work_of
 from distributed.run_directory import RunDirectory
 from distributed.work import build_engine, make_task
+from jobs import build_dataset, train_base, train_estimator
+
+__all__ = ["budgets", "trained"]
+
+_CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
+_QUICK = ("base.denoiser_steps=5", "base.classifier_epochs=1", "estimator.epochs=1", "labels.num_estimation=10")
 
 
-def main() -> None:
-    """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="a finished run directory")
-    parser.add_argument("--examples", type=int, default=100, help="test images, evenly spread (default: 100)")
-    parser.add_argument("--num-estimation", type=int, default=10_000, help="draws of a stage at most (default: 10,000)")
-    parser.add_argument("--step", type=float, default=0.25, help="step of the radius grid (default: 0.25)")
-    parser.add_argument("--futility-z", type=float, nargs="+", default=[float("inf"), 3.0, 2.33, 1.0])
-    args = parser.parse_args()
+def trained(settings: Settings) -> RunDirectory:
+    """The run directory of the settings, with denoiser, classifier and estimator; training takes a minute or two."""
+    if (settings.run / "manifest.json").exists():
+        run = RunDirectory(settings.run, None)
+    else:
+        quick = (*_QUICK, "labels.num_selection=10", "dataset.test_size=1700") if settings.tiny else ()
+        run = RunDirectory(settings.run, load_config(_CONFIG, ["compute.executor=local", *quick]))
+    steps: tuple[tuple[str, Callable[[RunDirectory], None]], ...] = (
+        ("train_base", train_base.run),
+        ("build_dataset", build_dataset.run),
+        ("train_estimator", train_estimator.run),
+    )
+    for name, step in steps:
+        if name not in run.manifest["steps"]:
+            step(run)
+    return run
 
-    directory = RunDirectory(args.run, None)
-    config = directory.config
-    work, _ = work_of(directory, "certificates/dual")
-    work = replace(work, device="cpu")
-    data = load_dataset(config.dataset, "test")
-    chosen = np.linspace(0, len(data) - 1, args.examples).astype(int)
-    sampling = Sampling(config.certify.num_selection, args.num_estimation, config.certify.alpha)
-    grid = tuple(np.arange(0.0, 4.0 * config.sigmas[-1], args.step).tolist())
 
-    def run(name: str, make: Any, light: bool = False) -> tuple[list[Any], dict[str, float]]:
-        engine: Engine = build_engine(work, data.num_classes)
-        network: Network = engine.network
-        if light:  # the same votes would need another training; the evaluations do not
-            network.heads["estimator"] = replace(network.heads["estimator"], denoise=False)
-        results: dict[int, Any] = {}
-        with Progress(len(chosen), name, "examples") as progress:
-            for done in engine.run(make_task(i, data, i, make) for i in chosen.tolist()):
-                results[done.key] = done.result
-                progress.update(1)
-        return [results[i] for i in chosen.tolist()], {k: v / len(chosen) for k, v in network.rows.items()}
-
-    def dual(budget: Budget, z: float = 3.0) -> Any:
-        return lambda: dual_procedure(budget, config.sigmas, config.estimator_sigma, sampling, Rule(100, 0.1, z), grid)
-
+def budgets(settings: Settings) -> list[Line]:
+    """Sequential and grid budgets against the fixed one; Dual RS against standard RS."""
     torch.set_num_threads(1)
-    _, standard = run("standard", lambda: standard_procedure("fixed", config.sigmas[-1], sampling, Rule(), ()))
-    fixed, rows_fixed = run("dual, fixed", dual("fixed"))
-    _, rows_light = run("dual, fixed, light estimator", dual("fixed"), light=True)
-    sequential, rows_sequential = run("dual, sequential", dual("sequential"))
-    grids = {z: run(f"dual, grid, z = {z:g}", dual("grid", z)) for z in args.futility_z}
+    run = trained(settings)
+    config, alpha = run.config, run.config.certify.alpha
+    work = replace(work_of(run, "certificates/dual-base")[0], device=settings.device)
+    data = load_dataset(work.config.dataset, "test")
+    images, most = (2, 100) if settings.tiny else (30, 10_000)
+    chosen = np.linspace(0, len(data) - 1, images).astype(int).tolist()
+    sampling = Sampling(config.certify.num_selection, most, alpha)
+    radii, rule = tuple(np.arange(0.0, 4.0 * config.sigmas[-1], 0.25).tolist()), Rule(100, 0.1, 3.0)
+    draws: dict[str, float] = {}
 
-    labels = data.labels[chosen]
-    radii = np.asarray(grid)
+    def side(name: str, procedure: Callable[[], Any], *, light: bool = False) -> Callable[[], float]:
+        engine: Engine = build_engine(work, data.num_classes)
+        if light:  # the same votes would need another training; the time does not
+            heads = engine.network.heads
+            heads["estimator"] = replace(heads["estimator"], denoise=False)
 
-    def accuracy(results: list[DualCertificate]) -> np.ndarray:
-        correct = np.array([r.prediction for r in results]) == labels
-        return 100 * certified_accuracy(correct, np.array([r.radius for r in results]), radii)
+        def certify() -> float:
+            results = [done.result for done in engine.run(make_task(i, data, i, procedure) for i in chosen)]
+            draws[name] = sum(result.num_draws for result in results) / images
+            return images
 
-    base = sum(r.num_draws for r in fixed)
-    unshared = sum(r.num_draws + r.num_shared for r in fixed)
-    print(f"\n{len(chosen)} examples, n_max = {args.num_estimation:,}, alpha = {config.certify.alpha:g}")
-    print(f"draws per example, fixed: {base / len(chosen):,.0f} ({unshared / len(chosen):,.0f} without shared noise)")
-    ratio = np.array([s.radius / f.radius for s, f in zip(sequential, fixed, strict=True) if f.radius > 0])
-    print(
-        f"sequential: {sum(r.num_draws for r in sequential) / base:.3f} of the draws of fixed; radius / fixed radius: "
-        f"min {ratio.min():.6f}, {int((ratio < 0.995).sum())} of {ratio.size} below 0.995, "
-        f"{int((ratio == 1).sum())} equal"
+        return certify
+
+    def dual(budget: Budget) -> Callable[[], Any]:
+        return partial(dual_procedure, budget, config.sigmas, config.estimator_sigma, sampling, rule, radii)
+
+    standard = partial(standard_procedure, "fixed", config.sigmas[-1], sampling, rule, radii)
+    taken = interleaved(
+        {
+            "standard RS": side("standard RS", standard),
+            "fixed": side("fixed", dual("fixed")),
+            "fixed, light estimator": side("fixed, light estimator", dual("fixed"), light=True),
+            "sequential": side("sequential", dual("sequential")),
+            "grid": side("grid", dual("grid")),
+        },
+        1 if settings.tiny else 2,
+        warm=False,
+        cuda=settings.device == "cuda",
     )
-    for z, (results, _) in grids.items():
-        lost = sum(
-            int(np.searchsorted(radii, f.radius) > np.searchsorted(radii, g.radius))
-            for f, g in zip(fixed, results, strict=True)
-        )
-        print(
-            f"grid, z = {z:g}: {sum(r.num_draws for r in results) / base:.3f} of the draws of fixed; "
-            f"{lost} of {len(chosen)} examples lose a level"
-        )
-    print(
-        "\ncertified accuracy [%] beyond radius\n"
-        + "".join(f"{name:>22}" for name in ("radius", "fixed", "sequential"))
-        + "".join(f"{f'grid, z = {z:g}':>22}" for z in grids)
-    )
-    columns = [radii, accuracy(fixed), accuracy(sequential), *(accuracy(results) for results, _ in grids.values())]
-    for row in zip(*columns, strict=True):
-        if row[1] or row[0] <= config.sigmas[-1]:
-            print("".join(f"{value:>22.2f}" for value in row))
-    print("\nnetwork evaluations per example (padding included)")
-    for name, rows in (
-        ("standard RS, fixed", standard),
-        ("Dual RS, fixed, shared noise", rows_fixed),
-        ("Dual RS, fixed, light estimator", rows_light),
-        ("Dual RS, sequential", rows_sequential),
-    ):
-        parts = ", ".join(f"{network} {count:,.0f}" for network, count in sorted(rows.items()))
-        print(
-            f"{name:>34}: {parts}; denoiser x{rows['denoiser'] / standard['denoiser']:.2f}, "
-            f"classifier x{rows['classifier'] / standard['classifier']:.2f} of standard"
-        )
+    return _lines(taken, draws, cpu=settings.device == "cpu")
 
 
-if __name__ == "__main__":
-    main()
+def _lines(taken: dict[str, list[Taken]], draws: dict[str, float], *, cpu: bool) -> list[Line]:
+    def timed(what: str, ours: str, theirs: str, wanted: str, per_draw: float = 1.0) -> Line:
+        """Time of `ours` for the same images, in that of `theirs`."""
+
+        def scaled(clock: str) -> Any:
+            turns = ratio(taken[theirs], taken[ours], clock)
+            return replace(turns, median=turns.median / per_draw, low=turns.low / per_draw, high=turns.high / per_draw)
+
+        return Line("budgets", what, scaled("wall_s"), scaled("cpu_s") if cpu else None, wanted=wanted)
+
+    found = []
+    for name, wanted in (("sequential", "<= 0.6"), ("grid", "<= 0.35")):
+        share = draws[name] / draws["fixed"]
+        found += [
+            Line("budgets", f"Dual RS, {name} / fixed: draws", spread([share]), wanted=wanted),
+            timed(f"Dual RS, {name} / fixed: time", name, "fixed", ""),
+            timed(f"Dual RS, {name}: time / draws, each over fixed", name, "fixed", "<= 1.10", share),
+        ]
+    found += [
+        timed("Dual RS fixed / standard RS fixed: time", "fixed", "standard RS", ""),
+        timed("Dual RS sequential / standard RS fixed: time", "sequential", "standard RS", "<= 1.15"),
+        timed(
+            "Dual RS fixed, light estimator / standard RS fixed: time",
+            "fixed, light estimator",
+            "standard RS",
+            "<= 1.15",
+        ),
+    ]
+    return found

@@ -1,12 +1,13 @@
 """The scheduler alone: replicas that return at once, so what is left is planning, Ray Data, Parquet and verifying.
 
-    python -m bench.scheduler [--examples 10000 100000 1000000]
-
-Prints, for each size, examples per second, the driver's memory, and how long a start with half of the shards committed
-takes until its first new shard.
+Each size runs in a process of its own, which measures its memory. Resuming is timed in a fresh process as well: one
+shard of a run is removed, and the run is taken up again. The clock begins when that process has imported what it needs
+and holds the example ids, as a job does once it has read its data set.
 """
 
-import argparse
+import json
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +19,8 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
+from bench.settings import Settings
+from bench.timing import Line, spread
 from core.config import parse_config
 from core.records import Sampling
 from core.smoothing import certificate
@@ -29,16 +32,46 @@ from distributed.shards import ShardStore
 from distributed.storage import Folder
 from distributed.work import Work
 
+__all__ = ["scheduler"]
+
 PLAIN = {"sigmas": [0.25], "report": {"radii": [0.0]}}
 SAMPLING = Sampling(100, 100, 0.001)
 CERTIFICATE = certificate(np.arange(10) * 2 + 1, np.array([0] * 9 + [100]), 0.25, SAMPLING)
+
+
+def scheduler(settings: Settings) -> list[Line]:
+    """Examples per second, driver memory, and resuming, for runs of growing size."""
+    found, memory = [], {}
+    sizes = (200,) if settings.tiny else (10_000, 100_000, 1_000_000)
+    for num in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            size = 20 if settings.tiny else 1000
+            whole = _in_a_process(folder, num, size, "run")
+            memory[num] = whole["peak_mib"]
+            again = _in_a_process(folder, num, size, "resume")
+        what = f"{num:,} examples"
+
+        def line(text: str, value: float, unit: str, wanted: str = "", what: str = what) -> Line:
+            return Line("scheduler", f"{what}: {text}", spread([value]), unit=unit, wanted=wanted)
+
+        largest = num == sizes[-1]
+        found += [
+            line("examples per second, Ray's start included", num / whole["seconds"], "1/s", ">= 2,000"),
+            line("examples per second, without it", num / (whole["seconds"] - whole["start_s"]), "1/s"),
+            line("driver's memory at most", whole["peak_mib"], "MiB"),
+            line("resume: until Ray has started", again["start_s"], "s"),
+            line("resume: until the first shard is handed out", again["first_s"], "s"),
+            line("resume: until all rows are verified and joined", again["seconds"], "s", "<= 10" if largest else ""),
+        ]
+    growth = memory[sizes[-1]] - memory[sizes[0]]
+    what = f"driver's memory, {sizes[0]:,} -> {sizes[-1]:,} examples: growth"
+    return [*found, Line("scheduler", what, spread([growth]), unit="MiB", wanted="<= 200")]
 
 
 class InstantReplica(Replica):
     """Everything of a replica but data, networks and engine."""
 
     def _load(self, work: Work) -> None:
-        self._device = "cpu"
         self._store = ShardStore(work.root, work.store)
         plan = self._store.read_plan()
         assert plan is not None
@@ -48,8 +81,15 @@ class InstantReplica(Replica):
     def _serve(self) -> None:
         pass
 
+    def _made_on(self) -> str:
+        return "cpu"
+
     def submit(self, number: int) -> "Future[_OpenShard]":
         """The shard's rows, at once."""
+        note = self.work.root.local
+        assert note is not None
+        if not (note / "first").exists():
+            (note / "first").write_text(repr(time.time()))
         attempt = self._store.begin(number, self.id)
         ids = [self._ids[index].as_py() for index in self._plan.members(number).tolist()]
         rows = [certificate_row(name, 9, CERTIFICATE) for name in ids]
@@ -68,7 +108,7 @@ class PeakMemory:
         return self
 
     def _watch(self) -> None:
-        while not self._done.wait(0.1):
+        while not self._done.wait(0.05):
             self.mib = max(self.mib, psutil.Process().memory_info().rss / 2**20)
 
     def __exit__(self, *_: object) -> None:
@@ -76,72 +116,32 @@ class PeakMemory:
         self._thread.join()
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--shard", type=int, default=1000, help="examples to a shard")
-    args = parser.parse_args()
-    print("| examples | shards | examples/s | driver, peak MiB | verify and join, s | resume at 50%, s | then, s |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for num in args.examples:
-        with tempfile.TemporaryDirectory() as folder, connected(parse_config(PLAIN).compute):
-            print("| " + " | ".join(measure(Path(folder), num, args.shard)) + " |", flush=True)
+def _in_a_process(folder: str, num: int, size: int, what: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.scheduler", folder, str(num), str(size), what]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(folder: Path, num: int, shard: int) -> list[str]:
-    """One line of the table."""
-    ids = [f"example-{number:08d}" for number in range(num)]
-
-    def work(*overrides: str) -> Work:
-        config = parse_config({**PLAIN, "compute": {"shard_examples": shard, "progress_interval_s": 1e9}}, overrides)
-        return Work(Folder(folder), "dataset", "standard", "train", SAMPLING, "fixed", {}, config, "cpu")
-
+def measure(folder: Path, num: int, size: int, what: str) -> dict[str, float]:
+    """Run everything, or take up a run whose last shard is removed."""
+    ids = tuple(f"example-{number:08d}" for number in range(num))  # as a data set holds them
+    # A part that is never full keeps the shards apart for `resume`; joining is in its time.
+    compute = {"shard_examples": size, "progress_interval_s": 1e9, "part_rows": 1 if what == "run" else 1_000_000}
+    config = parse_config({**PLAIN, "compute": compute})
+    work = Work(Folder(folder), "dataset", "standard", "train", SAMPLING, "fixed", {}, config, "cpu")
     store = ShardStore(folder, "dataset")
-    start = time.monotonic()
-    with PeakMemory() as memory:
-        facts = run_work(work("compute.part_rows=1"), {}, ids, InstantReplica)
-    seconds = time.monotonic() - start
+    if what == "resume":
+        (folder / "first").unlink()
+        (folder / "dataset" / store.files()[-1]).unlink()
+    wall, start = time.time(), time.monotonic()
+    with PeakMemory() as memory, connected(config.compute):
+        start_s = time.monotonic() - start
+        facts: dict[str, Any] = run_work(work, {}, ids, InstantReplica)
+        seconds = time.monotonic() - start
     assert facts["rows"] == num
-    for name in store.files()[1::2]:
-        (folder / "dataset" / name).unlink()
-    kept, start_time, start = set(store.files()), time.time(), time.monotonic()
-    run_work(work(f"compute.part_rows={shard * 100}"), {}, ids, _noting_first(folder))
-    again = time.monotonic() - start
-    first = float((folder / "first").read_text()) - start_time
-    assert store.verify(_plan(store), ids, (0.25,)).rows == num
-    start = time.monotonic()
-    store.verify(_plan(store), ids, (0.25,))
-    verify = time.monotonic() - start
-    return [
-        f"{num:,}",
-        f"{len(kept) * 2:,}",
-        f"{num / seconds:,.0f}",
-        f"{memory.mib:,.0f}",
-        f"{verify:.1f}",
-        f"{first:.1f}",
-        f"{again:.1f}",
-    ]
-
-
-def _noting_first(folder: Path) -> type[InstantReplica]:
-    """A replica that notes when the first shard came to one of its kind."""
-
-    class Noting(InstantReplica):
-        def submit(self, number: int) -> Any:
-            note = folder / "first"
-            if not note.exists():
-                note.write_text(repr(time.time()))
-            return super().submit(number)
-
-    return Noting
-
-
-def _plan(store: ShardStore) -> Any:
-    plan = store.read_plan()
-    assert plan is not None
-    return plan
+    first_s = float((folder / "first").read_text()) - wall
+    return {"seconds": seconds, "start_s": start_s, "first_s": first_s, "peak_mib": memory.mib}
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))

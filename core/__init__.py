@@ -7,9 +7,13 @@ This floor knows neither Ray nor Parquet nor the command line. Names are importe
 """
 
 import importlib
+import importlib.metadata
+import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from core.records import ABSTAIN, Certificate, DualCertificate
     from core.smoothed import DualSmoothedClassifier, SmoothedClassifier
 
@@ -24,7 +28,19 @@ _HOMES = {
 __all__ = ["ABSTAIN", "Certificate", "DualCertificate", "DualSmoothedClassifier", "SmoothedClassifier"]
 
 
+def _version() -> str:
+    """The version in pyproject.toml: of the checkout that this is, or of the installed distribution."""
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    if project.is_file():  # first: a checkout may run where another version is installed (`ray job --working-dir`)
+        plain = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {})
+        if plain.get("name") == "dual-rs":
+            return str(plain["version"])
+    return importlib.metadata.version("dual-rs")
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'core' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """How many rows a forward pass should have: what `compute.batch_size: auto` stands for.
 
 Not a search for the best number: sizes are doubled while it pays. The answer depends on the device and on timing, so it
-is asked for once per step and kept (`distributed.shards.Plan`), never asked again by whoever goes on with the step.
+is asked for once per step and kept (`distributed.plan.Plan`), never asked again by whoever goes on with the step.
 """
 
 import resource

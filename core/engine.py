@@ -204,7 +204,7 @@ class Engine:
         return max((lane.rows for lane in self._lanes.values()), default=0)
 
     def _start(self, task: Task[R]) -> Iterator[Finished[R]]:
-        image = task.image.to(self._device, torch.float32, non_blocking=True)
+        image = self._to_device(task.image.float())
         if self._noisy is None:
             self._noisy = torch.zeros((self.batch_size, *image.shape), device=self._device)
         elif self._noisy.shape[1:] != image.shape:

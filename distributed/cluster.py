@@ -26,16 +26,12 @@ __all__ = [
 
 
 @contextmanager
-def connected(compute: ComputeConfig, worker_logs: bool = True) -> Iterator[None]:
+def connected(compute: ComputeConfig) -> Iterator[None]:
     """Be connected to a cluster inside the block.
 
     A connection that is already there is used and left alone. Under `ray job submit`, or with RAY_ADDRESS set, that
     cluster is joined. Otherwise Ray starts on this machine and is stopped at the end. Ray's ports listen on all
     interfaces whatever address it is given, so such a cluster asks for a token that only this process tree knows.
-
-    Args:
-        compute: how much of this machine.
-        worker_logs: whether a Ray that starts here passes on what its workers print.
     """
     joins = "RAY_ADDRESS" in os.environ
     if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
@@ -62,7 +58,8 @@ def connected(compute: ComputeConfig, worker_logs: bool = True) -> Iterator[None
             ),
             include_dashboard=False,
             logging_level=logging.WARNING,
-            log_to_driver=worker_logs,
+            # Ray Train's helpers miss a dashboard every two seconds, and say so.
+            log_to_driver=not compute.train_workers,
         )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)  # Ray has put its own in its place
@@ -146,12 +143,8 @@ def quiet_ray_data() -> None:
 
 
 def train_cluster(compute: ComputeConfig) -> AbstractContextManager[None]:
-    """`connected` for a whole training step, where it needs a cluster at all.
-
-    On this machine alone Ray Train's helpers miss a dashboard every two seconds and say so; what matters of the workers
-    comes through the driver.
-    """
-    return connected(compute, worker_logs=False) if compute.train_workers else nullcontext()
+    """`connected` for a whole training step, where it needs a cluster at all."""
+    return connected(compute) if compute.train_workers else nullcontext()
 
 
 @dataclass(frozen=True)

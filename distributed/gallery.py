@@ -11,8 +11,9 @@ from core.models.checkpoints import load_denoiser
 from core.noise import make_noise
 from core.records import Phase
 from core.report import Gallery
+from distributed.rows import ERROR
 from distributed.run_directory import RunDirectory
-from distributed.shards import ERROR, ShardStore
+from distributed.shards import ShardStore
 
 __all__ = ["gallery"]
 

@@ -280,14 +280,16 @@ class Replica:
                 return
             self._open.add(shard)
             for index in self._plan.members(shard.number).tolist():
+                image = None  # read and decoded once for all levels
                 for sigma, procedure in zip(self.work.levels, procedures(self.work), strict=True):
                     if (self._data.example_ids[index], sigma) in shard.done:
                         continue
                     try:
-                        task = make_task((shard, index, sigma), self._data, index, procedure)
+                        task = make_task((shard, index, sigma), self._data, index, procedure, image)
                     except Exception as error:  # an image that cannot be read
                         self._fail(shard, index, sigma, error)
                     else:
+                        image = task.image
                         yield task
 
 

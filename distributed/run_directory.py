@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import core
 from core.config import Config, parse_config
 from core.errors import ConfigError
 from distributed.storage import Folder
@@ -302,7 +303,7 @@ def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]
 
 
 def _versions() -> dict[str, str]:
-    return {name: metadata.version(name) for name in _PACKAGES}
+    return {"dual-rs": core.__version__} | {name: metadata.version(name) for name in _PACKAGES}
 
 
 def _now() -> str:

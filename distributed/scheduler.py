@@ -14,8 +14,9 @@ import torch
 
 from core import errors
 from core.progress import Progress
+from distributed.plan import Plan
 from distributed.replica import Facts, Replica, is_device_error
-from distributed.shards import Plan, ShardStore
+from distributed.shards import ShardStore
 from distributed.work import Work, measure_rate, probe_batch_size
 
 __all__ = ["run_work"]
@@ -84,11 +85,8 @@ def run_work(
                     f"noise; set compute.device={plan.device}, or use another --out"
                 )
             _run(work, plan, store, executor, done)
-    verified = store.verify(plan, example_ids, work.levels)
     attempts = store.attempts()
-    store.compact(plan, work.config.compute.part_rows)
-    if set(store.files()) != verified.sha256.keys():
-        verified = replace(verified, sha256={name: store.folder.sha256(name) for name in store.files()})
+    verified = store.finish(plan, example_ids, work.levels, work.config.compute.part_rows)
     store.forget_attempts()
     return {
         "rows": verified.rows,

@@ -1,150 +1,33 @@
-"""Parquet shards: the plan that says which examples belong to which shard, atomic commits, reading back.
+"""Parquet shards: rows of certificates, atomic commits, reading back, proving that all are there, joining.
 
 Exactly once by construction: the plan is written first and never changes, a shard's name is its place in the plan, its
 rows depend on nothing but the seed and the models, and it appears whole (written aside, then renamed). Whoever
 writes a shard twice writes the same rows under the same name; resuming is listing the names that are there.
 """
 
-import hashlib
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
-from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR, ERROR_SCHEMA, MULTISCALE_SCHEMA
+from distributed.parquet import from_bytes, to_bytes
+from distributed.plan import Plan
+from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR_SCHEMA, MULTISCALE_SCHEMA
 from distributed.storage import Folder
+from distributed.verify import Verified, Verifier
 
-__all__ = ["Plan", "ShardStore", "Verified", "non_finite_votes"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which examples belong to which shard: shard `i` holds the places `order[bounds[i]:bounds[i + 1]]`.
-
-    Attributes:
-        order: int64, places in the data set, each once.
-        bounds: int64, ascending from 0 to len(order).
-        rows_per_example: rows that an example gives.
-        origin: what the rows are made from (configuration fingerprint, model hashes); plain JSON.
-        device: `cpu` or `cuda`: the two draw different noise for one key and must not be mixed.
-        batch_size: rows of every forward pass, whoever makes the rows; None in a plan from before it was kept, which
-            means the configured number.
-    """
-
-    order: NDArray[np.int64]
-    bounds: NDArray[np.int64]
-    rows_per_example: int
-    origin: Mapping[str, Any]
-    device: str
-    batch_size: int | None = None
-
-    @classmethod
-    def divide(
-        cls,
-        num_examples: int,
-        shard_examples: int,
-        rows_per_example: int,
-        origin: Mapping[str, Any],
-        device: str = "cpu",
-        slots: int = 0,
-        batch_size: int | None = None,
-    ) -> "Plan":
-        """Consecutive examples, `shard_examples` to a shard.
-
-        With `slots` replicas, the shards of the last two rounds are a quarter of the size, so that the replicas end
-        together: the costly units come first.
-        """
-        tail = min(num_examples, 2 * slots * shard_examples) if shard_examples >= 4 else 0
-        starts = [
-            *range(0, num_examples - tail, shard_examples),
-            *range(num_examples - tail, num_examples, max(1, shard_examples // 4)),
-        ]
-        bounds = np.array([*starts, num_examples] if starts else [0], np.int64)
-        order = np.arange(num_examples, dtype=np.int64)
-        return cls(order, bounds, rows_per_example, dict(origin), device, batch_size)
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def members(self, shard: int) -> NDArray[np.int64]:
-        """Places in the data set of a shard's examples."""
-        return self.order[self.bounds[shard] : self.bounds[shard + 1]]
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """Examples of each shard."""
-        return np.diff(self.bounds)
-
-    @classmethod
-    def from_bytes(cls, content: bytes, name: str) -> "Plan":
-        """Read a plan file.
-
-        Raises:
-            DataError: when it is not one.
-        """
-        try:
-            table = pq.read_table(pa.BufferReader(content))
-            facts = json.loads(table.schema.metadata[b"plan"])
-            shard = table.column("shard").to_numpy()
-            order = table.column("index").to_numpy().astype(np.int64)
-            bounds = np.searchsorted(shard, np.arange(facts["num_shards"] + 1)).astype(np.int64)
-            each, origin = facts["rows_per_example"], facts["origin"]
-            return cls(order, bounds, each, origin, facts["device"], facts.get("batch_size"))
-        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{name!r} is not a plan: {error}") from error
-
-    def to_bytes(self, example_ids: Sequence[str]) -> bytes:
-        """The plan as a Parquet file; `example_ids` make it readable by itself."""
-        ids = pa.array(example_ids, pa.string())
-        table = pa.table(
-            {
-                "shard": np.repeat(np.arange(len(self)), self.sizes),
-                "index": self.order,
-                "example_id": ids.take(pa.array(self.order)),
-            }
-        )
-        facts = {
-            "num_shards": len(self),
-            "rows_per_example": self.rows_per_example,
-            "origin": dict(self.origin),
-            "device": self.device,
-            "batch_size": self.batch_size,
-        }
-        return _to_bytes(table.replace_schema_metadata({"plan": json.dumps(facts)}))
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What `ShardStore.verify` found.
-
-    Attributes:
-        rows, error_rows: in all, and those whose status is `error`.
-        sha256: of each file, by name.
-        devices: that the shards were made on.
-        non_finite_draws: draws that voted for no class.
-    """
-
-    rows: int
-    error_rows: int
-    sha256: Mapping[str, str]
-    devices: tuple[str, ...]
-    non_finite_draws: int
+__all__ = ["ShardStore"]
 
 
 class ShardStore:
     """The shards of one step, in one folder of a run directory.
 
     shard-NNNNNN.parquet           rows of shard N of the plan
-    part-NNNNNN-MMMMMM.parquet     rows of the shards N to M, written when all are there (`compact`)
+    part-NNNNNN-MMMMMM.parquet     rows of the shards N to M, written when all are there (`finish`)
 
     Args:
         root: the run directory.
@@ -229,9 +112,8 @@ class ShardStore:
         """
         name = _shard_name(shard)
         if errors:  # before the rows that they explain
-            self.errors.write(name, _to_bytes(pa.Table.from_pylist([*map(dict, errors)], schema=ERROR_SCHEMA)))
-        table = pa.Table.from_pylist([*map(dict, rows)], schema=schema.with_metadata({"device": device}))
-        self.folder.write(name, _to_bytes(table))
+            self.errors.write(name, to_bytes(ERROR_SCHEMA, [_table(errors, ERROR_SCHEMA)]))
+        self.folder.write(name, to_bytes(schema, [_table(rows, schema)], lambda: {"device": device}))
         if not errors:
             self.errors.remove(name)  # of an earlier attempt
 
@@ -266,7 +148,7 @@ class ShardStore:
 
     def read_errors(self) -> pa.Table:
         """Messages of the examples that failed and have not succeeded since, `ERROR_SCHEMA`."""
-        tables = [_from_bytes(self.errors.read(file.name), file.name) for file in self.errors.files()]
+        tables = [from_bytes(self.errors.read(file.name), file.name)[0] for file in self.errors.files()]
         return pa.concat_tables([ERROR_SCHEMA.empty_table(), *tables])
 
     def shards_with_errors(self) -> set[int]:
@@ -279,13 +161,14 @@ class ShardStore:
         Raises:
             DataError: when it cannot be read.
         """
-        return self._table(name, self.folder.read(name)).replace_schema_metadata()
+        return self._table(name, self.folder.read(name))[0]
 
-    def _table(self, name: str, content: bytes) -> pa.Table:
-        table = _from_bytes(content, self.folder.where(name))
+    def _table(self, name: str, content: bytes) -> tuple[pa.Table, str]:
+        """Rows, and the device that they were made on; nothing where a foreign tool has written the file."""
+        table, metadata = from_bytes(content, self.folder.where(name))
         if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA, MULTISCALE_SCHEMA):
             raise DataError(f"{self.folder.where(name)!r} has other columns than certificates: {table.schema.names}")
-        return table
+        return table, metadata.get("device", "")
 
     def read_shard(self, shard: int) -> pa.Table | None:
         """The rows of one shard, None when it is not there (or already part of a larger file)."""
@@ -305,55 +188,79 @@ class ShardStore:
         Raises:
             DataError: names the first missing, unexpected or repeated row, or a file that cannot be read.
         """
+        verifier = Verifier(plan, example_ids, sigmas)
+        for name in self._complete(plan):
+            self._checked(name, verifier)
+        return verifier.result()
+
+    def finish(
+        self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None], part_rows: int
+    ) -> Verified:
+        """`verify`, and join the shards into parts of about `part_rows` rows; each file is read once.
+
+        The parts follow from the plan alone. Shards with errors stay as they are: they may be tried again. A part
+        replaces its shards the moment it appears, and readers of this class do not look at shards that a part covers;
+        those are removed at once. A crash in between is mended by the next call.
+
+        Returns:
+            What `verify` of the files that are left would return.
+
+        Raises:
+            DataError: as `verify`. The file that it names is left alone, and so are its neighbours of the same part.
+        """
+        verifier, visible = Verifier(plan, example_ids, sigmas), self._complete(plan)
+        parts = dict(self._parts(plan, part_rows, visible))
+        joining = {name for shards in parts.values() for name in shards}
+        for name in visible:
+            if name not in joining:
+                self._checked(name, verifier)
+        for name in {file.name for file in self.folder.files()} - set(visible):
+            if _shards_of(name):  # covered by a part, which holds its rows
+                self.folder.remove(name)
+        for part, shards in parts.items():
+            self._join(shards, part, verifier)
+        return verifier.result()
+
+    def _join(self, shards: Sequence[str], part: str, verifier: Verifier) -> None:
+        devices: set[str] = set()
+
+        def tables() -> Iterator[pa.Table]:
+            for name in shards:
+                table, device = self._checked(name, verifier)
+                devices.update(device.split(", "))
+                yield table
+
+        rest = tables()
+        first = next(rest)
+        content = to_bytes(first.schema, chain([first], rest), lambda: {"device": ", ".join(sorted(devices))})
+        self.folder.write(part, content)
+        verifier.joined(shards, part, content)
+        for name in shards:
+            self.folder.remove(name)
+
+    def _complete(self, plan: Plan) -> list[str]:
+        """The files of a store that lacks no shard."""
         files = self.files()
         missing = sorted(set(range(len(plan))) - {shard for name in files for shard in _shards_of(name)})
         if missing:
             raise DataError(f"{len(missing)} shards of {self.name} are missing, the first is {missing[0]}")
-        ids = pa.array(example_ids, pa.string())
-        levels = None if list(sigmas) == [None] else np.asarray(sigmas, np.float64)
-        rows = error_rows = non_finite = 0
-        digests, devices = {}, set()
-        for name in files:
-            content = self.folder.read(name)
-            digests[name] = hashlib.sha256(content).hexdigest()
-            table = self._table(name, content)
-            devices |= set(table.schema.metadata[b"device"].decode().split(", "))
-            wanted = np.sort(np.concatenate([plan.members(shard) for shard in _shards_of(name)]))
-            odd = _first_odd(table, ids.take(pa.array(wanted)), levels)
-            if odd is not None:
-                raise DataError(
-                    f"{self.folder.where(name)!r} does not hold its rows exactly once, the first is {odd!r}; remove "
-                    "the file and start the job again: it makes the file anew"
-                )
-            rows += table.num_rows
-            error_rows += int(pc.sum(pc.equal(table.column("status"), ERROR)).as_py() or 0)
-            non_finite += non_finite_votes(table)
-        return Verified(rows, error_rows, digests, tuple(sorted(devices)), non_finite)
+        return files
 
-    def compact(self, plan: Plan, part_rows: int) -> None:
-        """Join committed shards into parts of about `part_rows` rows; a crash in between is mended by the next call.
+    def _checked(self, name: str, verifier: Verifier) -> tuple[pa.Table, str]:
+        content = self.folder.read(name)
+        table, device = self._table(name, content)
+        verifier.add(name, _shards_of(name), content, table, device, self.folder.where(name))
+        return table, device
 
-        The parts follow from the plan alone. Shards with errors stay as they are: they may be tried again. A
-        part replaces its shards the moment it appears; readers of this class do not look at shards that a part covers,
-        and those are removed at once.
-        """
+    def _parts(self, plan: Plan, part_rows: int, visible: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+        """The parts that are still to be made, and the shards that each one joins."""
         per_part = max(1, part_rows // max(1, int(plan.sizes.max(initial=1)) * plan.rows_per_example))
-        names, failed = {file.name for file in self.folder.files()}, self.shards_with_errors()
+        names, failed = set(visible), self.shards_with_errors()
         for first in range(0, len(plan), per_part):
             last = min(first + per_part, len(plan)) - 1
-            shards = [name for shard in range(first, last + 1) if (name := _shard_name(shard)) in names]
-            part = f"part-{first:06d}-{last:06d}.parquet"
-            if part not in names and last > first:
-                if len(shards) < last - first + 1 or failed & set(range(first, last + 1)):
-                    continue  # or parts of another size are there already
-                tables = [self._table(name, self.folder.read(name)) for name in shards]
-                devices = sorted({table.schema.metadata[b"device"].decode() for table in tables})
-                joined = pa.concat_tables([table.replace_schema_metadata() for table in tables])
-                self.folder.write(part, _to_bytes(joined.replace_schema_metadata({"device": ", ".join(devices)})))
-                names.add(part)
-            if part in names:
-                for name in shards:
-                    self.folder.remove(name)
+            shards = [_shard_name(shard) for shard in range(first, last + 1)]
+            if last > first and names.issuperset(shards) and not failed & set(range(first, last + 1)):
+                yield f"part-{first:06d}-{last:06d}.parquet", shards
 
 
 def _shard_name(shard: int) -> str:
@@ -368,56 +275,5 @@ def _shards_of(name: str) -> range:
     return range(int(numbers[0]), int(numbers[-1]) + 1)
 
 
-def _first_odd(table: pa.Table, ids: pa.Array, levels: NDArray[np.float64] | None) -> str | None:
-    """The first example whose rows are not there exactly once; None when all are."""
-    width = 1 if levels is None else len(levels)
-    ordered = table.select(["example_id", "sigma"]).sort_by([("example_id", "ascending"), ("sigma", "ascending")])
-    each = ids.take(pc.sort_indices(ids))
-    wanted = each.take(pa.array(np.repeat(np.arange(len(each)), width)))
-    found = ordered.column("example_id").combine_chunks()
-    if found.equals(wanted):
-        if levels is None:
-            return None
-        wrong = np.flatnonzero(ordered.column("sigma").to_numpy() != np.tile(levels, len(ids)))
-        return None if not len(wrong) else str(found[int(wrong[0])])
-    count = Counter(found.to_pylist())
-    count.subtract(Counter(wanted.to_pylist()))
-    return min((name for name, number in count.items() if number), default=None)
-
-
-def non_finite_votes(table: pa.Table) -> int:
-    """Draws whose logits were not finite: what the votes of each stage lack of its draws."""
-    missing = 0
-    for ending in ("", "_sigma"):
-        if f"counts_estimation{ending}" not in table.column_names:
-            continue
-        ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
-        for phase in ("selection", "estimation"):
-            draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
-            missing += int(draws[ran].sum()) - _votes(table, f"counts_{phase}{ending}")
-    if "num_levels" in table.column_names:  # the levels above drew as much as the last one
-        above = np.maximum(table.column("num_levels").to_numpy() - 1, 0)
-        for phase in ("selection", "estimation"):
-            drawn = int((table.column(f"num_{phase}").to_numpy() * above).sum())
-            missing += drawn - _votes(table, f"counts_{phase}_above")
-    return missing
-
-
-def _votes(table: pa.Table, column: str) -> int:
-    """Sum of a column of votes."""
-    return int(pc.sum(pc.list_flatten(table.column(column), recursive=True)).as_py() or 0)
-
-
-def _to_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def _from_bytes(content: bytes, name: str) -> pa.Table:
-    try:
-        return pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:  # a wrong size asks for any memory
-        raise DataError(
-            f"cannot read the shard {name!r}: {error}; remove it and start the job again: it makes the file anew"
-        ) from error
+def _table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist([*map(dict, rows)], schema=schema)

@@ -14,6 +14,7 @@ from core.errors import DataError
 from core.multiscale import level_alphas
 from core.records import Stop
 from core.report import DualRows, MultiscaleRows, ReportData, StandardRows
+from distributed.exchange import imported_rows
 from distributed.rows import ERROR
 from distributed.shards import ShardStore
 from distributed.storage import Folder
@@ -100,6 +101,7 @@ def report_data(
         strict=config.report.strict,
         standard=standard,
         baseline=baseline,
+        imported=imported_rows(root),
         dual=dual,
         multiscale=multiscale,
         alpha_levels=level_alphas(alpha, len(config.sigmas), config.certify.level_shares),

@@ -262,9 +262,12 @@ def procedures(work: Work) -> Iterator[Callable[[], Any]]:
         yield partial(standard_procedure, work.budget, sigma, *arguments)
 
 
-def make_task(key: Any, data: Dataset, index: int, procedure: Callable[[], Any]) -> Task[Any]:
-    """The engine's task for one procedure on one example."""
-    image = torch.from_numpy(data.image(index)).float().div_(255.0)
+def make_task(
+    key: Any, data: Dataset, index: int, procedure: Callable[[], Any], image: torch.Tensor | None = None
+) -> Task[Any]:
+    """The engine's task for one procedure on one example; `image` spares reading it again."""
+    if image is None:
+        image = torch.from_numpy(data.image(index)).float().div_(255.0)
     return Task(key, data.example_ids[index], image, procedure())
 
 

@@ -1,6 +1,7 @@
 """What every job's command line shares: --config, --out, overrides, errors as messages, exit codes."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,22 +13,22 @@ from core.errors import ConfigError, DualRSError
 from distributed.lock import RunLock
 from distributed.run_directory import RunDirectory
 
-__all__ = ["job_parser", "open_run", "retry_errors_option", "run_job", "run_step"]
+__all__ = ["EXIT_CODES", "job_parser", "number", "open_run", "retry_errors_option", "run_job", "run_step"]
 
 EXIT_USAGE, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_CODES = "Exit codes: 0 done, 2 usage or configuration, 3 data, model or findings, 130 interrupted."
 
 
-def job_parser(module: str, description: str) -> argparse.ArgumentParser:
-    """The parser of `python -m jobs.<module>`."""
+def job_parser(module: str, description: str, needs_out: bool = True) -> argparse.ArgumentParser:
+    """The parser of `python -m jobs.<module>`; `needs_out`: --out has to be given."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{module}",
         description=description,
-        epilog="Exit codes: 0 done, 2 usage or configuration, 3 data or model, 130 interrupted. What is committed "
-        "stays; the same command goes on where it stopped.",
+        epilog=f"{EXIT_CODES} What is committed stays; the same command goes on where it stopped.",
     )
     parser.add_argument(
         "--out",
-        required=True,
+        required=needs_out,
         metavar="RUN",
         help="run directory, made if it is not there: a path, or a URI of an object store (s3://bucket/run, gs://...)",
     )
@@ -51,6 +52,14 @@ def retry_errors_option(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take up a finished step again for the examples that could not be run (errors/)",
     )
+
+
+def number(text: str) -> int:
+    """The type of an option that counts something: a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)  # argparse: "invalid number value: '-1'"
+    return value
 
 
 def open_run(args: argparse.Namespace, mode: Literal["dry", "look"] = "look") -> RunDirectory:
@@ -84,6 +93,8 @@ def run_job(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace],
             raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if args.debug:
             raise

@@ -5,23 +5,19 @@ With everything that lies below the run: the later rounds and the corrupted sets
 
 import sys
 
-from jobs._cli import job_parser, open_run, run_job
+from jobs._cli import job_parser, number, open_run, run_job
 
 
 def main() -> int:
     """Command line."""
     parser = job_parser("audit", __doc__)
     parser.add_argument(
-        "--replay",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draw N random rows of each run directory again",
+        "--replay", type=number, default=0, metavar="N", help="draw N random rows of each run directory again"
     )
     parser.add_argument(
-        "--replay-seed", type=int, default=None, help="choose the same rows again (default: fresh ones)"
+        "--replay-seed", type=number, default=None, help="choose the same rows again (default: fresh ones)"
     )
-    parser.add_argument("--show", type=int, default=20, help="findings to print (default: 20)")
+    parser.add_argument("--show", type=number, default=20, help="findings to print (default: 20)")
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from core.errors import ConfigError, DataError

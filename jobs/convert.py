@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from jobs._cli import run_job
+from jobs._cli import EXIT_CODES, run_job
 
 SIGMAS = (0.25, 1.0)
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.convert",
         description=__doc__,
-        epilog="Exit codes: 0 done, 2 usage or configuration, 3 data or model, 130 interrupted.",
+        epilog=EXIT_CODES,
     )
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="checkpoint, for example 256x256_diffusion_uncond.pt"

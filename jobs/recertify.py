@@ -19,7 +19,9 @@ def main() -> int:
         from core.errors import ConfigError
         from core.report.render import format_table, write_report
         from distributed.recertify import Change, recertify
+        from jobs.report import require_matplotlib
 
+        require_matplotlib()
         values = parse_values(args.overrides)
         if unknown := sorted(values.keys() - {"alpha", "share", "sigmas", "split"}):
             raise ConfigError(f"unknown {', '.join(unknown)}; known: alpha, share, sigmas, split")

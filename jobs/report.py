@@ -1,12 +1,17 @@
 """Step 6: certified accuracy against radius, as a table, plots, Markdown and one self-contained HTML page.
 
-Where the run has more than one round, or certified corrupted sets (jobs.shift), the report compares them too.
+Where the run has more than one round, or certified corrupted sets (jobs.shift), the report compares them too. With
+--runs A B C several runs are shown side by side.
 """
 
+import argparse
+import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from core.errors import ConfigError
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, open_run, run_job
 
@@ -15,8 +20,21 @@ if TYPE_CHECKING:
     from core.report.pages import Section
 
 
+def require_matplotlib() -> None:
+    """Refuse, before any work, where the figures could not be drawn at its end.
+
+    Raises:
+        ConfigError: says what to install.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(
+            "the report needs matplotlib, which is not installed: in the checkout, python -m pip install -e '.[report]'"
+        )
+
+
 def run(directory: RunDirectory) -> None:
     """Write report/ anew and print the tables and where the plot and the page are."""
+    require_matplotlib()
     from core.report.render import best_method_sentence, format_table, write_report
     from distributed.tables import report_data
 
@@ -68,10 +86,60 @@ def sections(directory: RunDirectory, data: "ReportData") -> "list[Section]":
     return [*found, shift_section(data, shifted)] if shifted else found
 
 
+def compare(runs: Sequence[str], out: str, overrides: Sequence[str]) -> None:
+    """Write several runs side by side into the folder `out`, at the radii of the first one (or of `overrides`)."""
+    require_matplotlib()
+    from core.config import parse_config
+    from core.report.compare import format_comparison, write_comparison
+    from distributed.storage import Folder
+    from distributed.tables import report_data
+
+    found = {}
+    shown = None
+    for where, name in zip(runs, distinct_names(runs), strict=True):
+        directory = RunDirectory(where, None, "look")
+        config = directory.config
+        if shown is None:
+            shown = parse_config(
+                config.model_dump(mode="json"), overrides, source="the first run's configuration"
+            ).report
+        config = config.model_copy(update={"report": shown})
+        found[name] = report_data(config, directory.folder, directory.manifest)
+    folder = Folder(out)
+    with folder.staged() as local:
+        write_comparison(found, local)
+    print(format_comparison(found))
+    print(f"comparison: {folder.where('comparison.html')} (and .md, .csv, .tex, the figures beside it)")
+
+
+def distinct_names(runs: Sequence[str]) -> list[str]:
+    """The shortest endings of paths that tell them apart; a path that comes twice gets a number."""
+    parts = [where.rstrip("/").split("/") for where in runs]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"--runs: {', '.join(runs)}: a run is named twice")
+
+
 def main() -> int:
     """Command line."""
-    parser = job_parser("report", __doc__)
-    return run_job(parser, lambda args: run(open_run(args)))
+    parser = job_parser("report", __doc__, needs_out=False)
+    parser.add_argument(
+        "--runs", nargs="+", metavar="RUN", help="several runs side by side; --out is where the page goes: comparison/"
+    )
+
+    def either(args: argparse.Namespace) -> None:
+        if args.runs is None:
+            if args.out is None:
+                raise ConfigError("--out: is missing; it names the run, or give several with --runs")
+            run(open_run(args))
+            return
+        # What follows --runs takes overrides too: a run directory has no "=" in its name.
+        overrides = [*args.overrides, *(each for each in args.runs if "=" in each)]
+        compare([each for each in args.runs if "=" not in each], args.out or "comparison", overrides)
+
+    return run_job(parser, either)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from core.exact_noise import ExactNoise
 from core.models.checkpoints import build_denoiser
 from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
-from core.network import Forward, Head, Network, Precision
+from core.network import Compile, Forward, Head, Network, Precision
 from core.noise import GaussianNoise, Noise
 from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
 from core.smoothing import certify
@@ -163,11 +163,13 @@ def test_cuda_run_with_auto_batch_size_can_be_drawn_again(tmp_path: Path, overri
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_cuda_compiled_network_is_close() -> None:
-    images = torch.rand(256, 1, 8, 8)
-    torch.testing.assert_close(
-        logits_of(real_network(Forward(compile=True)), images), logits_of(real_network(), images), rtol=1e-3, atol=1e-3
-    )
+@pytest.mark.parametrize("how", [True, "graphs"])
+def test_cuda_compiled_network_is_close_pass_after_pass(how: Compile) -> None:
+    network, plain = real_network(Forward(compile=how)), real_network()
+    batches = [torch.rand(256, 1, 8, 8) for _ in range(4)]
+    found = [logits_of(network, images) for images in batches]  # a graph is recorded at the second or third pass
+    for logits, images in zip(found, batches, strict=True):
+        torch.testing.assert_close(logits, logits_of(plain, images), rtol=1e-3, atol=1e-3)
 
 
 def test_on_device_is_sign_count() -> None:

@@ -326,8 +326,9 @@ def test_runtime_env_parses_and_lists_the_projects_dependencies() -> None:
     assert environment.env_vars()["RAY_JOB_STOP_WAIT_TIME_S"] == "30"
     constraints, *packages = environment.pip_config()["packages"]
     assert constraints == "-c ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/constraints.txt"
-    project = tomllib.loads(text("pyproject.toml"))["project"]["dependencies"]
-    names = {re.split(r"[\[<>=~ ]", requirement)[0] for requirement in project}
+    project = tomllib.loads(text("pyproject.toml"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["report"]]
+    names = {re.split(r"[\[<>=~ ]", requirement)[0] for requirement in wanted}
     assert set(packages) == names - {"ray"}, "pip's list in deploy/runtime_env.yaml and pyproject.toml differ"
     assert {".git", ".venv", "runs"} <= set(plain["excludes"])
 

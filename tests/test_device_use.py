@@ -27,9 +27,10 @@ from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
 from core.smoothing import certify
 from distributed.audit import audit, replay
 from distributed.datasets import load_dataset
+from distributed.plan import Plan
 from distributed.replica import Replica
 from distributed.run_directory import RunDirectory
-from distributed.shards import Plan, ShardStore
+from distributed.shards import ShardStore
 from distributed.work import build_engine, probe_batch_size
 from jobs import build_dataset
 from tests.oracles import HalfSpace, axis
@@ -186,6 +187,30 @@ def test_network_compiler_that_fails_is_an_error_that_names_the_key(monkeypatch:
         network(ValueError("of the network itself"))
     with pytest.raises(torch.OutOfMemoryError):  # a smaller batch may help
         network(BackendCompilerFailed(sign_count, torch.OutOfMemoryError("tuning"), None))
+
+
+def test_network_graphs_whose_output_the_next_pass_overwrites_keep_every_batch_s_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes = []
+
+    def compiled(module: Any, **options: Any) -> Any:
+        modes.append(options["mode"])
+        kept: dict[int, Tensor] = {}
+
+        def run(images: Tensor) -> Tensor:  # as a CUDA graph: one place for the result of all passes
+            return kept.setdefault(len(images), torch.empty(len(images), 2)).copy_(module(images))
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    images, levels = torch.randn(8, 1, 4, 4), torch.ones(8)
+    for forward in (Forward(compile="graphs"), Forward(compile=True)):
+        network = Network({CLASSIFIER: Head(sign_count, 2)}, forward=forward)
+        lane = network.lane(Draws(0.5, 1, (CLASSIFIER,), Phase.SELECTION))
+        parts = [network(lane, part, levels[:2])[CLASSIFIER] for part in images.split(2)]
+        assert torch.equal(torch.cat(parts), sign_count(images)) == (forward.compile == "graphs")
+    assert modes == ["reduce-overhead", None]
 
 
 @pytest.mark.slow
@@ -449,8 +474,15 @@ def test_identity_new_keys_change_it_and_their_defaults_do_not() -> None:
     assert parse_config(plain).fingerprint() == before
     defaults = ("batch_size=500", "precision=float32", "channels_last=false", "compile=false")
     assert parse_config(plain, [f"compute.{text}" for text in defaults]).fingerprint() == before
-    others = ("batch_size=auto", "precision=tf32", "precision=bfloat16", "channels_last=true", "compile=true")
-    assert len({parse_config(plain, [f"compute.{text}"]).fingerprint() for text in others} | {before}) == 6
-    for text in ("batch_size=most", "batch_size=0", "precision=fp8", "compile=1"):
+    others = (
+        "batch_size=auto",
+        "precision=tf32",
+        "precision=bfloat16",
+        "channels_last=true",
+        "compile=true",
+        "compile=graphs",
+    )
+    assert len({parse_config(plain, [f"compute.{text}"]).fingerprint() for text in others} | {before}) == 7
+    for text in ("batch_size=most", "batch_size=0", "precision=fp8", "compile=1", "compile=graph"):
         with pytest.raises(ConfigError, match=r"compute\."):
             parse_config(plain, [f"compute.{text}"])

@@ -1,5 +1,8 @@
+import argparse
+import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,26 +11,16 @@ import numpy as np
 import pytest
 
 from core.config import parse_config
+from core.errors import ConfigError, DataError, ModelError
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from jobs import build_dataset, pipeline
+from jobs.__main__ import main, summaries
+from jobs._cli import EXIT_CODES, job_parser, number, run_job
 from tests.tiny import PLAIN, tiny_run
 
 ROOT = Path(__file__).parent.parent
-JOBS = [
-    "audit",
-    "build_dataset",
-    "certify",
-    "finetune_classifier",
-    "pipeline",
-    "predict",
-    "recertify",
-    "report",
-    "shift",
-    "status",
-    "train_base",
-    "train_estimator",
-]
+JOBS = list(summaries())
 
 
 def call(job: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -37,11 +30,105 @@ def call(job: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_help_explains_the_job_and_its_flags(job: str) -> None:
-    result = call(job, "--help")
-    assert result.returncode == 0
-    for part in (f"python -m jobs.{job}", "--config", "--out", "Exit codes"):
-        assert part in result.stdout
+def test_help_explains_the_job_and_its_flags(
+    job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [job, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"jobs.{job}").main()
+    assert ended.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    flags = ("--debug",) if job == "convert" else ("--debug", "--config", "--out")
+    for part in (f"python -m jobs.{job}", EXIT_CODES, *flags):
+        assert part in out
+    assert summaries()[job].rstrip(".:") in out
+
+
+def test_list_has_every_job_in_one_line_and_the_pipeline_in_order() -> None:
+    result = subprocess.run([sys.executable, "-m", "jobs"], capture_output=True, text=True, cwd=ROOT, check=True)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("  ") and "--help" not in line]
+    assert [line.split()[0] for line in lines] == JOBS
+    assert all(re.fullmatch(r"  \w+ +[A-Z].*[.]", line) for line in lines)
+    steps = [name for name in JOBS if summaries()[name].startswith("Step")]
+    assert JOBS[: len(steps) + 1] == ["pipeline", *steps]
+    assert steps[:5] == ["train_base", "build_dataset", "train_estimator", "finetune_classifier", "certify"]
+
+
+def test_list_and_help_load_neither_torch_nor_ray() -> None:
+    code = (
+        "import importlib, sys, jobs.__main__ as m; m.main(); print({'pyarrow', 'torch', 'ray'} & set(sys.modules))\n"
+        "for name in m.summaries(): importlib.import_module(f'jobs.{name}')\n"
+        "print({'torch', 'ray'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.splitlines()[-2:] == ["set()", "set()"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["report"], "error: report is a module of its own: python -m jobs.report"),
+        (["jobs.report", "--out", "x"], "error: report is a module of its own: python -m jobs.report"),
+        (["raport"], "error: no job 'raport'; did you mean report?"),
+        (["xyz"], "error: no job 'xyz'; known: pipeline, "),
+    ],
+)
+def test_list_with_a_name_says_how_to_run_it(
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jobs", *args])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def parsed(job: str) -> argparse.ArgumentParser:
+    parser = job_parser(job, "Says what it does.")
+    parser.add_argument("--count", type=number, default=0)
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (None, 0, ""),
+        (ConfigError("seed: is wrong"), 2, "error: seed: is wrong\n"),
+        (DataError("image 7 is broken"), 3, "error: image 7 is broken\n"),
+        (ModelError("no weights"), 3, "error: no weights\n"),
+        (OSError(28, "No space left on device", "/full"), 3, "error: a file or the storage failed: [Errno 28] No "),
+        (KeyboardInterrupt(), 130, "interrupted; what is committed stays"),
+    ],
+)
+def test_run_job_ends_with_the_code_and_one_line(
+    error: BaseException | None,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(args: argparse.Namespace) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["job", "--out", "run"])
+    assert run_job(parsed("report"), run) == code
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert len(err.splitlines()) == (error is not None)
+    monkeypatch.setattr(sys, "argv", ["job", "--out", "run", "--debug"])
+    if isinstance(error, Exception):
+        with pytest.raises(type(error)):
+            run_job(parsed("report"), run)
+
+
+def test_run_job_count_below_zero_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["job", "--out", "run", "--count", "-1"])
+    with pytest.raises(SystemExit) as ended:
+        run_job(parsed("report"), lambda args: None)
+    assert ended.value.code == 2
+    assert "--count: invalid number value: '-1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

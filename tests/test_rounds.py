@@ -52,7 +52,8 @@ def test_pipeline_two_rounds_interrupted_and_resumed_equal_a_run_begun_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report_job, "run", lambda directory: None)  # figures take their time
-    monkeypatch.setattr(pipeline, "STEPS", pipeline.STEPS[:-1])
+    every = pipeline.steps_of(parse_config(PLAIN, TINY))[:-1]
+    monkeypatch.setattr(pipeline, "steps_of", lambda config: every)
     one = RunDirectory(tmp_path / "run", parse_config(PLAIN, TINY))
     pipeline.run(one)
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.parquet")}
@@ -62,10 +63,10 @@ def test_pipeline_two_rounds_interrupted_and_resumed_equal_a_run_begun_by_hand(
         if directory.folder.name == "2":
             raise KeyboardInterrupt
 
-    steps = [(name, interrupt if name == "finetune_classifier" else step) for name, step in pipeline.STEPS]
+    steps = [(name, interrupt if name == "finetune_classifier" else step) for name, step in every]
     two = RunDirectory(tmp_path / "run", parse_config(PLAIN, [*TINY, "rounds=2"]))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "STEPS", tuple(steps))
+        patch.setattr(pipeline, "steps_of", lambda config: tuple(steps))
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(two)
     second = rounds_there(two)[1]

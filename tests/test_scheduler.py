@@ -28,9 +28,10 @@ from core.records import Sampling
 from distributed.audit import audit
 from distributed.datasets import load_dataset
 from distributed.labels import training_radii
+from distributed.plan import Plan
 from distributed.replica import Replica, retired
 from distributed.run_directory import RunDirectory
-from distributed.shards import Plan, ShardStore
+from distributed.shards import ShardStore
 from distributed.work import Work, make_task
 from jobs import build_dataset, certify
 from tests.tiny import tiny_run
@@ -153,7 +154,8 @@ def test_build_dataset_killed_and_started_again_has_every_row_once_with_the_same
     assert store.read().equals(reference)
 
 
-def test_build_dataset_terminated_says_so_and_keeps_what_is_committed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_build_dataset_told_to_stop_says_so_and_keeps_what_is_committed(number: signal.Signals, tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "compute.executor=local", "compute.shard_examples=2", "compute.part_rows=1")
     store = ShardStore(run.path, "dataset")
     command = [sys.executable, "-m", "jobs.build_dataset", "--out", str(run.path), "compute.executor=local"]
@@ -161,7 +163,7 @@ def test_build_dataset_terminated_says_so_and_keeps_what_is_committed(tmp_path: 
         deadline = time.monotonic() + 60
         while len(store.committed()) < 3 and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted; what is committed stays" in errors
@@ -242,10 +244,10 @@ def test_build_dataset_examples_that_cannot_be_run_become_error_rows_and_are_tri
     bad = load_dataset(run.config.dataset, "train").example_ids[13]
     real = make_task
 
-    def fails(key: Any, data: Any, index: int, procedure: Any) -> Any:
+    def fails(key: Any, data: Any, index: int, *rest: Any) -> Any:
         if data.example_ids[index] == bad:
             raise DataError(f"example {bad!r}: the image is cut off")
-        return real(key, data, index, procedure)
+        return real(key, data, index, *rest)
 
     with monkeypatch.context() as context:
         context.setattr(replica_module, "make_task", fails)

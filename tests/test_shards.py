@@ -12,8 +12,9 @@ from core.errors import ConfigError, DataError
 from core.files import file_sha256
 from core.records import Bound, Certificate, DualCertificate, Sampling
 from core.smoothing import certificate
+from distributed.plan import Plan
 from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, certificate_row, dual_row, error_row
-from distributed.shards import Plan, ShardStore
+from distributed.shards import ShardStore
 from distributed.storage import Folder
 from distributed.tables import grid
 
@@ -114,7 +115,12 @@ def test_verify_finds_missing_doubled_and_foreign_rows(tmp_path: Path) -> None:
         store.commit(1, damaged, CERTIFICATE_SCHEMA, "cpu")
         with pytest.raises(DataError, match=r"shard-000001.* exactly once, the first is 'e"):
             store.verify(plan, IDS, SIGMAS)
-    (tmp_path / "dataset" / "shard-000001.parquet").unlink()
+    file = tmp_path / "dataset" / "shard-000001.parquet"
+    store.commit(1, rows, CERTIFICATE_SCHEMA, "cpu")
+    pq.write_table(store.read_file(file.name), file)
+    with pytest.raises(DataError, match=r"shard-000001.* does not say on which device"):
+        store.verify(plan, IDS, SIGMAS)
+    file.unlink()
     with pytest.raises(DataError, match="1 shards of dataset are missing, the first is 1"):
         store.verify(plan, IDS, SIGMAS)
 
@@ -133,7 +139,7 @@ def test_read_file_with_a_flipped_bit_is_refused_by_its_checksum(tmp_path: Path)
     assert refused > 100
 
 
-def test_compact_joins_shards_and_nothing_is_seen_twice_at_any_moment(
+def test_finish_joins_shards_and_nothing_is_seen_twice_at_any_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan.divide(7, 2, 2, {})
@@ -147,7 +153,7 @@ def test_compact_joins_shards_and_nothing_is_seen_twice_at_any_moment(
             seen.append(store.read().equals(before))
 
         monkeypatch.setattr(Folder, action, spied)
-    store.compact(plan, part_rows=8)  # two shards to a part
+    store.finish(plan, IDS, SIGMAS, part_rows=8)  # two shards to a part
     assert seen == [True] * 6
     assert store.files() == ["part-000000-000001.parquet", "part-000002-000003.parquet"]
     assert store.committed() == {0, 1, 2, 3}
@@ -155,23 +161,58 @@ def test_compact_joins_shards_and_nothing_is_seen_twice_at_any_moment(
     assert pq.read_table(tmp_path / "dataset").num_rows == 14
 
 
-def test_compact_that_was_cut_off_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_reads_each_file_once_and_returns_what_verify_finds_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.divide(7, 2, 2, {})
+    store = store_with_rows(tmp_path, plan)
+    store.commit(1, rows_of(plan, 1), CERTIFICATE_SCHEMA, "cuda: B")
+    read, real = [], Folder.read
+
+    def spied(self: Folder, name: str) -> bytes:
+        read.append(name)
+        return real(self, name)
+
+    with monkeypatch.context() as context:
+        context.setattr(Folder, "read", spied)
+        found = store.finish(plan, IDS, SIGMAS, part_rows=12)  # three shards to a part, the last one alone
+    assert sorted(read) == [f"shard-00000{i}.parquet" for i in range(4)]
+    assert list(found.sha256) == store.files() == ["part-000000-000002.parquet", "shard-000003.parquet"]
+    assert found.devices == ("cpu", "cuda: B")
+    assert found == store.verify(plan, IDS, SIGMAS)
+    assert found == store.finish(plan, IDS, SIGMAS, part_rows=12)
+
+
+def test_finish_does_not_join_what_is_not_whole_and_keeps_foreign_files(tmp_path: Path) -> None:
+    plan = Plan.divide(7, 2, 2, {})
+    store = store_with_rows(tmp_path, plan)
+    (tmp_path / "dataset" / "shard-notes.parquet").write_bytes(b"mine")
+    store.commit(1, rows_of(plan, 1)[1:], CERTIFICATE_SCHEMA, "cpu")
+    with pytest.raises(DataError, match=r"shard-000001.* exactly once, the first is 'e2'"):
+        store.finish(plan, IDS, SIGMAS, part_rows=8)
+    assert {f"shard-00000{i}.parquet" for i in range(4)} <= {file.name for file in (tmp_path / "dataset").iterdir()}
+    store.commit(1, rows_of(plan, 1), CERTIFICATE_SCHEMA, "cpu")
+    store.finish(plan, IDS, SIGMAS, part_rows=8)
+    assert (tmp_path / "dataset" / "shard-notes.parquet").read_bytes() == b"mine"
+
+
+def test_finish_that_was_cut_off_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan.divide(7, 2, 2, {})
     store = store_with_rows(tmp_path, plan)
     before = store.read()
     with monkeypatch.context() as context:
         context.setattr(Folder, "remove", lambda self, name: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            store.compact(plan, part_rows=8)
+            store.finish(plan, IDS, SIGMAS, part_rows=8)
     assert len(list((tmp_path / "dataset").iterdir())) == 5  # a part beside the shards that it covers
     assert store.read().equals(before)
-    store.compact(plan, part_rows=8)
+    store.finish(plan, IDS, SIGMAS, part_rows=8)
     assert len(list((tmp_path / "dataset").iterdir())) == 2
     (tmp_path / "dataset" / "part-000000-000001.parquet").unlink()
     assert store.committed() == {2, 3}
     for shard in (0, 1):
         store.commit(shard, rows_of(plan, shard), CERTIFICATE_SCHEMA, "cpu")
-    store.compact(plan, part_rows=1_000)  # parts of another size are there: they stay
+    store.finish(plan, IDS, SIGMAS, part_rows=1_000)  # parts of another size are there: they stay
     assert store.read().equals(before)
 
 
@@ -186,7 +227,7 @@ def test_commit_with_an_error_keeps_its_message_until_it_succeeds(tmp_path: Path
     assert store.read_errors().column("message").to_pylist() == ["broken"]
     verified = store.verify(plan, IDS, SIGMAS)
     assert (verified.rows, verified.error_rows) == (14, 1)
-    store.compact(plan, 1_000)
+    store.finish(plan, IDS, SIGMAS, 1_000)
     assert "shard-000001.parquet" in store.files()  # may be tried again
     store.commit(1, rows, CERTIFICATE_SCHEMA, "cpu")
     assert store.read_errors().num_rows == 0

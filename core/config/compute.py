@@ -25,9 +25,10 @@ class ComputeConfig(Section):
     """Of the arithmetic in denoiser and heads when certificates are made: `tf32` on CUDA's tensor cores; `bfloat16`,
     `float16` by autocast. Noise, images, the timestep embedding and votes stay float32. Training is float32 always."""
     channels_last: bool = False
-    """Memory order that convolutions on tensor cores want (+4 to +12% on a CPU)."""
-    compile: bool = False
-    """torch.compile of denoiser and heads, in every replica: minutes before its first pass."""
+    """Memory order that convolutions on tensor cores want. On a CPU it may be slower: see docs/performance.md."""
+    compile: bool | Literal["graphs"] = False
+    """torch.compile of denoiser and heads, in every replica: minutes before its first pass. `graphs` also records CUDA
+    graphs, for networks so small that launching their kernels takes longer than running them."""
     chunk_size: Count = 100
     """Draws that share one noise key."""
     min_replicas: Count = 1

@@ -90,7 +90,9 @@ class DatasetConfig(Section):
     id_column: str | None = None
     """Parquet column of the example ids; made from the row number unless given."""
     train: SplitConfig = SplitConfig()
+    """The training split: labels, estimator and fine-tuning."""
     test: SplitConfig = SplitConfig()
+    """The test split: certificates."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -27,6 +27,7 @@ class ClassifierConfig(Section):
     mean: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None = None
     """By channel, in the pixel scale [0, 1]; what the checkpoint or the architecture says unless given."""
     std: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = None
+    """By channel, likewise; divides what is left of the pixels after `mean`."""
     label_map: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] | None = None
     """Class index of the checkpoint for each class of the data set; none where they are the same."""
 
@@ -53,15 +54,21 @@ class BaseModelsConfig(Section):
     """Instead of `classifier` and `experts`: a pool that is trained here, a small CNN for each sigma on images at that
     sigma alone, {sigma: channels of its first layer}. The estimator routes."""
     denoiser_steps: Count = 800
+    """Steps of AdamW in training the small denoiser."""
     denoiser_batch: Count = 128
+    """Images of each step."""
     denoiser_lr: Positive = 8e-3
+    """Highest learning rate of its one-cycle schedule."""
     denoiser_ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the exponential moving average of the weights."""
     noise_range: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.05, 1.5)
     """The denoiser sees noise levels drawn log-uniformly from this range."""
     classifier_epochs: Count = 40
+    """Passes over the training split in training the small classifier."""
     classifier_batch: Count = 128
+    """Images of each step."""
     classifier_lr: Positive = 5e-3
+    """Highest learning rate of its one-cycle schedule."""
     classifier_width: Width = 16
     """Channels of the small CNN's first layer (the estimator uses the same)."""
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from core.confidence import draws_needed, largest_radius
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
 from core.config.models import BaseModelsConfig, ClassifierConfig
@@ -46,6 +45,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        from core.confidence import draws_needed, largest_radius  # scipy: half of what `--help` would take
+
         if list(self.sigmas) != sorted(set(self.sigmas)):
             raise ValueError(f"sigmas: must be ascending and distinct, got {list(self.sigmas)}; sort them")
         top = max(self.sigmas)
@@ -164,7 +165,7 @@ class Config(Section):
         compute = plain.pop("compute", {})
         # `batch_size: auto` stands here as "auto", not as the number that it came to: that is found per step, on a
         # device, long after the fingerprint has been written into the manifest, and a resumption has to arrive at the
-        # same fingerprint without a device. The number is the plan's (`distributed.shards.Plan.batch_size`), written
+        # same fingerprint without a device. The number is the plan's (`distributed.plan.Plan.batch_size`), written
         # before the first row and never changed: whoever goes on, replays or audits takes it from there. So two runs
         # with one fingerprint hold the same counts if their plans name the same number; one that is given always is.
         keys = ("batch_size", "precision", "channels_last", "compile", "chunk_size", "train_threads")

@@ -14,8 +14,11 @@ class LabelConfig(Section):
     """The all-sigma certification of the training set (`jobs.build_dataset`, METHOD step 1)."""
 
     num_selection: Count = 100
+    """Draws that choose the class, n0."""
     num_estimation: Count = 100
+    """Fresh draws that bound its probability, n; 100 are enough for labels (arXiv 2512.01782)."""
     alpha: Alpha = 0.001
+    """Failure probability of each certificate."""
 
 
 class EstimatorConfig(Section):
@@ -42,12 +45,17 @@ class EstimatorConfig(Section):
     rebalance: bool = True
     """Weight samples by 1 / (share of samples with the same best sigma)."""
     epochs: Count = 90
+    """Passes over the labelled samples."""
     batch_size: Count = 256
+    """Samples of each step; the network sees `num_copies` times as many."""
     lr: Positive = 0.01
+    """Learning rate of AdamW at the start."""
     weight_decay: NonNegative = 0.01
+    """Of AdamW."""
     lr_step: Count = 30
     """The learning rate is multiplied by `lr_gamma` every so many epochs."""
     lr_gamma: Share = 0.5
+    """See `lr_step`."""
 
     @model_validator(mode="after")
     def _no_labels(self) -> Self:
@@ -64,9 +72,13 @@ class FinetuneConfig(Section):
     share: Share = 1.0
     """A random share of the training split, drawn with the run's seed: fine-tuning reads no other image."""
     epochs: Count = 15
+    """Passes over that share."""
     batch_size: Count = 128
+    """Samples of each step."""
     lr: Positive = 2e-5
+    """Learning rate of AdamW."""
     weight_decay: NonNegative = 0.01
+    """Of AdamW."""
     num_sigma_draws: Count = 100
     """Noisy copies over which the estimator's majority picks the sigma of a training sample."""
 
@@ -75,7 +87,9 @@ class CertifyConfig(Section):
     """Test-time certification (`jobs.certify`)."""
 
     num_selection: Count = 100
+    """Draws of each stage that choose the class or the noise level, n0."""
     num_estimation: Count = 10_000
+    """Fresh draws of each stage that bound its probability, n. They set the largest radius that can be certified."""
     alpha: Alpha = 0.001
     """Total failure probability."""
     alpha_split: Literal["halves", "full"] = "halves"

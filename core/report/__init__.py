@@ -14,7 +14,7 @@ from core import metrics
 from core.errors import DataError
 from core.records import Bound
 
-__all__ = ["DualRows", "Gallery", "Kind", "Method", "MultiscaleRows", "ReportData", "StandardRows"]
+__all__ = ["DualRows", "Gallery", "ImportedRows", "Kind", "Method", "MultiscaleRows", "ReportData", "StandardRows"]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -129,6 +129,21 @@ class MultiscaleRows:
             raise DataError("Multiscale: sigma must be nan exactly where nothing is certified, num_levels at least 0")
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ImportedRows:
+    """Somebody else's certificates, M examples of their own choice; see `core.exchange.CertifyLog`.
+
+    Attributes:
+        name: what the report calls them.
+        correct, radius, abstained: ``(M,)``, as in `StandardRows`, as the log has them: nothing about them was checked.
+    """
+
+    name: str
+    correct: Bools
+    radius: Floats
+    abstained: Bools
+
+
 class Kind(StrEnum):
     """What a row of the certified-accuracy table is; everything but the oracle is a certificate."""
 
@@ -137,6 +152,7 @@ class Kind(StrEnum):
     MULTISCALE = "multiscale"
     ORACLE = "oracle"
     BASELINE = "baseline"
+    IMPORTED = "imported"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,6 +178,11 @@ class Method:
         """False for the oracle, which picks the noise level with the label in hand."""
         return self.kind is not Kind.ORACLE
 
+    @property
+    def num_examples(self) -> int:
+        """Of this method: imported ones may have other examples than the run."""
+        return self.correct.size
+
     def accuracy(self, radii: Floats) -> Floats:
         """Certified accuracy at each of `radii`."""
         return metrics.certified_accuracy(self.correct, self.radius, radii, self.strict)
@@ -184,7 +205,7 @@ class Gallery:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ReportData:
-    """Everything that a report shows. All rows are aligned: entry i of each array is the same example.
+    """Everything that a report shows. All rows but the imported ones are aligned: entry i is the same example.
 
     Attributes:
         title: heading of the report.
@@ -198,6 +219,7 @@ class ReportData:
         multiscale: the cascade over Sigma, None when it was not run.
         alpha_levels: what Multiscale spends where each level of Sigma decides, ``(K,)``.
         experts: whether each noise level has a classifier of its own.
+        imported: logs of others; shown beside the rest, never called the best.
         strict: whether a certificate counts at r when its radius is > r (else >= r).
         alpha: failure probability per example.
         alpha_stages: what Dual RS spends on the noise level and on the class.
@@ -220,6 +242,7 @@ class ReportData:
     multiscale: MultiscaleRows | None = None
     alpha_levels: tuple[float, ...] = ()
     experts: bool = False
+    imported: tuple[ImportedRows, ...] = ()
     strict: bool = True
     alpha: float
     alpha_stages: tuple[float, float]
@@ -273,12 +296,18 @@ class ReportData:
             columns = (d.correct, d.radius, d.p_lower, d.abstained, d.num_draws)
             shown.append(Method("Dual RS", Kind.DUAL, 0, *columns, self.strict))
         shown.append(Method(name, Kind.ORACLE, 0, best > 0.0, best, None, None, None, self.strict))
-        baseline = (_standard(r, Kind.BASELINE, i, self.strict, self.experts) for i, r in enumerate(self.baseline))
-        return (*shown, *baseline)
+        shown += [_standard(r, Kind.BASELINE, i, self.strict, self.experts) for i, r in enumerate(self.baseline)]
+        for i, rows in enumerate(self.imported):
+            claims = (rows.correct, rows.radius, None, rows.abstained, None)
+            shown.append(Method(f"Imported: {rows.name}", Kind.IMPORTED, i, *claims, self.strict))
+        return tuple(shown)
 
     def leaders(self) -> list[list[Method]]:
-        """Per radius the certified methods with the highest accuracy, several on a tie, none where that is 0."""
-        methods = [m for m in self.methods() if m.is_certificate]
+        """Per radius the certified methods with the highest accuracy, several on a tie, none where that is 0.
+
+        Imported ones do not compete: their examples, draws and alpha may be others.
+        """
+        methods = [m for m in self.methods() if m.is_certificate and m.kind is not Kind.IMPORTED]
         values = np.stack([m.accuracy(self.radii) for m in methods], axis=1)
         return [[m for m, v in zip(methods, row, strict=True) if v == row.max() > 0.0] for row in values]
 

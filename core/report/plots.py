@@ -230,13 +230,13 @@ def to_picture(figure: Figure, name: str, caption: str) -> Picture:
     lines = _named_lines(figure)
     if len(figure.axes) > 1 or not lines:
         return Picture(f"{name}.png", caption, to_svg(figure, name))
-    legends, size = figure.legends, figure.get_size_inches()
+    legends, (width, height) = figure.legends, figure.get_size_inches()
     figure.legends = []
-    figure.set_size_inches(size[0], size[1] - _LEGEND_ROW_IN * len(lines))
+    figure.set_size_inches(width, height - _LEGEND_ROW_IN * len(lines))
     svg = to_svg(figure, name)
     chart = _chart(figure, lines, name, svg)
     figure.legends = legends
-    figure.set_size_inches(size)
+    figure.set_size_inches(width, height)
     return Picture(f"{name}.png", caption, svg, chart)
 
 
@@ -335,6 +335,9 @@ def _look(method: Method) -> dict[str, Any]:
     if method.kind is Kind.MULTISCALE:
         return {"color": _MULTISCALE, "linestyle": "-", "linewidth": 1.8, "marker": "X", "markersize": 6,
                 "markevery": (0.05, 0.2)}  # fmt: skip
+    if method.kind is Kind.IMPORTED:
+        dashes = (0, (4 + 2 * (method.index // len(_COLOURS)), 1, 1, 1, 1, 1))
+        return {"color": _COLOURS[-1 - method.index % len(_COLOURS)], "linestyle": dashes, "linewidth": 1.2}
     # Marks along the drawn line, staggered so that they stay apart where curves meet.
     marks = (0.02 + 0.03 * method.index + (0.015 if method.kind is Kind.BASELINE else 0.0), 0.2)
     colour = _COLOURS[method.index % len(_COLOURS)]

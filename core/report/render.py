@@ -112,7 +112,7 @@ def _accuracy_table(data: ReportData) -> Table:
 def _interval_table(data: ReportData) -> Table:
     rows = []
     for m in data.methods():
-        ends = clopper_pearson_interval(m.accuracy(data.radii), data.num_examples)
+        ends = clopper_pearson_interval(m.accuracy(data.radii), m.num_examples)
         rows.append((m.name, *(f"{100.0 * low:.2f} – {100.0 * high:.2f}" for low, high in zip(*ends, strict=True))))
     return Table(("95% interval [%] beyond radius", *(f"{r:g}" for r in data.radii)), tuple(rows))
 
@@ -121,7 +121,8 @@ def _method_table(data: ReportData) -> Table:
     rows = []
     for m in data.methods():
         clean = float(m.accuracy(np.zeros(1))[0])
-        bound = _percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if m.is_certificate else _NONE
+        ours = m.is_certificate and m.kind is not Kind.IMPORTED  # the alpha of an imported log is not known
+        bound = _percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if ours else _NONE
         abstained = _NONE if m.abstained is None else _percent(float(m.abstained.mean()))
         draws = (_NONE, _NONE) if m.num_draws is None else (f"{m.num_draws.mean():,.1f}", f"{m.num_draws.sum():,}")
         radius = f"{average_certified_radius(m.correct, m.radius):.4f}"
@@ -160,6 +161,16 @@ def _summary(data: ReportData) -> str:
     text += "" if seed is None else f" Seed {seed}."
     counted = "radius > r" if data.strict else "radius >= r"
     return f"{text} Radii are l2, in the pixel scale [0, 1]; a certificate counts at r when its {counted}."
+
+
+def _imported_notes(data: ReportData) -> list[str]:
+    names = ", ".join(f"{rows.name} ({rows.correct.size:,} examples)" for rows in data.imported)
+    if not data.imported:
+        return []
+    return [
+        f"Imported logs: {names}. They are shown as they are: on examples of their own, with their rounding of the "
+        "radii, and unchecked. They do not compete for the best method."
+    ]
 
 
 def _stage_table(data: ReportData, dual: DualRows) -> Table:
@@ -238,7 +249,7 @@ def _multiscale_blocks(data: ReportData, rows: MultiscaleRows) -> list[Block]:
 
 def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     blocks: list[Block] = [
-        Text(_summary(data)), *(Text(note) for note in data.notes),
+        Text(_summary(data)), *(Text(note) for note in (*data.notes, *_imported_notes(data))),
         Heading("Certified accuracy"), Text(best_method_sentence(data)), _accuracy_table(data),
         pictures["certified_accuracy"],
         Heading("How sure the accuracies are"),
@@ -274,13 +285,15 @@ def _csv(data: ReportData) -> str:
     writer.writerow(("method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"))
     for m in data.methods():
         accuracy = m.accuracy(data.radii)
-        columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, data.num_examples))
+        columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, m.num_examples))
         writer.writerows((m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True))
     return out.getvalue()
 
 
 def _latex(data: ReportData) -> str:
     claim = f"{data.labels}, {data.num_examples} examples, n = {data.num_estimation}, alpha = {data.alpha:g}"
+    if data.imported:
+        claim += "; imported logs: examples and settings of their own"
     accuracy = latex_table(_accuracy_table(data), f"Certified accuracy ({claim}).")
     return (
         accuracy

@@ -1,0 +1,152 @@
+"""Timing that holds on a machine whose speed drifts: contestants take turns, and ratios are taken turn by turn."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+__all__ = ["Line", "Spread", "Taken", "as_markdown", "interleaved", "machine", "ratio", "spread", "write_json"]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One turn of a contestant.
+
+    Attributes:
+        units: of work that it did, as it says itself.
+        wall_s: seconds.
+        cpu_s: of all threads of this process; what another process takes from it does not count.
+    """
+
+    units: float
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some numbers, and the smallest and the largest of them."""
+
+    median: float
+    low: float
+    high: float
+    num: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of at least one number."""
+    return Spread(float(np.median(values)), float(min(values)), float(max(values)), len(values))
+
+
+def interleaved(
+    contestants: Mapping[str, Callable[[], float]], repetitions: int, *, warm: bool = True, cuda: bool = False
+) -> dict[str, list[Taken]]:
+    """Let contestants take turns, in another order each time.
+
+    Args:
+        contestants: each returns how much work it did.
+        repetitions: that are counted.
+        warm: whether each has a turn before, not counted: it fills caches.
+        cuda: whether their work is done on a CUDA device, which is then waited for.
+
+    Returns:
+        The turns of each contestant; those of the same number belong together.
+    """
+    order = np.random.default_rng(0)
+    taken: dict[str, list[Taken]] = {name: [] for name in contestants}
+    for repetition in range(-int(warm), repetitions):
+        for name in order.permutation(list(contestants)).tolist():
+            wall, cpu = time.perf_counter(), time.process_time()
+            units = contestants[name]()
+            if cuda:
+                torch.cuda.synchronize()
+            turn = Taken(units, time.perf_counter() - wall, time.process_time() - cpu)
+            if repetition >= 0:
+                taken[name].append(turn)
+    return taken
+
+
+def ratio(ours: Sequence[Taken], theirs: Sequence[Taken], clock: str = "wall_s") -> Spread:
+    """How many times as much work `ours` does in the same time, turn by turn."""
+    pairs = zip(ours, theirs, strict=True)
+    return spread([(a.units / getattr(a, clock)) / (b.units / getattr(b, clock)) for a, b in pairs])
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table.
+
+    Attributes:
+        part: of the bench.
+        what: was measured.
+        value: the result, on the clock.
+        cpu: the same in CPU time, where that means something.
+        unit: of both.
+        wanted: such as ">= 0.97", or "1+- 0.15"; empty where nothing was promised.
+    """
+
+    part: str
+    what: str
+    value: Spread
+    cpu: Spread | None = None
+    unit: str = "x"
+    wanted: str = ""
+
+    @property
+    def met(self) -> str:
+        """Whether the median is what was wanted: `yes`, `no`, or nothing where nothing was."""
+        if not self.wanted:
+            return ""
+        sign, number = self.wanted.split()
+        limit, value = float(number.replace(",", "")), self.value.median
+        checks = {">=": value >= limit, ">": value > limit, "<=": value <= limit, "1+-": abs(value - 1) <= limit}
+        return "yes" if checks[sign] else "no"
+
+
+def as_markdown(lines: Sequence[Line]) -> str:
+    """The table."""
+    cells = [("part", "what", "median", "from - to", "CPU time", "wanted", "met")]
+    for line in lines:
+        number = _number(line.value.median, line.unit)
+        between = f"{_number(line.value.low, '')} - {_number(line.value.high, '')}" if line.value.num > 1 else ""
+        cpu = "" if line.cpu is None else _number(line.cpu.median, line.unit)
+        cells.append((line.part, line.what, number, between, cpu, line.wanted, line.met))
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    cells.insert(1, tuple("-" * width for width in widths))
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells)
+
+
+def _number(value: float, unit: str) -> str:
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{text} {unit}".strip()
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the numbers were measured on."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, lines: Sequence[Line], device: str) -> None:
+    """All lines and the machine, for a script to compare."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(device), "lines": [{**asdict(line), "met": line.met} for line in lines]}
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,148 @@
+"""Several runs on one page: their curves, their tables, and what is different about them."""
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.errors import DataError
+from core.files import write_whole
+from core.metrics import average_certified_radius, clopper_pearson_interval
+from core.report import Kind, Method, ReportData
+from core.report.pages import Block, Heading, Table, Text, html_page, latex_table, markdown_page, markdown_table
+
+__all__ = ["accuracy_table", "format_comparison", "write_comparison"]
+
+_NONE = "–"
+
+
+def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]:
+    """Write comparison.html, comparison.md, comparison.csv, comparison.tex and the figures.
+
+    Args:
+        runs: by the name that they are shown under, all at the same radii; two at least.
+        folder: made if missing.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        DataError: for fewer than two runs, or radii or ways of counting (`strict`) that differ.
+    """
+    from core.report import plots
+
+    first = next(iter(runs.values()), None)
+    if first is None or len(runs) < 2:
+        raise DataError("a comparison needs two runs at least")
+    for name, data in runs.items():
+        if not np.array_equal(data.radii, first.radii) or data.strict != first.strict:
+            raise DataError(f"{name} is counted at other radii or in another way than {next(iter(runs))}")
+    figures = {
+        kind: plots.curves_figure({name: method for name, data in runs.items() if (method := _one(data, kind))})
+        for kind in (Kind.DUAL, Kind.MULTISCALE, Kind.ORACLE)
+        if any(_one(data, kind) for data in runs.values())
+    }
+    titles = {Kind.DUAL: "Dual RS", Kind.MULTISCALE: "Multiscale", Kind.ORACLE: "Oracle over Sigma (no certificate)"}
+    accuracy, differences = accuracy_table(runs), _differences(runs)
+    examples = sorted({f"{data.num_examples:,} of {data.labels}" for data in runs.values()})
+    blocks: list[Block] = [
+        Text(f"{len(runs)} runs on {' and '.join(examples)}. Runs on different examples, or with other numbers of "
+             "draws or another alpha, are shown side by side but are no test of one against the other."),
+        Heading("Certified accuracy"), accuracy,
+    ]  # fmt: skip
+    for kind, figure in figures.items():
+        caption = f"{titles[kind]}: certified accuracy against the radius, run by run."
+        blocks += [Heading(titles[kind]), plots.to_picture(figure, f"comparison_{kind}", caption)]
+    blocks += [Heading("In numbers"), _summary(runs), Heading("What differs in their configurations")]
+    blocks.append(differences if differences.rows else Text("Nothing."))
+    manifests = {name: dict(data.manifest) for name, data in runs.items()}
+    title = "Comparison of runs"
+    files = {f"comparison_{kind}.png": plots.to_bytes(figure, "png") for kind, figure in figures.items()}
+    files |= {f"comparison_{kind}.pdf": plots.to_bytes(figure, "pdf") for kind, figure in figures.items()}
+    files["comparison.csv"] = _csv(runs).encode()
+    files["comparison.tex"] = latex_table(accuracy, "Certified accuracy, run by run.").encode()
+    files["comparison.md"] = markdown_page(title, blocks, manifests).encode()
+    files["comparison.html"] = html_page(title, blocks, manifests).encode()
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    return [folder / name for name in files]
+
+
+def format_comparison(runs: Mapping[str, ReportData]) -> str:
+    """The table of certified accuracies for a terminal."""
+    return markdown_table(accuracy_table(runs))
+
+
+def accuracy_table(runs: Mapping[str, ReportData]) -> Table:
+    """Certified accuracy (percent), a row per run and method; the best certificate of each radius is bold."""
+    radii = next(iter(runs.values())).radii
+    rows = [(name, method, method.accuracy(radii)) for name, data in runs.items() for method in data.methods()]
+    best = np.max([shares for _, method, shares in rows if method.is_certificate], axis=0)
+    bold = frozenset(
+        (i, j + 1)
+        for i, (_, method, shares) in enumerate(rows)
+        for j, share in enumerate(shares)
+        if method.is_certificate and share == best[j] > 0.0
+    )
+    cells = tuple((f"{name}: {method.name}", *(f"{100.0 * s:.2f}" for s in shares)) for name, method, shares in rows)
+    return Table(("Certified accuracy [%] beyond radius", *(f"{r:g}" for r in radii)), cells, bold)
+
+
+def _one(data: ReportData, kind: Kind) -> Method | None:
+    return next((method for method in data.methods() if method.kind is kind), None)
+
+
+def _summary(runs: Mapping[str, ReportData]) -> Table:
+    header = (
+        "Run", "Examples", "n0", "n", "alpha", "Dual RS abstained", "Capped by R_sigma", "Best sigma chosen",
+        "Mean draws", "Average certified radius",
+    )  # fmt: skip
+    rows = []
+    for name, data in runs.items():
+        claim = (f"{data.num_examples:,}", f"{data.num_selection:,}", f"{data.num_estimation:,}", f"{data.alpha:g}")
+        dual: tuple[str, ...] = (_NONE,) * 5
+        if (d := data.dual) is not None:
+            agreement = data.choice_agreement()
+            dual = (
+                f"{100.0 * d.abstained.mean():.2f}%",
+                f"{100.0 * (d.bounded_by == 'sigma').mean():.2f}%",
+                _NONE if np.isnan(agreement) else f"{100.0 * agreement:.2f}%",
+                f"{d.num_draws.mean():,.1f}",
+                f"{average_certified_radius(d.correct, d.radius):.4f}",
+            )
+        rows.append((name, *claim, *dual))
+    return Table(header, tuple(rows))
+
+
+def _differences(runs: Mapping[str, ReportData]) -> Table:
+    flat = {name: _flat(data.manifest.get("config", {})) for name, data in runs.items()}
+    keys = sorted({key for values in flat.values() for key in values})
+    rows = []
+    for key in keys:
+        values = [flat[name].get(key, _NONE) for name in runs]
+        if len(set(values)) > 1:
+            rows.append((key, *values))
+    return Table(("Key", *runs), tuple(rows))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        return {prefix: str(value)}
+    parts = [_flat(each, f"{prefix}.{key}" if prefix else str(key)) for key, each in value.items()]
+    return {key: text for part in parts for key, text in part.items()}
+
+
+def _csv(runs: Mapping[str, ReportData]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("run", "method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"))
+    for name, data in runs.items():
+        for m in data.methods():
+            accuracy = m.accuracy(data.radii)
+            columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, m.correct.size))
+            rows = zip(*columns, strict=True)
+            writer.writerows((name, m.name, m.is_certificate, *map(float, row)) for row in rows)
+    return out.getvalue()

@@ -1,0 +1,110 @@
+"""The figures of docs/concepts.md: `python docs/_site/figures.py` writes them into docs/figures/."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from core.confidence import certified_radius, largest_radius  # noqa: E402 - the path above
+
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+STYLE = {
+    "font.size": 10,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "docs",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def radius() -> Figure:
+    """The radius against the bound of the top class's probability, and how far n draws reach."""
+    figure = new(7.6, 3.3)
+    left, right = figure.subplots(1, 2)
+    p = np.linspace(0.5, 0.9999, 800)
+    for sigma, colour in ((0.25, BLUE), (0.5, ORANGE), (1.0, GREEN)):
+        left.plot(p, certified_radius(p, sigma), color=colour, label=f"$\\sigma$ = {sigma:g}")
+        draws = np.unique(np.logspace(1, 5, 120).astype(int))
+        right.plot(draws, [largest_radius(sigma, int(n), 0.001) for n in draws], color=colour)
+    left.set(xlabel="lower bound of the top class's probability", ylabel="certified radius", ylim=(0, 4))
+    left.legend(frameon=False)
+    right.set(xlabel="estimation draws n", ylabel="largest radius that n draws certify", xscale="log", ylim=(0, 4))
+    return figure
+
+
+def dual() -> Figure:
+    """Two balls around an input: the level is constant in one, the class in the other."""
+    figure = new(7.6, 3.1)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    cases = ((1.0, 0.62, "the class bounds the radius"), (0.55, 0.95, "the noise level bounds the radius"))
+    for axes, (level, label, title) in zip(figure.subplots(1, 2), cases, strict=True):
+        axes.add_patch(Circle((0, 0), min(level, label), facecolor="#D55E0033", edgecolor="none"))
+        axes.add_patch(Circle((0, 0), level, fill=False, edgecolor=BLUE, linewidth=1.8, linestyle="--"))
+        axes.add_patch(Circle((0, 0), label, fill=False, edgecolor=RED, linewidth=1.8))
+        axes.plot(0, 0, "ko", markersize=4)
+        axes.text(0.05, 0.04, "$x$")
+        axes.text(
+            0,
+            level + 0.03,
+            r"$R_\sigma$: the estimator picks $\hat\sigma$",
+            color=BLUE,
+            ha="center",
+            fontsize=9,
+            bbox=paper,
+        )
+        axes.text(0, -label - 0.12, r"$R_c$: the class at $\hat\sigma$", color=RED, ha="center", fontsize=9, bbox=paper)
+        axes.set(xlim=(-1.35, 1.35), ylim=(-1.2, 1.2), aspect="equal", title=title)
+        axes.axis("off")
+    return figure
+
+
+def pipeline() -> Figure:
+    """The steps, and what passes from one to the next."""
+    figure = new(7.6, 2.2)
+    axes = figure.subplots()
+    boxes = (
+        ("denoiser,\nclassifier", "train_base", GREY),
+        ("radius of every\nimage at every $\\sigma$", "build_dataset (Ray)", BLUE),
+        ("variance\nestimator", "train_estimator", GREY),
+        ("classifier,\nfine-tuned", "finetune_classifier", GREY),
+        ("certificates of\nthe test split", "certify (Ray)", BLUE),
+        ("table, plots,\npage", "report", GREY),
+    )
+    for place, (what, job, colour) in enumerate(boxes):
+        start = (place * 1.5, 0)
+        box = FancyBboxPatch(start, 1.15, 0.8, boxstyle="round,pad=0.06", facecolor="white", edgecolor=colour)
+        axes.add_patch(box)
+        axes.text(place * 1.5 + 0.575, 0.4, what, ha="center", va="center", fontsize=8)
+        axes.text(place * 1.5 + 0.575, -0.3, job, ha="center", fontsize=7.5, color=colour, family="monospace")
+        if place:
+            ends = ((place * 1.5 - 0.29, 0.4), (place * 1.5 - 0.05, 0.4))
+            arrow = FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=10)
+            axes.add_patch(arrow)
+    axes.set(xlim=(-0.15, 8.85), ylim=(-0.5, 1.0), aspect="equal")
+    axes.axis("off")
+    return figure
+
+
+def new(width_in: float, height_in: float) -> Figure:
+    """A figure on white paper."""
+    figure = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+if __name__ == "__main__":
+    with rc_context(STYLE):
+        for make in (radius, dual, pipeline):
+            file = ROOT / "docs" / "figures" / f"{make.__name__}.svg"
+            make().savefig(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+            text = re.sub(r"<metadata>.*?</metadata>", "", file.read_text(), flags=re.DOTALL)
+            file.write_text(re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE))
+            print(file.relative_to(ROOT))
