@@ -248,3 +248,12 @@ def test_training_on_an_image_that_cannot_be_read_names_it() -> None:
     training = Training(linear(), EstimatorObjective(data, radii, 0.3, None, EstimatorConfig(epochs=1), 0))
     with pytest.raises(DataError, match="example 's/2': cannot decode file 2"):
         finished(training)
+
+
+def test_schedule_of_the_estimator_is_the_published_one_by_default() -> None:
+    config = EstimatorConfig()
+    schedule = EstimatorObjective(small_data(4), np.full((4, 2), 0.5), 1.0, None, config, 0).schedule
+    assert (schedule.epochs, schedule.batch_size, schedule.weight_decay) == (90, 256, 0.01)
+    rates = [schedule.rate(epoch) for epoch in range(90)]
+    assert rates == pytest.approx([0.01] * 30 + [0.005] * 30 + [0.0025] * 30)
+    assert (config.consistency_lambda, config.consistency_eta, config.num_copies) == (40.0, 0.5, 2)

@@ -187,3 +187,15 @@ def test_training_on_two_workers_of_ray_train_equals_the_plain_loop(tmp_path: Pa
     losses = [each.manifest["steps"]["train_estimator"]["loss"] for each in (run, plan)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert plan.manifest["steps"]["train_estimator"]["workers"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("labels")
+def test_training_on_one_worker_of_ray_train_has_the_bits_of_the_plain_loop(tmp_path: Path) -> None:
+    plain = both_steps(tiny_run(tmp_path / "plain", "compute.executor=local", *QUICK, *FINETUNE))
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
+    try:
+        one = both_steps(tiny_run(tmp_path / "one", "compute.train_workers=1", *QUICK, *FINETUNE))
+    finally:
+        ray.shutdown()
+    assert one == plain
