@@ -163,6 +163,7 @@ def test_checkpoint_and_curves_on_an_object_store(monkeypatch: pytest.MonkeyPatc
         assert folder.walk() == [f"tensorboard/{file.name}" for file in (folder / "tensorboard").files()]
 
 
+@pytest.mark.slow
 def test_training_on_two_workers_of_ray_train_equals_the_plain_loop(tmp_path: Path) -> None:
     """Labels by Ray Data, the estimator by two processes that talk over gloo."""
     run = tiny_run(tmp_path / "plain", "compute.executor=local", *QUICK, "estimator.batch_size=5")
@@ -170,7 +171,7 @@ def test_training_on_two_workers_of_ray_train_equals_the_plain_loop(tmp_path: Pa
     train_estimator.run(run)
     compute = run.config.compute.model_copy(update={"executor": "ray", "train_workers": 2})
     plan = RunDirectory(run.path, run.config.model_copy(update={"compute": compute}))
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="WARNING")
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
     try:
         data = run.data("train")
         assert np.array_equal(training_radii(plan, data), training_radii(run, data))
