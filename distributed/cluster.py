@@ -7,13 +7,22 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from core.config import ComputeConfig
 from core.errors import ConfigError
 
-__all__ = ["Pool", "connected", "replica_pool", "train_device", "train_resources", "training_place"]
+__all__ = [
+    "Pool",
+    "connected",
+    "quiet_ray_data",
+    "replica_pool",
+    "train_cluster",
+    "train_device",
+    "train_resources",
+    "training_place",
+]
 
 
 @contextmanager
@@ -49,6 +58,8 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
             ),
             include_dashboard=False,
             logging_level=logging.WARNING,
+            # Ray Train's helpers miss a dashboard every two seconds, and say so.
+            log_to_driver=not compute.train_workers,
         )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)  # Ray has put its own in its place
@@ -120,6 +131,20 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
             )
         print(f"waiting for room: {compute.train_workers} training workers, the cluster has {there} now", flush=True)
     return {kind: each}
+
+
+def quiet_ray_data() -> None:
+    """Ray Data's progress bars and log lines are for its developers: ours say what matters."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it complains of the first line
+
+
+def train_cluster(compute: ComputeConfig) -> AbstractContextManager[None]:
+    """`connected` for a whole training step, where it needs a cluster at all."""
+    return connected(compute) if compute.train_workers else nullcontext()
 
 
 @dataclass(frozen=True)

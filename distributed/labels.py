@@ -10,7 +10,7 @@ from core.config import Config
 from core.data import Dataset
 from core.errors import DataError
 from core.training.estimator import label_radii
-from distributed.cluster import connected
+from distributed.cluster import quiet_ray_data, train_cluster
 from distributed.rows import ERROR
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
@@ -45,17 +45,17 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
     ids = grid(table, "example_id", config.sigmas)[:, 0].tolist()
     if ids != sorted(train.example_ids):
         raise DataError(f"the dataset holds {len(ids)} examples, not the {len(train)} of the training split")
-    failed = grid(table, "failed", config.sigmas).any(axis=1)
-    radii = np.where(failed[:, None], 0.0, grid(table, "radius", config.sigmas))
+    failed = grid(table, "failed", config.sigmas).any(axis=1, keepdims=True)
+    radii = np.where(failed, 0.0, grid(table, "radius", config.sigmas))
     order = {example_id: row for row, example_id in enumerate(ids)}
     return radii[[order[example_id] for example_id in train.example_ids]]
 
 
 def _by_ray_data(config: Config, store: ShardStore, files: list[str]) -> list[pa.Table]:
-    with connected(config.compute):
+    with train_cluster(config.compute):
         import ray.data
 
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        quiet_ray_data()
         system, path = file_system(store.folder.uri)
         shards = ray.data.read_parquet([f"{path}/{name}" for name in files], filesystem=system)
         rows = shards.select_columns(list(_COLUMNS)).map_batches(

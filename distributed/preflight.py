@@ -34,7 +34,7 @@ class _Step(NamedTuple):
     pixels: bool = False
     """Whether it takes all images into memory."""
     trains: bool = False
-    """Whether it trains where `compute.train_device` and `compute.train_workers` say."""
+    """Whether it is a training that workers can share."""
 
 
 def _steps(config: Config) -> dict[str, _Step]:

@@ -1,6 +1,5 @@
 """Spreading a plan over replicas: plan -> Ray Data -> shards, or the same in this process without Ray."""
 
-import logging
 import math
 import time
 from collections import deque
@@ -229,20 +228,18 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
 @contextmanager
 def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     """Ray Data feeds shard numbers to a pool of replica actors; each commits its shards itself and returns facts."""
-    from distributed.cluster import connected, replica_pool
+    from distributed.cluster import connected, quiet_ray_data, replica_pool
 
     with connected(work.config.compute):
         import ray.data  # not before: `connected` decides how Ray authenticates
 
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1  # an autoscaling cluster may wait long for its first node
         context.max_consecutive_actor_init_deaths = 10  # a node may go while a replica loads
         # Shards in flight over shards at work, 3 / 2 below: at Ray's own 1.75 the pool would never grow, and the nodes
         # that Ray Data asks for would stand idle.
         context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.25
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it complains of the line above
+        quiet_ray_data()
         pool = replica_pool(work.config.compute)
         placed = replace(work, device=pool.device)
         resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}

@@ -18,7 +18,7 @@ from core.errors import DataError
 from core.noise import make_noise
 from core.progress import Progress
 from core.training.finetune import choose_sigma
-from distributed.cluster import connected, train_device, train_resources
+from distributed.cluster import quiet_ray_data, train_cluster, train_device, train_resources
 from distributed.datasets import absolute, load_dataset
 from distributed.run_directory import RunDirectory
 from distributed.storage import Folder
@@ -34,8 +34,9 @@ class _Choice:
     """What a worker needs to know; small and picklable."""
 
     root: Folder
+    models: Folder
     config: Config
-    models: Mapping[str, str]
+    hashes: Mapping[str, str]
 
     def chosen(self, data: Dataset, places: Sequence[int], engine: Engine) -> Iterator[tuple[int, float]]:
         """Place and sigma of each of these samples whose image can be read, in any order."""
@@ -54,8 +55,8 @@ class _Choice:
 
     def engine(self, num_classes: int, device: str) -> Engine:
         """Estimator and denoiser on a device."""
-        config, models = self.config, self.root / "models"
-        files = {role: models.fetch(f"{role}.safetensors", digest) for role, digest in self.models.items()}
+        config = self.config
+        files = {role: self.models.fetch(f"{role}.safetensors", digest) for role, digest in self.hashes.items()}
         noise = make_noise(config.noise, config.seed, config.compute.chunk_size)
         network = build_network(files, config, num_classes, device)
         return Engine(network, noise, batch_size=config.compute.training_batch_size)
@@ -89,10 +90,11 @@ def training_sigmas(
     """
     config, folder = directory.config, directory.folder / "training" / "finetune_classifier"
     config = config.model_copy(update={"dataset": absolute(config.dataset)})
-    choice = _Choice(directory.folder, config, directory.model_hashes(["denoiser", "estimator"]))
+    hashes = directory.model_hashes(["denoiser", "estimator"])
+    choice = _Choice(directory.folder, directory.models, config, hashes)
     origin = {
         "fingerprint": config.fingerprint(),
-        "models": choice.models,
+        "models": hashes,
         "data": directory.manifest["data"]["train"]["digest"],
         "places": hashlib.sha256(places.tobytes()).hexdigest(),
     }
@@ -136,10 +138,10 @@ def _here(choice: _Choice, data: Dataset, places: NDArray[np.int64]) -> Iterator
 def _on_ray(choice: _Choice, places: NDArray[np.int64]) -> Iterator[tuple[int, float]]:
     """Ray Data feeds places to as many actors as there are training workers."""
     compute = choice.config.compute
-    with connected(compute):
+    with train_cluster(compute):
         import ray.data
 
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        quiet_ray_data()
         resources = train_resources(compute)
         workers = min(compute.train_workers, len(places))
         size = max(1, min(256, len(places) // (4 * workers)))

@@ -1,6 +1,7 @@
 """Training in this process, or on the workers of Ray Train: the same loop, checkpoints, curves and progress."""
 
 import hashlib
+import logging
 import os
 import tempfile
 import threading
@@ -25,7 +26,7 @@ from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
 from core.training.loop import Objective, Record, Training
 from distributed.checkpoints import Checkpoints, Curves, identity_of
-from distributed.cluster import connected, train_device, train_resources
+from distributed.cluster import train_cluster, train_device, train_resources
 from distributed.datasets import absolute, load_dataset
 from distributed.metrics import TrainingMetrics
 from distributed.run_directory import RunDirectory
@@ -36,6 +37,9 @@ __all__ = ["Lesson", "forget", "train"]
 
 _START = "start"
 
+_REPORT_S = 10.0
+"""Seconds between two reports to Ray Train, at least."""
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -43,6 +47,7 @@ class Lesson:
 
     Attributes:
         root: the run directory.
+        models: where its networks are.
         name: of its folder in training/: that of the step, with the expert's level behind it.
         kind: which network.
         config: the run's.
@@ -53,6 +58,7 @@ class Lesson:
     """
 
     root: Folder
+    models: Folder
     name: str
     kind: Literal["estimator", "classifier"]
     config: Config
@@ -73,6 +79,7 @@ class Lesson:
         """A training of a run whose training split has been loaded."""
         return cls(
             root=directory.folder,
+            models=directory.models,
             name=name,
             kind=kind,
             config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
@@ -103,8 +110,8 @@ class Lesson:
         """Its samples and its loss, with the denoiser on `device`."""
         config = self.config
         wanted = config.estimator.denoiser if self.kind == "estimator" else True
-        models = self.root / "models"
-        denoiser = load_denoiser(models.fetch("denoiser.safetensors", self.denoiser)).to(device) if wanted else None
+        file = self.models.fetch("denoiser.safetensors", self.denoiser)
+        denoiser = load_denoiser(file).to(device) if wanted else None
         if self.kind == "estimator":
             return EstimatorObjective(
                 data.take(self.places),
@@ -122,11 +129,14 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Sign:
-    """How far a training is: samples seen, of how many in all, and the record of an epoch that has just ended."""
+    """How far a training is: samples seen, of how many in all; the record of an epoch that has just ended; whether the
+    workers (or this process) have only just begun.
+    """
 
     done: int
     total: int
     record: Record | None = None
+    begins: bool = False
 
 
 def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) -> list[Record]:
@@ -166,6 +176,8 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
                 progress = stack.enter_context(
                     Progress(sign.total, what, "samples", done=sign.done, interval_s=compute.progress_interval_s)
                 )
+            elif sign.begins:
+                print(f"{what}: a worker was lost, all go on from {sign.done:,} samples", flush=True)
             if sign.record is not None and sign.record["epoch"] > epoch:  # after a lost worker some come again
                 epoch, loss = int(sign.record["epoch"]), sign.record["loss"]
                 curves.add(sign.record)
@@ -197,7 +209,7 @@ def _advance(training: Training, checkpoints: Checkpoints, *, writes: bool) -> G
     if (state := checkpoints.read()) is not None:
         training.load_state(state)
     total, epochs = training.samples_total, training.objective.schedule.epochs
-    yield Sign(training.samples_done, total)
+    yield Sign(training.samples_done, total, begins=True)
     for record in training.run():
         if writes:
             checkpoints.offer(training.state, epoch_ended=record is not None, ended=training.epoch == epochs)
@@ -208,9 +220,10 @@ def _on_workers(directory: RunDirectory, lesson: Lesson, model: nn.Module, what:
     """What the first worker says, while Ray Train keeps all running; if one is lost, all go on from the checkpoint."""
     compute = lesson.config.compute
     start = _save_start(lesson, model)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on trainings
+    if "RAY_ADDRESS" in os.environ:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on trainings
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths stay what they are
-    with connected(compute), tempfile.TemporaryDirectory() as aside:
+    with train_cluster(compute), tempfile.TemporaryDirectory() as aside:
         import ray.train  # not before: `connected` decides how Ray authenticates
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.util.queue import Empty, Queue
@@ -293,17 +306,29 @@ def _worker(given: Mapping[str, Any]) -> None:
     objective = lesson.objective(data, device, context.get_local_world_size())
     training = Training(model, objective, rank, context.get_world_size())
     checkpoints = Checkpoints(lesson.folder, given["identity"])
-    said = 0.0
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    said = reported = 0.0
     try:
         for sign in _advance(training, checkpoints, writes=rank == 0):
             if sign.record is not None:
-                ray.train.report(sign.record)
-            if rank == 0 and (sign.record is not None or time.monotonic() - said >= 1.0):
+                # A report waits for all workers and for Ray Train's next look at them, two seconds apart.
+                due = time.monotonic() - reported >= _REPORT_S or sign.done == sign.total
+                if _as_the_first_says(due, device):
+                    ray.train.report(sign.record)
+                    reported = time.monotonic()
+            if rank == 0 and (sign.begins or sign.record is not None or time.monotonic() - said >= 1.0):
                 given["signs"].put(sign)
                 said = time.monotonic()
     except ModelError as error:  # all workers meet it at the same batch, and again at every further try
         if rank == 0:
             given["signs"].put(error)
+
+
+def _as_the_first_says(yes: bool, device: str) -> bool:
+    """The first worker's answer, on all of them."""
+    answer = torch.tensor(int(yes), device=device)
+    torch.distributed.broadcast(answer, 0)
+    return bool(answer.item())
 
 
 def _save_start(lesson: Lesson, model: nn.Module) -> str:

@@ -4,6 +4,7 @@ An expert is fine-tuned on the samples that are routed to it.
 """
 
 import sys
+from collections.abc import Sequence
 
 from distributed.run_directory import RunDirectory, finetuned
 from jobs._cli import job_parser, run_step
@@ -11,10 +12,17 @@ from jobs._cli import job_parser, run_step
 
 def run(directory: RunDirectory) -> None:
     """Write models/classifier_finetuned (or one for each expert), unless it is done."""
-    config, finetune = directory.config, directory.config.finetune
+    config = directory.config
     reads = (*config.classifiers, "denoiser", "estimator")
     if directory.is_done("finetune_classifier", reads, writes=[finetuned(role) for role in config.classifiers]):
         return
+    from distributed.cluster import train_cluster
+
+    with train_cluster(config.compute):
+        _finetune(directory, reads)
+
+
+def _finetune(directory: RunDirectory, reads: Sequence[str]) -> None:
     import numpy as np
 
     from core.config import SplitConfig
@@ -23,7 +31,7 @@ def run(directory: RunDirectory) -> None:
     from distributed.sigmas import forget_sigmas, training_sigmas
     from distributed.training import Lesson, forget, train
 
-    hashes = directory.model_hashes(reads)
+    config, finetune, hashes = directory.config, directory.config.finetune, directory.model_hashes(reads)
     whole = directory.data("train")
     part = set(choose(whole, SplitConfig(share=finetune.share, seed=config.seed), "finetune").example_ids)
     asked = np.flatnonzero([example_id in part for example_id in whole.example_ids])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
@@ -15,6 +16,13 @@ def run(directory: RunDirectory) -> None:
     done = directory.is_done("train_estimator", reads, writes=("estimator",))
     if done and directory.manifest["steps"]["train_estimator"].get("dataset") == dataset:
         return
+    from distributed.cluster import train_cluster
+
+    with train_cluster(config.compute):
+        _train(directory, reads, dataset)
+
+
+def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -> None:
     import torch
 
     from core.models.checkpoints import load_classifier
@@ -23,7 +31,7 @@ def run(directory: RunDirectory) -> None:
     from distributed.labels import training_radii
     from distributed.training import Lesson, forget, train
 
-    hashes = directory.model_hashes(reads)
+    config, hashes = directory.config, directory.model_hashes(reads)
     data = directory.data("train")
     radii = training_radii(directory, data)
     kept = learnable(radii)

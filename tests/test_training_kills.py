@@ -62,7 +62,7 @@ def test_training_on_workers_survives_the_driver_and_a_worker(tmp_path: Path) ->
         "labels.num_selection=5",
         "labels.num_estimation=20",
         "estimator.epochs=12",
-        "estimator.num_copies=16",
+        "estimator.num_copies=64",
         "estimator.batch_size=30",
         "estimator.lr=1e-3",
     )

@@ -21,8 +21,12 @@ from core.training.samples import Samples
 from tests.test_training import numpy_loss
 
 
+def small_images(num: int = 13) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (num, 1, 4, 4), np.uint8)
+
+
 def small_data(num: int = 13) -> Dataset:
-    images = np.random.default_rng(0).integers(0, 256, (num, 1, 4, 4), np.uint8)
+    images = small_images(num)
     return Dataset("small", tuple(f"s/{i}" for i in range(num)), images, np.arange(num) % 2, 2)
 
 
@@ -109,7 +113,7 @@ def test_slices_of_several_workers_have_the_gradient_of_the_whole_batch(workers:
 def test_one_worker_equals_a_loop_written_out() -> None:
     """Order, noise, loss, AdamW and step schedule, by hand."""
     trained = finished(Training(linear(), objective(epochs=4, lr=0.02, lr_step=2, lr_gamma=0.5, weight_decay=0.05)))
-    data, radii = small_data(), np.random.default_rng(1).uniform(0.1, 1, (13, 2))
+    images, radii = small_images(), np.random.default_rng(1).uniform(0.1, 1, (13, 2))
     best = radii.argmax(axis=1)
     weights = np.array([13 / (best == index).sum() for index in best])
 
@@ -129,7 +133,7 @@ def test_one_worker_equals_a_loop_written_out() -> None:
             for index in batch:
                 seed = int.from_bytes(key("noise", epoch, f"s/{index}"), "little")
                 noise = np.random.Generator(np.random.SFC64(seed)).standard_normal((2, 1, 4, 4), dtype=np.float32)
-                copies.append(data.images[index] / 255 + 0.3 * noise)
+                copies.append(images[index] / 255 + 0.3 * noise)
             logits = model(torch.from_numpy(np.stack(copies)).float().view(-1, 1, 4, 4)).view(len(batch), 2, 2)
             loss = torch_loss(logits.transpose(0, 1), radii[batch], weights[batch])
             value = numpy_loss(
@@ -144,8 +148,8 @@ def test_one_worker_equals_a_loop_written_out() -> None:
                 m.mul_(0.9).add_(0.1 * g)
                 v.mul_(0.999).add_(0.001 * g * g)
                 with torch.no_grad():
-                    parameter *= 1 - lr * 0.05
-                    parameter -= lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+                    parameter.mul_(1 - lr * 0.05)
+                    parameter.sub_(lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
         history.append((total / 13, lr))
     assert [(record["loss"], record["lr"]) for record in trained.history] == [
         pytest.approx(pair, rel=1e-4) for pair in history
@@ -197,7 +201,7 @@ def stored(data: Dataset, fetched: list[int]) -> Dataset:
     def fetch(place: int) -> bytes:
         fetched.append(place)
         content = io.BytesIO()
-        Image.fromarray(data.images[place][0]).save(content, "PNG")
+        Image.fromarray(small_images(len(data))[place][0]).save(content, "PNG")
         return content.getvalue()
 
     places = np.arange(len(data))
@@ -244,3 +248,12 @@ def test_training_on_an_image_that_cannot_be_read_names_it() -> None:
     training = Training(linear(), EstimatorObjective(data, radii, 0.3, None, EstimatorConfig(epochs=1), 0))
     with pytest.raises(DataError, match="example 's/2': cannot decode file 2"):
         finished(training)
+
+
+def test_schedule_of_the_estimator_is_the_published_one_by_default() -> None:
+    config = EstimatorConfig()
+    schedule = EstimatorObjective(small_data(4), np.full((4, 2), 0.5), 1.0, None, config, 0).schedule
+    assert (schedule.epochs, schedule.batch_size, schedule.weight_decay) == (90, 256, 0.01)
+    rates = [schedule.rate(epoch) for epoch in range(90)]
+    assert rates == pytest.approx([0.01] * 30 + [0.005] * 30 + [0.0025] * 30)
+    assert (config.consistency_lambda, config.consistency_eta, config.num_copies) == (40.0, 0.5, 2)

@@ -17,7 +17,9 @@ from core.training.loop import Training
 from distributed import checkpoints
 from distributed.labels import training_radii
 from distributed.run_directory import RunDirectory
+from distributed.storage import Folder
 from jobs import build_dataset, finetune_classifier, train_estimator
+from tests.s3 import s3_server, uri
 from tests.tiny import tiny_run
 
 QUICK = ("estimator.epochs=3", "estimator.batch_size=16", "estimator.lr=1e-3", "finetune.epochs=2")
@@ -77,10 +79,14 @@ def test_training_steps_interrupted_within_an_epoch_end_as_undisturbed(
     before = torch.load(file, weights_only=True)
     assert (before["epoch"], before["batch"] > 0) == (1, True)
     seen: list[int] = []
-    with monkeypatch.context() as patch:
-        step = Training._step
-        patch.setattr(Training, "_step", lambda self, *rest: (seen.append(self.epoch), step(self, *rest))[1])
-        resumed = both_steps(run)
+    step = Training._step
+
+    def noted(self: Training, *rest: Any) -> None:
+        seen.append(self.epoch)
+        step(self, *rest)
+
+    monkeypatch.setattr(Training, "_step", noted)
+    resumed = both_steps(run)
     assert seen.count(0) == -(-97 // 16)  # the classifier's: the estimator's first epoch was not done again
     assert resumed == whole
     left = sorted(str(path.relative_to(run.path)) for path in (run.path / "training").rglob("*") if path.is_file())
@@ -139,6 +145,25 @@ def test_training_curves_are_the_losses_of_the_manifest(tmp_path: Path) -> None:
     assert [shown["lr", epoch] for epoch in (1, 2, 3)] == pytest.approx([1e-3, 1e-3, 5e-4])
 
 
+def test_checkpoint_and_curves_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server() as server:
+        folder = Folder(uri(server, "run/training/x"))
+        kept = checkpoints.Checkpoints(folder, "one")
+        assert kept.read() is None
+        kept.offer(lambda: {"epoch": 3, "weight": torch.arange(4)}, epoch_ended=True, ended=False)
+        state = checkpoints.Checkpoints(folder, "one").read()
+        assert state is not None
+        assert (state["epoch"], state["weight"].tolist()) == (3, [0, 1, 2, 3])
+        assert checkpoints.Checkpoints(folder, "two").read() is None
+        monkeypatch.setattr(checkpoints, "_UPLOAD_S", 0.0)
+        with checkpoints.Curves(folder / "tensorboard") as curves:
+            curves.add({"epoch": 1.0, "loss": 2.0})
+            assert len((folder / "tensorboard").files()) == 1
+        kept.forget()
+        assert folder.walk() == [f"tensorboard/{file.name}" for file in (folder / "tensorboard").files()]
+
+
+@pytest.mark.slow
 def test_training_on_two_workers_of_ray_train_equals_the_plain_loop(tmp_path: Path) -> None:
     """Labels by Ray Data, the estimator by two processes that talk over gloo."""
     run = tiny_run(tmp_path / "plain", "compute.executor=local", *QUICK, "estimator.batch_size=5")
@@ -146,7 +171,7 @@ def test_training_on_two_workers_of_ray_train_equals_the_plain_loop(tmp_path: Pa
     train_estimator.run(run)
     compute = run.config.compute.model_copy(update={"executor": "ray", "train_workers": 2})
     plan = RunDirectory(run.path, run.config.model_copy(update={"compute": compute}))
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="WARNING")
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
     try:
         data = run.data("train")
         assert np.array_equal(training_radii(plan, data), training_radii(run, data))
@@ -163,3 +188,15 @@ def test_training_on_two_workers_of_ray_train_equals_the_plain_loop(tmp_path: Pa
     losses = [each.manifest["steps"]["train_estimator"]["loss"] for each in (run, plan)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert plan.manifest["steps"]["train_estimator"]["workers"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("labels")
+def test_training_on_one_worker_of_ray_train_has_the_bits_of_the_plain_loop(tmp_path: Path) -> None:
+    plain = both_steps(tiny_run(tmp_path / "plain", "compute.executor=local", *QUICK, *FINETUNE))
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
+    try:
+        one = both_steps(tiny_run(tmp_path / "one", "compute.train_workers=1", *QUICK, *FINETUNE))
+    finally:
+        ray.shutdown()
+    assert one == plain

@@ -39,7 +39,7 @@ class Samples:
         # Not touched before it is filled, so it takes no more memory than the images that are there.
         self._held = None if in_memory or not fits else np.empty((len(places), *data.shape), np.uint8)
         self._known = np.zeros(len(places), np.bool_)
-        self.threads = 1 if in_memory else max(2, (os.cpu_count() or 1) // processes)
+        self.threads = 1 if in_memory else min(16, max(2, (os.cpu_count() or 1) // processes))
         """That are worth having to read them."""
 
     def __len__(self) -> int:
