@@ -87,7 +87,7 @@ def budgets(settings: Settings) -> list[Line]:
             "sequential": side("sequential", dual("sequential")),
             "grid": side("grid", dual("grid")),
         },
-        1 if settings.tiny else 2,
+        min(settings.turns, 2),
         warm=False,
         cuda=settings.device == "cuda",
     )

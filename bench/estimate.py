@@ -27,7 +27,7 @@ def estimate(settings: Settings) -> list[Line]:
         changes = ["compute.executor=local", "compute.progress_interval_s=1e9", "compute.shard_examples=20"]
         changes.append(f"dataset.test_size={1700 if settings.tiny else sizes[store]}")
         ratios = []
-        for _ in range(1 if settings.tiny else 2):
+        for _ in range(min(settings.turns, 2)):
             with tempfile.TemporaryDirectory() as folder:
                 config = parse_config(models.config.model_dump(mode="json"), changes)
                 run = RunDirectory(folder, config)
