@@ -9,6 +9,7 @@ from bench.pairs import digits
 from bench.settings import Settings
 from bench.timing import Line, spread
 from core.config import parse_config
+from core.data import Split
 from distributed.estimate import count_parts
 from distributed.launch import certify_store, step_of
 from distributed.measure import measure_parts
@@ -36,7 +37,7 @@ def estimate(settings: Settings) -> list[Line]:
                     run.model(name).symlink_to(models.model(name).absolute())
                 step = models.manifest["steps"]["train_base"]
                 run.finish("train_base", read={}, wrote=step["wrote"], facts={})
-                split = "train" if store == "dataset" else "test"
+                split: Split = "train" if store == "dataset" else "test"
                 data = {split: run.data(split)}
                 (part,) = count_parts(run, [step_of(store)], data, {}, 1)
                 notes = measure_parts(run, [part], data, settings.device, 0.2 if settings.tiny else 3.0)
