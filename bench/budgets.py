@@ -56,7 +56,7 @@ def budgets(settings: Settings) -> list[Line]:
     config, alpha = run.config, run.config.certify.alpha
     work = replace(work_of(run, "certificates/dual-base")[0], device=settings.device)
     data = load_dataset(work.config.dataset, "test")
-    images, most = (2, 100) if settings.tiny else (30, 10_000)
+    images, most = (2, 100) if settings.tiny else (20, 10_000)
     chosen = np.linspace(0, len(data) - 1, images).astype(int).tolist()
     sampling = Sampling(config.certify.num_selection, most, alpha)
     radii, rule = tuple(np.arange(0.0, 4.0 * config.sigmas[-1], 0.25).tolist()), Rule(100, 0.1, 3.0)
@@ -87,7 +87,7 @@ def budgets(settings: Settings) -> list[Line]:
             "sequential": side("sequential", dual("sequential")),
             "grid": side("grid", dual("grid")),
         },
-        1 if settings.tiny else 2,
+        min(settings.turns, 2),
         warm=False,
         cuda=settings.device == "cuda",
     )

@@ -91,6 +91,7 @@ def denoise_and_classify(
         x_t = signal * (2 * x - 1)
         predicted = unet(x_t, step).sample[:, : x.shape[1]]
         clean = torch.clamp((x_t - noise * predicted) / signal, -1, 1)
-        return classifier((clean + 1) / 2)
+        logits: Tensor = classifier((clean + 1) / 2)
+        return logits
 
     return classify

@@ -119,14 +119,14 @@ def engine(settings: Settings) -> list[Line]:
     # Seconds a batch: few turns, and a number of draws that fills whole batches.
     big = larger()
     return found + _compare(
-        settings, big, "engine", 860, 2, big.sigmas[-1:], of_loop=">= 1.0", turns=1 if settings.tiny else 2
+        settings, big, "engine", 860, 2, big.sigmas[-1:], of_loop=">= 1.0", turns=min(settings.turns, 2)
     )
 
 
 def labels(settings: Settings) -> list[Line]:
     """All noise levels, n = 100, as the variance estimator's training set is made."""
     pair, big = digits(), larger()
-    turns = 1 if settings.tiny else 2
+    turns = min(settings.turns, 2)
     return [
         *_compare(settings, pair, "labels", 100, 128, pair.sigmas, ">= 0.95", ">= 1.5"),
         *_compare(settings, big, "labels", 100, 2, big.sigmas, of_loop=">= 1.0", turns=turns),

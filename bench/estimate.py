@@ -9,6 +9,7 @@ from bench.pairs import digits
 from bench.settings import Settings
 from bench.timing import Line, spread
 from core.config import parse_config
+from core.data import Split
 from distributed.estimate import count_parts
 from distributed.launch import certify_store, step_of
 from distributed.measure import measure_parts
@@ -27,7 +28,7 @@ def estimate(settings: Settings) -> list[Line]:
         changes = ["compute.executor=local", "compute.progress_interval_s=1e9", "compute.shard_examples=20"]
         changes.append(f"dataset.test_size={1700 if settings.tiny else sizes[store]}")
         ratios = []
-        for _ in range(1 if settings.tiny else 2):
+        for _ in range(min(settings.turns, 2)):
             with tempfile.TemporaryDirectory() as folder:
                 config = parse_config(models.config.model_dump(mode="json"), changes)
                 run = RunDirectory(folder, config)
@@ -36,7 +37,7 @@ def estimate(settings: Settings) -> list[Line]:
                     run.model(name).symlink_to(models.model(name).absolute())
                 step = models.manifest["steps"]["train_base"]
                 run.finish("train_base", read={}, wrote=step["wrote"], facts={})
-                split = "train" if store == "dataset" else "test"
+                split: Split = "train" if store == "dataset" else "test"
                 data = {split: run.data(split)}
                 (part,) = count_parts(run, [step_of(store)], data, {}, 1)
                 notes = measure_parts(run, [part], data, settings.device, 0.2 if settings.tiny else 3.0)

@@ -36,7 +36,7 @@ __all__ = ["replicas"]
 
 def replicas(settings: Settings) -> list[Line]:
     """Rates with two over rates with one: of bare engines, and of replicas on Ray."""
-    turns, most = 1 if settings.tiny else 2, 2
+    turns, most = min(settings.turns, 2), 2
     bare: dict[int, list[float]] = {1: [], most: []}
     on_ray: dict[int, list[float]] = {1: [], most: []}
     with tempfile.TemporaryDirectory() as folder:

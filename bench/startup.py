@@ -25,7 +25,7 @@ def startup(settings: Settings) -> list[Line]:
         return 1
 
     sides = {name: (lambda arguments=arguments: started(arguments)) for name, arguments in commands.items()}
-    taken = interleaved(sides, 1 if settings.tiny else 2, warm=not settings.tiny)
+    taken = interleaved(sides, min(settings.turns, 2), warm=not settings.tiny)
     return [
         Line(
             "startup",

@@ -111,7 +111,7 @@ class Line:
 
 def as_markdown(lines: Sequence[Line]) -> str:
     """The table."""
-    cells = [("part", "what", "median", "from - to", "CPU time", "wanted", "met")]
+    cells: list[tuple[str, ...]] = [("part", "what", "median", "from - to", "CPU time", "wanted", "met")]
     for line in lines:
         number = _number(line.value.median, line.unit)
         between = f"{_number(line.value.low, '')} - {_number(line.value.high, '')}" if line.value.num > 1 else ""

@@ -208,7 +208,7 @@ def test_network_graphs_whose_output_the_next_pass_overwrites_keep_every_batch_s
     for forward in (Forward(compile="graphs"), Forward(compile=True)):
         network = Network({CLASSIFIER: Head(sign_count, 2)}, forward=forward)
         lane = network.lane(Draws(0.5, 1, (CLASSIFIER,), Phase.SELECTION))
-        parts = [network(lane, part, levels[:2])[CLASSIFIER] for part in images.split(2)]
+        parts = [network(lane, part, levels[:2])[CLASSIFIER] for part in torch.split(images, 2)]
         assert torch.equal(torch.cat(parts), sign_count(images)) == (forward.compile == "graphs")
     assert modes == ["reduce-overhead", None]
 
