@@ -11,8 +11,8 @@ from typing import Final, Literal
 from core.config import Config, ReportConfig
 from core.errors import ConfigError
 from distributed.launch import work_of
-from distributed.run_directory import RunDirectory
 from distributed.plan import Plan
+from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 
 __all__ = ["SHARED", "SharedStep", "adopt", "shared_config"]

@@ -273,8 +273,7 @@ class ShardStore:
                 self.errors.write(file.name, to_bytes(ERROR_SCHEMA, [messages]))
         for name in source.files():
             table, device = source._table(name, source.folder.read(name))
-            facts = {"device": device}
-            self.folder.write(name, to_bytes(table.schema, [part(table)], lambda facts=facts: facts))
+            self.folder.write(name, to_bytes(table.schema, [part(table)], {"device": device}.copy))
 
     def _parts(self, plan: Plan, part_rows: int, visible: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         """The parts that are still to be made, and the shards that each one joins."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distributed.run_directory import RunDirectory
 from jobs import build_dataset, certify, finetune_classifier, train_base, train_estimator
-from jobs._cli import run_job
+from jobs._cli import EXIT_CODES, run_job
 
 STEPS: dict[str, Callable[[RunDirectory], None]] = {
     "train_base": train_base.run,
@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jobs.sweep",
         description=__doc__,
-        epilog="Exit codes: 0 done, 2 usage or configuration, 3 data, model or settings that failed, 130 interrupted.",
+        epilog=f"{EXIT_CODES} Failed settings end it with 3, too.",
     )
     parser.add_argument(
         "--config", type=Path, required=True, metavar="YAML", help="the sweep, for example configs/sweeps/lambda.yaml"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from core.config import load_config
+from core.config import load_config, load_sweep
 from jobs import _cli
 from jobs.__main__ import summaries
 from tests.documents import GENERATED, PAGES, ROOT, Command, anchors, blocks, commands, inline_jobs, links, name_of
@@ -105,7 +105,7 @@ def test_command_of_a_job_parses_and_its_configuration_is_valid(
     monkeypatch.chdir(ROOT)
     args = parse(command, monkeypatch)
     if getattr(args, "config", None) is not None:
-        load_config(args.config, args.overrides)
+        (load_sweep if command.job and command.job[0] == "sweep" else load_config)(args.config, args.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
