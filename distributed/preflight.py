@@ -22,7 +22,7 @@ from distributed.estimate import Part, count_parts, format_parts, size
 from distributed.lock import read_lock
 from distributed.run_directory import RunDirectory, finetuned
 
-__all__ = ["Found", "check", "dry_run", "refuse"]
+__all__ = ["Found", "check", "count_found", "dry_run", "refuse", "replicas_here"]
 
 
 class _Step(NamedTuple):
@@ -160,7 +160,7 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
         DualRSError: for the problems, all in one.
     """
     found = check(directory, steps, here=False)
-    device, replicas, of = _replicas(directory.config.compute)
+    device, replicas, of = replicas_here(directory.config.compute)
     found.facts.append(("device", of))
     if holder := read_lock(directory.folder):
         found.facts.append(("in use", f"by process {holder.get('pid')} on {holder.get('host')}"))
@@ -171,7 +171,7 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     if not found.steps:
         print("everything is finished: nothing to do")
         return
-    parts = _count(directory, found, replicas)
+    parts = count_found(directory, found, replicas)
     notes = []
     if parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
         notes.append("compute.device is cuda and this machine has no GPU: nothing can be measured here")
@@ -366,7 +366,7 @@ def _check_room(directory: RunDirectory, found: Found) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     # What a step joins into larger files is there twice for a moment.
-    needed = 2 * sum(part.stored_bytes for part in _count(directory, found, 1))
+    needed = 2 * sum(part.stored_bytes for part in count_found(directory, found, 1))
     found.facts.append(("output", f"{folder}, {size(free)} free"))
     if needed > free:
         raise ConfigError(
@@ -375,7 +375,7 @@ def _check_room(directory: RunDirectory, found: Found) -> None:
         )
 
 
-def _count(directory: RunDirectory, found: Found, replicas: int) -> list[Part]:
+def count_found(directory: RunDirectory, found: Found, replicas: int) -> list[Part]:
     """The steps whose data could be loaded."""
     plan = _steps(directory.config)
     steps = [step for step in found.steps if set(plan[step].splits) <= found.data.keys()]
@@ -386,7 +386,7 @@ def _count(directory: RunDirectory, found: Found, replicas: int) -> list[Part]:
     return count_parts(directory, steps, found.data, num_bytes, replicas)
 
 
-def _replicas(compute: ComputeConfig) -> tuple[str, int, str]:
+def replicas_here(compute: ComputeConfig) -> tuple[str, int, str]:
     """Device and number of replicas as far as they can be told without asking a cluster, and a sentence on them."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")

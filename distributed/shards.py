@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from core.errors import ConfigError, DataError
 from distributed.parquet import from_bytes, to_bytes
@@ -251,6 +252,28 @@ class ShardStore:
         table, device = self._table(name, content)
         verifier.add(name, _shards_of(name), content, table, device, self.folder.where(name))
         return table, device
+
+    def copy_from(self, source: "ShardStore", sigmas: Sequence[float]) -> None:
+        """Take over the rows at these noise levels, and why some have errors, from a store with the same shards.
+
+        File by file, each whole or not at all. Without the plan, which is the caller's to write first.
+
+        Args:
+            source: a finished store of CERTIFICATE_SCHEMA.
+            sigmas: a subset of its noise levels.
+        """
+        levels = pa.array(sigmas, pa.float64())
+
+        def part(table: pa.Table) -> pa.Table:
+            return table.filter(pc.is_in(table.column("sigma"), levels))
+
+        for file in source.errors.files():
+            messages = part(from_bytes(source.errors.read(file.name), source.errors.where(file.name))[0])
+            if messages.num_rows:
+                self.errors.write(file.name, to_bytes(ERROR_SCHEMA, [messages]))
+        for name in source.files():
+            table, device = source._table(name, source.folder.read(name))
+            self.folder.write(name, to_bytes(table.schema, [part(table)], {"device": device}.copy))
 
     def _parts(self, plan: Plan, part_rows: int, visible: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         """The parts that are still to be made, and the shards that each one joins."""

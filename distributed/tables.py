@@ -44,7 +44,13 @@ def stacked(lists: NDArray[Any]) -> NDArray[Any]:
 
 
 def report_data(
-    config: Config, root: Folder, manifest: Mapping[str, Any], *, sigma_share: float = 0.5, notes: tuple[str, ...] = ()
+    config: Config,
+    root: Folder,
+    manifest: Mapping[str, Any],
+    *,
+    sigma_share: float = 0.5,
+    notes: tuple[str, ...] = (),
+    ending: str = "",
 ) -> ReportData:
     """The certificates of a run, aligned by example, as the report wants them.
 
@@ -54,6 +60,7 @@ def report_data(
         manifest: to be shown.
         sigma_share: share of alpha that Dual RS spent on the noise level.
         notes: sentences to show below the summary.
+        ending: of the stores: `-base` for the certificates of the classifier as it was before fine-tuning.
 
     Raises:
         DataError: when standard certificates are missing, or methods cover different examples.
@@ -61,11 +68,11 @@ def report_data(
     alpha = config.certify.alpha
     full = config.certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
-    table = ShardStore(root, "certificates/standard").read()
+    table = ShardStore(root, f"certificates/standard{ending}").read()
     standard = _standard_rows(table, config.sigmas)
     baseline_store = ShardStore(root, "certificates/standard-base")
-    baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() else ()
-    dual_store = ShardStore(root, "certificates/dual")
+    baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() and not ending else ()
+    dual_store = ShardStore(root, f"certificates/dual{ending}")
     dual = None
     failed = _failed(table)
     if dual_store.committed():

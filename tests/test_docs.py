@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core.config import load_config
+from core.config import load_config, load_sweep
 from core.data.digits import read_digits
 from jobs import _cli
 from jobs.__main__ import summaries
@@ -107,7 +107,7 @@ def test_command_of_a_job_parses_and_its_configuration_is_valid(
     monkeypatch.chdir(ROOT)
     args = parse(command, monkeypatch)
     if getattr(args, "config", None) is not None:
-        load_config(args.config, args.overrides)
+        (load_sweep if command.job and command.job[0] == "sweep" else load_config)(args.config, args.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

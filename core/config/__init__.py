@@ -10,6 +10,7 @@ from core.config.loading import load_config, parse_config, parse_values
 from core.config.models import BaseModelsConfig, ClassifierConfig
 from core.config.run import Config
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
+from core.config.sweep import Setting, Sweep, load_sweep
 
 __all__ = [
     "BaseModelsConfig",
@@ -22,8 +23,11 @@ __all__ = [
     "FinetuneConfig",
     "LabelConfig",
     "ReportConfig",
+    "Setting",
     "SplitConfig",
+    "Sweep",
     "load_config",
+    "load_sweep",
     "parse_config",
     "parse_values",
 ]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from core.config.run import Config
 from core.errors import ConfigError
 
-__all__ = ["load_config", "parse_config", "parse_values"]
+__all__ = ["load_config", "parse_config", "parse_values", "read_yaml"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -46,11 +46,20 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: for a missing or malformed file, an unknown key, a wrong type or value: names key and remedy.
     """
+    return parse_config(read_yaml(path), overrides, source=str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file as plain data.
+
+    Raises:
+        ConfigError: for a missing or malformed file.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror}") from error
-    return parse_config(_yaml(text, str(path)), overrides, source=str(path))
+    return _yaml(text, str(path))
 
 
 def parse_config(plain: object, overrides: Iterable[str] = (), source: str = "the configuration") -> Config:

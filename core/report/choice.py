@@ -1,0 +1,126 @@
+"""Which Sigma to use, as a table, CSV, JSON and a figure."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from core.choice import Candidate, Choice
+from core.report.pages import Table, markdown_table
+from core.report.plots import _COLOURS, _DASHES, _figure
+
+__all__ = ["choice_csv", "choice_figure", "choice_json", "format_choice", "format_curve", "recommended"]
+
+Floats = NDArray[np.float64]
+
+
+def recommended(choice: Choice, size: int) -> int:
+    """Place of the best candidate with `size` levels: by the router, then by what a better router could reach."""
+    return next(place for place, candidate in enumerate(choice.candidates) if len(candidate.levels) == size)
+
+
+def format_choice(choice: Choice, sigmas: Floats, shown: Sequence[int]) -> str:
+    """Candidates by place, as a Markdown table: scores are percentages, averaged over the radii."""
+    header = ["Sigma", "router", "behind the best", "best single", "oracle", "wins"]
+    header += ["test: router", "test: best single", "test: oracle"] if choice.evaluation else []
+    rows = []
+    behind, error = choice.behind, choice.behind_error
+    for place in shown:
+        each = choice.candidates[place]
+        row = [_name(each, sigmas), _share(each.score, each.standard_error), _share(behind[place], error[place])]
+        row += [_share(float(curve.mean())) for curve in (each.single, each.oracle)]
+        row += [f"{100 * choice.wins[place]:.0f}%"]
+        if choice.evaluation:
+            test = choice.evaluation[place]
+            row += [_share(test.score, test.standard_error)]
+            row += [_share(float(curve.mean())) for curve in (test.single, test.oracle)]
+        rows.append(tuple(row))
+    return markdown_table(Table(tuple(header), tuple(rows)))
+
+
+def format_curve(choice: Choice, place: int, radii: Floats) -> str:
+    """What one candidate is expected to certify at each radius, in percent, with standard errors."""
+    samples = [("training split", choice.candidates[place])]
+    samples += [("test split", choice.evaluation[place])] if choice.evaluation else []
+    rows = []
+    for where, each in samples:
+        for name in ("single", "router", "oracle"):
+            curve = getattr(each, name)
+            error = np.sqrt(curve * (1.0 - curve) / each.values.size)
+            title = f"{'best ' if name == 'single' else ''}{name}, {where}"
+            rows.append((title, *(_share(c, e) for c, e in zip(curve.tolist(), error.tolist(), strict=True))))
+    return markdown_table(Table(("certified accuracy", *(f"r = {radius:g}" for radius in radii)), tuple(rows)))
+
+
+def choice_csv(choice: Choice, sigmas: Floats, radii: Floats) -> str:
+    """All candidates, unrounded, best first."""
+    rows = _rows(choice, sigmas, radii)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "sigmas": " ".join(map(str, row["sigmas"]))} for row in rows)
+    return out.getvalue()
+
+
+def choice_json(choice: Choice, sigmas: Floats, radii: Floats, place: int) -> str:
+    """All candidates, unrounded, and which is recommended."""
+    plain = {
+        "recommended": [float(sigmas[level]) for level in choice.candidates[place].levels],
+        "radii": radii.tolist(),
+        "optimism_of_halves": choice.optimism,
+        "candidates": _rows(choice, sigmas, radii),
+    }
+    return json.dumps(plain, indent=2) + "\n"
+
+
+def choice_figure(choice: Choice, sigmas: Floats, radii: Floats, shown: Sequence[int]) -> Figure:
+    """Oracle and router of a few candidates against the radii that were asked for, on the test split if it is there."""
+    of = choice.evaluation or choice.candidates
+
+    def panel(which: str, title: str) -> Any:
+        def draw(axes: Any) -> None:
+            for number, place in enumerate(shown):
+                look = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)]}
+                curve = 100.0 * getattr(of[place], which)
+                axes.plot(radii, curve, label=_name(of[place], sigmas), marker="o", markersize=4, **look)
+            axes.set(title=title, xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+            axes.set_ylim(0.0, 101.0)
+
+        return draw
+
+    panels = [panel("router", "Light router"), panel("oracle", "Oracle (not a certificate)")]
+    return _figure(panels, height_in=6.4, order=[_name(of[place], sigmas) for place in shown])
+
+
+def _rows(choice: Choice, sigmas: Floats, radii: Floats) -> list[dict[str, Any]]:
+    rows = []
+    behind, error = choice.behind, choice.behind_error
+    for place, each in enumerate(choice.candidates):
+        row: dict[str, Any] = {
+            "sigmas": [float(sigmas[level]) for level in each.levels],
+            "score": each.score,
+            "standard_error": each.standard_error,
+            "behind": float(behind[place]),
+            "behind_error": float(error[place]),
+            "wins": float(choice.wins[place]),
+        }
+        samples = [("", each)] + ([("test_", choice.evaluation[place])] if choice.evaluation else [])
+        for prefix, sample in samples:
+            for name in ("single", "router", "oracle"):
+                curve = getattr(sample, name).tolist()
+                row |= {f"{prefix}{name}@{radius:g}": value for radius, value in zip(radii, curve, strict=True)}
+        rows.append(row)
+    return rows
+
+
+def _name(candidate: Candidate, sigmas: Floats) -> str:
+    return "[" + ", ".join(f"{sigmas[level]:g}" for level in candidate.levels) + "]"
+
+
+def _share(value: float, error: float | None = None) -> str:
+    return f"{100 * value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
