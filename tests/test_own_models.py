@@ -97,7 +97,7 @@ def test_train_base_pool_has_an_expert_of_its_own_width_for_each_sigma(
 
         def told(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             levels.update(sigma.tolist())
-            return denoiser(images, sigma)
+            return cast(torch.Tensor, denoiser(images, sigma))
 
         return real(data, cast(OneShotDenoiser, told), *args)
 
