@@ -23,8 +23,9 @@ else
 	$(BIN)/python -m jobs.pipeline --config configs/digits.yaml --out $(RUN)
 endif
 
-test: $(VENV)/.installed  ## the tests
-	$(BIN)/python -m pytest
+# One thread for each process: there are two of them, and Ray's.
+test: $(VENV)/.installed  ## the tests, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed  ## tests that take minutes
 	$(BIN)/python -m pytest -m slow
