@@ -159,7 +159,13 @@ def test_build_dataset_told_to_stop_says_so_and_keeps_what_is_committed(number: 
     run = tiny_run(tmp_path, "compute.executor=local", "compute.shard_examples=2", "compute.part_rows=1")
     store = ShardStore(run.path, "dataset")
     command = [sys.executable, "-m", "jobs.build_dataset", "--out", str(run.path), "compute.executor=local"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    ) as process:
         deadline = time.monotonic() + 60
         while len(store.committed()) < 3 and time.monotonic() < deadline:
             time.sleep(0.002)
