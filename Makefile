@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## the whole pipeline on scikit-learn's digits; FAST=1: from the models in models/digits
 ifdef FAST
 	@test -e $(RUN)/manifest.json || { mkdir -p $(RUN) && cp -r models/digits/. $(RUN); }
-	$(BIN)/python -m jobs.pipeline --out $(RUN)
+	$(BIN)/python -m jobs.pipeline --out $(RUN) compute.executor=local
 else
 	$(BIN)/python -m jobs.pipeline --config configs/digits.yaml --out $(RUN)
 endif
