@@ -145,7 +145,7 @@ def test_every_command_is_run_or_checked_somewhere() -> None:
 # What runs: `make docs-test`
 
 SMALL = (
-    "compute.executor=local compute.max_replicas=0 dataset.test_size=500 dataset.train.first=30 dataset.test.first=10 "
+    "compute.executor=local compute.max_replicas=0 dataset.test_size=500 dataset.train.first=30 dataset.test.first=20 "
     "base.denoiser=models/digits/models/denoiser.safetensors "
     "base.classifier={checkpoint: models/digits/models/classifier.safetensors} "
     "labels.num_selection=10 labels.num_estimation=30 estimator.epochs=1 finetune.epochs=1 finetune.num_sigma_draws=10 "
@@ -204,8 +204,6 @@ def made_small(arguments: list[str]) -> list[str]:
     added = [override for override in small() if override.partition("=")[0] not in given]
     if any(word.startswith("noise=") or "budget=" in word for word in arguments):
         added.append("dataset.test.first=4")
-    if "runs/wide" in arguments:
-        added.append("dataset.test.first=24")  # as many as a choice of Sigma needs
     return arguments + added
 
 
