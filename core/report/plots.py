@@ -80,17 +80,9 @@ def certified_accuracy_figure(data: ReportData) -> Figure:
     """Certified accuracy against the radius, one curve per method, up to the largest certified radius."""
 
     def draw(axes: Any) -> None:
-        methods = data.methods()
-        largest = max((float(m.radius[m.correct].max(initial=0.0)) for m in methods), default=0.0)
-        grid = np.linspace(0.0, 1.02 * largest if largest > 0.0 else 1.0, _GRID_POINTS)
         # The oracle first: it runs above the others and must not hide them where they meet.
-        for method in sorted(methods, key=lambda m: m.is_certificate):
-            accuracy = 100.0 * method.accuracy(grid)
-            end = int(np.count_nonzero(accuracy)) + 1  # down to 0, then no further along the axis
-            axes.plot(grid[:end], accuracy[:end], label=method.name, **_look(method))
-        axes.set(xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
-        axes.set_xlim(0.0, grid[-1])
-        axes.set_ylim(0.0, 101.0)
+        methods = sorted(data.methods(), key=lambda m: m.is_certificate)
+        _draw_curves(axes, [(method.name, method, _look(method)) for method in methods])
 
     return _figure([draw], height_in=3.5, order=[m.name for m in data.methods()])
 
@@ -179,16 +171,11 @@ def curves_figure(curves: Mapping[str, Method]) -> Figure:
     """Certified accuracy against the radius, one curve per name."""
 
     def draw(axes: Any) -> None:
-        largest = max((float(m.radius[m.correct].max(initial=0.0)) for m in curves.values()), default=0.0)
-        grid = np.linspace(0.0, 1.02 * largest if largest > 0.0 else 1.0, _GRID_POINTS)
-        for number, (name, method) in enumerate(curves.items()):
-            accuracy = 100.0 * method.accuracy(grid)
-            end = int(np.count_nonzero(accuracy)) + 1
-            colour, dashes = _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)]
-            axes.plot(grid[:end], accuracy[:end], label=name, color=colour, linestyle=dashes, linewidth=1.8)
-        axes.set(xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
-        axes.set_xlim(0.0, grid[-1])
-        axes.set_ylim(0.0, 101.0)
+        looks = (
+            {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 1.8}
+            for i in range(len(curves))
+        )
+        _draw_curves(axes, [(name, method, look) for (name, method), look in zip(curves.items(), looks, strict=True)])
 
     return _figure([draw], height_in=3.5)
 
@@ -309,6 +296,19 @@ def _figure(panels: Sequence[Callable[[Any], None]], height_in: float, order: Se
             figure.legend([by_name[n] for n in names], names, loc="outside lower center", frameon=False)
             figure.set_size_inches(_WIDTH_IN, height_in + _LEGEND_ROW_IN * len(names))
     return figure
+
+
+def _draw_curves(axes: Any, curves: Sequence[tuple[str, Method, dict[str, Any]]]) -> None:
+    """Certified accuracy against the radius, (name, method, look) each, up to the largest certified radius."""
+    largest = max((float(m.radius[m.correct].max(initial=0.0)) for _, m, _ in curves), default=0.0)
+    grid = np.linspace(0.0, 1.02 * largest if largest > 0.0 else 1.0, _GRID_POINTS)
+    for name, method, look in curves:
+        accuracy = 100.0 * method.accuracy(grid)
+        end = int(np.count_nonzero(accuracy)) + 1  # down to 0, then no further along the axis
+        axes.plot(grid[:end], accuracy[:end], label=name, **look)
+    axes.set(xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+    axes.set_xlim(0.0, grid[-1])
+    axes.set_ylim(0.0, 101.0)
 
 
 def _draw_ecdf(axes: Any, values: Floats, colour: str, start: float | None = None) -> None:
