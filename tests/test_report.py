@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from core.errors import DataError
-from core.report import MultiscaleRows
+from core.report import MultiscaleRows, plots
 from core.report.render import DualRows, ReportData, StandardRows, best_method_sentence, format_table, write_report
 
 PAGES = ["certified_accuracy.pdf", "certified_accuracy.png", "delta_radius.png", "p_lower.png", "report.html"]
@@ -263,6 +263,16 @@ def test_write_report_chart_answers_with_the_certified_accuracies(written: Path)
     (width, height) = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0])
     assert 0 < left < right < width
     assert 0 < top < bottom < height
+
+
+def test_to_picture_lines_between_few_points_are_not_read_out() -> None:
+    methods = report().methods()[:2]
+    figure = plots.severity_figure(
+        [0, 1, 5], methods, {"beyond radius 0": np.array([[0.9, 0.8], [0.5, 0.4], [0.1, 0.0]])}
+    )
+    assert plots.to_picture(figure, "shift", "one radius").chart is None
+    curves = plots.curves_figure({method.name: method for method in methods})
+    assert plots.to_picture(curves, "rounds", "curves").chart is not None
 
 
 def test_write_report_script_in_text_is_escaped(tmp_path: Path) -> None:

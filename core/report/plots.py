@@ -215,7 +215,7 @@ def to_bytes(figure: Figure, kind: str) -> bytes:
 def to_picture(figure: Figure, name: str, caption: str) -> Picture:
     """The figure for a page; one whose lines have names gets a legend of buttons instead of its own."""
     lines = _named_lines(figure)
-    if len(figure.axes) > 1 or not lines:
+    if len(figure.axes) > 1 or not lines or not all(_is_readable(line, _grid(figure)) for line in lines):
         return Picture(f"{name}.png", caption, to_svg(figure, name))
     legends, (width, height) = figure.legends, figure.get_size_inches()
     figure.legends = []
@@ -235,10 +235,20 @@ def _named_lines(figure: Figure) -> list[Line2D]:
     return [by_name[name] for name in order or by_name if name in by_name]
 
 
+def _is_readable(line: Line2D, grid: Floats) -> bool:
+    """Whether a line says its value at every point of a chart's grid; between few points it would be made up."""
+    x = np.asarray(line.get_xdata(), np.float64)
+    return str(line.get_drawstyle()).startswith("steps") or np.array_equal(x, grid[: x.size])
+
+
+def _grid(figure: Figure) -> Floats:
+    """Where a chart's curves are read."""
+    return np.linspace(*figure.axes[0].get_xlim(), _GRID_POINTS)
+
+
 def _chart(figure: Figure, lines: Sequence[Line2D], name: str, svg: str) -> Chart:
     """What the page's script needs: the axes' place in the SVG just drawn, and every named line on one grid."""
-    (axes,) = figure.axes
-    grid = np.linspace(*axes.get_xlim(), _GRID_POINTS)
+    (axes,), grid = figure.axes, _grid(figure)
     width, height = 72.0 * figure.get_size_inches()  # an SVG of matplotlib's counts in points
     box = axes.get_position()
     curves = []
