@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench.settings import Settings
 from bench.timing import Line, Taken, interleaved, ratio, spread
 from core.config import load_config
+from core.cpu import settle
 from core.engine import Engine
 from core.records import Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
@@ -51,7 +51,7 @@ def trained(settings: Settings) -> RunDirectory:
 
 def budgets(settings: Settings) -> list[Line]:
     """Sequential and grid budgets against the fixed one; Dual RS against standard RS."""
-    torch.set_num_threads(1)
+    settle(1)
     run = trained(settings)
     config, alpha = run.config, run.config.certify.alpha
     work = replace(work_of(run, "certificates/dual-base")[0], device=settings.device)

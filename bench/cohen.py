@@ -4,7 +4,7 @@ One image at a time, n0 copies and then n, one noise level at a time, votes brou
 nothing shared between images. It takes nothing of this project but the two networks themselves: not the engine, the
 procedures, the noise, the bounds, or the denoiser's schedule.
 
-Written kindly: votes are counted by NumPy, where the original (locuslab/smoothing, core.py) counts them in Python.
+As the original (locuslab/smoothing, core.py) does it, down to the counting of votes in Python.
 """
 
 import math
@@ -58,7 +58,8 @@ class Smooth:
             batch = x.repeat((this_batch_size, 1, 1, 1))
             noise = self.draw(batch) * self.sigma
             predictions = self.base_classifier(batch + noise).argmax(1)
-            counts += np.bincount(predictions.cpu().numpy(), minlength=self.num_classes)
+            for vote in predictions.cpu().numpy():
+                counts[vote] += 1
         return counts
 
 

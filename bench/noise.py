@@ -7,6 +7,7 @@ import torch
 from bench.pairs import digits
 from bench.settings import Settings
 from bench.timing import Line, interleaved, ratio
+from core.cpu import settle
 from core.exact_noise import ExactNoise
 from core.network import Forward
 from core.noise import GaussianNoise, Noise
@@ -17,7 +18,7 @@ __all__ = ["noise"]
 
 def noise(settings: Settings) -> list[Line]:
     """Chunks of 100 copies of a digit, at each noise level."""
-    torch.set_num_threads(1)
+    settle(1)
     pair, cuda = digits(), settings.device == "cuda"
     network = pair.network(settings.device, Forward())
     kinds: dict[str, Noise] = {"Gaussian": GaussianNoise(0), "exact": ExactNoise(0)}

@@ -89,7 +89,7 @@ def digits() -> Pair:
     """The networks of `make demo`."""
     torch.manual_seed(0)
     denoiser = build_denoiser(small_unet_config(1, 8)).eval()
-    return Pair("digits pair", denoiser, SmallConvNet(1, 8, 10).eval(), (1, 8, 8), (0.12, 0.25, 0.5), 500)
+    return Pair("digits pair", denoiser, SmallConvNet(1, 8, 10).eval(), (1, 8, 8), (0.12, 0.25, 0.5), 1000)
 
 
 def larger() -> Pair:

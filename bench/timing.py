@@ -1,17 +1,33 @@
 """Timing that holds on a machine whose speed drifts: contestants take turns, and ratios are taken turn by turn."""
 
 import json
+import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["Line", "Spread", "Taken", "as_markdown", "interleaved", "machine", "ratio", "spread", "write_json"]
+__all__ = [
+    "Contestant",
+    "Line",
+    "Spread",
+    "Taken",
+    "apart",
+    "as_markdown",
+    "interleaved",
+    "machine",
+    "ratio",
+    "spread",
+    "write_json",
+]
 
 
 @dataclass(frozen=True)
@@ -44,13 +60,17 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(np.median(values)), float(min(values)), float(max(values)), len(values))
 
 
+Contestant = Callable[[], "float | Taken"]
+"""Returns how much work it did, or what its turn took where another process has to say that."""
+
+
 def interleaved(
-    contestants: Mapping[str, Callable[[], float]], repetitions: int, *, warm: bool = True, cuda: bool = False
+    contestants: Mapping[str, Contestant], repetitions: int, *, warm: bool = True, cuda: bool = False
 ) -> dict[str, list[Taken]]:
     """Let contestants take turns, in another order each time.
 
     Args:
-        contestants: each returns how much work it did.
+        contestants: by name.
         repetitions: that are counted.
         warm: whether each has a turn before, not counted: it fills caches.
         cuda: whether their work is done on a CUDA device, which is then waited for.
@@ -62,14 +82,55 @@ def interleaved(
     taken: dict[str, list[Taken]] = {name: [] for name in contestants}
     for repetition in range(-int(warm), repetitions):
         for name in order.permutation(list(contestants)).tolist():
-            wall, cpu = time.perf_counter(), time.process_time()
-            units = contestants[name]()
-            if cuda:
-                torch.cuda.synchronize()
-            turn = Taken(units, time.perf_counter() - wall, time.process_time() - cpu)
+            turn = _turn(contestants[name], cuda)
             if repetition >= 0:
                 taken[name].append(turn)
     return taken
+
+
+def _turn(contestant: Contestant, cuda: bool) -> Taken:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work = contestant()
+    if cuda:
+        torch.cuda.synchronize()
+    return work if isinstance(work, Taken) else Taken(work, time.perf_counter() - wall, time.process_time() - cpu)
+
+
+@contextmanager
+def apart(make: Callable[..., Mapping[str, Contestant]], *args: Any) -> Iterator[dict[str, Contestant]]:
+    """Contestants in a process of their own: with its memory and its settings, not those of this process.
+
+    Args:
+        make: makes them there, from `args`; it is pickled by its name.
+        args: small ones.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, make, args))
+    process.start()
+    there.close()
+
+    def ask(name: str) -> Taken:
+        here.send(name)
+        turn: Taken = here.recv()
+        return turn
+
+    try:
+        yield {name: partial(ask, name) for name in here.recv()}
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(pipe: Any, make: Callable[..., Mapping[str, Contestant]], args: Sequence[Any]) -> None:
+    contestants = make(*args)
+    pipe.send(list(contestants))
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:  # the other end is closed
+            return
+        pipe.send(_turn(contestants[name], cuda=False))
 
 
 def ratio(ours: Sequence[Taken], theirs: Sequence[Taken], clock: str = "wall_s") -> Spread:

@@ -17,6 +17,7 @@ from core.records import Counts
 
 __all__ = [
     "binomial_p_value",
+    "bound_and_radius",
     "certified_radius",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
@@ -87,6 +88,13 @@ def certified_radius(p_lower: ArrayLike, sigma: ArrayLike) -> Floats:
     p = np.asarray(p_lower, np.float64)
     radius = np.asarray(sigma, np.float64) * special.ndtri(np.maximum(p, 0.5)) * (1.0 - SLACK)
     return np.asarray(np.where(p > 0.5, radius, 0.0), np.float64)
+
+
+@functools.lru_cache(maxsize=65_536)
+def bound_and_radius(successes: int, num: int, alpha: float, sigma: float) -> tuple[float, float]:
+    """`clopper_pearson_lower` and the `certified_radius` of it; cached, for with few draws the same votes recur."""
+    p_lower = float(clopper_pearson_lower(successes, num, alpha))
+    return p_lower, float(certified_radius(p_lower, sigma))
 
 
 def largest_radius(sigma: float, num: int, alpha: float) -> float:

@@ -8,6 +8,7 @@ last one is padded: every forward pass has the same shape, so a row's result doe
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -71,13 +72,14 @@ class Finished(Generic[R]):
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """A live procedure's open request. Rows from next_row up to draws.start + draws.num are still to be launched."""
+    """A live procedure's open request. Rows from next_row up to end are still to be launched."""
 
     task: Task[Any]
     image: Tensor
     draws: Draws
     slot: int
     next_row: int
+    end: int
     # The chunk that next_row falls into and which of its rows may vote, when a batch ended inside it.
     carry: Tensor | None = None
     carry_valid: Tensor | None = None
@@ -130,8 +132,10 @@ class Engine:
         self._device = device
         self._width = 1 + max(head.num_outputs for head in network.heads.values())
         self._head_index = {name: i for i, name in enumerate(network.heads)}
-        # votes[slot, head, class]; the last class counts draws with non-finite logits; slot 0 takes the padding rows
+        # votes[slot, head, class]; the last class counts draws with non-finite logits; slot 0 takes the padding rows.
+        # A free slot holds zeros.
         self._votes = torch.zeros((max_live + 1, len(network.heads), self._width), dtype=torch.int64, device=device)
+        self._ones = torch.ones(batch_size, dtype=torch.int64, device=device)
         self._free_slots = list(range(max_live, 0, -1))
         self._lanes: dict[Hashable, _Lane] = {}
         self._noisy: Tensor | None = None
@@ -197,6 +201,8 @@ class Engine:
         """Forget unfinished work, so that an abandoned or failed run leaves nothing to the next one."""
         self._lanes.clear()
         self._in_flight.clear()
+        if self.live:
+            self._votes.zero_()
         self._free_slots = list(range(self.max_live, 0, -1))
         self.live = 0
 
@@ -230,9 +236,8 @@ class Engine:
             yield Finished(task.key, None, error)
             return
         slot = self._free_slots.pop()
-        self._votes[slot].zero_()
         lane = self._lanes.setdefault(self.network.lane(draws), _Lane())
-        lane.queue.append(_Request(task, image, draws, slot, draws.start))
+        lane.queue.append(_Request(task, image, draws, slot, draws.start, draws.start + draws.num))
         lane.rows += draws.num
 
     @torch.inference_mode()
@@ -240,33 +245,42 @@ class Engine:
         """Fill one batch from a lane, run it and add up its votes."""
         lane, noisy = self._lanes[lane_key], self._noisy
         assert noisy is not None
-        slots = np.zeros(self.batch_size, np.int64)
+        cells = np.zeros(self.batch_size, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0
         masks: list[tuple[int, Tensor]] = []
         sigmas = np.ones(self.batch_size, np.float32)  # padding rows: any valid level, their votes go to slot 0
         completed: list[_Request] = []
         row = 0
         while row < self.batch_size and lane.queue:
             request = lane.queue[0]
-            taken, may_vote = self._draw(request, noisy[row:])
-            slots[row : row + taken] = request.slot
-            if may_vote is not None:
-                masks.append((row, may_vote))
-            sigmas[row : row + taken] = request.draws.sigma
-            row += taken
-            lane.rows -= taken
-            if request.next_row == request.draws.start + request.draws.num:
+            first = row
+            while row < self.batch_size and request.next_row < request.end:
+                taken, may_vote = self._draw(request, noisy[row:])
+                if may_vote is not None:
+                    masks.append((row, may_vote))
+                row += taken
+            cells[first:row] = request.slot * self._votes[0].numel()
+            sigmas[first:row] = request.draws.sigma
+            lane.rows -= row - first
+            if request.next_row == request.end:
                 completed.append(lane.queue.popleft())
         self.rows_run += self.batch_size
-        slot_of_row = self._to_device(torch.from_numpy(slots))
+        cell_of_row = self._to_device(torch.from_numpy(cells))
         for first, mask in masks:  # on the device: reading the masks here would wait for all that is queued there
-            slot_of_row[first : first + len(mask)] *= mask
+            cell_of_row[first : first + len(mask)] *= mask
         logits = self._logits(lane_key, noisy, self._to_device(torch.from_numpy(sigmas)))
         for name, values in logits.items():
-            valid = torch.isfinite(values).all(dim=1)
-            vote = torch.where(valid, values.argmax(dim=1), self._width - 1)
-            flat = (slot_of_row * len(self._head_index) + self._head_index[name]) * self._width + vote
-            self._votes.view(-1).scatter_add_(0, flat, torch.ones_like(flat))
+            cell = self._votes_of(values).add_(cell_of_row).add_(self._head_index[name] * self._width)
+            self._votes.view(-1).scatter_add_(0, cell, self._ones)
         self._in_flight.append(self._read_later(completed))
+
+    def _votes_of(self, values: Tensor) -> Tensor:
+        """The class that each row votes for, int64; the last of `_votes` for rows with non-finite logits."""
+        vote = values.argmax(dim=1)
+        # What is not finite spoils the sum. Where looking would wait for the device, every row is looked at there.
+        if self._device.type == "cpu" and math.isfinite(values.sum().item()):
+            return vote
+        finite = values.abs().amax(dim=1) < torch.inf  # False for NaN too
+        return torch.where(finite, vote, self._width - 1)
 
     def _logits(self, lane: Hashable, noisy: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         """Logits of a batch, in micro-batches of the largest size that has fitted so far.
@@ -312,18 +326,20 @@ class Engine:
         return {name: torch.cat(values) for name, values in parts.items()}
 
     def _draw(self, request: _Request, rows: Tensor) -> tuple[int, Tensor | None]:
-        """Write the request's next noisy copies into `rows`, at most up to the end of a chunk.
+        """Write the request's next noisy copies into `rows`: whole chunks, or a piece of one.
 
         Returns:
             How many, and which of them may vote, bool ``(taken,)`` on the device (None: all).
         """
         draws, size = request.draws, self.noise.chunk_size
         chunk, offset = divmod(request.next_row, size)
-        taken = min(size - offset, draws.start + draws.num - request.next_row, len(rows))
+        taken = min(request.end - request.next_row, len(rows))
         key = (request.image, request.task.example_id, draws.phase, draws.sigma, chunk)
-        if taken == size:
-            valid = self.noise.corrupt(rows[:size], *key)
+        if offset == 0 and taken >= size:
+            taken -= taken % size
+            valid = self.noise.corrupt(rows[:taken], *key)
         else:
+            taken = min(taken, size - offset)
             # Noise is defined by whole chunks: draw all of it, use a part, keep it while there is more to use.
             if request.carry is None:
                 request.carry = torch.empty((size, *rows.shape[1:]), device=self._device)
@@ -340,8 +356,9 @@ class Engine:
         if not completed:
             return _Launched(completed, None, None)
         # By a pinned index: a plain list would be copied in a way that waits for the forward pass.
-        slots = torch.tensor([request.slot for request in completed])
-        votes = self._votes.index_select(0, self._to_device(slots))
+        slots = self._to_device(torch.tensor([request.slot for request in completed]))
+        votes = self._votes.index_select(0, slots)
+        self._votes.index_fill_(0, slots, 0)  # for the next requests there
         if self._device.type != "cuda":
             return _Launched(completed, votes, None)
         host = torch.empty(votes.shape, dtype=votes.dtype, pin_memory=True)

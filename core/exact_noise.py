@@ -22,6 +22,7 @@ vote: it counts against its class, as a lower bound needs it. That is one copy i
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -172,34 +173,36 @@ class ExactNoise:
     def corrupt(
         self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
     ) -> Tensor | None:
-        """Overwrite `out` with the chunk's noisy copies of `image`, Q(x + sigma z).
+        """Overwrite `out` with noisy copies of `image`, Q(x + sigma z).
 
         Args:
-            out: contiguous float32 ``(chunk_size, C, H, W)`` on the device that draws; multiples of 1/255 in
-                [-k, k + 1] on return.
+            out: contiguous float32 ``(N, C, H, W)`` on the device that draws, one or more whole chunks; multiples of
+                1/255 in [-k, k + 1] on return.
             image: float32 ``(C, H, W)``, multiples of 1/255 in [0, 1], same device.
             example_id: name of the image.
             phase: what the noise is for.
             sigma: noise level.
-            chunk: number of the chunk, from 0.
+            chunk: number of the first chunk, from 0.
 
         Returns:
-            bool ``(chunk_size,)``, True for copies that may vote; None when all may.
+            bool ``(N,)``, True for copies that may vote; None when all may.
 
         Raises:
             DataError: for an image that is not on the grid.
         """
         pixels = _grid_integers(image, example_id)
         table = exact_table(float(sigma))
-        # Hashed once more under a name of its own: exact and Gaussian noise of the same chunk share no stream.
-        digest = chunk_key(self.seed, example_id, phase, sigma, chunk)
-        key = int.from_bytes(hashlib.blake2b(digest, digest_size=16, person=b"exact").digest(), "little")
         fill = self._fill_on_host if out.device.type == "cpu" else self._fill_on_device
-        may_vote = fill(out, key, sigma)
+        masks = []
+        for first in range(0, len(out), self.chunk_size):
+            # Hashed once more under a name of its own: exact and Gaussian noise of the same chunk share no stream.
+            digest = chunk_key(self.seed, example_id, phase, sigma, chunk + first // self.chunk_size)
+            key = int.from_bytes(hashlib.blake2b(digest, digest_size=16, person=b"exact").digest(), "little")
+            masks.append(fill(out[first : first + self.chunk_size], key, sigma))
         out.add_(pixels).clamp_(-255 * table.k, 255 * (table.k + 1))
         # All integers up to here. By a tensor: CUDA divides by a number as it multiplies by its rounded inverse.
         out.div_(torch.full((), 255.0, device=out.device))
-        return may_vote
+        return _joined(masks, self.chunk_size, out)
 
     def _fill_on_host(self, out: Tensor, key: int, sigma: float) -> Tensor | None:
         """Overwrite `out` with integer noise from NumPy; returns the mask of `corrupt`."""
@@ -242,6 +245,17 @@ class ExactNoise:
             generator = self._generators[out.device] = torch.Generator(out.device)
         generator.manual_seed(key & (2**63 - 1))
         return torch.randint(2**BITS, out.shape, generator=generator, dtype=torch.int64, device=out.device)
+
+
+def _joined(masks: Sequence[Tensor | None], chunk_size: int, out: Tensor) -> Tensor | None:
+    """One mask for all chunks of `out`; None when all copies may vote."""
+    if all(mask is None for mask in masks):
+        return None
+    joined = torch.ones(len(out), dtype=torch.bool, device=out.device)
+    for number, mask in enumerate(masks):
+        if mask is not None:
+            joined[number * chunk_size : number * chunk_size + len(mask)] = mask
+    return joined
 
 
 def _grid_integers(image: Tensor, example_id: str) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.noise_key import chunk_key
@@ -56,44 +57,47 @@ class GaussianNoise:
     def corrupt(
         self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
     ) -> Tensor | None:
-        """Overwrite `out` with the chunk's noisy copies of `image`, float32 x + sigma * z.
+        """Overwrite `out` with noisy copies of `image`, float32 x + sigma * z.
 
         Args:
-            out: contiguous float32 ``(chunk_size, C, H, W)`` on the device that draws.
+            out: contiguous float32 ``(N, C, H, W)`` on the device that draws, one or more whole chunks.
             image: float32 ``(C, H, W)`` in [0, 1], same device.
             example_id: name of the image.
             phase: what the noise is for.
             sigma: noise level.
-            chunk: number of the chunk, from 0.
+            chunk: number of the first chunk, from 0.
 
         Returns:
-            bool ``(chunk_size,)``, True for copies that may vote; None when all may (always so for Gaussian noise).
+            bool ``(N,)``, True for copies that may vote; None when all may (always so for Gaussian noise).
         """
         self.fill(out, example_id, phase, sigma, chunk)
         torch.add(image, out, alpha=sigma, out=out)
         return None
 
     def fill(self, out: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int) -> None:
-        """Overwrite `out` with the chunk's standard normal draws.
+        """Overwrite `out` with the standard normal draws of chunks.
 
         Args:
-            out: contiguous float32 ``(chunk_size, C, H, W)`` on the device that draws.
+            out: contiguous float32 ``(N, C, H, W)`` on the device that draws, one or more whole chunks.
             example_id: name of the image.
             phase: what the noise is for.
             sigma: the level that it will be scaled to.
-            chunk: number of the chunk, from 0.
+            chunk: number of the first chunk, from 0.
         """
-        key = chunk_key(self.seed, example_id, phase, sigma, chunk)
-        if out.device.type == "cpu":
-            fill_normal(out, key)
-            return
-        generator = self._generators.get(out.device)
-        if generator is None:
-            generator = self._generators[out.device] = torch.Generator(out.device)
-        out.normal_(generator=generator.manual_seed(int.from_bytes(key, "little") & (2**63 - 1)))
+        size, host = self.chunk_size, out.numpy() if out.device.type == "cpu" else None
+        for first in range(0, len(out), size):
+            key = chunk_key(self.seed, example_id, phase, sigma, chunk + first // size)
+            if host is not None:
+                fill_normal(host[first : first + size], key)
+                continue
+            generator = self._generators.get(out.device)
+            if generator is None:
+                generator = self._generators[out.device] = torch.Generator(out.device)
+            generator.manual_seed(int.from_bytes(key, "little") & (2**63 - 1))
+            out[first : first + size].normal_(generator=generator)
 
 
-def fill_normal(out: Tensor, key: bytes) -> None:
-    """Overwrite `out`, contiguous float32 on the CPU, with the standard normal draws of a key (`core.noise_key`)."""
+def fill_normal(out: NDArray[np.float32], key: bytes) -> None:
+    """Overwrite `out`, contiguous, with the standard normal draws of a key (`core.noise_key`)."""
     seed = int.from_bytes(key, "little")
-    np.random.Generator(np.random.SFC64(seed)).standard_normal(dtype=np.float32, out=out.numpy())
+    np.random.Generator(np.random.SFC64(seed)).standard_normal(dtype=np.float32, out=out)

@@ -4,7 +4,7 @@ A procedure asks for draws by yielding `Draws` and is sent the votes. It knows n
 reads like the paper's pseudo-code and is tested by sending it counts.
 """
 
-from core.confidence import binomial_p_value, certified_radius, clopper_pearson_lower, top_two
+from core.confidence import binomial_p_value, bound_and_radius, top_two
 from core.errors import ConfigError
 from core.records import (
     ABSTAIN,
@@ -40,11 +40,11 @@ def certify(sigma: float, sampling: Sampling, head: str = CLASSIFIER) -> Procedu
 def certificate(selection: Counts, estimation: Counts, sigma: float, sampling: Sampling) -> Certificate:
     """The certificate that the votes of both phases give; also recomputes one from stored counts."""
     top_class = int(selection.argmax())
-    p_lower = float(clopper_pearson_lower(estimation[top_class], sampling.num_estimation, sampling.alpha))
+    p_lower, radius = bound_and_radius(int(estimation[top_class]), sampling.num_estimation, sampling.alpha, sigma)
     certified = p_lower > 0.5
     return Certificate(
         prediction=top_class if certified else ABSTAIN,
-        radius=float(certified_radius(p_lower, sigma)),
+        radius=radius,
         p_lower=p_lower,
         sigma=sigma,
         num_selection=sampling.num_selection,

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from core.config import Config
+from core.cpu import settle
 from core.data import Dataset, Split
 from core.errors import ConfigError
 from core.models.checkpoints import build_denoiser, load_classifier, load_denoiser, load_model
@@ -250,7 +251,7 @@ class _Training:
 
     def __init__(self, run: RunDirectory, train: Dataset, seconds: float) -> None:
         self._run, self._config, self._train, self._seconds = run, run.config, train, seconds
-        torch.set_num_threads(run.config.compute.train_threads)
+        settle(run.config.compute.train_threads)
 
     def rate(self, name: str) -> float | None:
         """Noisy copies per second of a part; None where one batch would take too long."""

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from core.config import Config
+from core.cpu import settle
 from core.data import Dataset
 from core.engine import Engine, Task
 from core.errors import DataError
@@ -68,7 +68,7 @@ class _Chooser:
     def __init__(self, choice: _Choice, device: str) -> None:
         check_visible(choice.root)
         if device == "cpu":
-            torch.set_num_threads(choice.config.compute.train_threads)
+            settle(choice.config.compute.train_threads)
         self._choice, self._data = choice, load_dataset(choice.config.dataset, "train")
         self._engine = choice.engine(self._data.num_classes, device)
 
@@ -130,7 +130,7 @@ def _read(folder: Folder, origin: Mapping[str, Any]) -> dict[int, float] | None:
 
 
 def _here(choice: _Choice, data: Dataset, places: NDArray[np.int64]) -> Iterator[tuple[int, float]]:
-    torch.set_num_threads(choice.config.compute.train_threads)
+    settle(choice.config.compute.train_threads)
     device = train_device(choice.config.compute)
     yield from choice.chosen(data, places.tolist(), choice.engine(data.num_classes, device))
 

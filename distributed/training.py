@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from core.config import Config
+from core.cpu import settle
 from core.data import Dataset
 from core.errors import ConfigError, DualRSError, ModelError
 from core.models.checkpoints import load_denoiser, load_model, save_model
@@ -199,7 +200,7 @@ def forget(lesson: Lesson) -> None:
 def _in_process(data: Dataset, lesson: Lesson, model: nn.Module, checkpoints: Checkpoints) -> Generator[Sign]:
     compute = lesson.config.compute
     device = train_device(compute)
-    torch.set_num_threads(compute.train_threads)
+    settle(compute.train_threads)
     training = Training(model.to(device), lesson.objective(data, device, 1))
     yield from _advance(training, checkpoints, writes=True)
 
@@ -294,7 +295,7 @@ def _worker(given: Mapping[str, Any]) -> None:
     rank = context.get_world_rank()
     check_visible(lesson.root)
     if compute.train_device == "cpu":
-        torch.set_num_threads(compute.train_threads)
+        settle(compute.train_threads)
     data = load_dataset(lesson.config.dataset, "train")
     if (found := data.digest()) != lesson.data_digest:
         raise ConfigError(

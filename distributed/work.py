@@ -17,6 +17,7 @@ import torch
 
 from core.batch_size import DeviceProbe, choose_batch_size
 from core.config import Config
+from core.cpu import settle
 from core.data import Dataset, Split
 from core.engine import Engine, Task
 from core.errors import ConfigError, ModelError
@@ -177,7 +178,7 @@ def build_engine(work: Work, num_classes: int, batch_size: int | None = None) ->
 
 def _load_network(work: Work, num_classes: int, forward: Forward) -> Network:
     if work.device == "cpu":
-        torch.set_num_threads(work.config.compute.threads_per_replica)
+        settle(work.config.compute.threads_per_replica)
     plain = build_network(work.model_files(), work.config, num_classes, work.device)
     return Network(plain.heads, plain.denoiser, plain.device, forward)
 

@@ -9,13 +9,14 @@ from torch import nn
 
 from core import SmoothedClassifier
 from core.config import DatasetConfig
+from core.cpu import settle
 from core.data import load_dataset
 
 SIGMA = 0.25
 
 # Your model and your images.
 torch.manual_seed(0)
-torch.set_num_threads(1)
+settle(1)
 train, test = load_dataset(DatasetConfig(), "train"), load_dataset(DatasetConfig(), "test")
 pixels, places = train.readable_pixels(range(len(train)))
 labels = torch.from_numpy(train.labels[places])

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from scipy.special import ndtri
 
 from core.confidence import clopper_pearson_lower, clopper_pearson_upper
 from core.config import DatasetConfig
+from core.cpu import settle
 from core.data import load_dataset
 from core.engine import Engine, Task
 from core.models.checkpoints import load_model
@@ -51,7 +51,7 @@ def two_sided(selection: np.ndarray, votes: np.ndarray, sigma: float, sampling: 
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    settle(1)
     models = Path(__file__).parent.parent / "models" / "digits" / "models"
     denoiser, classifier = (load_model(models / f"{name}.safetensors") for name in ("denoiser", "classifier"))
     engine = Engine(Network({CLASSIFIER: Head(classifier, 10)}, denoiser), GaussianNoise(0), batch_size=500)

@@ -19,13 +19,12 @@ def run(directory: RunDirectory) -> None:
     config, base = directory.config, directory.config.base
     if directory.is_done("train_base", writes=("denoiser", *config.classifiers)):
         return
-    import torch
-
+    from core.cpu import settle
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.training.base import train_classifier, train_denoiser
     from distributed.cluster import train_device
 
-    torch.set_num_threads(config.compute.train_threads)
+    settle(config.compute.train_threads)
     # With training workers the driver need not have a GPU.
     device = "cpu" if config.compute.train_workers else train_device(config.compute)
     interval = config.compute.progress_interval_s

@@ -60,7 +60,7 @@ class Samples:
         noise = torch.empty(len(chosen), copies, *self._data.shape)
         for row, number in zip(noise, chosen.tolist(), strict=True):
             example_id = self._data.example_ids[self._places[number]]
-            fill_normal(row, training_key(self._seed, self._name, "noise", epoch, example_id))
+            fill_normal(row.numpy(), training_key(self._seed, self._name, "noise", epoch, example_id))
         images = torch.from_numpy(np.stack([self._image(number) for number in chosen.tolist()])).float().div_(255.0)
         levels = torch.as_tensor(sigmas, dtype=torch.float32).view(-1, 1, 1, 1, 1)
         return noise.mul_(levels).add_(images[:, None]).transpose(0, 1).reshape(-1, *self._data.shape)
