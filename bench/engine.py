@@ -1,14 +1,15 @@
 """The engine against its floor, the bare forward pass, and against the loop that people run now (`bench.cohen`).
 
-All three run the same networks, numbers of draws, batch size, device and threads (one, as a replica has), in turns.
-The engine is given enough images that the padding of its first and last batch is below 1% of the rows. Engine and floor
-run in a process that is settled as a replica is (`core.cpu`); the loop runs in an ordinary one, as people run it, and
-once more beside the engine.
+All three run the same networks, numbers of draws, batch size, device and threads (one, as a replica has), in turns of
+half a second where batches are small. The engine's last batch, the only one that is padded, is left out: a run has
+one. Engine and floor run in a process that is settled as a replica is (`core.cpu`); the loop runs in an ordinary one,
+as people run it, and once more beside the engine.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 
@@ -34,66 +35,59 @@ class _Race:
         make: makes the networks.
         batch_size: of all of them.
         sampling: of a certificate.
-        images: that the engine certifies; floor and loop do about half of that work in a turn.
         sigmas: noise levels that each image is certified at.
+        images: that the loop certifies in a turn; the others run as many rows, or a little more.
     """
 
     make: Callable[[], Pair]
     batch_size: int
     sampling: Sampling
-    images: int
     sigmas: tuple[float, ...]
+    images: int
 
     @property
-    def rows_per_image(self) -> int:
-        """Noisy copies of an image, at all noise levels."""
-        return len(self.sigmas) * (self.sampling.num_selection + self.sampling.num_estimation)
+    def rows(self) -> int:
+        """Noisy copies in a turn."""
+        return self.images * len(self.sigmas) * (self.sampling.num_selection + self.sampling.num_estimation)
 
     def floor(self, pair: Pair, network: Network) -> Callable[[], float]:
         """Bare forward passes."""
-        return pair.floor(network, self.batch_size, max(1, self.images * self.rows_per_image // (2 * self.batch_size)))
+        return pair.floor(network, self.batch_size, -(-self.rows // self.batch_size))
 
     def loop(self, pair: Pair, device: str) -> Callable[[], float]:
         """What people run now."""
-        denoiser = pair.denoiser
+        unet, schedule, num_steps = pair.denoiser.unet, pair.denoiser.schedule, pair.denoiser.num_steps
         smoothed = [
-            Smooth(
-                denoise_and_classify(
-                    denoiser.unet, pair.classifier, sigma, denoiser.schedule, denoiser.num_steps, device
-                ),
-                10,
-                sigma,
-            )
+            Smooth(denoise_and_classify(unet, pair.classifier, sigma, schedule, num_steps, device), 10, sigma)
             for sigma in self.sigmas
         ]
-        some, sampling = pair.images(max(1, self.images // 2)), self.sampling
+        images, sampling = pair.images(self.images), self.sampling
 
         def run() -> float:
-            for image in some:
+            for image in images:
+                x = image.to(device)
                 for one in smoothed:
-                    one.certify(
-                        image.to(device),
-                        sampling.num_selection,
-                        sampling.num_estimation,
-                        sampling.alpha,
-                        self.batch_size,
-                    )
-            return len(some) * self.rows_per_image
+                    one.certify(x, sampling.num_selection, sampling.num_estimation, sampling.alpha, self.batch_size)
+            return self.rows
 
         return run
 
     def engine(self, pair: Pair, network: Network) -> Callable[[], float]:
-        """This project; the padding is its own loss."""
-        images = pair.images(self.images)
+        """This project, in the midst of a run that has no end: a turn goes on where the last one stopped."""
+        images = pair.images(100)
+        tasks = (
+            Task((number, sigma), f"image {number}", images[number % 100], certify(sigma, self.sampling))
+            for number in count()
+            for sigma in self.sigmas
+        )
+        engine = Engine(network, GaussianNoise(0), batch_size=self.batch_size)
+        finished = engine.run(tasks)
 
         def run() -> float:
-            runner = Engine(network, GaussianNoise(0), batch_size=self.batch_size)
-            tasks = (
-                Task((place, sigma), f"image {place}", image, certify(sigma, self.sampling))
-                for place, image in enumerate(images)
-                for sigma in self.sigmas
-            )
-            return sum(done.result.num_draws for done in runner.run(tasks))
+            before = engine.rows_run
+            while engine.rows_run < before + self.rows:
+                _ = next(finished).result
+            return engine.rows_run - before
 
         return run
 
@@ -115,14 +109,14 @@ def _compare(
     sigmas: tuple[float, ...],
     of_floor: str = "",
     of_loop: str = "",
-    turns: int | None = None,
+    rounds: int = 1,
 ) -> list[Line]:
     settle(1)
     cpu, pair = settings.device == "cpu", make()
     network = pair.network(settings.device, settings.forward)
     batch_size = 4 if settings.tiny else pair.best_batch(network)
     sampling = Sampling(4, 8, 0.001) if settings.tiny else Sampling(100, num, 0.001)
-    race = _Race(make, batch_size, sampling, 1 if settings.tiny else images, sigmas)
+    race = _Race(make, batch_size, sampling, sigmas, 1 if settings.tiny else images)
     sides = {
         "floor": race.floor(pair, network),
         "engine": race.engine(pair, network),
@@ -131,8 +125,8 @@ def _compare(
     # The loop as people run it knows nothing of what this process does with its memory.
     ordinary: AbstractContextManager[dict[str, Contestant]] = apart(_ordinary, race) if cpu else nullcontext({})
     with ordinary as others:
-        warm = not settings.tiny and turns is None
-        taken = interleaved({**sides, **others}, turns or settings.turns, warm=warm, cuda=not cpu)
+        rounds = 1 if settings.tiny else rounds
+        taken = interleaved({**sides, **others}, settings.turns, rounds=rounds, warm=not settings.tiny, cuda=not cpu)
 
     def line(ours: str, theirs: str, words: str, wanted: str = "") -> Line:
         in_cpu = ratio(taken[ours], taken[theirs], "cpu_s") if cpu else None
@@ -155,22 +149,19 @@ def _compare(
 
 def engine(settings: Settings) -> list[Line]:
     """One noise level, a fixed number of draws."""
-    sigmas = digits().sigmas[-1:]
-    found = []
-    for num, images, of_floor, of_loop in ((10_000, 8, ">= 0.97", "> 1.0"), (2_400, 32, "", "")):
-        found += _compare(settings, digits, "engine", num, images, sigmas, of_floor, of_loop)
-    # Seconds a batch: few turns, and a number of draws that fills whole batches.
-    return found + _compare(
-        settings, larger, "engine", 860, 2, larger().sigmas[-1:], of_loop=">= 1.0", turns=min(settings.turns, 2)
-    )
+    small, big = digits().sigmas[-1:], larger().sigmas[-1:]
+    return [  # as many draws as fill whole batches where a batch takes long
+        *_compare(settings, digits, "engine", 10_000, 1, small, ">= 0.97", "> 1.0", rounds=10),
+        *_compare(settings, digits, "engine", 2_400, 4, small, rounds=10),
+        *_compare(settings, larger, "engine", 860, 1, big, of_loop=">= 1.0"),
+    ]
 
 
 def labels(settings: Settings) -> list[Line]:
     """All noise levels, n = 100, as the variance estimator's training set is made."""
-    turns = min(settings.turns, 2)
     return [
-        *_compare(settings, digits, "labels", 100, 256, digits().sigmas, ">= 0.95", ">= 1.5"),
-        *_compare(settings, larger, "labels", 100, 2, larger().sigmas, of_loop=">= 1.0", turns=turns),
+        *_compare(settings, digits, "labels", 100, 17, digits().sigmas, ">= 0.95", ">= 1.5", rounds=10),
+        *_compare(settings, larger, "labels", 100, 1, larger().sigmas, of_loop=">= 1.0"),
     ]
 
 

@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Taken:
-    """One turn of a contestant.
+    """A turn of a contestant, or several.
 
     Attributes:
         units: of work that it did, as it says itself.
@@ -65,26 +65,35 @@ Contestant = Callable[[], "float | Taken"]
 
 
 def interleaved(
-    contestants: Mapping[str, Contestant], repetitions: int, *, warm: bool = True, cuda: bool = False
+    contestants: Mapping[str, Contestant], repetitions: int, *, rounds: int = 1, warm: bool = True, cuda: bool = False
 ) -> dict[str, list[Taken]]:
     """Let contestants take turns, in another order each time.
+
+    The shorter a turn, the less the machine drifts between those that are compared; the more of them, the less a
+    single disturbance counts.
 
     Args:
         contestants: by name.
         repetitions: that are counted.
+        rounds: turns that each takes in a repetition; they are added up.
         warm: whether each has a turn before, not counted: it fills caches.
         cuda: whether their work is done on a CUDA device, which is then waited for.
 
     Returns:
-        The turns of each contestant; those of the same number belong together.
+        What each repetition took of each contestant; those of the same number belong together.
     """
     order = np.random.default_rng(0)
     taken: dict[str, list[Taken]] = {name: [] for name in contestants}
-    for repetition in range(-int(warm), repetitions):
-        for name in order.permutation(list(contestants)).tolist():
-            turn = _turn(contestants[name], cuda)
-            if repetition >= 0:
-                taken[name].append(turn)
+    if warm:
+        for contestant in contestants.values():
+            _turn(contestant, cuda)
+    for _ in range(repetitions):
+        total = dict.fromkeys(contestants, Taken(0.0, 0.0, 0.0))
+        for name in np.concatenate([order.permutation(list(contestants)) for _ in range(rounds)]).tolist():
+            turn, so_far = _turn(contestants[name], cuda), total[name]
+            total[name] = Taken(so_far.units + turn.units, so_far.wall_s + turn.wall_s, so_far.cpu_s + turn.cpu_s)
+        for name, sum_of_turns in total.items():
+            taken[name].append(sum_of_turns)
     return taken
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from bench import __main__ as command
 from bench.cohen import ABSTAIN, Smooth, denoise_and_classify
 from bench.settings import Settings
-from bench.timing import Line, Spread, Taken, as_markdown, interleaved, ratio, spread
+from bench.timing import Line, Spread, Taken, apart, as_markdown, interleaved, ratio, spread
 from core.engine import Engine, Task
 from core.models.checkpoints import build_denoiser
 from core.models.denoiser import Schedule, small_unet_config
@@ -79,10 +80,25 @@ def test_interleaved_gives_every_contestant_its_turns_and_ratio_compares_them_pa
     assert [len(turns) for turns in taken.values()] == [4, 4]
     assert [sorted(seen[turn : turn + 2]) for turn in range(0, 10, 2)] == [["a", "b"]] * 5  # the first is not counted
     assert all(turn.units == 3.0 and turn.wall_s > 0 for turns in taken.values() for turn in turns)
+    added = interleaved({"a": side("a"), "b": side("b")}, 2, rounds=3, warm=False)
+    assert [[turn.units for turn in turns] for turns in added.values()] == [[9.0, 9.0], [9.0, 9.0]]
     ours = [Taken(10, 2.0, 1.0), Taken(10, 1.0, 1.0), Taken(10, 5.0, 1.0)]
     theirs = [Taken(20, 2.0, 4.0), Taken(20, 4.0, 4.0), Taken(20, 10.0, 4.0)]
     assert ratio(ours, theirs) == Spread(1.0, 0.5, 2.0, 3)
     assert ratio(ours, theirs, "cpu_s").median == 2.0
+
+
+def elsewhere(exponent: int) -> dict[str, Callable[[], float]]:
+    return {"power": lambda: 2.0**exponent, "process": lambda: float(os.getpid())}
+
+
+def test_apart_contestants_run_in_one_process_of_their_own() -> None:
+    with apart(elsewhere, 5) as contestants:
+        taken = interleaved(contestants, 2, warm=False)
+    assert [turn.units for turn in taken["power"]] == [32.0, 32.0]
+    (process,) = {turn.units for turn in taken["process"]}
+    assert process != os.getpid()
+    assert all(turn.wall_s >= 0 and turn.cpu_s >= 0 for turn in taken["power"])
 
 
 @pytest.mark.parametrize(

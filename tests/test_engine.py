@@ -80,6 +80,7 @@ def test_run_non_finite_logits_count_for_no_class() -> None:
         logits = torch.stack([torch.ones(len(noisy)), torch.zeros(len(noisy))], dim=1)
         logits[noisy[:, 0, 0, 0] > 0.5, 1] = torch.nan
         logits[noisy[:, 0, 0, 0] < 0.2, 0] = torch.inf
+        logits[noisy[:, 0, 0, 1] < 0.0, 1] = -torch.inf
         return logits
 
     result = run(half_broken, 64, num=1)[0, 0.25]
@@ -87,6 +88,18 @@ def test_run_non_finite_logits_count_for_no_class() -> None:
     assert result.counts_estimation.tolist() == expected.tolist()
     assert 0 < result.counts_estimation.sum() < 250
     assert result.num_non_finite == 350 - result.counts_estimation.sum() - result.counts_selection.sum()
+
+
+def test_run_finite_logits_count_where_their_sum_overflows() -> None:
+    def large(noisy: Tensor) -> Tensor:
+        logits = torch.full((len(noisy), 2), 3e38)
+        logits[noisy[:, 0, 0, 0] > 0.5, 0] = 0.0
+        return logits
+
+    result = run(large, 64, num=1)[0, 0.25]
+    expected = naive_counts(large, images(1)[0], 3, "x0", "estimation", 0.25, 250, 2)
+    assert result.counts_estimation.tolist() == expected.tolist()
+    assert result.counts_estimation.sum() == 250
 
 
 def test_run_every_forward_pass_has_the_batch_shape() -> None:

@@ -268,6 +268,36 @@ def test_corrupt_copies_with_an_ambiguous_pixel_may_not_vote(kind: type[Planted]
     assert mask.tolist() == [False, True, False, True]
 
 
+@PATHS
+def test_corrupt_several_chunks_at_once_gives_what_each_gives_alone(kind: type[ExactNoise]) -> None:
+    many, image = torch.empty(12, 1, 2, 2), pixels(7, (1, 2, 2))
+    kind(0, chunk_size=4).corrupt(many, image, "a", Phase.SELECTION, 0.25, 5)
+    for place in range(3):
+        one = torch.empty(4, 1, 2, 2)
+        kind(0, chunk_size=4).corrupt(one, image, "a", Phase.SELECTION, 0.25, 5 + place)
+        assert torch.equal(many[4 * place : 4 * place + 4], one)
+
+
+def test_corrupt_several_chunks_at_once_masks_copies_of_the_right_one() -> None:
+    class Second(ExactNoise):
+        """The third copy of the second chunk is ambiguous."""
+
+        chunks = 0
+
+        def _uniform_on_host(self, generator: np.random.SFC64, num: int) -> Ints:
+            uniform = super()._uniform_on_host(generator, num)
+            self.chunks += 1
+            if self.chunks == 2:
+                uniform[4] = exact_table(0.25).floors[500]
+            return uniform
+
+    out, image = torch.empty(12, 1, 1, 2), pixels(7, (1, 1, 2))
+    mask = Second(0, chunk_size=4).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0)
+    assert mask is not None
+    assert mask.tolist() == [True] * 6 + [False] + [True] * 5
+    assert ExactNoise(0, chunk_size=4).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0) is None
+
+
 def test_corrupt_in_blocks_gives_the_same_copies_and_masks_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = integers(ExactNoise(0, chunk_size=3), 0.25, shape=(1, 4, 4))
     monkeypatch.setattr(exact_noise, "BLOCK", 7)

@@ -27,6 +27,12 @@ def test_fill_any_part_of_the_key_changed_gives_other_noise() -> None:
         assert abs(correlation) < 5 / np.sqrt(one.numel())
 
 
+def test_fill_several_chunks_at_once_gives_what_each_gives_alone() -> None:
+    out = torch.empty(300, 3, 8, 8)
+    GaussianNoise(0).fill(out, "a", Phase.SELECTION, 0.5, 4)
+    assert torch.equal(out, torch.cat([chunk(number=number) for number in (4, 5, 6)]))
+
+
 def test_fill_is_standard_normal() -> None:
     values = torch.cat([chunk(number=i).flatten() for i in range(10)]).double().numpy()
     assert abs(values.mean()) < 5 / np.sqrt(len(values))
