@@ -109,7 +109,7 @@ def _compare(
     sigmas: tuple[float, ...],
     of_floor: str = "",
     of_loop: str = "",
-    rounds: int = 1,
+    rounds: int = 0,
 ) -> list[Line]:
     settle(1)
     cpu, pair = settings.device == "cpu", make()
@@ -125,8 +125,10 @@ def _compare(
     # The loop as people run it knows nothing of what this process does with its memory.
     ordinary: AbstractContextManager[dict[str, Contestant]] = apart(_ordinary, race) if cpu else nullcontext({})
     with ordinary as others:
-        rounds = 1 if settings.tiny else rounds
-        taken = interleaved({**sides, **others}, settings.turns, rounds=rounds, warm=not settings.tiny, cuda=not cpu)
+        # Without a number of rounds a single turn takes long: two of them.
+        turns = settings.turns if rounds else min(settings.turns, 2)
+        rounds = 1 if settings.tiny else max(1, rounds)
+        taken = interleaved({**sides, **others}, turns, rounds=rounds, warm=not settings.tiny, cuda=not cpu)
 
     def line(ours: str, theirs: str, words: str, wanted: str = "") -> Line:
         in_cpu = ratio(taken[ours], taken[theirs], "cpu_s") if cpu else None

@@ -68,7 +68,7 @@ def _prepare(folder: Path, num: int, tiny: bool) -> RunDirectory:
         "labels": {"num_selection": 10, "num_estimation": 10} if tiny else {"num_estimation": 40 + 100 * num},
         "dataset": {"test_size": 1700 if tiny else 1000},
         "compute": {
-            "batch_size": 100 if tiny else 500,
+            "batch_size": 100 if tiny else 1000,
             "shard_seconds": 0.01 if tiny else 1.0,
             "part_rows": 1,
             "progress_interval_s": 1e9,
