@@ -177,7 +177,7 @@ def forward(settings: Settings) -> list[Line]:
     for pair in (digits(),) if settings.tiny else (digits(), larger()):
         base = pair.network(settings.device, Forward())
         best = 8 if settings.tiny else pair.best_batch(base)
-        rows = best if settings.tiny else 16 * best if pair.batch_size > 64 else 2 * best
+        rows = best if settings.tiny else 8 * best if pair.batch_size > 64 else best
         sides: dict[str, Callable[[], float]] = {
             f"batch {size}": pair.floor(base, size, max(1, rows // size))
             for size in sorted({best // 4, best // 2, best, 2 * best, 4 * best})
@@ -193,8 +193,7 @@ def forward(settings: Settings) -> list[Line]:
             sides[f"batch {best}, {name}"] = copy.floor(copy.network(settings.device, way), best, max(1, rows // best))
         if not cuda:
             sides[f"batch {best}, 2 threads"] = _with_threads(2, sides[f"batch {best}"])
-        turns = settings.turns if pair.batch_size > 64 else min(settings.turns, 3)
-        taken = interleaved(sides, turns, cuda=cuda)
+        taken = interleaved(sides, settings.turns, rounds=1 if settings.tiny else 4, cuda=cuda)
         reference = taken[f"batch {best}"]
         for name in sides:
             if name != f"batch {best}":
