@@ -1,15 +1,20 @@
 """Two replicas on Ray against one, on the same machine: with everything that Ray, shards and commits take.
 
-Each turn certifies the digits (networks of the demo's architecture, random weights, a thread to a replica) for long
-enough that starting and ending do not show: what counts is the time between the first commits and the last shards that
-all replicas are busy with. Beside it, what the machine gives two bare engines in processes of their own over one: two
-replicas cannot do better, and where they have as many cores as there are, what Ray's own processes compute is missing.
+Two replicas certify the digits (networks of the demo's architecture, random weights, a thread to a replica). In every
+other window of some seconds one of them is stopped by a signal, so that both sides are measured in one run, seconds
+apart. Beside it, the same with two bare engines in processes of their own: what the machine has to give. Where there
+are as many replicas as cores, what Ray's own processes compute is missing; it is measured too.
 """
 
 import multiprocessing
+import os
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bench.settings import Settings
 from bench.timing import Line, spread
@@ -35,46 +41,39 @@ __all__ = ["replicas"]
 
 
 def replicas(settings: Settings) -> list[Line]:
-    """Rates with two over rates with one: of bare engines, and of replicas on Ray."""
-    turns, most = min(settings.turns, 2), 2
-    bare: dict[int, list[float]] = {1: [], most: []}
-    on_ray: dict[int, list[float]] = {1: [], most: []}
-    with tempfile.TemporaryDirectory() as folder:
-        run = _prepare(Path(folder) / "bare", most, settings.tiny)
-        work = replace(work_of(run, "dataset")[0], device="cpu")
-        with connected(run.config.compute):
-            for turn in range(turns):
-                for num in np.random.default_rng(turn).permutation([1, most]).tolist():
-                    on_ray[num].append(_on_ray(Path(folder) / f"{num}-{turn}", num, settings.tiny))
-        for turn in range(turns):  # when Ray is gone
-            for num in np.random.default_rng(turn).permutation([1, most]).tolist():
-                bare[num].append(_bare_engines(work, 0.2 if settings.tiny else 5.0, num))
-
-    def line(what: str, ours: list[float], theirs: list[float], wanted: str = "") -> Line:
-        return Line("replicas", what, spread([a / b for a, b in zip(ours, theirs, strict=True)]), wanted=wanted)
-
+    """Rates with two over rates with one: of replicas on Ray, and of bare engines; and what Ray takes."""
+    window, turns = (0.5, 1) if settings.tiny else (5.0, min(settings.turns, 2))
+    on_ray, bare, cores = [], [], []
+    for _ in range(turns):
+        with tempfile.TemporaryDirectory() as folder:
+            run = _prepare(Path(folder), settings.tiny)
+            with connected(run.config.compute):
+                gain, taken = _on_ray(run, window)
+            on_ray.append(gain)
+            cores.append(taken)
+            work = replace(work_of(run, "dataset")[0], device="cpu")
+            bare.append(_bare_engines(work, window))
     return [
-        line("2 replicas on Ray / 1: rows per second", on_ray[2], on_ray[1], ">= 1.9"),
-        line("2 bare engines / 1: rows per second", bare[2], bare[1]),
-        line("1 replica on Ray / 1 bare engine", on_ray[1], bare[1]),
-        line("2 replicas on Ray / 2 bare engines", on_ray[2], bare[2]),
+        Line("replicas", "2 replicas on Ray / 1: rows per second", spread(on_ray), wanted=">= 1.9"),
+        Line("replicas", "2 bare engines / 1: rows per second", spread(bare)),
+        Line("replicas", "Ray's own processes and the driver beside 2 replicas", spread(cores), unit="cores"),
     ]
 
 
-def _prepare(folder: Path, num: int, tiny: bool) -> RunDirectory:
-    """A run directory with random networks."""
+def _prepare(folder: Path, tiny: bool) -> RunDirectory:
+    """A run directory with random networks, and work for about two minutes."""
     plain = {
         "sigmas": [0.12, 0.25, 0.5],
-        "labels": {"num_selection": 10, "num_estimation": 10} if tiny else {"num_estimation": 40 + 100 * num},
-        "dataset": {"test_size": 1700 if tiny else 1000},
+        "labels": {"num_selection": 10, "num_estimation": 200} if tiny else {"num_estimation": 2000},
         "compute": {
             "batch_size": 100 if tiny else 1000,
-            "shard_seconds": 0.01 if tiny else 1.0,
+            "shard_seconds": 0.1 if tiny else 1.0,
             "part_rows": 1,
             "progress_interval_s": 1e9,
-            "min_replicas": num,
-            "max_replicas": num,
+            "min_replicas": 2,
+            "max_replicas": 2,
         },
+        "dataset": {"test_size": 1000},
         "report": {"radii": [0.0]},
     }
     run = RunDirectory(folder, parse_config(plain))
@@ -87,47 +86,134 @@ def _prepare(folder: Path, num: int, tiny: bool) -> RunDirectory:
     return run
 
 
-def _on_ray(folder: Path, num: int, tiny: bool) -> float:
-    """Rows per second between the first commits and the last shards that all replicas are busy with."""
-    run = _prepare(folder, num, tiny)
-    work, store = work_of(run, "dataset")[0], ShardStore(run.folder, "dataset")
-    certify_store(run, "dataset")
-    plan = store.read_plan()
-    assert plan is not None
-    commits = [(moment, int(plan.sizes[list(shards)].sum())) for moment, shards in store.commits()]
-    inner = commits[2 * num : -10 * num]  # the last shards are smaller, and at the very end a replica has none
-    return sum(examples for _, examples in inner[1:]) * work.draws_per_example / (inner[-1][0] - inner[0][0])
+@contextmanager
+def _stopped(process: int) -> Iterator[None]:
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
 
 
-def _bare_engines(work: Work, seconds: float, num: int) -> float:
-    """Rows per second of processes that run at once, in sum."""
+def _gain(workers: Sequence[int], window: float, go_on: Callable[[], bool], rows: Callable[[], int]) -> float:
+    """Rows per second of both workers over those of one, in windows that take turns.
+
+    What is under way when a window ends is counted in the next one, as often to the one side as to the other.
+
+    Args:
+        workers: processes.
+        window: seconds.
+        go_on: whether there is work for another window.
+        rows: that are done.
+    """
+    done, took = {True: 0, False: 0}, {True: 0.0, False: 0.0}
+
+    def wait(both: bool) -> None:
+        begin, before = time.monotonic(), rows()
+        time.sleep(window)
+        if go_on():
+            done[both] += rows() - before
+            took[both] += time.monotonic() - begin
+
+    turn = 0
+    while go_on():
+        wait(both=True)
+        with _stopped(workers[turn % 2]):
+            wait(both=False)
+        turn += 1
+    if not done[False]:
+        raise RuntimeError("the work ended before there was a window with one worker: give this machine more of it")
+    return (done[True] / took[True]) / (done[False] / took[False])
+
+
+def _on_ray(run: RunDirectory, window: float) -> tuple[float, float]:
+    """The gain, and the cores that Ray and the driver take while both replicas run."""
+    store, ended = ShardStore(run.folder, "dataset"), threading.Event()
+    rows_per_example = work_of(run, "dataset")[0].draws_per_example
+
+    def sizes() -> NDArray[np.int64]:
+        plan = store.read_plan()
+        return np.zeros(0, np.int64) if plan is None else plan.sizes
+
+    def share() -> float:
+        """Of the shards that are committed."""
+        return len(store.committed()) / max(1, len(sizes()))
+
+    def watch() -> tuple[float, float]:
+        while share() < 0.1 and not ended.is_set():  # both have loaded and are warm
+            time.sleep(0.2)
+        family, of_shard = _family(), sizes()
+        workers = [process for process, name in family.items() if name.startswith("ray::MapWorker")]
+        others = family.keys() - set(workers)
+        begin, before = time.monotonic(), sum(map(_cpu_seconds, others))
+        time.sleep(2 * window)
+        cores = (sum(map(_cpu_seconds, others)) - before) / (time.monotonic() - begin)
+
+        def go_on() -> bool:  # the last shards are smaller, and at the very end a replica has none
+            return share() < 0.85 and not ended.is_set()
+
+        gain = _gain(workers, window, go_on, lambda: int(of_shard[list(store.committed())].sum()) * rows_per_example)
+        return gain, cores
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            certify_store(run, "dataset")
+        finally:
+            ended.set()
+        return watching.result()
+
+
+def _family() -> dict[int, str]:
+    """This process and all that descend from it, with their names; of Linux."""
+    parents, names = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has ended
+            continue
+    ours, found = {os.getpid()}, {os.getpid()}
+    while found:
+        found = {process for process, parent in parents.items() if parent in ours and process not in ours}
+        ours |= found
+    return {process: names.get(process, "") for process in ours}
+
+
+def _cpu_seconds(process: int) -> float:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _bare_engines(work: Work, window: float) -> float:
+    """The gain of two engines without Ray."""
     context = multiprocessing.get_context("spawn")
-    barrier, rates = context.Barrier(num), context.Queue()
-    processes = [context.Process(target=_bare, args=(work, seconds, barrier, rates)) for _ in range(num)]
+    rows = [context.Value("q", 0) for _ in range(2)]
+    processes = [context.Process(target=_bare, args=(work, counter), daemon=True) for counter in rows]
     for process in processes:
         process.start()
-    total = sum(rates.get(timeout=seconds + 120) for _ in processes)
-    for process in processes:
-        process.join()
-    return float(total)
+    try:
+        while min(counter.value for counter in rows) < 5 * 1000:  # warm
+            time.sleep(0.1)
+        pids, end = [int(process.pid or 0) for process in processes], time.monotonic() + 20 * window
+        return _gain(pids, window, lambda: time.monotonic() < end, lambda: sum(counter.value for counter in rows))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
-def _bare(work: Work, seconds: float, barrier: Any, rates: Any) -> None:
+def _bare(work: Work, counter: Any) -> None:
     data = load_dataset(work.config.dataset, work.split)
-    engine = build_engine(work, data.num_classes)
+    engine = build_engine(work, data.num_classes, 1000)
 
     def tasks() -> Iterator[Any]:
         for number in count():
             for procedure in procedures(work):
                 yield make_task(number, data, number % len(data), procedure)
 
-    start, rows = None, 0
-    barrier.wait()
     for _ in engine.run(tasks()):
-        now = time.perf_counter()
-        if start is None:
-            if engine.rows_run > 5 * engine.batch_size:  # warm
-                start, rows = now, engine.rows_run
-        elif now - start > seconds:
-            rates.put((engine.rows_run - rows) / (now - start))
-            return
+        counter.value = engine.rows_run

@@ -16,8 +16,8 @@ def settle(threads: int) -> None:
 
     A forward pass allocates and frees tens of megabytes of activations. glibc hands them back to the system in between,
     which then maps and zeroes every page again for the next pass: a third of the time of a small network
-    (docs/performance.md). What is kept is the most that was in use at once. In threads other than the main one, single
-    tensors above 64 MiB are handed back all the same; other C libraries are left as they are.
+    (docs/performance.md). What is kept is about the most that was in use at once. In threads other than the main one,
+    single tensors above 64 MiB are handed back all the same; other C libraries are left as they are.
 
     Args:
         threads: at least 1.
