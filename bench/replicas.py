@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bench.settings import Settings
 from bench.timing import Line, spread
@@ -131,29 +130,29 @@ def _on_ray(run: RunDirectory, window: float) -> tuple[float, float]:
     store, ended = ShardStore(run.folder, "dataset"), threading.Event()
     rows_per_example = work_of(run, "dataset")[0].draws_per_example
 
-    def sizes() -> NDArray[np.int64]:
-        plan = store.read_plan()
-        return np.zeros(0, np.int64) if plan is None else plan.sizes
-
-    def share() -> float:
-        """Of the shards that are committed."""
-        return len(store.committed()) / max(1, len(sizes()))
-
     def watch() -> tuple[float, float]:
-        while share() < 0.1 and not ended.is_set():  # both have loaded and are warm
+        while (plan := store.read_plan()) is None and not ended.is_set():
             time.sleep(0.2)
-        family, of_shard = _family(), sizes()
+        sizes = np.zeros(0, np.int64) if plan is None else plan.sizes
+
+        def goes_on(share: float) -> bool:
+            """Whether less than a share of the shards is committed."""
+            return len(store.committed()) < share * len(sizes) and not ended.is_set()
+
+        while goes_on(0.1):  # until both have loaded and are warm
+            time.sleep(0.2)
+        family = _family()
         workers = [process for process, name in family.items() if name.startswith("ray::MapWorker")]
         others = family.keys() - set(workers)
         begin, before = time.monotonic(), sum(map(_cpu_seconds, others))
         time.sleep(2 * window)
         cores = (sum(map(_cpu_seconds, others)) - before) / (time.monotonic() - begin)
 
-        def go_on() -> bool:  # the last shards are smaller, and at the very end a replica has none
-            return share() < 0.85 and not ended.is_set()
+        def rows() -> int:
+            return int(sizes[list(store.committed())].sum()) * rows_per_example
 
-        gain = _gain(workers, window, go_on, lambda: int(of_shard[list(store.committed())].sum()) * rows_per_example)
-        return gain, cores
+        # The last shards are smaller, and at the very end a replica has none.
+        return _gain(workers, window, lambda: goes_on(0.85), rows), cores
 
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(watch)

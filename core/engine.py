@@ -79,10 +79,14 @@ class _Request:
     draws: Draws
     slot: int
     next_row: int
-    end: int
     # The chunk that next_row falls into and which of its rows may vote, when a batch ended inside it.
     carry: Tensor | None = None
     carry_valid: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        """The row after the last one."""
+        return self.draws.start + self.draws.num
 
 
 @dataclass(slots=True)
@@ -237,7 +241,7 @@ class Engine:
             return
         slot = self._free_slots.pop()
         lane = self._lanes.setdefault(self.network.lane(draws), _Lane())
-        lane.queue.append(_Request(task, image, draws, slot, draws.start, draws.start + draws.num))
+        lane.queue.append(_Request(task, image, draws, slot, draws.start))
         lane.rows += draws.num
 
     @torch.inference_mode()

@@ -18,7 +18,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from core.confidence import certified_radius, clopper_pearson_lower
+from core.confidence import bound_and_radius, clopper_pearson_lower
 from core.errors import ConfigError
 from core.records import ABSTAIN, Certificate, MultiscaleCertificate, Procedure, Sampling
 from core.smoothing import certify
@@ -99,8 +99,7 @@ def _radius_of_others(level: Certificate, last: Certificate) -> float:
     """
     votes = level.counts_estimation
     highest = int(np.delete(votes, last.prediction).max(initial=0))
-    p_lower = clopper_pearson_lower(int(votes.sum()) - highest, level.num_estimation, last.alpha)
-    return float(certified_radius(p_lower, level.sigma))
+    return bound_and_radius(int(votes.sum()) - highest, level.num_estimation, last.alpha, level.sigma)[1]
 
 
 def _is_hopeless(levels: Sequence[Certificate], alpha: float) -> bool:
