@@ -34,7 +34,7 @@ from distributed.datasets import load_dataset
 from distributed.launch import certify_store, work_of
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
-from distributed.work import Work, build_engine, make_task, procedures
+from distributed.work import Work, build_engine, make_task
 
 __all__ = ["replicas"]
 
@@ -211,7 +211,7 @@ def _bare(work: Work, counter: Any) -> None:
 
     def tasks() -> Iterator[Any]:
         for number in count():
-            for procedure in procedures(work):
+            for procedure in work.method.procedures(work.terms):
                 yield make_task(number, data, number % len(data), procedure)
 
     for _ in engine.run(tasks()):

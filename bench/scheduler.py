@@ -25,8 +25,8 @@ from core.config import parse_config
 from core.records import Sampling
 from core.smoothing import certificate
 from distributed.cluster import connected
+from distributed.methods.rows import certificate_row
 from distributed.replica import Replica, _OpenShard
-from distributed.rows import certificate_row
 from distributed.scheduler import run_work
 from distributed.shards import ShardStore
 from distributed.storage import Folder
@@ -133,7 +133,7 @@ def measure(folder: Path, num: int, size: int, what: str) -> dict[str, float]:
     # A part that is never full keeps the shards apart for `resume`; joining is in its time.
     compute = {"shard_examples": size, "progress_interval_s": 1e9, "part_rows": 1 if what == "run" else 1_000_000}
     config = parse_config({**PLAIN, "compute": compute})
-    work = Work(Folder(folder), "dataset", "standard", "train", SAMPLING, "fixed", {}, config, "cpu")
+    work = Work(Folder(folder), "dataset", "train", SAMPLING, "fixed", {}, config, "cpu")
     store = ShardStore(folder, "dataset")
     if what == "resume":
         (folder / "first").unlink()

@@ -15,11 +15,11 @@ from core.progress import Progress
 from core.records import Stop
 from distributed.datasets import load_dataset
 from distributed.launch import STORES, step_of, work_of
-from distributed.recompute import Terms, dual_from_row, multiscale_from_row, standard_from_row
-from distributed.rows import ERROR, OK, certificate_row, dual_row, error_row, multiscale_row
+from distributed.methods.method import Method, Terms, Votes
+from distributed.methods.rows import ERROR, OK
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
-from distributed.work import Work, build_engine, make_row, make_task, procedures
+from distributed.work import Work, build_engine, make_task
 
 __all__ = ["Finding", "audit", "replay"]
 
@@ -85,12 +85,12 @@ def _audit_store(directory: RunDirectory, work: Work, hashes: Mapping[str, str])
         except DataError as error:
             findings.append(Finding(work.store, file, str(error)))
     findings += [Finding(work.store, *pair) for pair in _against_plan(rows, data, work)]
-    terms = Terms.of(work.config, work.sampling, work.budget)
+    terms = work.terms
     labels = dict(zip(data.example_ids, data.labels.tolist(), strict=True))
     for row in rows:
         name = _row_name(row)
         try:
-            problems = list(_against_votes(row, labels, data.num_classes, terms, work))
+            problems = list(_against_votes(row, labels, data.num_classes, terms, work.method))
         except (ValueError, IndexError, KeyError, TypeError, ConfigError) as error:
             problems = [f"cannot be recomputed from its votes ({error})"]
         findings += [Finding(work.store, name, problem) for problem in problems]
@@ -124,7 +124,7 @@ def _files(directory: RunDirectory, store: ShardStore, hashes: Mapping[str, str]
 
 def _against_plan(rows: Sequence[Mapping[str, Any]], data: Dataset, work: Work) -> Iterator[tuple[str, str]]:
     """Each example (and each sigma of Sigma) exactly once."""
-    found = Counter((row["example_id"], row["sigma"] if work.method == "standard" else None) for row in rows)
+    found = Counter((row["example_id"], row["sigma"] if work.method.per_level else None) for row in rows)
     wanted = {(example_id, sigma) for example_id in data.example_ids for sigma in work.levels}
     for key in sorted(found.keys() | wanted, key=str):
         if found[key] != (1 if key in wanted else 0):
@@ -133,51 +133,36 @@ def _against_plan(rows: Sequence[Mapping[str, Any]], data: Dataset, work: Work) 
 
 
 def _against_votes(
-    row: Mapping[str, Any], labels: Mapping[str, int], num_classes: int, terms: Terms, work: Work
+    row: Mapping[str, Any], labels: Mapping[str, int], num_classes: int, terms: Terms, method: Method
 ) -> Iterator[str]:
     """One row against what its votes and the settings make of it."""
-    dual, multiscale = work.method == "dual", work.method == "multiscale"
+    label = labels.get(row["example_id"])
     if row["status"] == ERROR:
-        if row["example_id"] in labels:
-            sigma, alpha = (row["sigma"] if work.method == "standard" else None), terms.sampling.alpha
-            expected = error_row(work.schema, row["example_id"], labels[row["example_id"]], sigma, alpha)
-            yield from _differences(row, expected, work.schema)
+        if label is not None:
+            expected = method.error_row(row["example_id"], label, row["sigma"] if method.per_level else None, terms)
+            yield from _differences(row, expected, method.schema)
         return
-    width = {"": num_classes, "_sigma": len(terms.sigmas)}
-    for ending in ("", "_sigma") if dual else ("",):
-        for phase in ("selection", "estimation"):
-            votes = row[f"counts_{phase}{ending}"]
-            draws = row[f"num_{phase}{ending if phase == 'estimation' else ''}"]
-            allowed = {width[ending]} if ending or not dual else {0, width[ending]}
-            yield from _out_of_range(f"counts_{phase}{ending}", votes, draws, allowed)
-            for level in row[f"counts_{phase}_above"] if multiscale else ():
-                yield from _out_of_range(f"counts_{phase}_above", level, draws, allowed)
+    for votes in method.votes(row, terms, num_classes):
+        yield from _out_of_range(votes)
+    for ending in method.endings:
         stop, most = row[f"stop_reason{ending}"], terms.sampling.num_estimation
         drawn = row[f"num_estimation{ending}"]
         if (stop == Stop.FULL) != (drawn == most) and stop not in (Stop.REACHED, Stop.SKIPPED):
             yield f"stopped as {stop!r} after {drawn} of {most} draws"
-    if row["example_id"] not in labels:
+    if label is None:
         return  # reported against the plan
-    label = labels[row["example_id"]]
-    if dual:
-        expected = dual_row(row["example_id"], label, dual_from_row(row, terms))
-    elif multiscale:
-        expected = multiscale_row(row["example_id"], label, multiscale_from_row(row, terms))
-    else:
-        expected = certificate_row(row["example_id"], label, standard_from_row(row, terms))
-    yield from _differences(row, expected, work.schema)
-    parts = [row["alpha_sigma"], row["alpha_class"]] if dual else [row["alpha"]]
-    spent = max(parts) if terms.split == "full" else sum(parts)
-    if spent > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
+    expected = method.row(row["example_id"], label, method.recompute(row, terms))
+    yield from _differences(row, expected, method.schema)
+    if (spent := method.spent(row, terms)) > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
         yield f"spends {spent!r} of alpha, the run allows {terms.sampling.alpha!r}"
 
 
-def _out_of_range(column: str, votes: Sequence[int], draws: int, widths: set[int]) -> Iterator[str]:
+def _out_of_range(votes: Votes) -> Iterator[str]:
     """Votes that so many draws cannot give, or for another number of classes."""
-    if any(vote < 0 for vote in votes) or sum(votes) > draws:
-        yield f"{column} {votes} do not fit {draws} draws"
-    if len(votes) not in widths:
-        yield f"{column} has {len(votes)} classes, expected {min(widths) or max(widths)}"
+    if any(vote < 0 for vote in votes.counts) or sum(votes.counts) > votes.draws:
+        yield f"{votes.column} {votes.counts} do not fit {votes.draws} draws"
+    if len(votes.counts) not in votes.widths:
+        yield f"{votes.column} has {len(votes.counts)} classes, expected {max(votes.widths)}"
 
 
 def _differences(row: Mapping[str, Any], expected: Mapping[str, Any], schema: pa.Schema) -> Iterator[str]:
@@ -236,19 +221,21 @@ def _replay_store(directory: RunDirectory, name: str, places: Sequence[int], pro
     position = {example_id: index for index, example_id in enumerate(data.example_ids)}
     table = store.read()
     rows = [row for place in places for row in table.slice(place, 1).to_pylist()]
-    made = list(procedures(work))
+    method = work.method
+    made = method.procedures(work.terms)
     engine = build_engine(work, data.num_classes, plan.batch_size)
 
     def tasks() -> Iterator[Any]:
         for number, row in enumerate(rows):
             index = position[row["example_id"]]
-            which = work.config.sigmas.index(row["sigma"]) if work.method == "standard" else 0
+            which = work.config.sigmas.index(row["sigma"]) if method.per_level else 0
             yield make_task((number, index), data, index, made[which])
 
     findings = []
     for finished in engine.run(tasks()):
         number, index = finished.key
-        for problem in _differences(rows[number], make_row(data, index, finished.result), work.schema):
+        drawn = method.row(data.example_ids[index], int(data.labels[index]), finished.result)
+        for problem in _differences(rows[number], drawn, method.schema):
             findings.append(Finding(name, _row_name(rows[number]), f"drawn again: {problem}"))
         progress.update(1)
     return findings

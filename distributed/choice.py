@@ -8,10 +8,10 @@ from core.confidence import certified_radius, clopper_pearson_lower
 from core.config import Config
 from core.data import Dataset
 from core.errors import ConfigError, DataError
-from distributed.rows import ERROR
+from distributed.methods.rows import ERROR
+from distributed.methods.standard import grid
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
-from distributed.tables import grid
 
 __all__ = ["stage_alpha", "test_sample", "training_sample"]
 

@@ -14,33 +14,26 @@ import pyarrow.parquet as pq
 
 from core.config import Config
 from core.data import Dataset, Split
-from core.dual import selection_heads
 from core.progress import clock
-from core.records import CLASSIFIER, ESTIMATOR, Sampling
+from core.records import CLASSIFIER, ESTIMATOR
 from distributed.launch import STORES, outline, step_of
+from distributed.methods.method import Kind
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from distributed.work import Work
 
 __all__ = [
-    "BOTH",
     "DENOISER",
     "TRAINING",
-    "Kind",
     "Part",
     "count_parts",
-    "dual_copies",
     "format_parts",
-    "most_copies",
     "rows_of",
     "size",
     "store_bytes",
 ]
 
 DENOISER = "denoiser"
-Kind = tuple[str, ...]
-"""A kind of forward pass, by the heads that read the same noisy copy."""
-BOTH: Kind = (ESTIMATOR, CLASSIFIER)
 TRAINING: Kind = ("training",)
 """Forward and backward."""
 
@@ -95,40 +88,6 @@ class Part:
         return None if self.work_s is None else self.work_s / self.replicas + self.start_s
 
 
-def dual_copies(
-    sampling: Sampling, sigmas: Sequence[float], sigma_e: float, *, shared: bool, class_stage: bool
-) -> Counter[Kind]:
-    """Noisy copies of one DUAL-CERTIFY (`core.dual.dual_certify`).
-
-    Args:
-        sampling: draws of each stage.
-        sigmas: Sigma.
-        sigma_e: noise level of the estimator.
-        shared: whether it picks sigma_e: then both heads read the same copies.
-        class_stage: whether the classifier is run at another level: it is not where the estimator abstains.
-    """
-    copies = Counter({selection_heads(sigmas, sigma_e): sampling.num_selection})
-    copies[BOTH if shared else (ESTIMATOR,)] += sampling.num_estimation
-    if class_stage and not shared:
-        copies[CLASSIFIER,] += sampling.num_selection + sampling.num_estimation
-    return copies
-
-
-def most_copies(work: Work) -> tuple[Counter[Kind], bool]:
-    """Noisy copies of one example of a work at most, and whether it always takes so many.
-
-    Dual RS takes the most where the estimator picks another level than sigma_e and does not abstain, Multiscale where
-    no level above the smallest decides: how often, only the data can say. A sequential budget never takes more than the
-    fixed one at its most.
-    """
-    sampling, sigmas, sigma_e = work.sampling, work.config.sigmas, work.config.estimator_sigma
-    if work.method != "dual":
-        always = work.budget == "fixed" and (work.method == "standard" or len(sigmas) == 1)
-        return Counter({(CLASSIFIER,): work.draws_per_example}), always
-    always = sigmas == (sigma_e,)  # there is nothing else to pick
-    return dual_copies(sampling, sigmas, sigma_e, shared=always, class_stage=True), always and work.budget == "fixed"
-
-
 def rows_of(copies: Mapping[Kind, int], config: Config) -> Counter[str]:
     """Rows through the denoiser and through each head."""
     rows: Counter[str] = Counter()
@@ -143,7 +102,7 @@ def store_bytes(work: Work, examples: int, num_classes: int) -> int:
     """About how large the rows of so many examples are as Parquet, rather too large: of random values."""
     random, num, sampling = np.random.default_rng(0), 1000, work.sampling
     columns = []
-    for column in work.schema:
+    for column in work.method.schema:
         width = len(work.config.sigmas) if column.name.endswith("_sigma") else num_classes
         share = np.full(width, 0.4 / width) + 0.6 * (np.arange(width) == 0)
         draws = sampling.num_selection if "selection" in column.name else sampling.num_estimation
@@ -162,7 +121,7 @@ def store_bytes(work: Work, examples: int, num_classes: int) -> int:
         else:
             columns.append(pa.array(random.integers(2, size=num)).cast(column.type))
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=work.schema), sink, compression="zstd")
+    pq.write_table(pa.table(columns, schema=work.method.schema), sink, compression="zstd")
     return math.ceil(int(sink.getvalue().size) / num * examples * work.rows_per_example)
 
 
@@ -220,7 +179,7 @@ def _certifying(directory: RunDirectory, store: str, data: Mapping[Split, Datase
     shards, whole = ShardStore(directory.folder, store), data[work.split]
     plan = shards.read_plan()
     left = len(whole) - (int(plan.sizes[sorted(shards.committed())].sum()) if plan else 0)
-    each, exact = most_copies(work)
+    each, exact = work.method.copies(work.terms)
     copies = Counter({kind: left * num for kind, num in each.items()})
     return Part(
         name=step_of(store),

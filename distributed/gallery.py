@@ -11,7 +11,7 @@ from core.models.checkpoints import load_denoiser
 from core.noise import make_noise
 from core.records import Phase
 from core.report import Gallery
-from distributed.rows import ERROR
+from distributed.methods.rows import ERROR
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 

@@ -11,11 +11,11 @@ from core.data import Dataset
 from core.errors import DataError
 from core.training.estimator import label_radii
 from distributed.cluster import quiet_ray_data, train_cluster
-from distributed.rows import ERROR
+from distributed.methods.rows import ERROR
+from distributed.methods.standard import grid, stacked
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from distributed.storage import file_system
-from distributed.tables import grid, stacked
 
 __all__ = ["training_radii"]
 

@@ -2,24 +2,17 @@
 
 from dataclasses import replace
 
-from core.records import Sampling
+from core.records import ESTIMATOR, Sampling
 from distributed.datasets import absolute
+from distributed.methods import METHODS, method_of
 from distributed.run_directory import RunDirectory, finetuned
 from distributed.scheduler import run_work
 from distributed.shards import ShardStore
-from distributed.work import Method, Work
+from distributed.work import Work
 
 __all__ = ["STORES", "certify_store", "outline", "step_of", "work_of"]
 
-STORES = (
-    "dataset",
-    "certificates/standard",
-    "certificates/dual",
-    "certificates/multiscale",
-    "certificates/standard-base",
-    "certificates/dual-base",
-    "certificates/multiscale-base",
-)
+STORES = ("dataset", *(f"certificates/{name}{ending}" for ending in ("", "-base") for name in METHODS))
 """Folders of certificates in a run directory. `-base` is the classifier as it was before fine-tuning."""
 
 
@@ -31,13 +24,11 @@ def step_of(store: str) -> str:
 def outline(directory: RunDirectory, store: str) -> Work:
     """What fills a store, without the models: enough to count with."""
     config = directory.config
-    method: Method = "dual" if "dual" in store else "multiscale" if "multiscale" in store else "standard"
-    fixed = store == "dataset" or method == "multiscale"
+    fixed = store == "dataset" or not method_of(store).early
     stage = config.labels if store == "dataset" else config.certify
     return Work(
         root=directory.folder,
         store=store,
-        method=method,
         split="train" if store == "dataset" else "test",
         sampling=Sampling(stage.num_selection, stage.num_estimation, stage.alpha),
         budget="fixed" if fixed else config.certify.budget,
@@ -57,7 +48,7 @@ def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
     as_trained = store == "dataset" or store.endswith("-base")
     roles = directory.config.classifiers
     models = {"denoiser": "denoiser"} | {role: role if as_trained else finetuned(role) for role in roles}
-    if work.method == "dual":
+    if ESTIMATOR in work.method.heads:
         models["estimator"] = "estimator"
     hashes = directory.model_hashes(sorted(models.values()))
     taken = {role: (name, hashes[name]) for role, name in models.items()}

@@ -28,16 +28,19 @@ from core.models.denoiser import OneShotDenoiser, small_unet_config
 from core.models.small import SmallConvNet
 from core.network import Denoiser
 from core.progress import Progress
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling, stage_sampling
+from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling
 from core.smoothing import certificate, certify
 from core.training.base import train_classifier, train_denoiser
 from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective, choose_sigma
 from core.training.loop import Objective, Training
-from distributed.estimate import BOTH, TRAINING, Kind, Part
+from distributed.estimate import TRAINING, Part
 from distributed.launch import STORES, step_of, work_of
+from distributed.methods.dual import Dual
+from distributed.methods.method import Kind
+from distributed.methods.rows import certificate_row
 from distributed.run_directory import RunDirectory, finetuned
-from distributed.work import Work, build_engine, make_row, make_task, warm_up
+from distributed.work import Work, build_engine, make_task, warm_up
 
 __all__ = ["base_classifier", "base_denoiser", "measure_parts", "new_estimator"]
 
@@ -169,7 +172,7 @@ def _engine_rate(
     try:
         for finished in engine.run(tasks()):
             if isinstance(finished.result, Certificate):
-                make_row(split, 0, finished.result)
+                certificate_row(split.example_ids[0], 0, finished.result)
     except _TimeIsUpError:
         return watch.rate, start_s
     raise AssertionError("the tasks have an end")
@@ -204,8 +207,7 @@ class _Stopwatch:
 
 def _procedures(work: Work, kind: Kind, sigma_draws: int) -> Iterator[Callable[[], Procedure[Any]]]:
     """Makers of certificates that make only this kind of pass, at the levels of the work."""
-    config, sigma_e = work.config, work.config.estimator_sigma
-    stage = stage_sampling(work.sampling, config.certify.alpha_split) if work.method == "dual" else work.sampling
+    config, sigma_e, stage = work.config, work.config.estimator_sigma, work.method.stage(work.terms)
     if sigma_draws:
         yield partial(choose_sigma, config.sigmas, sigma_e, sigma_draws)
     elif kind == (CLASSIFIER,):
@@ -218,8 +220,8 @@ def _procedures(work: Work, kind: Kind, sigma_draws: int) -> Iterator[Callable[[
 
 
 def _shared(sigma_e: float, stage: Sampling) -> Procedure[Certificate]:
-    selection = yield Draws(sigma_e, stage.num_selection, BOTH, Phase.SELECTION)
-    estimation = yield Draws(sigma_e, stage.num_estimation, BOTH, Phase.ESTIMATION)
+    selection = yield Draws(sigma_e, stage.num_selection, Dual.heads, Phase.SELECTION)
+    estimation = yield Draws(sigma_e, stage.num_estimation, Dual.heads, Phase.ESTIMATION)
     certificate(selection[CLASSIFIER], estimation[CLASSIFIER], sigma_e, stage)
     return certificate(selection[ESTIMATOR], estimation[ESTIMATOR], sigma_e, stage)
 

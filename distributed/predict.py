@@ -29,7 +29,7 @@ from distributed.launch import work_of
 from distributed.parquet_images import read_unlabelled
 from distributed.run_directory import RunDirectory
 from distributed.storage import Folder
-from distributed.work import Work, build_engine, procedures
+from distributed.work import Work, build_engine
 
 __all__ = ["Images", "Question", "columns_of", "open_images", "predict_images", "write_rows"]
 
@@ -178,7 +178,7 @@ def _work(directory: RunDirectory, question: Question, device: str) -> Work:
 def _procedure(work: Work, question: Question) -> Callable[[], Any]:
     config = work.config
     if question.certify:
-        return list(procedures(work))[0 if question.sigma is None else config.sigmas.index(question.sigma)]
+        return work.method.procedures(work.terms)[0 if question.sigma is None else config.sigmas.index(question.sigma)]
     if question.sigma is None:
         return partial(dual_predict, config.sigmas, config.estimator_sigma, question.num, question.alpha)
     return partial(predict, question.sigma, question.num, question.alpha)

@@ -17,9 +17,11 @@ from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
+from core.records import ESTIMATOR
 from distributed.cluster import training_place
 from distributed.estimate import Part, count_parts, format_parts, size
 from distributed.lock import read_lock
+from distributed.methods import METHODS, method_named
 from distributed.run_directory import RunDirectory, finetuned
 
 __all__ = ["Found", "check", "count_found", "dry_run", "refuse", "replicas_here"]
@@ -47,13 +49,17 @@ def _steps(config: Config) -> dict[str, _Step]:
         "build_dataset": _Step(("train",), ("denoiser", *made)),
         "train_estimator": _Step(("train",), ("denoiser", *made), ("estimator",), trains=True),
         "finetune_classifier": _Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
-        "certify-standard": _Step(("test",), ("denoiser", *tuned)),
-        "certify-dual": _Step(("test",), ("denoiser", *tuned, "estimator")),
-        "certify-multiscale": _Step(("test",), ("denoiser", *tuned)),
-        "certify-standard-base": _Step(("test",), ("denoiser", *made)),
-        "certify-dual-base": _Step(("test",), ("denoiser", *made, "estimator")),
-        "certify-multiscale-base": _Step(("test",), ("denoiser", *made)),
+        **{
+            f"certify-{name}{ending}": _Step(("test",), ("denoiser", *networks, *_beside(name)))
+            for ending, networks in (("", tuned), ("-base", made))
+            for name in METHODS
+        },
     }
+
+
+def _beside(method: str) -> tuple[str, ...]:
+    """What a method asks besides the classifier."""
+    return ("estimator",) if ESTIMATOR in method_named(method).heads else ()
 
 
 _CLASSES = {"digits": 10, "digits-c": 10, "cifar10": 10, "cifar10-c": 10, "imagenet": 1000, "imagenet-c": 1000}

@@ -1,27 +1,15 @@
 """Certificates for another alpha, another split or a subset of Sigma, from stored votes alone."""
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-import numpy as np
-
 from core.config import Config
 from core.errors import ConfigError
-from core.records import AlphaSplit, Phase, Sampling
+from core.records import AlphaSplit, Sampling
 from core.report import ReportData
-from distributed.recompute import Terms, dual_from_row, multiscale_from_votes, standard_from_row
-from distributed.rows import (
-    CERTIFICATE_SCHEMA,
-    DUAL_SCHEMA,
-    ERROR,
-    MULTISCALE_SCHEMA,
-    certificate_row,
-    dual_row,
-    error_row,
-    multiscale_row,
-)
+from distributed.methods import METHODS, method_named, method_of
+from distributed.methods.method import Terms
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from distributed.storage import Folder
@@ -86,30 +74,19 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     if not standard.files():
         raise ConfigError(f"{str(standard.folder)!r} has no certificates: run jobs.certify --method standard first")
     by_key = {(row["example_id"], row["sigma"]): row for row in standard.read().to_pylist()}
-    standard_rows = [
-        row
-        if row["status"] == ERROR
-        else certificate_row(row["example_id"], row["label"], standard_from_row(row, terms))
-        for row in by_key.values()
-        if row["sigma"] in sigmas
-    ]
-    dual = ShardStore(directory.folder, "certificates/dual")
-    subset = replace(terms, sigmas=sigmas, level_shares=_shares(config, sigmas))
-    dual_rows = [
-        row if row["status"] == ERROR else dual_row(row["example_id"], row["label"], dual_from_row(row, subset))
-        for row in _restricted(dual.read().to_pylist() if dual.files() else [], by_key, config.sigmas, subset)
-    ]
-
-    multiscale_rows = list(_cascades(by_key, subset)) if certify.budget == "fixed" else []
+    terms = replace(terms, sigmas=sigmas, level_shares=_shares(config, sigmas))
+    made: dict[str, list[dict[str, Any]]] = {}
+    for name in METHODS:
+        store = ShardStore(directory.folder, f"certificates/{name}")
+        stored = store.read().to_pylist() if store.files() else []
+        made[store.name] = list(method_named(name).rederived(stored, by_key, config.sigmas, terms))
 
     # Only now, when nothing can be refused any more, the result of an earlier call makes room.
     root = directory.folder / f"recertified/{change.name()}"
     root.remove_all()
-    ShardStore(root, "certificates/standard").commit(0, standard_rows, CERTIFICATE_SCHEMA, "recertified")
-    if dual_rows:
-        ShardStore(root, "certificates/dual").commit(0, dual_rows, DUAL_SCHEMA, "recertified")
-    if multiscale_rows:
-        ShardStore(root, "certificates/multiscale").commit(0, multiscale_rows, MULTISCALE_SCHEMA, "recertified")
+    for name, rows in made.items():
+        if rows:
+            ShardStore(root, name).commit(0, rows, method_of(name).schema, "recertified")
     notes = (
         f"Derived from the votes of {directory.folder.name}: alpha = {alpha:g}, share of the noise level "
         f"{change.sigma_share:g}, Sigma = {list(sigmas)}.",
@@ -118,7 +95,7 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
         update={
             "sigmas": sigmas,
             "certify": certify.model_copy(
-                update={"alpha": alpha, "alpha_split": split, "level_shares": subset.level_shares}
+                update={"alpha": alpha, "alpha_split": split, "level_shares": terms.level_shares}
             ),
             "sigma_e": terms.sigma_e,
         }
@@ -134,47 +111,3 @@ def _shares(config: Config, sigmas: tuple[float, ...]) -> tuple[float, ...]:
         return config.certify.level_shares
     total = math.fsum(given[sigma] for sigma in sigmas)
     return tuple(given[sigma] / total for sigma in sigmas)
-
-
-def _cascades(standard: Mapping[tuple[str, float], Mapping[str, Any]], terms: Terms) -> Iterator[dict[str, Any]]:
-    """Rows of Multiscale from the votes of standard RS: the same noise gave them."""
-    for example_id in dict.fromkeys(example_id for example_id, _ in standard):
-        rows = {sigma: standard[example_id, sigma] for sigma in terms.sigmas}
-        label = next(iter(rows.values()))["label"]
-        if any(row["status"] == ERROR for row in rows.values()):
-            yield error_row(MULTISCALE_SCHEMA, example_id, label, None, terms.sampling.alpha)
-            continue
-        votes = {
-            (sigma, phase): np.asarray(row[f"counts_{phase.value}"], np.int64)
-            for sigma, row in rows.items()
-            for phase in (Phase.SELECTION, Phase.ESTIMATION)
-        }
-        yield multiscale_row(example_id, label, multiscale_from_votes(votes, terms))
-
-
-def _restricted(
-    rows: list[dict[str, Any]],
-    standard: Mapping[tuple[str, float], Mapping[str, Any]],
-    all_sigmas: tuple[float, ...],
-    terms: Terms,
-) -> Iterator[dict[str, Any]]:
-    """Rows of Dual RS with the estimator's votes for the subset, and the classifier's at the level it then picks."""
-    kept = [all_sigmas.index(sigma) for sigma in terms.sigmas]
-    for row in rows:
-        if row["status"] == ERROR:
-            yield row
-            continue
-        before = all_sigmas[row["sigma_index"]]
-        new = dict(row)
-        for phase in ("selection", "estimation"):
-            new[f"counts_{phase}_sigma"] = [row[f"counts_{phase}_sigma"][index] for index in kept]
-        votes = new["counts_selection_sigma"]
-        sigma = terms.sigmas[votes.index(max(votes))]
-        if sigma != before or not row["counts_selection"]:
-            if terms.budget != "fixed":
-                raise ConfigError("a subset of Sigma that moves the estimator's choice needs budget: fixed")
-            new |= {key: standard[row["example_id"], sigma][key] for key in _CLASSIFIER_COLUMNS}
-        yield new
-
-
-_CLASSIFIER_COLUMNS = ("counts_selection", "counts_estimation", "num_estimation", "stop_reason")

@@ -26,11 +26,11 @@ import torch
 from core.engine import Task
 from core.errors import ConfigError, DualRSError, ModelError
 from distributed.datasets import load_dataset
+from distributed.methods.rows import OK
 from distributed.metrics import ReplicaMetrics
-from distributed.rows import OK, error_row
 from distributed.shards import ShardStore
 from distributed.storage import Folder
-from distributed.work import Rows, Work, build_engine, check_visible, make_row, make_task, procedures, warm_up
+from distributed.work import Rows, Work, build_engine, check_visible, make_task, warm_up
 
 __all__ = ["Facts", "Replica", "is_device_error", "retired"]
 
@@ -172,7 +172,7 @@ class Replica:
         fresh = len(shard.rows) > len(shard.done)
         if fresh:
             shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
-            self._store.commit(shard.number, shard.rows, self.work.schema, self._made_on(), shard.errors)
+            self._store.commit(shard.number, shard.rows, self.work.method.schema, self._made_on(), shard.errors)
         draws = sum(row["num_draws"] for row in shard.rows) if fresh else 0
         failed = {row["example_id"] for row in shard.errors}
         if self._metrics is not None:
@@ -211,7 +211,7 @@ class Replica:
                 if finished.error is not None:
                     self._fail(shard, index, sigma, finished.error)
                 else:
-                    self._add(shard, make_row(self._data, index, finished.result))
+                    self._add(shard, self._row(index, finished.result))
         except BaseException as cause:  # handed to whoever waits, and to all who come later
             error = self._retire(cause) if is_device_error(cause) and self._on_ray else cause
             with self._lock:
@@ -227,6 +227,9 @@ class Replica:
             self._open.discard(shard)
             shard.future.set_result(shard)
 
+    def _row(self, index: int, result: Any) -> dict[str, Any]:
+        return self.work.method.row(self._data.example_ids[index], int(self._data.labels[index]), result)
+
     def _fail(self, shard: _OpenShard, index: int, sigma: float | None, error: Exception) -> None:
         """Note that an example could not be run."""
         example_id, label = self._data.example_ids[index], int(self._data.labels[index])
@@ -241,7 +244,7 @@ class Replica:
                 "time": datetime.now(UTC),
             }
         )
-        self._add(shard, error_row(self.work.schema, example_id, label, sigma, self.work.sampling.alpha))
+        self._add(shard, self.work.method.error_row(example_id, label, sigma, self.work.terms))
 
     def _retire(self, error: BaseException) -> ModelError:
         """End this process when its device has failed: a fresh one may get another, and Ray hands its shards on.
@@ -270,6 +273,7 @@ class Replica:
 
     def _tasks(self) -> Iterator[Task[Any] | None]:
         """Tasks of the shards in order of arrival; None while nothing has arrived and the engine has work."""
+        procedures = self.work.method.procedures(self.work.terms)
         while True:
             try:
                 shard = self._inbox.get(block=self._engine.live == 0)
@@ -281,7 +285,7 @@ class Replica:
             self._open.add(shard)
             for index in self._plan.members(shard.number).tolist():
                 image = None  # read and decoded once for all levels
-                for sigma, procedure in zip(self.work.levels, procedures(self.work), strict=True):
+                for sigma, procedure in zip(self.work.levels, procedures, strict=True):
                     if (self._data.example_ids[index], sigma) in shard.done:
                         continue
                     try:

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import ConfigError, DataError
+from distributed.methods import method_of
+from distributed.methods.rows import ERROR_SCHEMA
 from distributed.parquet import from_bytes, to_bytes
 from distributed.plan import Plan
-from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR_SCHEMA, MULTISCALE_SCHEMA
 from distributed.storage import Folder
 from distributed.verify import Verified, Verifier
 
@@ -107,7 +108,7 @@ class ShardStore:
         Args:
             shard: its place in the plan.
             rows: of `schema`.
-            schema: CERTIFICATE_SCHEMA, DUAL_SCHEMA or MULTISCALE_SCHEMA.
+            schema: of the store's method.
             device: type and name; goes into the file's metadata.
             errors: of ERROR_SCHEMA, one for each row whose status is `error`.
         """
@@ -167,8 +168,8 @@ class ShardStore:
     def _table(self, name: str, content: bytes) -> tuple[pa.Table, str]:
         """Rows, and the device that they were made on; nothing where a foreign tool has written the file."""
         table, metadata = from_bytes(content, self.folder.where(name))
-        if table.schema not in (CERTIFICATE_SCHEMA, DUAL_SCHEMA, MULTISCALE_SCHEMA):
-            raise DataError(f"{self.folder.where(name)!r} has other columns than certificates: {table.schema.names}")
+        if table.schema != method_of(self.name).schema:
+            raise DataError(f"{self.folder.where(name)!r} has other columns than {self.name}: {table.schema.names}")
         return table, metadata.get("device", "")
 
     def read_shard(self, shard: int) -> pa.Table | None:
@@ -189,7 +190,7 @@ class ShardStore:
         Raises:
             DataError: names the first missing, unexpected or repeated row, or a file that cannot be read.
         """
-        verifier = Verifier(plan, example_ids, sigmas)
+        verifier = Verifier(plan, example_ids, sigmas, method_of(self.name))
         for name in self._complete(plan):
             self._checked(name, verifier)
         return verifier.result()
@@ -209,7 +210,7 @@ class ShardStore:
         Raises:
             DataError: as `verify`. The file that it names is left alone, and so are its neighbours of the same part.
         """
-        verifier, visible = Verifier(plan, example_ids, sigmas), self._complete(plan)
+        verifier, visible = Verifier(plan, example_ids, sigmas, method_of(self.name)), self._complete(plan)
         parts = dict(self._parts(plan, part_rows, visible))
         joining = {name for shards in parts.values() for name in shards}
         for name in visible:
@@ -259,7 +260,7 @@ class ShardStore:
         File by file, each whole or not at all. Without the plan, which is the caller's to write first.
 
         Args:
-            source: a finished store of CERTIFICATE_SCHEMA.
+            source: a finished store of standard RS.
             sigmas: a subset of its noise levels.
         """
         levels = pa.array(sigmas, pa.float64())

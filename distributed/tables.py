@@ -11,36 +11,17 @@ from numpy.typing import NDArray
 from core.confidence import certified_radius, clopper_pearson_lower
 from core.config import Config
 from core.errors import DataError
-from core.multiscale import level_alphas
-from core.records import Stop
-from core.report import DualRows, MultiscaleRows, ReportData, StandardRows
+from core.records import Sampling
+from core.report import DualRows, MethodRows, ReportData, StandardRows
 from distributed.exchange import imported_rows
-from distributed.rows import ERROR
+from distributed.methods import METHODS, method_named
+from distributed.methods.method import Terms, common_columns
+from distributed.methods.rows import ERROR
+from distributed.methods.standard import grid
 from distributed.shards import ShardStore
 from distributed.storage import Folder
 
-__all__ = ["grid", "report_data", "stacked"]
-
-
-def grid(table: pa.Table, column: str, sigmas: Sequence[float]) -> NDArray[Any]:
-    """A column of (example, sigma) rows, in the order of `ShardStore.read`, as ``(N, K)``.
-
-    Raises:
-        DataError: when the rows are not one per example and sigma.
-    """
-    levels = table.column("sigma").to_numpy()
-    width = len(sigmas)
-    if len(levels) % width or not np.array_equal(levels.reshape(-1, width), np.tile(sigmas, (len(levels) // width, 1))):
-        raise DataError(f"expected one row per example for each sigma of {list(sigmas)}")
-    values = table.column(column)
-    array = stacked(values.to_numpy()) if pa.types.is_list(values.type) else values.to_numpy()
-    return np.asarray(array.reshape(-1, width, *array.shape[1:]))
-
-
-def stacked(lists: NDArray[Any]) -> NDArray[Any]:
-    """Lists of one length as rows; zeros for the empty ones of rows with errors."""
-    width = max(map(len, lists), default=0)
-    return np.stack([values if len(values) else np.zeros(width, np.int64) for values in lists])
+__all__ = ["report_data"]
 
 
 def report_data(
@@ -65,40 +46,24 @@ def report_data(
     Raises:
         DataError: when standard certificates are missing, or methods cover different examples.
     """
-    alpha = config.certify.alpha
-    full = config.certify.alpha_split == "full"
+    certify = config.certify
+    alpha, full = certify.alpha, certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
+    terms = Terms.of(config, Sampling(certify.num_selection, certify.num_estimation, alpha), certify.budget)
     table = ShardStore(root, f"certificates/standard{ending}").read()
     standard = _standard_rows(table, config.sigmas)
     baseline_store = ShardStore(root, "certificates/standard-base")
     baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() and not ending else ()
-    dual_store = ShardStore(root, f"certificates/dual{ending}")
-    dual = None
-    failed = _failed(table)
-    if dual_store.committed():
-        rows = dual_store.read()
-        failed |= _failed(rows)
-        _check_same_examples(rows, table, config.sigmas, dual_store.name)
-        dual = DualRows(
-            correct=_column(rows, "correct"),
-            radius=_column(rows, "radius"),
-            radius_sigma=_column(rows, "radius_sigma"),
-            radius_class=_column(rows, "radius_class"),
-            sigma=_certified_sigma(rows, config.sigmas),
-            bounded_by=np.array(rows.column("bounded_by").to_pylist(), dtype=np.str_),
-            abstained=_column(rows, "abstained"),
-            num_draws=_column(rows, "num_draws"),
-            p_lower=_column(rows, "p_lower"),
-            sigma_choice=_column(rows, "sigma_index"),
-        )
-    multiscale_store = ShardStore(root, "certificates/multiscale")
-    multiscale = None
-    if multiscale_store.committed():
-        rows = multiscale_store.read()
-        failed |= _failed(rows)
-        _check_same_examples(rows, table, config.sigmas, multiscale_store.name)
-        names = ("correct", "radius", "p_lower", "abstained", "num_draws", "sigma", "sigma_bound", "num_levels")
-        multiscale = MultiscaleRows(**{name: _column(rows, name) for name in names})
+    failed, shown = _failed(table), dict[str, MethodRows]()
+    for name in METHODS:
+        store = ShardStore(root, f"certificates/{name}{ending}")
+        if name != "standard" and store.committed():
+            rows = store.read()
+            failed |= _failed(rows)
+            _check_same_examples(rows, table, config.sigmas, store.name)
+            shown[name] = method_named(name).shown(rows, terms)
+    dual = shown.pop("dual", None)
+    assert dual is None or isinstance(dual, DualRows)
     if failed:
         notes += (f"{len(failed)} examples could not be run and count as not certified, first {min(failed)!r}.",)
     return ReportData(
@@ -110,8 +75,7 @@ def report_data(
         baseline=baseline,
         imported=imported_rows(root),
         dual=dual,
-        multiscale=multiscale,
-        alpha_levels=level_alphas(alpha, len(config.sigmas), config.certify.level_shares),
+        others=tuple(shown.values()),
         experts=config.has_experts,
         standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]),
         alpha=config.certify.alpha,
@@ -133,22 +97,10 @@ def _failed(table: pa.Table) -> set[str]:
     return set(table.filter(pc.equal(table.column("status"), ERROR)).column("example_id").to_pylist())
 
 
-def _certified_sigma(rows: pa.Table, sigmas: Sequence[float]) -> NDArray[np.float64]:
-    """The noise level, nan where the estimator abstained; its choice where it was not asked any further."""
-    skipped = np.array(rows.column("stop_reason_sigma").to_pylist()) == Stop.SKIPPED.value
-    return np.where(skipped, np.asarray(sigmas)[_column(rows, "sigma_index")], _column(rows, "sigma"))
-
-
-def _column(table: pa.Table, name: str) -> NDArray[Any]:
-    return np.array(table.column(name).to_numpy())
-
-
 def _standard_rows(table: pa.Table, sigmas: Sequence[float]) -> tuple[StandardRows, ...]:
-    names = ("correct", "radius", "p_lower", "abstained", "num_draws")
-    columns = {name: grid(table, name, sigmas) for name in names}
     return tuple(
-        StandardRows(sigma=sigma, **{name: values[:, index] for name, values in columns.items()})
-        for index, sigma in enumerate(sigmas)
+        StandardRows(sigma=sigma, **common_columns(table.filter(pc.equal(table.column("sigma"), sigma))))
+        for sigma in sigmas
     )
 
 

@@ -11,10 +11,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from core.errors import DataError
+from distributed.methods.method import Method
+from distributed.methods.rows import ERROR
 from distributed.plan import Plan
-from distributed.rows import ERROR
 
-__all__ = ["Verified", "Verifier", "non_finite_votes"]
+__all__ = ["Verified", "Verifier"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ class Verifier:
         plan: of the step.
         example_ids: of the whole split.
         sigmas: of an example's rows; `(None,)` for one row of any level.
+        method: that made the rows.
     """
 
-    def __init__(self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None]) -> None:
-        self._plan, self._ids = plan, example_ids
+    def __init__(self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None], method: Method) -> None:
+        self._plan, self._ids, self._method = plan, example_ids, method
         self._levels = None if list(sigmas) == [None] else np.asarray(sigmas, np.float64)
         self._rows = self._error_rows = self._non_finite = 0
         self._sha256: dict[str, str] = {}
@@ -81,7 +83,7 @@ class Verifier:
         self._devices |= set(device.split(", "))
         self._rows += table.num_rows
         self._error_rows += int(pc.sum(pc.equal(table.column("status"), ERROR)).as_py() or 0)
-        self._non_finite += non_finite_votes(table)
+        self._non_finite += self._method.non_finite(table)
 
     def joined(self, names: Sequence[str], part: str, content: bytes) -> None:
         """Files that were checked have become one, with the same rows."""
@@ -109,26 +111,3 @@ def _first_odd(table: pa.Table, ids: Sequence[str], levels: NDArray[np.float64] 
     count = Counter(found.to_pylist())
     count.subtract(Counter(wanted.to_pylist()))
     return min((name for name, number in count.items() if number), default=None)
-
-
-def non_finite_votes(table: pa.Table) -> int:
-    """Draws whose logits were not finite: what the votes of each stage lack of its draws."""
-    missing = 0
-    for ending in ("", "_sigma"):
-        if f"counts_estimation{ending}" not in table.column_names:
-            continue
-        ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
-        for phase in ("selection", "estimation"):
-            draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
-            missing += int(draws[ran].sum()) - _votes(table, f"counts_{phase}{ending}")
-    if "num_levels" in table.column_names:  # the levels above drew as much as the last one
-        above = np.maximum(table.column("num_levels").to_numpy() - 1, 0)
-        for phase in ("selection", "estimation"):
-            drawn = int((table.column(f"num_{phase}").to_numpy() * above).sum())
-            missing += drawn - _votes(table, f"counts_{phase}_above")
-    return missing
-
-
-def _votes(table: pa.Table, column: str) -> int:
-    """Sum of a column of votes."""
-    return int(pc.sum(pc.list_flatten(table.column(column), recursive=True)).as_py() or 0)

@@ -6,13 +6,11 @@ Small things that replicas, the audit and measurements share; `distributed.repli
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import pyarrow as pa
 import torch
 
 from core.batch_size import DeviceProbe, choose_batch_size
@@ -23,48 +21,26 @@ from core.engine import Engine, Task
 from core.errors import ConfigError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
-from core.multiscale import multiscale_certify
 from core.network import Forward, Head, Network
 from core.noise import make_noise
-from core.records import (
-    CLASSIFIER,
-    ESTIMATOR,
-    Certificate,
-    Draws,
-    DualCertificate,
-    MultiscaleCertificate,
-    Phase,
-    Rule,
-    Sampling,
-)
-from core.sequential import Budget, dual_procedure, standard_procedure
+from core.records import CLASSIFIER, ESTIMATOR, Draws, Phase, Sampling
+from core.sequential import Budget
 from distributed.datasets import load_dataset
-from distributed.rows import (
-    CERTIFICATE_SCHEMA,
-    DUAL_SCHEMA,
-    MULTISCALE_SCHEMA,
-    certificate_row,
-    dual_row,
-    multiscale_row,
-)
+from distributed.methods import method_of
+from distributed.methods.method import Method, Terms
 from distributed.storage import Folder
 
 __all__ = [
-    "Method",
     "Rows",
     "Work",
     "build_engine",
     "build_network",
     "check_visible",
-    "make_row",
     "make_task",
     "measure_rate",
     "probe_batch_size",
-    "procedures",
     "warm_up",
 ]
-
-Method = Literal["standard", "dual", "multiscale"]
 
 Rows = list[dict[str, Any]]
 
@@ -75,13 +51,12 @@ class Work:
 
     Attributes:
         root: the run directory.
-        store: folder of the shards inside it.
-        method: `standard` certifies every example at every sigma; `dual` and `multiscale` give one row per example.
+        store: folder of the shards inside it; says the method too.
         split: which examples.
         sampling: draws and failure probability of a certificate.
         budget: `fixed`, `sequential` or `grid`, as in `CertifyConfig`.
-        models: by role (`denoiser`, those of `Config.classifiers` and, for `dual`, `estimator`): name in models/ and
-            SHA-256.
+        models: by role (`denoiser`, those of `Config.classifiers` and, where it is asked, `estimator`): name in models/
+            and SHA-256.
         config: the run's configuration.
         device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.
         data_digest: `Dataset.digest` of the split; a replica that finds another one refuses it. Empty: not compared.
@@ -91,7 +66,6 @@ class Work:
 
     root: Folder
     store: str
-    method: Method
     split: Split
     sampling: Sampling
     budget: Budget
@@ -103,25 +77,29 @@ class Work:
     started: float = field(default_factory=time.time)
 
     @property
+    def method(self) -> Method:
+        """What is run on each example."""
+        return method_of(self.store)
+
+    @property
+    def terms(self) -> Terms:
+        """What its rows are certified under."""
+        return Terms.of(self.config, self.sampling, self.budget)
+
+    @property
     def rows_per_example(self) -> int:
         """Rows that an example gives."""
-        return len(self.config.sigmas) if self.method == "standard" else 1
+        return len(self.levels)
 
     @property
     def draws_per_example(self) -> int:
-        """Rows of forward passes that an example takes, at most."""
-        stages = 2 if self.method == "dual" else len(self.config.sigmas)
-        return stages * (self.sampling.num_selection + self.sampling.num_estimation)
+        """Noisy copies that an example takes, at most."""
+        return self.method.copies(self.terms)[0].total()
 
     @property
     def levels(self) -> tuple[float | None, ...]:
         """Noise levels of an example's rows; (None,) where the draws pick it."""
-        return self.config.sigmas if self.method == "standard" else (None,)
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Of the rows."""
-        return {"standard": CERTIFICATE_SCHEMA, "dual": DUAL_SCHEMA, "multiscale": MULTISCALE_SCHEMA}[self.method]
+        return self.method.levels(self.config.sigmas)
 
     def model_files(self) -> dict[str, Path]:
         """The networks as files of this machine."""
@@ -188,7 +166,7 @@ def _requests(work: Work, network: Network) -> list[Draws]:
     experts = isinstance(network.heads[CLASSIFIER].module, Mapping)
     levels = work.config.sigmas if experts else work.config.sigmas[-1:]
     requests = [Draws(level, 1, (CLASSIFIER,), Phase.ESTIMATION) for level in levels]
-    if work.method == "dual":
+    if ESTIMATOR in work.method.heads:
         requests.append(Draws(work.config.estimator_sigma, 1, (ESTIMATOR,), Phase.ESTIMATION))
     return requests
 
@@ -243,26 +221,6 @@ def measure_rate(work: Work, batch_size: int | None = None, seconds: float = 2.0
     return engine.batch_size / took
 
 
-def procedures(work: Work) -> Iterator[Callable[[], Any]]:
-    """What is run on each example: makers of fresh generators, in the order of the example's rows."""
-    config, certify = work.config, work.config.certify
-    arguments = (
-        work.sampling,
-        Rule(certify.look_every, certify.early_share, certify.futility_z),
-        config.grid_radii,
-    )
-    if work.method == "dual":
-        yield partial(
-            dual_procedure, work.budget, config.sigmas, config.estimator_sigma, *arguments, certify.alpha_split
-        )
-        return
-    if work.method == "multiscale":
-        yield partial(multiscale_certify, config.sigmas, work.sampling, certify.level_shares)
-        return
-    for sigma in config.sigmas:
-        yield partial(standard_procedure, work.budget, sigma, *arguments)
-
-
 def make_task(
     key: Any, data: Dataset, index: int, procedure: Callable[[], Any], image: torch.Tensor | None = None
 ) -> Task[Any]:
@@ -270,15 +228,3 @@ def make_task(
     if image is None:
         image = torch.from_numpy(data.image(index)).float().div_(255.0)
     return Task(key, data.example_ids[index], image, procedure())
-
-
-def make_row(
-    data: Dataset, index: int, result: Certificate | DualCertificate | MultiscaleCertificate
-) -> dict[str, Any]:
-    """The row of a result."""
-    example_id, label = data.example_ids[index], int(data.labels[index])
-    if isinstance(result, DualCertificate):
-        return dual_row(example_id, label, result)
-    if isinstance(result, MultiscaleCertificate):
-        return multiscale_row(example_id, label, result)
-    return certificate_row(example_id, label, result)

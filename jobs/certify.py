@@ -3,28 +3,24 @@
 import sys
 from typing import Literal
 
+from distributed.methods import METHODS, method_named
 from distributed.run_directory import RunDirectory
 from jobs._cli import job_parser, retry_errors_option, run_step
 
-Method = Literal["standard", "dual", "multiscale"]
 Classifier = Literal["finetuned", "base"]
 
 
-def run(
-    directory: RunDirectory, method: Method, classifier: Classifier = "finetuned", retry_errors: bool = False
-) -> None:
+def run(directory: RunDirectory, method: str, classifier: Classifier = "finetuned", retry_errors: bool = False) -> None:
     """Commit every shard of certificates/<method> (or <method>-base) that is not there yet."""
     from distributed.launch import certify_store
 
     budget = directory.config.certify.budget
-    if method == "multiscale" and budget != "fixed":
-        print(
-            f"multiscale: takes all draws of each level that it asks; certify.budget={budget} is for the other methods"
-        )
+    if budget != "fixed" and not method_named(method).early:
+        print(f"{method}: takes all draws that it asks for; certify.budget={budget} is for the other methods")
     certify_store(directory, f"certificates/{_name(method, classifier)}", retry_errors)
 
 
-def _name(method: Method, classifier: Classifier) -> str:
+def _name(method: str, classifier: Classifier) -> str:
     return method + ("-base" if classifier == "base" else "")
 
 
@@ -33,11 +29,9 @@ def main() -> int:
     parser = job_parser("certify", __doc__)
     parser.add_argument(
         "--method",
-        choices=("standard", "dual", "multiscale"),
+        choices=tuple(METHODS),
         required=True,
-        help="standard: CERTIFY (Cohen et al. 2019) once per sigma; dual: min(R_sigma, R_c), alpha / 2 each; "
-        "multiscale: the cascade of Jeong & Shin (2023) from the largest sigma down, alpha divided over the levels "
-        "(certify.level_shares), all draws of each level that it asks whatever certify.budget says",
+        help="; ".join(f"{name}: {what}" for name, (_, what) in METHODS.items()),
     )
     parser.add_argument(
         "--classifier",

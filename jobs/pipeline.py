@@ -15,16 +15,13 @@ from distributed.lock import RunLock
 from distributed.run_directory import RunDirectory
 from jobs import build_dataset, certify, finetune_classifier, report, train_base, train_estimator
 from jobs._cli import job_parser, open_run, run_step
-from jobs.certify import Method
 
 Step = tuple[str, Callable[[RunDirectory], None]]
 
 
 def steps_of(config: Config) -> tuple[Step, ...]:
     """The steps of one round."""
-    methods: tuple[Method, ...] = (
-        ("standard", "dual", "multiscale") if config.certify.multiscale else ("standard", "dual")
-    )
+    methods = ("standard", "dual", "multiscale") if config.certify.multiscale else ("standard", "dual")
     return (
         ("train_base", train_base.run),
         ("build_dataset", build_dataset.run),
@@ -35,7 +32,7 @@ def steps_of(config: Config) -> tuple[Step, ...]:
     )
 
 
-def _certify(method: Method) -> Callable[[RunDirectory], None]:
+def _certify(method: str) -> Callable[[RunDirectory], None]:
     return lambda directory: certify.run(directory, method)
 
 

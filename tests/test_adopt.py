@@ -10,7 +10,7 @@ from core.errors import ConfigError
 from distributed.adopt import SHARED, adopt, shared_config
 from distributed.audit import audit, replay
 from distributed.launch import certify_store
-from distributed.rows import CERTIFICATE_SCHEMA, error_row
+from distributed.methods.rows import CERTIFICATE_SCHEMA, error_row
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from tests.tiny import PLAIN, tiny_run
@@ -125,7 +125,7 @@ def test_shared_config_holds_what_the_step_reads_and_nothing_else() -> None:
 
 def test_adopted_error_rows_keep_their_messages(tmp_path: Path) -> None:
     source, target = ShardStore(tmp_path / "source", "dataset"), ShardStore(tmp_path / "target", "dataset")
-    rows = [error_row(CERTIFICATE_SCHEMA, "a", 1, sigma, 0.01) for sigma in UNION]
+    rows = [error_row(CERTIFICATE_SCHEMA, {}, "a", 1, sigma, 0.01) for sigma in UNION]
     errors = [{"example_id": "a", "sigma": sigma, "error": "DataError", "message": f"at {sigma}"} for sigma in UNION]
     source.commit(0, rows, CERTIFICATE_SCHEMA, "cpu", errors)
     target.copy_from(source, (0.25, 0.5))

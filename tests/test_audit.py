@@ -13,7 +13,9 @@ from scipy import stats
 
 from core.errors import ConfigError
 from core.files import file_sha256
+from core.report.multiscale import MultiscaleRows
 from distributed.audit import audit, replay
+from distributed.launch import work_of
 from distributed.recertify import Change, recertify
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
@@ -260,17 +262,13 @@ def test_audit_shard_removed_or_model_swapped_is_found(run: RunDirectory) -> Non
 
 def test_replay_votes_that_other_noise_gave_are_found(run: RunDirectory) -> None:
     """Votes and everything derived from them moved consistently: only drawing them again can tell."""
-    from distributed.launch import work_of
-    from distributed.recompute import Terms, standard_from_row
-    from distributed.rows import certificate_row
-
     work, _ = work_of(run, "certificates/standard")
-    terms = Terms.of(work.config, work.sampling, work.budget)
+    method, terms = work.method, work.terms
 
     def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
         for row in rows:
             row["counts_estimation"] = row["counts_estimation"][1:] + row["counts_estimation"][:1]
-            row |= certificate_row(row["example_id"], row["label"], standard_from_row(row, terms))
+            row |= method.row(row["example_id"], row["label"], method.recompute(row, terms))
         return rows
 
     for _ in range(1):
@@ -330,12 +328,14 @@ def test_recertify_derives_multiscale_of_a_run_that_has_none(cascade: RunDirecto
     shutil.rmtree(cascade.path / "certificates/multiscale")
     data, root = recertify(cascade, Change())
     assert ShardStore(root, "certificates/multiscale").read().equals(made)
-    assert data.multiscale is not None
-    assert data.alpha_levels == (0.0025, 0.005)
-    one, _ = recertify(cascade, Change(alpha=0.05, sigmas=(0.1,)))
+    (rows,) = data.others
+    assert isinstance(rows, MultiscaleRows)
+    assert rows.alpha_levels == (0.0025, 0.005)
+    data, _ = recertify(cascade, Change(alpha=0.05, sigmas=(0.1,)))
+    (one,) = data.others
+    assert isinstance(one, MultiscaleRows)
     assert one.alpha_levels == (0.05,)
-    assert one.multiscale is not None
-    assert one.multiscale.radius.tolist() == one.standard[0].radius.tolist(), "one level is standard RS"
+    assert one.radius.tolist() == data.standard[0].radius.tolist(), "one level is standard RS"
 
 
 def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDirectory) -> None:

@@ -250,7 +250,7 @@ def write_errors(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from distributed.rows import ERROR_SCHEMA
+    from distributed.methods.rows import ERROR_SCHEMA
 
     folder.mkdir(exist_ok=True)
     row = {"example_id": "digits-0000", "sigma": 0.25, "error": "DataError", "message": "broken", "node": "here"}
@@ -282,8 +282,8 @@ def test_queries_of_the_results_page_agree_with_the_report(desk: Path) -> None:
     import pandas as pd
     import polars as pl
 
+    from distributed.methods.standard import grid
     from distributed.shards import ShardStore
-    from distributed.tables import grid
 
     page = blocks(ROOT / "docs" / "results.md", "python")
     scope: dict[str, object] = {}

@@ -15,7 +15,8 @@ from core.records import Certificate, Sampling
 from core.report.render import write_report
 from core.smoothing import certificate
 from distributed.exchange import export_logs, import_log, imported_rows
-from distributed.rows import CERTIFICATE_SCHEMA, MULTISCALE_SCHEMA, certificate_row, error_row
+from distributed.methods.multiscale import Multiscale
+from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
 from distributed.shards import ShardStore
 from distributed.storage import Folder
 from tests.test_report import report
@@ -144,7 +145,7 @@ def store_with(root: Path, ids: list[str]) -> ShardStore:
     store = ShardStore(root, "certificates/standard")
     tops, labels = [97, 88, 80, 50], [1, 1, 2, 1]
     rows = [certificate_row(i, label, votes(top, 100)) for i, label, top in zip(ids, labels, tops, strict=False)]
-    rows.append(error_row(CERTIFICATE_SCHEMA, ids[4], 1, 0.5, 0.001))
+    rows.append(error_row(CERTIFICATE_SCHEMA, {}, ids[4], 1, 0.5, 0.001))
     store.commit(0, rows, CERTIFICATE_SCHEMA, "cpu")
     return store
 
@@ -185,8 +186,10 @@ def test_export_ids_without_numbers_are_listed_beside_the_log(tmp_path: Path) ->
 
 
 def test_export_method_with_a_row_per_example_is_one_curve(tmp_path: Path) -> None:
-    rows = [error_row(MULTISCALE_SCHEMA, f"digits-{number:04d}", 1, None, 0.001) for number in range(2)]
-    ShardStore(tmp_path, "certificates/multiscale").commit(0, rows, MULTISCALE_SCHEMA, "cpu")
+    rows = [
+        error_row(Multiscale.schema, Multiscale.empty, f"digits-{number:04d}", 1, None, 0.001) for number in range(2)
+    ]
+    ShardStore(tmp_path, "certificates/multiscale").commit(0, rows, Multiscale.schema, "cpu")
     ((name, log),) = export_logs(Folder(tmp_path), ["certificates/multiscale"], Folder(tmp_path / "logs"))
     assert (name, len(log.idx)) == ("multiscale.tsv", 2)
 

@@ -26,21 +26,19 @@ from core.records import CLASSIFIER, ESTIMATOR
 from core.smoothing import certificate
 from distributed.datasets import absolute, load_dataset
 from distributed.estimate import (
-    BOTH,
     DENOISER,
     Part,
     count_parts,
-    dual_copies,
     format_parts,
-    most_copies,
     rows_of,
     store_bytes,
 )
 from distributed.launch import certify_store, outline, work_of
 from distributed.measure import measure_parts
+from distributed.methods.dual import Dual, dual_copies
+from distributed.methods.rows import certificate_row
 from distributed.preflight import check, dry_run, refuse
 from distributed.replica import Replica
-from distributed.rows import certificate_row
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from distributed.storage import Folder
@@ -275,7 +273,7 @@ WHOLE_BATCHES = ("compute.executor=local", "compute.batch_size=20", "dataset.tes
 def test_rows_of_a_standard_run_are_as_counted(tmp_path: Path, engines: list[Engine]) -> None:
     run = tiny_run(tmp_path, *WHOLE_BATCHES)
     work, _ = work_of(run, "certificates/standard-base")
-    each, exact = most_copies(work)
+    each, exact = work.method.copies(work.terms)
     certify_store(run, work.store)
     assert exact
     assert engines[-1].network.rows == {name: 60 * rows for name, rows in rows_of(each, run.config).items()}
@@ -297,12 +295,10 @@ def test_rows_of_a_dual_run_are_as_counted(tmp_path: Path, engines: list[Engine]
         shared = config.sigmas[row["sigma_index"]] == config.estimator_sigma
         certified = row["sigma"] is not None
         kinds[shared, certified] += 1
-        copies += dual_copies(
-            work.sampling, config.sigmas, config.estimator_sigma, shared=shared, class_stage=certified
-        )
+        copies += dual_copies(work.terms, shared=shared, class_stage=certified)
     assert len(kinds) > 1
     assert engines[-1].network.rows == rows_of(copies, config)
-    most = rows_of({kind: 60 * num for kind, num in most_copies(work)[0].items()}, config)
+    most = rows_of({kind: 60 * num for kind, num in work.method.copies(work.terms)[0].items()}, config)
     assert all(most[name] >= num for name, num in engines[-1].network.rows.items())
     assert sum(copies.values()) == sum(row["num_draws"] for row in rows)
 
@@ -314,7 +310,8 @@ def test_rows_of_a_single_sigma_are_exact(tmp_path: Path, engines: list[Engine])
     wrote["estimator"] = (run.folder / "models").sha256("estimator.safetensors")
     run.finish("train_base", read={}, wrote=wrote, facts={})
     certify_store(run, "certificates/dual-base")
-    each, exact = most_copies(outline(run, "certificates/dual-base"))
+    work = outline(run, "certificates/dual-base")
+    each, exact = work.method.copies(work.terms)
     assert exact
     assert engines[-1].network.rows == {DENOISER: 60 * 120, ESTIMATOR: 60 * 120, CLASSIFIER: 60 * 120}
     assert rows_of(each, run.config) == {DENOISER: 120, ESTIMATOR: 120, CLASSIFIER: 120}
@@ -327,7 +324,8 @@ def test_rows_of_multiscale_stay_below_the_bound_and_reach_it_where_no_level_dec
     run = tiny_run(tmp_path, *WHOLE_BATCHES, *settings, weight_seed=4)
     store = "certificates/multiscale-base"
     certify_store(run, store)
-    each, exact = most_copies(outline(run, store))
+    work = outline(run, store)
+    each, exact = work.method.copies(work.terms)
     assert (each, exact) == ({(CLASSIFIER,): 240}, False)
     rows = ShardStore(run.folder, store).read().to_pylist()
     assert engines[-1].network.rows == {name: sum(r["num_draws"] for r in rows) for name in (DENOISER, CLASSIFIER)}
@@ -343,7 +341,8 @@ def test_rows_of_sequential_budgets_stay_below_the_bound(
     run = tiny_run(tmp_path, *WHOLE_BATCHES, f"certify.budget={budget}", "certify.look_every=20")
     store = f"certificates/{method}-base"
     certify_store(run, store)
-    each, exact = most_copies(outline(run, store))
+    work = outline(run, store)
+    each, exact = work.method.copies(work.terms)
     assert not exact
     most = {name: 60 * num for name, num in rows_of(each, run.config).items()}
     assert engines[-1].network.rows.keys() == most.keys()
@@ -383,14 +382,14 @@ def test_store_bytes_is_above_what_is_written_and_not_far(tmp_path: Path) -> Non
             made = certificate(selection, estimation, sigma, work.sampling)
             rows.append(certificate_row(f"digits-{number:04d}", number % 10, made))
     store = ShardStore(run.folder, work.store)
-    store.commit(0, rows, work.schema, "cpu")
+    store.commit(0, rows, work.method.schema, "cpu")
     written = sum(file.size for file in store.folder.files())
     estimated = store_bytes(work, 1000, 10)
     assert written <= estimated <= 4 * written
 
 
 def test_part_time_and_money() -> None:
-    part = Part("x", 10, {BOTH: 7200, (CLASSIFIER,): 3600}, {}, replicas=2, rates={BOTH: 1.0})
+    part = Part("x", 10, {Dual.heads: 7200, (CLASSIFIER,): 3600}, {}, replicas=2, rates={Dual.heads: 1.0})
     assert part.device_s is None
     part.rates[CLASSIFIER,] = 2.0
     part = replace(part, start_s=100.0)

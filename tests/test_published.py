@@ -15,7 +15,7 @@ from core.config import load_config
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from distributed.audit import audit, replay
-from distributed.rows import ERROR, OK
+from distributed.methods.rows import ERROR, OK
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from jobs import certify, pipeline

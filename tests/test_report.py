@@ -10,12 +10,14 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from core.errors import DataError
-from core.report import MultiscaleRows, plots
+from core.report import plots
+from core.report.multiscale import MultiscaleRows
 from core.report.render import DualRows, ReportData, StandardRows, best_method_sentence, format_table, write_report
 
 PAGES = ["certified_accuracy.pdf", "certified_accuracy.png", "delta_radius.png", "p_lower.png", "report.html"]
@@ -322,7 +324,7 @@ def test_write_report_nothing_certified_is_still_a_report(tmp_path: Path) -> Non
         ({"p_lower": np.full(5, 1.1)}, "1.1"),
     ],
 )
-def test_dual_rows_inconsistent_is_refused(change: dict[str, np.ndarray], message: str) -> None:
+def test_dual_rows_inconsistent_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         replace(dual(), **change)
 
@@ -355,11 +357,12 @@ def cascade() -> MultiscaleRows:
         sigma=np.array([0.5, 0.5, 0.25, 0.25, nan]),
         sigma_bound=np.array([0.5, 0.5, 0.25, 0.5, nan]),
         num_levels=np.array([1, 1, 2, 2, 2]),
+        alpha_levels=(0.0004, 0.0006),
     )
 
 
 def test_write_report_multiscale_equals_hand_count(tmp_path: Path) -> None:
-    data = replace(report(), multiscale=cascade(), alpha_levels=(0.0004, 0.0006))
+    data = replace(report(), others=(cascade(),))
     assert cells(format_table(data))["Multiscale"] == ["60.00", "**40.00**", "**40.00**", "**20.00**", "0.00"]
     write_report(data, tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -387,6 +390,6 @@ def test_format_table_experts_are_called_so() -> None:
         ({"num_levels": np.zeros(4, int)}, "num_levels must have shape"),
     ],
 )
-def test_multiscale_rows_inconsistent_is_refused(change: dict[str, np.ndarray], message: str) -> None:
+def test_multiscale_rows_inconsistent_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         replace(cascade(), **change)

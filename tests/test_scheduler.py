@@ -203,7 +203,6 @@ def work_on(run: RunDirectory, **models: str) -> Work:
     return Work(
         root=run.folder,
         store="dataset",
-        method="standard",
         split="train",
         sampling=Sampling(20, 60, 0.01),
         budget="fixed",

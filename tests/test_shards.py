@@ -12,11 +12,12 @@ from core.errors import ConfigError, DataError
 from core.files import file_sha256
 from core.records import Bound, Certificate, DualCertificate, Sampling
 from core.smoothing import certificate
+from distributed.methods.dual import Dual
+from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
+from distributed.methods.standard import grid
 from distributed.plan import Plan
-from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, certificate_row, dual_row, error_row
 from distributed.shards import ShardStore
 from distributed.storage import Folder
-from distributed.tables import grid
 
 IDS = tuple(f"e{i}" for i in range(7))
 
@@ -220,7 +221,7 @@ def test_commit_with_an_error_keeps_its_message_until_it_succeeds(tmp_path: Path
     plan = Plan.divide(7, 3, 2, {})
     store = store_with_rows(tmp_path, plan)
     rows = rows_of(plan, 1)
-    failed = error_row(CERTIFICATE_SCHEMA, rows[0]["example_id"], rows[0]["label"], rows[0]["sigma"], 0.001)
+    failed = error_row(CERTIFICATE_SCHEMA, {}, rows[0]["example_id"], rows[0]["label"], rows[0]["sigma"], 0.001)
     note = {"example_id": "e3", "sigma": 0.25, "error": "DataError", "message": "broken", "traceback": "", "node": "n"}
     store.commit(1, [failed, *rows[1:]], CERTIFICATE_SCHEMA, "cpu", [{**note, "time": datetime.now(UTC)}])
     assert store.shards_with_errors() == {1}
@@ -258,7 +259,7 @@ def test_dual_row_holds_both_stages_and_null_sigma_when_the_estimator_abstained(
     both = DualCertificate(1, 0.3, 0.25, 0.4, 0.3, Bound.CLASS, 0.002, 0.001, 0.001, level, label)
     alone = DualCertificate(-1, 0.0, None, 0.0, 0.0, Bound.NONE, 0.002, 0.001, 0.001, level, None)
     store = ShardStore(tmp_path, "certificates/dual")
-    store.commit(0, [dual_row("a", 1, both), dual_row("b", 1, alone)], DUAL_SCHEMA, "cpu")
+    store.commit(0, [Dual().row("a", 1, both), Dual().row("b", 1, alone)], Dual.schema, "cpu")
     one, two = store.read().to_pylist()
     assert (one["sigma"], one["num_draws"], one["bounded_by"], one["correct"]) == (0.25, 400, "class", True)
     assert (one["counts_estimation"], one["counts_estimation_sigma"]) == ([1, 99], [20, 80])

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from distributed.methods.rows import CERTIFICATE_SCHEMA
 from distributed.plan import Plan
-from distributed.rows import CERTIFICATE_SCHEMA
 from distributed.shards import ShardStore
 from distributed.status import status
 from tests.tiny import tiny_run

@@ -6,6 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +15,22 @@ from core import metrics
 from core.errors import DataError
 from core.records import Bound
 
-__all__ = ["DualRows", "Gallery", "ImportedRows", "Kind", "Method", "MultiscaleRows", "ReportData", "StandardRows"]
+if TYPE_CHECKING:
+    from core.report.pages import Block
+
+__all__ = ["DualRows", "Gallery", "ImportedRows", "Kind", "Method", "MethodRows", "ReportData", "StandardRows"]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class StandardRows:
-    """Certificates of standard RS at one noise level, N examples.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MethodRows:
+    """Certificates of one method, one for each of N examples. A method with more to show has a kind of its own.
 
     Attributes:
-        sigma: noise level, > 0, pixel scale [0, 1].
+        name: of the method.
         correct: bool ``(N,)``, certified and the class is the label.
         radius: float64 ``(N,)``, certified l2 radius, 0 where abstaining.
         p_lower: float64 ``(N,)``, lower bound of the top class's probability, in [0, 1].
@@ -37,7 +41,7 @@ class StandardRows:
         DataError: for lengths that differ, values out of range, or an abstention with a radius or a right class.
     """
 
-    sigma: float
+    name: str
     correct: Bools
     radius: Floats
     p_lower: Floats
@@ -45,14 +49,43 @@ class StandardRows:
     num_draws: Ints
 
     def __post_init__(self) -> None:
+        _check_rows(self)
+
+    def summary(self, data: "ReportData") -> str:
+        """What the report's summary says of it, a sentence or none."""
+        return ""
+
+    def blocks(self, data: "ReportData") -> "list[Block]":
+        """Its own part of the report."""
+        return []
+
+    def check_columns(self, *names: str) -> None:
+        """Raise `DataError` unless these are ``(N,)`` too."""
+        for name in names:
+            if (shape := getattr(self, name).shape) != self.correct.shape:
+                raise DataError(f"{self.name}: {name} must have shape {self.correct.shape}, got {shape}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StandardRows(MethodRows):
+    """Certificates of standard RS at one noise level.
+
+    Attributes:
+        sigma: noise level, > 0, pixel scale [0, 1].
+    """
+
+    name: str = "Standard RS"
+    sigma: float
+
+    def __post_init__(self) -> None:
         if not self.sigma > 0.0:
             raise DataError(f"sigma must be > 0, got {self.sigma!r}")
-        _check_rows(self, f"Standard RS, sigma = {self.sigma:g}")
+        _check_rows(self, f"{self.name}, sigma = {self.sigma:g}")
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class DualRows:
-    """Certificates of Dual RS, N examples; fields that `StandardRows` shares mean the same.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DualRows(MethodRows):
+    """Certificates of Dual RS.
 
     Attributes:
         radius_sigma: float64 ``(N,)``, R_sigma, 0 where the estimator abstained.
@@ -61,28 +94,18 @@ class DualRows:
         bounded_by: ``(N,)`` strings, values of `core.records.Bound`: "sigma", "class", or "none" where abstaining.
         sigma_choice: int64 ``(N,)``, index into Sigma that the estimator's selection draws chose, also where it
             abstained.
-
-    Raises:
-        DataError: as `StandardRows`.
     """
 
-    correct: Bools
-    radius: Floats
+    name: str = "Dual RS"
     radius_sigma: Floats
     radius_class: Floats
     sigma: Floats
     bounded_by: NDArray[np.str_]
-    abstained: Bools
-    num_draws: Ints
-    p_lower: Floats
     sigma_choice: Ints
 
     def __post_init__(self) -> None:
-        _check_rows(self, "Dual RS")
-        num = self.correct.size
-        for name in ("radius_sigma", "radius_class", "sigma", "bounded_by", "sigma_choice"):
-            if (shape := getattr(self, name).shape) != (num,):
-                raise DataError(f"Dual RS: {name} must have shape ({num},), got {shape}")
+        _check_rows(self)
+        self.check_columns("radius_sigma", "radius_class", "sigma", "bounded_by", "sigma_choice")
         if unknown := set(self.bounded_by.tolist()) - {str(bound) for bound in Bound}:
             raise DataError(f"Dual RS: bounded_by must be one of {[str(b) for b in Bound]}, got {sorted(unknown)}")
         if np.any(np.isnan(self.sigma) & ~self.abstained):
@@ -96,37 +119,6 @@ class DualRows:
     def slack(self) -> Floats:
         """Delta R_sigma = R_sigma - R_c over the examples that both stages certify; negative: the estimator caps."""
         return (self.radius_sigma - self.radius_class)[~self.abstained]
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class MultiscaleRows:
-    """Certificates of Multiscale, N examples; fields that `StandardRows` shares mean the same.
-
-    Attributes:
-        sigma: float64 ``(N,)``, the noise level that decided, nan where abstaining.
-        sigma_bound: float64 ``(N,)``, the level that bounds the radius, nan where abstaining.
-        num_levels: int64 ``(N,)``, levels that were asked, the largest sigma first.
-
-    Raises:
-        DataError: as `StandardRows`.
-    """
-
-    correct: Bools
-    radius: Floats
-    p_lower: Floats
-    abstained: Bools
-    num_draws: Ints
-    sigma: Floats
-    sigma_bound: Floats
-    num_levels: Ints
-
-    def __post_init__(self) -> None:
-        _check_rows(self, "Multiscale")
-        for name in ("sigma", "sigma_bound", "num_levels"):
-            if (shape := getattr(self, name).shape) != self.correct.shape:
-                raise DataError(f"Multiscale: {name} must have shape {self.correct.shape}, got {shape}")
-        if not (np.array_equal(np.isnan(self.sigma), self.abstained) and np.all(self.num_levels >= 0)):
-            raise DataError("Multiscale: sigma must be nan exactly where nothing is certified, num_levels at least 0")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -149,7 +141,7 @@ class Kind(StrEnum):
 
     STANDARD = "standard"
     DUAL = "dual"
-    MULTISCALE = "multiscale"
+    OTHER = "other"
     ORACLE = "oracle"
     BASELINE = "baseline"
     IMPORTED = "imported"
@@ -216,8 +208,7 @@ class ReportData:
         standard_at_dual_alpha: float64 ``(N, K)``, R_c(x, sigma_i) at the classifier's share of alpha, 0 for a wrong
             class; None when it was not measured.
         baseline: standard RS with the off-the-shelf classifier.
-        multiscale: the cascade over Sigma, None when it was not run.
-        alpha_levels: what Multiscale spends where each level of Sigma decides, ``(K,)``.
+        others: further methods that were run.
         experts: whether each noise level has a classifier of its own.
         imported: logs of others; shown beside the rest, never called the best.
         strict: whether a certificate counts at r when its radius is > r (else >= r).
@@ -239,8 +230,7 @@ class ReportData:
     dual: DualRows | None
     standard_at_dual_alpha: Floats | None
     baseline: tuple[StandardRows, ...] = ()
-    multiscale: MultiscaleRows | None = None
-    alpha_levels: tuple[float, ...] = ()
+    others: tuple[MethodRows, ...] = ()
     experts: bool = False
     imported: tuple[ImportedRows, ...] = ()
     strict: bool = True
@@ -253,7 +243,7 @@ class ReportData:
     manifest: Mapping[str, object]
 
     def __post_init__(self) -> None:
-        rows = (*self.standard, *self.baseline, self.dual, self.multiscale)
+        rows = (*self.standard, *self.baseline, self.dual, *self.others)
         sizes = {r.correct.size for r in rows if r is not None}
         if not self.standard or len(sizes) != 1:
             raise DataError(
@@ -289,12 +279,9 @@ class ReportData:
         _, best = self.oracle
         name = "Oracle over Sigma (not a certificate)"
         shown = [_standard(r, Kind.STANDARD, i, self.strict, self.experts) for i, r in enumerate(self.standard)]
-        if (m := self.multiscale) is not None:
-            columns = (m.correct, m.radius, m.p_lower, m.abstained, m.num_draws)
-            shown.append(Method("Multiscale", Kind.MULTISCALE, 0, *columns, self.strict))
+        shown += [_method(rows, rows.name, Kind.OTHER, i, self.strict) for i, rows in enumerate(self.others)]
         if (d := self.dual) is not None:
-            columns = (d.correct, d.radius, d.p_lower, d.abstained, d.num_draws)
-            shown.append(Method("Dual RS", Kind.DUAL, 0, *columns, self.strict))
+            shown.append(_method(d, d.name, Kind.DUAL, 0, self.strict))
         shown.append(Method(name, Kind.ORACLE, 0, best > 0.0, best, None, None, None, self.strict))
         shown += [_standard(r, Kind.BASELINE, i, self.strict, self.experts) for i, r in enumerate(self.baseline)]
         for i, rows in enumerate(self.imported):
@@ -310,16 +297,6 @@ class ReportData:
         methods = [m for m in self.methods() if m.is_certificate and m.kind is not Kind.IMPORTED]
         values = np.stack([m.accuracy(self.radii) for m in methods], axis=1)
         return [[m for m, v in zip(methods, row, strict=True) if v == row.max() > 0.0] for row in values]
-
-    def level_counts(self) -> tuple[Ints, Ints, Ints]:
-        """Examples per sigma, ``(K,)``: asked by Multiscale, certified there, and of these bounded by a level above."""
-        if (m := self.multiscale) is None:
-            raise DataError("Multiscale was not run, so there are no levels to count")
-        above = self.sigmas.size - 1 - np.arange(self.sigmas.size)  # levels that come before each one
-        asked = (m.num_levels[:, None] > above).sum(axis=0)
-        decided = m.sigma[:, None] == self.sigmas
-        capped = decided & (m.sigma_bound > m.sigma)[:, None]
-        return asked.astype(np.int64), decided.sum(axis=0).astype(np.int64), capped.sum(axis=0).astype(np.int64)
 
     def lost_radius(self) -> Floats:
         """Delta R_c over the examples that some sigma certifies (R_c* > 0); empty where it was not measured."""
@@ -347,15 +324,17 @@ class ReportData:
 
 
 def _standard(rows: StandardRows, kind: Kind, index: int, strict: bool, expert: bool) -> Method:
-    name = "Expert" if expert else "Standard RS"
-    name += "" if kind is Kind.STANDARD else " off the shelf"
-    return Method(
-        f"{name}, sigma = {rows.sigma:g}", kind, index,
-        rows.correct, rows.radius, rows.p_lower, rows.abstained, rows.num_draws, strict,
-    )  # fmt: skip
+    name = ("Expert" if expert else rows.name) + ("" if kind is Kind.STANDARD else " off the shelf")
+    return _method(rows, f"{name}, sigma = {rows.sigma:g}", kind, index, strict)
 
 
-def _check_rows(rows: StandardRows | DualRows | MultiscaleRows, name: str) -> None:
+def _method(rows: MethodRows, name: str, kind: Kind, index: int, strict: bool) -> Method:
+    columns = (rows.correct, rows.radius, rows.p_lower, rows.abstained, rows.num_draws)
+    return Method(name, kind, index, *columns, strict)
+
+
+def _check_rows(rows: MethodRows, name: str = "") -> None:
+    name = name or rows.name
     shape = rows.correct.shape
     for field in ("correct", "radius", "p_lower", "abstained", "num_draws"):
         value = getattr(rows, field)

@@ -2,9 +2,10 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -12,11 +13,22 @@ from core.errors import DataError
 from core.files import write_whole
 from core.metrics import average_certified_radius, clopper_pearson_interval
 from core.report import Kind, Method, ReportData
-from core.report.pages import Block, Heading, Table, Text, html_page, latex_table, markdown_page, markdown_table
+from core.report.pages import (
+    NONE,
+    Block,
+    Heading,
+    Table,
+    Text,
+    html_page,
+    latex_table,
+    markdown_page,
+    markdown_table,
+    percent,
+)
 
 __all__ = ["accuracy_table", "format_comparison", "write_comparison"]
 
-_NONE = "–"
+_TITLE: Final = "Comparison of runs"
 
 
 def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]:
@@ -40,12 +52,9 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
     for name, data in runs.items():
         if not np.array_equal(data.radii, first.radii) or data.strict != first.strict:
             raise DataError(f"{name} is counted at other radii or in another way than {next(iter(runs))}")
-    figures = {
-        kind: plots.curves_figure({name: method for name, data in runs.items() if (method := _one(data, kind))})
-        for kind in (Kind.DUAL, Kind.MULTISCALE, Kind.ORACLE)
-        if any(_one(data, kind) for data in runs.values())
-    }
-    titles = {Kind.DUAL: "Dual RS", Kind.MULTISCALE: "Multiscale", Kind.ORACLE: "Oracle over Sigma (no certificate)"}
+    curves = _curves(runs)
+    figures = {title: plots.curves_figure(found) for title, found in curves.items()}
+    files_of = {title: f"comparison_{_file_name(title)}" for title in figures}
     accuracy, differences = accuracy_table(runs), _differences(runs)
     examples = sorted({f"{data.num_examples:,} of {data.labels}" for data in runs.values()})
     blocks: list[Block] = [
@@ -53,19 +62,21 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
              "draws or another alpha, are shown side by side but are no test of one against the other."),
         Heading("Certified accuracy"), accuracy,
     ]  # fmt: skip
-    for kind, figure in figures.items():
-        caption = f"{titles[kind]}: certified accuracy against the radius, run by run."
-        blocks += [Heading(titles[kind]), plots.to_picture(figure, f"comparison_{kind}", caption)]
+    for title, figure in figures.items():
+        caption = f"{title}: certified accuracy against the radius, run by run."
+        blocks += [Heading(title), plots.to_picture(figure, files_of[title], caption)]
     blocks += [Heading("In numbers"), _summary(runs), Heading("What differs in their configurations")]
     blocks.append(differences if differences.rows else Text("Nothing."))
     manifests = {name: dict(data.manifest) for name, data in runs.items()}
-    title = "Comparison of runs"
-    files = {f"comparison_{kind}.png": plots.to_bytes(figure, "png") for kind, figure in figures.items()}
-    files |= {f"comparison_{kind}.pdf": plots.to_bytes(figure, "pdf") for kind, figure in figures.items()}
+    files = {
+        f"{files_of[title]}.{kind}": plots.to_bytes(figure, kind)
+        for kind in ("png", "pdf")
+        for title, figure in figures.items()
+    }
     files["comparison.csv"] = _csv(runs).encode()
     files["comparison.tex"] = latex_table(accuracy, "Certified accuracy, run by run.").encode()
-    files["comparison.md"] = markdown_page(title, blocks, manifests).encode()
-    files["comparison.html"] = html_page(title, blocks, manifests).encode()
+    files["comparison.md"] = markdown_page(_TITLE, blocks, manifests).encode()
+    files["comparison.html"] = html_page(_TITLE, blocks, manifests).encode()
     for name, content in files.items():
         write_whole(folder / name, content)
     return [folder / name for name in files]
@@ -91,8 +102,21 @@ def accuracy_table(runs: Mapping[str, ReportData]) -> Table:
     return Table(("Certified accuracy [%] beyond radius", *(f"{r:g}" for r in radii)), cells, bold)
 
 
-def _one(data: ReportData, kind: Kind) -> Method | None:
-    return next((method for method in data.methods() if method.kind is kind), None)
+def _curves(runs: Mapping[str, ReportData]) -> dict[str, dict[str, Method]]:
+    """What is drawn, by title: Dual RS, each further method, and the oracle, run by run."""
+    found: dict[str, dict[str, Method]] = {}
+    for kind in (Kind.DUAL, Kind.OTHER, Kind.ORACLE):
+        for name, data in runs.items():
+            for method in data.methods():
+                if method.kind is kind:
+                    title = "Oracle over Sigma (no certificate)" if kind is Kind.ORACLE else method.name
+                    found.setdefault(title, {})[name] = method
+    return found
+
+
+def _file_name(title: str) -> str:
+    """`Dual RS` -> `dual`, `Oracle over Sigma (no certificate)` -> `oracle`."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower().split(" ")[0])
 
 
 def _summary(runs: Mapping[str, ReportData]) -> Table:
@@ -103,13 +127,13 @@ def _summary(runs: Mapping[str, ReportData]) -> Table:
     rows = []
     for name, data in runs.items():
         claim = (f"{data.num_examples:,}", f"{data.num_selection:,}", f"{data.num_estimation:,}", f"{data.alpha:g}")
-        dual: tuple[str, ...] = (_NONE,) * 5
+        dual: tuple[str, ...] = (NONE,) * 5
         if (d := data.dual) is not None:
             agreement = data.choice_agreement()
             dual = (
-                f"{100.0 * d.abstained.mean():.2f}%",
-                f"{100.0 * (d.bounded_by == 'sigma').mean():.2f}%",
-                _NONE if np.isnan(agreement) else f"{100.0 * agreement:.2f}%",
+                percent(d.abstained.mean()),
+                percent((d.bounded_by == "sigma").mean()),
+                NONE if np.isnan(agreement) else percent(agreement),
                 f"{d.num_draws.mean():,.1f}",
                 f"{average_certified_radius(d.correct, d.radius):.4f}",
             )
@@ -122,7 +146,7 @@ def _differences(runs: Mapping[str, ReportData]) -> Table:
     keys = sorted({key for values in flat.values() for key in values})
     rows = []
     for key in keys:
-        values = [flat[name].get(key, _NONE) for name in runs]
+        values = [flat[name].get(key, NONE) for name in runs]
         if len(set(values)) > 1:
             rows.append((key, *values))
     return Table(("Key", *runs), tuple(rows))

@@ -9,6 +9,7 @@ from typing import Final
 from core.report.charts import CSS, SCRIPT, SCRIPT_HASH, Chart, chart_html
 
 __all__ = [
+    "NONE",
     "Block",
     "Heading",
     "Picture",
@@ -19,7 +20,16 @@ __all__ = [
     "latex_table",
     "markdown_page",
     "markdown_table",
+    "percent",
 ]
+
+NONE: Final = "–"
+"""A cell without a value."""
+
+
+def percent(share: float) -> str:
+    """A share for people."""
+    return f"{100.0 * share:.2f}%"
 
 
 @dataclass(frozen=True, slots=True)

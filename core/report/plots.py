@@ -38,7 +38,8 @@ Ints = NDArray[np.int64]
 # Okabe & Ito's palette without its yellow, which is hard to see on white. Vermillion is kept for Dual RS.
 _COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
 _DUAL: Final = "#D55E00"
-_MULTISCALE: Final = "#5D3A9B"
+_OTHERS: Final = ("#5D3A9B", "#117733", "#882255", "#44AA99")
+_OTHER_MARKERS: Final = ("X", "p", "h", "d")
 # Dots are kept for the off-the-shelf rows.
 _DASHES: Final = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (12, 2)))
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P")
@@ -342,8 +343,9 @@ def _look(method: Method) -> dict[str, Any]:
             "markersize": 9,
             "markevery": (0.09, 0.2),
         }
-    if method.kind is Kind.MULTISCALE:
-        return {"color": _MULTISCALE, "linestyle": "-", "linewidth": 1.8, "marker": "X", "markersize": 6,
+    if method.kind is Kind.OTHER:
+        colour, marker = (each[method.index % len(each)] for each in (_OTHERS, _OTHER_MARKERS))
+        return {"color": colour, "linestyle": "-", "linewidth": 1.8, "marker": marker, "markersize": 6,
                 "markevery": (0.05, 0.2)}  # fmt: skip
     if method.kind is Kind.IMPORTED:
         dashes = (0, (4 + 2 * (method.index // len(_COLOURS)), 1, 1, 1, 1, 1))

@@ -13,8 +13,9 @@ import numpy as np
 
 from core.files import write_whole
 from core.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
-from core.report import DualRows, Kind, MultiscaleRows, ReportData, StandardRows
+from core.report import DualRows, Kind, ReportData, StandardRows
 from core.report.pages import (
+    NONE,
     Block,
     Heading,
     Picture,
@@ -25,6 +26,7 @@ from core.report.pages import (
     latex_table,
     markdown_page,
     markdown_table,
+    percent,
 )
 
 __all__ = ["DualRows", "ReportData", "StandardRows", "best_method_sentence", "format_table", "write_report"]
@@ -38,7 +40,6 @@ _CAPTIONS: Final = {
     "p_lower": "Empirical distribution of the lower bound.",
     "gallery": "From the largest certificate to the smallest: the image, one of its noisy copies, that copy denoised.",
 }
-_NONE: Final = "–"
 
 
 def format_table(data: ReportData) -> str:
@@ -122,11 +123,11 @@ def _method_table(data: ReportData) -> Table:
     for m in data.methods():
         clean = float(m.accuracy(np.zeros(1))[0])
         ours = m.is_certificate and m.kind is not Kind.IMPORTED  # the alpha of an imported log is not known
-        bound = _percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if ours else _NONE
-        abstained = _NONE if m.abstained is None else _percent(float(m.abstained.mean()))
-        draws = (_NONE, _NONE) if m.num_draws is None else (f"{m.num_draws.mean():,.1f}", f"{m.num_draws.sum():,}")
+        bound = percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if ours else NONE
+        abstained = NONE if m.abstained is None else percent(float(m.abstained.mean()))
+        draws = (NONE, NONE) if m.num_draws is None else (f"{m.num_draws.mean():,.1f}", f"{m.num_draws.sum():,}")
         radius = f"{average_certified_radius(m.correct, m.radius):.4f}"
-        rows.append((m.name, _percent(clean), bound, abstained, *draws, radius))
+        rows.append((m.name, percent(clean), bound, abstained, *draws, radius))
     header = (
         "Method", "Clean certified accuracy (beyond radius 0)", "At least, with 99.9% confidence", "Abstained",
         "Mean draws per example", "Total draws", "Average certified radius (secondary)",
@@ -150,9 +151,7 @@ def _summary(data: ReportData) -> str:
             f" Dual RS spends {data.alpha_stages[0]:g} on the noise level and {data.alpha_stages[1]:g} on the class; "
             "the claim holds at alpha."
         )
-    if data.multiscale is not None:
-        levels = ", ".join(f"{a:g} at {s:g}" for s, a in zip(data.sigmas, data.alpha_levels, strict=True))
-        text += f" Multiscale spends what the sigma that decides allows: {levels}; the claim holds at alpha."
+    text += "".join(f" {said}" for rows in data.others if (said := rows.summary(data)))
     if data.experts:
         text += (
             " Each sigma has a classifier of its own: a row 'Expert' is standard RS with that one, Dual RS routes "
@@ -185,7 +184,7 @@ def _stage_table(data: ReportData, dual: DualRows) -> Table:
         ("Radius capped by R_sigma, of all examples", capped, everyone),
     )  # fmt: skip
     counts = ((name, int(hits.sum()), int(of.sum())) for name, hits, of in lines)
-    rows = tuple((name, f"{hits:,} of {of:,}", _percent(hits / of) if of else _NONE) for name, hits, of in counts)
+    rows = tuple((name, f"{hits:,} of {of:,}", percent(hits / of) if of else NONE) for name, hits, of in counts)
     return Table(("Dual RS", "Examples", "Share"), rows)
 
 
@@ -200,7 +199,7 @@ def _choice_table(data: ReportData, dual: DualRows) -> Table:
 def _dual_blocks(data: ReportData, dual: DualRows, pictures: Mapping[str, Picture]) -> list[Block]:
     agree = data.choice_agreement()
     said = "No sigma certifies the right class of any example." if np.isnan(agree) else (
-        f"Where some sigma certifies the right class, the estimator chose the best one for {_percent(agree)} "
+        f"Where some sigma certifies the right class, the estimator chose the best one for {percent(agree)} "
         "of the examples (ties count for the smaller sigma)."
     )  # fmt: skip
     blocks: list[Block] = [
@@ -218,33 +217,19 @@ def _dual_blocks(data: ReportData, dual: DualRows, pictures: Mapping[str, Pictur
             text += (
                 " Over these, Delta R_c = R_c* - R_c at the classifier's share of alpha has median "
                 f"{np.median(lost):.4f} and 90% quantile {np.quantile(lost, 0.9):.4f}; "
-                f"{_percent(float((lost <= 0.0).mean()))} lose nothing."
+                f"{percent(float((lost <= 0.0).mean()))} lose nothing."
             )
         blocks.append(Text(text))
     text = f"Both stages certify {slack.size:,} of {data.num_examples:,} examples."
     if slack.size:
         text += (
             f" Over these, Delta R_sigma = R_sigma - R_c has median {np.median(slack):.4f};"
-            f" it is negative for {_percent(float((slack < 0.0).mean()))}, where the estimator caps the radius."
+            f" it is negative for {percent(float((slack < 0.0).mean()))}, where the estimator caps the radius."
         )
     blocks.append(Text(text))
     if "delta_radius" in pictures:
         blocks.append(pictures["delta_radius"])
     return blocks
-
-
-def _multiscale_blocks(data: ReportData, rows: MultiscaleRows) -> list[Block]:
-    asked, decided, capped = data.level_counts()
-    levels = zip(data.sigmas, asked, decided, capped, strict=True)
-    lines = [(f"{s:g}", f"{a:,}", f"{d:,}", f"{c:,}") for s, a, d, c in levels][::-1]
-    lines.append(("none", _NONE, f"{rows.abstained.sum():,} abstained", _NONE))
-    text = (
-        "The cascade asks the largest sigma first and goes on where that does not decide. Where a smaller sigma "
-        "decides, a level above may bound the radius: it must not decide for another class anywhere in the ball. All "
-        "draws of a level are taken, whatever certify.budget says."
-    )
-    header = ("sigma", "Examples asked", "Decided and certified", "of these bounded by a level above")
-    return [Heading("Multiscale, level by level"), Text(text), Table(header, tuple(lines))]
 
 
 def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
@@ -262,8 +247,8 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
               "judge by the curve."),
         _method_table(data),
     ]  # fmt: skip
-    if data.multiscale is not None:
-        blocks += _multiscale_blocks(data, data.multiscale)
+    for rows in data.others:
+        blocks += rows.blocks(data)
     if data.dual is not None:
         blocks += _dual_blocks(data, data.dual, pictures)
     text = "Up to one half (dashed) nothing is certified."
@@ -309,10 +294,6 @@ def _steps_table(steps: Mapping[str, Mapping[str, object]]) -> Table:
         if (seconds := step.get("duration_s")) is None:
             continue
         draws, device = step.get("draws_this_call"), step.get("devices")
-        where = ", ".join(map(str, device)) if isinstance(device, list) else _NONE
-        rows.append((name, f"{step.get('rows', 0):,}", _NONE if draws is None else f"{draws:,}", f"{seconds:,}", where))
+        where = ", ".join(map(str, device)) if isinstance(device, list) else NONE
+        rows.append((name, f"{step.get('rows', 0):,}", NONE if draws is None else f"{draws:,}", f"{seconds:,}", where))
     return Table(("Step (its last call)", "Rows", "Draws", "Wall time [s]", "Device"), tuple(rows))
-
-
-def _percent(share: float) -> str:
-    return f"{100.0 * share:.2f}%"

@@ -10,11 +10,9 @@ import numpy as np
 from core.errors import DataError
 from core.metrics import average_certified_radius
 from core.report import DualRows, Kind, Method, ReportData
-from core.report.pages import Block, Heading, Section, Table, Text, markdown_table
+from core.report.pages import NONE, Block, Heading, Section, Table, Text, markdown_table, percent
 
 __all__ = ["rounds_section"]
-
-_NONE = "–"
 
 
 def rounds_section(rounds: Sequence[ReportData]) -> Section:
@@ -77,11 +75,11 @@ def _summary(rounds: Sequence[ReportData]) -> Table:
         rows.append(
             (
                 f"Round {number}",
-                _percent(float(data.dual.abstained.mean())),
-                _percent(float(data.dual.estimator_abstained.mean())),
-                _percent(float((data.dual.bounded_by == "sigma").mean())),
-                _NONE if np.isnan(agreement) else _percent(agreement),
-                f"{np.median(lost):.4f}" if lost.size else _NONE,
+                percent(float(data.dual.abstained.mean())),
+                percent(float(data.dual.estimator_abstained.mean())),
+                percent(float((data.dual.bounded_by == "sigma").mean())),
+                NONE if np.isnan(agreement) else percent(agreement),
+                f"{np.median(lost):.4f}" if lost.size else NONE,
                 f"{data.oracle[1].mean():.4f}",
                 f"{average_certified_radius(method.correct, method.radius):.4f}",
                 f"{data.dual.num_draws.mean():,.1f}",
@@ -109,7 +107,3 @@ def _beyond(method: Method, radii: np.ndarray) -> np.ndarray:
     reach = method.radius[:, None]
     exceeds = reach > radii if method.strict else reach >= radii
     return np.asarray(exceeds & (reach > 0.0) & method.correct[:, None])
-
-
-def _percent(share: float) -> str:
-    return f"{100.0 * share:.2f}%"

@@ -1,0 +1,261 @@
+"""Dual RS: the estimator's votes and the classifier's, a row for every example."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from core.dual import join_stages, selection_heads
+from core.errors import ConfigError
+from core.records import (
+    CLASSIFIER,
+    ESTIMATOR,
+    Bound,
+    Certificate,
+    DualCertificate,
+    Procedure,
+    Sampling,
+    Stop,
+    stage_sampling,
+)
+from core.report import DualRows
+from core.sequential import beyond, conclude, dual_procedure, second_targets, skipped, stage_order, tie_of
+from core.smoothing import certificate
+from distributed.methods.method import (
+    Copies,
+    Method,
+    Row,
+    Terms,
+    Votes,
+    column,
+    common_columns,
+    missing_votes,
+    votes_of,
+)
+from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, OK
+
+__all__ = ["Dual", "dual_copies"]
+
+_ENDING = {ESTIMATOR: "_sigma", CLASSIFIER: ""}
+_CLASSIFIER_COLUMNS = ("counts_selection", "counts_estimation", "num_estimation", "stop_reason")
+
+
+class Dual(Method):
+    """DUAL-CERTIFY (arXiv 2512.01782)."""
+
+    title = "Dual RS"
+    schema = pa.schema(
+        [
+            *CERTIFICATE_SCHEMA,
+            ("sigma_e", pa.float64()),
+            ("sigma_index", pa.int64()),
+            ("radius_sigma", pa.float64()),
+            ("radius_class", pa.float64()),
+            ("bounded_by", pa.string()),
+            ("alpha_sigma", pa.float64()),
+            ("alpha_class", pa.float64()),
+            ("p_lower_sigma", pa.float64()),
+            ("num_estimation_sigma", pa.int64()),
+            ("stop_reason_sigma", pa.string()),
+            ("alpha_early_sigma", pa.float64()),
+            ("target_sigma", pa.float64()),
+            ("num_shared", pa.int64()),
+            ("counts_selection_sigma", COUNTS),
+            ("counts_estimation_sigma", COUNTS),
+        ]
+    )
+    """Unmarked counts are the classifier's (empty when it was not run), `_sigma` the estimator's. `sigma` is null when
+    the estimator abstained; `sigma_index` is its selection draws' choice all the same."""
+    heads = (ESTIMATOR, CLASSIFIER)
+    endings = ("", "_sigma")
+    empty: ClassVar[Row] = {
+        "stop_reason_sigma": Stop.SKIPPED.value,
+        "target_sigma": None,
+        "bounded_by": Bound.NONE.value,
+    }
+
+    def procedures(self, terms: Terms) -> Sequence[Callable[[], Procedure[DualCertificate]]]:
+        """One."""
+        return [
+            partial(
+                dual_procedure,
+                terms.budget,
+                terms.sigmas,
+                terms.sigma_e,
+                terms.sampling,
+                terms.rule,
+                terms.radii,
+                terms.split,
+            )
+        ]
+
+    def row(self, example_id: str, label: int, result: DualCertificate) -> dict[str, Any]:
+        """A row of its schema."""
+        c, level, label_stage = result, result.sigma_stage, result.class_stage
+        return {
+            "example_id": example_id,
+            "label": label,
+            "sigma": c.sigma,
+            "prediction": c.prediction,
+            "correct": c.prediction == label,
+            "radius": c.radius,
+            "p_lower": c.p_lower,
+            "num_selection": level.num_selection,
+            "num_estimation": label_stage.num_estimation if label_stage else 0,
+            "counts_selection": c.counts_selection,
+            "counts_estimation": c.counts_estimation,
+            "alpha": c.alpha,
+            "abstained": c.abstained,
+            "num_draws": c.num_draws,
+            "stop_reason": label_stage.stop.value if label_stage else Stop.SKIPPED.value,
+            "alpha_early": label_stage.alpha_early if label_stage else 0.0,
+            "target": label_stage.target if label_stage else None,
+            "status": OK,
+            "sigma_e": level.sigma,
+            "sigma_index": level.top_class,
+            "radius_sigma": c.radius_sigma,
+            "radius_class": c.radius_class,
+            "bounded_by": c.bounded_by.value,
+            "alpha_sigma": c.alpha_sigma,
+            "alpha_class": c.alpha_class,
+            "p_lower_sigma": level.p_lower,
+            "num_estimation_sigma": level.num_estimation,
+            "stop_reason_sigma": level.stop.value,
+            "alpha_early_sigma": level.alpha_early,
+            "target_sigma": level.target,
+            "num_shared": c.num_shared,
+            "counts_selection_sigma": level.counts_selection,
+            "counts_estimation_sigma": level.counts_estimation,
+        }
+
+    def recompute(self, row: Row, terms: Terms) -> DualCertificate:
+        """Both stages, in the order in which they were run."""
+        stage = _stages(terms)
+        selection = {head: votes_of(row, "selection", _ENDING[head]) for head in self.heads}
+        estimation = {head: votes_of(row, "estimation", _ENDING[head]) for head in self.heads}
+        level = {ESTIMATOR: terms.sigma_e, CLASSIFIER: terms.sigmas[int(selection[ESTIMATOR].argmax())]}
+        if terms.budget == "fixed":
+            first = certificate(selection[ESTIMATOR], estimation[ESTIMATOR], terms.sigma_e, stage[ESTIMATOR])
+            label = None
+            if not first.abstained:
+                label = certificate(selection[CLASSIFIER], estimation[CLASSIFIER], level[CLASSIFIER], stage[CLASSIFIER])
+            return join_stages(first, label, terms.sigmas, terms.sampling.alpha)
+        stages: dict[str, Certificate] = {}
+        order = stage_order(selection, level)
+        for head in order:
+            if stages and stages[order[0]].abstained:
+                stages[head] = skipped(level[head], selection[head], stage[head])
+                continue
+            stages[head] = conclude(
+                level[head],
+                second_targets(terms.radii, stages[order[0]].radius) if stages else beyond(terms.radii),
+                selection[head],
+                estimation[head],
+                row[f"num_estimation{_ENDING[head]}"],
+                stage[head],
+                terms.rule.early_share,
+                Stop(row[f"stop_reason{_ENDING[head]}"]),
+                grid=terms.budget == "grid",
+            )
+        return join_stages(stages[ESTIMATOR], stages[CLASSIFIER], terms.sigmas, terms.sampling.alpha, tie_of(order[0]))
+
+    def copies(self, terms: Terms) -> tuple[Copies, bool]:
+        """The most where the estimator picks another level than sigma_e and does not abstain."""
+        always = terms.sigmas == (terms.sigma_e,)  # there is nothing else to pick
+        return dual_copies(terms, shared=always, class_stage=True), always and terms.budget == "fixed"
+
+    def stage(self, terms: Terms) -> Sampling:
+        """Of either stage."""
+        return stage_sampling(terms.sampling, terms.split)
+
+    def votes(self, row: Row, terms: Terms, num_classes: int) -> Iterator[Votes]:
+        """The classifier's, which may not have been asked, and the estimator's."""
+        widths = {CLASSIFIER: frozenset({0, num_classes}), ESTIMATOR: frozenset({len(terms.sigmas)})}
+        for head, ending in _ENDING.items():
+            for phase in ("selection", "estimation"):
+                draws = row[f"num_{phase}{ending if phase == 'estimation' else ''}"]
+                yield Votes(f"counts_{phase}{ending}", row[f"counts_{phase}{ending}"], draws, widths[head])
+
+    def spent(self, row: Row, terms: Terms) -> float:
+        """By the split: what both stages spend, or the larger of the two."""
+        parts = (row["alpha_sigma"], row["alpha_class"])
+        return float(max(parts) if terms.split == "full" else sum(parts))
+
+    def non_finite(self, table: pa.Table) -> int:
+        """Of both stages."""
+        return sum(missing_votes(table, ending) for ending in self.endings)
+
+    def rederived(
+        self, stored: Sequence[Row], standard: Mapping[tuple[str, float], Row], sigmas: Sequence[float], terms: Terms
+    ) -> Iterator[dict[str, Any]]:
+        """Where the estimator's choice moves, the classifier's votes come from standard RS: the same noise gave them.
+
+        Draws that the estimator gave to a level that is left out count for no level.
+        """
+        return super().rederived(
+            [self._restricted(row, standard, sigmas, terms) for row in stored], standard, sigmas, terms
+        )
+
+    def _restricted(
+        self, row: Row, standard: Mapping[tuple[str, float], Row], sigmas: Sequence[float], terms: Terms
+    ) -> Row:
+        """A row with the estimator's votes for the subset, and the classifier's at the level it then picks."""
+        if row["status"] == ERROR:
+            return row
+        new = dict(row)
+        for phase in ("selection", "estimation"):
+            votes = row[f"counts_{phase}_sigma"]
+            new[f"counts_{phase}_sigma"] = [votes[sigmas.index(sigma)] for sigma in terms.sigmas]
+        choice = new["counts_selection_sigma"]
+        sigma = terms.sigmas[choice.index(max(choice))]
+        if sigma != sigmas[row["sigma_index"]] or not row["counts_selection"]:
+            if terms.budget != "fixed":
+                raise ConfigError("a subset of Sigma that moves the estimator's choice needs budget: fixed")
+            new |= {key: standard[row["example_id"], sigma][key] for key in _CLASSIFIER_COLUMNS}
+        return new
+
+    def shown(self, table: pa.Table, terms: Terms) -> DualRows:
+        """With both radii and the estimator's choice."""
+        skip = np.array(table.column("stop_reason_sigma").to_pylist()) == Stop.SKIPPED.value
+        choice = column(table, "sigma_index")
+        return DualRows(
+            name=self.title,
+            **common_columns(table),
+            radius_sigma=column(table, "radius_sigma"),
+            radius_class=column(table, "radius_class"),
+            # nan where the estimator abstained; its choice where it was not asked any further
+            sigma=np.where(skip, np.asarray(terms.sigmas)[choice], column(table, "sigma")),
+            bounded_by=np.array(table.column("bounded_by").to_pylist(), dtype=np.str_),
+            sigma_choice=choice,
+        )
+
+
+def dual_copies(terms: Terms, *, shared: bool, class_stage: bool) -> Copies:
+    """Noisy copies of one DUAL-CERTIFY (`core.dual.dual_certify`).
+
+    Args:
+        terms: draws of each stage, Sigma, and the estimator's level.
+        shared: whether it picks sigma_e: then both heads read the same copies.
+        class_stage: whether the classifier is run at another level: it is not where the estimator abstains.
+    """
+    sampling = terms.sampling
+    copies = Counter({selection_heads(terms.sigmas, terms.sigma_e): sampling.num_selection})
+    copies[Dual.heads if shared else (ESTIMATOR,)] += sampling.num_estimation
+    if class_stage and not shared:
+        copies[CLASSIFIER,] += sampling.num_selection + sampling.num_estimation
+    return copies
+
+
+def _stages(terms: Terms) -> dict[str, Sampling]:
+    """Draws and failure probability of each stage."""
+    if terms.split == "full":
+        return {ESTIMATOR: terms.sampling, CLASSIFIER: terms.sampling}
+    alpha = terms.sampling.alpha
+    level = alpha * terms.sigma_share
+    label = level if terms.sigma_share == 0.5 else math.nextafter(alpha - level, 0.0)
+    return {ESTIMATOR: replace(terms.sampling, alpha=level), CLASSIFIER: replace(terms.sampling, alpha=label)}

@@ -1,0 +1,211 @@
+"""What the pipeline asks of a certification method: one class, whose defaults fit a method with one row an example."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from core.config import Config
+from core.records import CLASSIFIER, AlphaSplit, Counts, Procedure, Rule, Sampling
+from core.report import MethodRows
+from core.sequential import Budget
+from distributed.methods.rows import CERTIFICATE_SCHEMA, ERROR, error_row
+
+__all__ = ["Copies", "Kind", "Method", "Row", "Terms", "Votes", "column", "missing_votes", "votes_of"]
+
+Row = Mapping[str, Any]
+"""A row of a shard, as Arrow gives it: lists, numbers, strings."""
+
+Kind = tuple[str, ...]
+"""A kind of forward pass, by the heads that read the same noisy copy."""
+
+Copies = Counter[Kind]
+"""Noisy copies by kind."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a row was certified under.
+
+    Attributes:
+        sampling: draws at most, and the total failure probability.
+        budget: `fixed`, `sequential` or `grid`.
+        rule: of a sequential budget.
+        radii: the grid of `grid`, empty otherwise.
+        sigmas: Sigma.
+        sigma_e: the estimator's noise level.
+        split: how Dual RS spends alpha.
+        sigma_share: share of alpha that the estimator's stage spends, where it is divided.
+        level_shares: shares of alpha by the level of Multiscale that decides, see `core.multiscale.level_alphas`.
+    """
+
+    sampling: Sampling
+    budget: Budget
+    rule: Rule
+    radii: tuple[float, ...]
+    sigmas: tuple[float, ...]
+    sigma_e: float
+    split: AlphaSplit = "halves"
+    sigma_share: float = 0.5
+    level_shares: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, config: Config, sampling: Sampling, budget: Budget) -> "Terms":
+        """The terms of a configuration."""
+        certify = config.certify
+        return cls(
+            sampling=sampling,
+            budget=budget,
+            rule=Rule(certify.look_every, certify.early_share, certify.futility_z),
+            radii=config.grid_radii if budget == "grid" else (),
+            sigmas=config.sigmas,
+            sigma_e=config.estimator_sigma,
+            split=certify.alpha_split,
+            level_shares=certify.level_shares,
+        )
+
+
+@dataclass(frozen=True)
+class Votes:
+    """The votes of a column of a row, and what they may be.
+
+    Attributes:
+        column: its name.
+        counts: per class.
+        draws: so many at most have voted.
+        widths: how many classes there may be.
+    """
+
+    column: str
+    counts: Sequence[int]
+    draws: int
+    widths: frozenset[int]
+
+
+class Method(ABC):
+    """A certification method: what it draws, what a row of it holds, what a stored row proves, and how it is shown.
+
+    The rows follow from the votes: `row(recompute(row))` is the row again, bit for bit, which the audit checks, and
+    under other terms it is the row of `jobs.recertify`.
+    """
+
+    title: ClassVar[str]
+    """In the report."""
+    schema: ClassVar[pa.Schema] = CERTIFICATE_SCHEMA
+    """Of its rows: CERTIFICATE_SCHEMA, and what it has beside that."""
+    heads: ClassVar[tuple[str, ...]] = (CLASSIFIER,)
+    """The networks that it asks."""
+    per_level: ClassVar[bool] = False
+    """Whether an example has a row for each level of Sigma, or one."""
+    early: ClassVar[bool] = True
+    """Whether it obeys certify.budget; otherwise it takes all draws."""
+    endings: ClassVar[tuple[str, ...]] = ("",)
+    """Of the columns of its stages: num_estimation, stop_reason, counts_selection and counts_estimation of each."""
+    empty: ClassVar[Row] = {}
+    """Columns of a row with an error that are neither 0 nor empty."""
+
+    def levels(self, sigmas: Sequence[float]) -> tuple[float | None, ...]:
+        """Noise levels of an example's rows; (None,) where the draws pick it."""
+        return tuple(sigmas) if self.per_level else (None,)
+
+    @abstractmethod
+    def procedures(self, terms: Terms) -> Sequence[Callable[[], Procedure[Any]]]:
+        """Makers of the generators that give an example's rows, in the order of `levels`."""
+
+    @abstractmethod
+    def row(self, example_id: str, label: int, result: Any) -> dict[str, Any]:
+        """The row, of `schema`, that a procedure's result gives."""
+
+    @abstractmethod
+    def recompute(self, row: Row, terms: Terms) -> Any:
+        """The result that the votes of a row give under these terms.
+
+        Raises:
+            ValueError, LookupError, TypeError, ConfigError: for votes that no procedure can have been sent.
+        """
+
+    @abstractmethod
+    def copies(self, terms: Terms) -> tuple[Copies, bool]:
+        """Noisy copies of one example at most, and whether it always takes so many."""
+
+    def error_row(self, example_id: str, label: int, sigma: float | None, terms: Terms) -> dict[str, Any]:
+        """The row of an example that could not be run."""
+        return error_row(self.schema, self.empty, example_id, label, sigma, terms.sampling.alpha)
+
+    def stage(self, terms: Terms) -> Sampling:
+        """What a certificate inside of it may spend."""
+        return terms.sampling
+
+    def votes(self, row: Row, terms: Terms, num_classes: int) -> Iterator[Votes]:
+        """All votes of a row."""
+        for phase in ("selection", "estimation"):
+            name = f"counts_{phase}"
+            yield Votes(name, row[name], row[f"num_{phase}"], frozenset({num_classes}))
+
+    def spent(self, row: Row, terms: Terms) -> float:
+        """Failure probability that a row says it spends."""
+        return float(row["alpha"])
+
+    def non_finite(self, table: pa.Table) -> int:
+        """Draws that voted for no class, in all."""
+        return missing_votes(table)
+
+    def rederived(
+        self, stored: Sequence[Row], standard: Mapping[tuple[str, float], Row], sigmas: Sequence[float], terms: Terms
+    ) -> Iterator[dict[str, Any]]:
+        """Rows under other terms, from votes alone.
+
+        Args:
+            stored: its rows of the run, if it was run.
+            standard: those of standard RS, by example and noise level.
+            sigmas: Sigma of the run; that of `terms` is a subset.
+            terms: the new ones.
+
+        Raises:
+            ConfigError: when the votes of the run are not enough.
+        """
+        for row in stored:
+            if row["status"] == ERROR:
+                yield dict(row)
+            else:
+                yield self.row(row["example_id"], row["label"], self.recompute(row, terms))
+
+    def shown(self, table: pa.Table, terms: Terms) -> MethodRows:
+        """Its rows as the report wants them, `table` ordered by example."""
+        return MethodRows(name=self.title, **common_columns(table))
+
+
+def common_columns(table: pa.Table) -> dict[str, Any]:
+    """The columns that every method shows."""
+    return {name: column(table, name) for name in ("correct", "radius", "p_lower", "abstained", "num_draws")}
+
+
+def column(table: pa.Table, name: str) -> NDArray[Any]:
+    """A column as an array of its own."""
+    return np.array(table.column(name).to_numpy())
+
+
+def votes_of(row: Row, phase: str, ending: str = "") -> Counts:
+    """The votes of a phase."""
+    return np.asarray(row[f"counts_{phase}{ending}"], np.int64)
+
+
+def missing_votes(table: pa.Table, ending: str = "") -> int:
+    """What the votes of a stage lack of its draws; a stage without selection votes was not run."""
+    ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
+    missing = 0
+    for phase in ("selection", "estimation"):
+        draws = table.column(f"num_{phase}{ending if phase == 'estimation' else ''}").to_numpy()
+        missing += int(draws[ran].sum()) - num_votes(table, f"counts_{phase}{ending}")
+    return missing
+
+
+def num_votes(table: pa.Table, name: str) -> int:
+    """Sum of a column of votes."""
+    return int(pc.sum(pc.list_flatten(table.column(name), recursive=True)).as_py() or 0)

@@ -1,0 +1,101 @@
+"""Rows of certificates: the columns that all methods share, and those of an example that could not be run."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import pyarrow as pa
+
+from core.records import ABSTAIN, Certificate, Stop
+
+__all__ = ["CERTIFICATE_SCHEMA", "COUNTS", "ERROR", "ERROR_SCHEMA", "OK", "certificate_row", "error_row"]
+
+OK: Final = "ok"
+ERROR: Final = "error"
+"""Status of a row: certified (or abstained), or not certified because the example could not be run."""
+
+COUNTS = pa.list_(pa.int64())
+"""Votes per class."""
+
+CERTIFICATE_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("label", pa.int64()),
+        ("sigma", pa.float64()),
+        ("prediction", pa.int64()),
+        ("correct", pa.bool_()),
+        ("radius", pa.float64()),
+        ("p_lower", pa.float64()),
+        ("num_selection", pa.int64()),
+        ("num_estimation", pa.int64()),
+        ("counts_selection", COUNTS),
+        ("counts_estimation", COUNTS),
+        ("alpha", pa.float64()),
+        ("abstained", pa.bool_()),
+        ("num_draws", pa.int64()),
+        ("stop_reason", pa.string()),
+        ("alpha_early", pa.float64()),
+        ("target", pa.float64()),
+        ("status", pa.string()),
+    ]
+)
+"""A row per (example, sigma). `prediction` is -1 and `radius` 0 where it abstained; radii in the pixel scale [0, 1].
+`stop_reason`, `alpha_early`, `target`: see `core.records.Certificate`. `num_estimation` is what was drawn. A row whose
+`status` is `error` abstains without a draw, see `ERROR_SCHEMA`."""
+
+ERROR_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("sigma", pa.float64()),
+        ("error", pa.string()),
+        ("message", pa.string()),
+        ("traceback", pa.string()),
+        ("node", pa.string()),
+        ("time", pa.timestamp("ms", tz="UTC")),
+    ]
+)
+"""Why a row has status `error`; `sigma` is null for a row of Dual RS."""
+
+
+def certificate_row(example_id: str, label: int, certificate: Certificate) -> dict[str, Any]:
+    """One row of `CERTIFICATE_SCHEMA`."""
+    c = certificate
+    return {
+        "example_id": example_id,
+        "label": label,
+        "sigma": c.sigma,
+        "prediction": c.prediction,
+        "correct": c.prediction == label,
+        "radius": c.radius,
+        "p_lower": c.p_lower,
+        "num_selection": c.num_selection,
+        "num_estimation": c.num_estimation,
+        "counts_selection": c.counts_selection,
+        "counts_estimation": c.counts_estimation,
+        "alpha": c.alpha,
+        "abstained": c.abstained,
+        "num_draws": c.num_draws,
+        "stop_reason": c.stop.value,
+        "alpha_early": c.alpha_early,
+        "target": c.target,
+        "status": OK,
+    }
+
+
+def error_row(
+    schema: pa.Schema, empty: Mapping[str, Any], example_id: str, label: int, sigma: float | None, alpha: float
+) -> dict[str, Any]:
+    """The row of an example that could not be run: nothing was drawn, so nothing is claimed.
+
+    Args:
+        schema: of the row.
+        empty: columns that are neither 0 nor empty there.
+        example_id: of the example.
+        label: of the example.
+        sigma: of the row; None where the draws pick it.
+        alpha: that a certificate would have spent.
+    """
+    plain = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.0, pa.bool_(): False}
+    row: dict[str, Any] = {f.name: [] if pa.types.is_list(f.type) else plain[f.type] for f in schema}
+    row |= {"example_id": example_id, "label": label, "sigma": sigma, "prediction": ABSTAIN, "abstained": True}
+    row |= {"alpha": alpha, "stop_reason": Stop.SKIPPED.value, "target": None, "status": ERROR}
+    return row | dict(empty)
