@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from bench.settings import Settings
 from bench.timing import Line, as_markdown, machine, write_json
-from core.network import Forward, Precision
+from core.machine.network import Forward, Precision
 
 _PARTS = {
     "engine": "bench.engine",

@@ -15,14 +15,14 @@ import numpy as np
 from bench.settings import Settings
 from bench.timing import Line, Taken, interleaved, ratio, spread
 from core.config import load_config
-from core.cpu import settle
-from core.engine import Engine
+from core.machine.cpu import settle
+from core.machine.engine import Engine
+from core.procedures.sequential import Budget, dual_procedure, standard_procedure
 from core.records import Rule, Sampling
-from core.sequential import Budget, dual_procedure, standard_procedure
-from distributed.datasets import load_dataset
-from distributed.launch import work_of
-from distributed.run_directory import RunDirectory
-from distributed.work import build_engine, make_task
+from distributed.execution.launch import work_of
+from distributed.execution.work import build_engine, make_task
+from distributed.store.datasets import load_dataset
+from distributed.store.run_directory import RunDirectory
 from jobs import build_dataset, train_base, train_estimator
 
 __all__ = ["budgets", "trained"]

@@ -2,8 +2,8 @@
 
 All three run the same networks, numbers of draws, batch size, device and threads (one, as a replica has), in turns of
 half a second where batches are small. The engine's last batch, the only one that is padded, is left out: a run has
-one. Engine and floor run in a process that is settled as a replica is (`core.cpu`); the loop runs in an ordinary one,
-as people run it, and once more beside the engine.
+one. Engine and floor run in a process that is settled as a replica is (`core.machine.cpu`); the loop runs in an
+ordinary one, as people run it, and once more beside the engine.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from bench.cohen import Smooth, denoise_and_classify
 from bench.pairs import Pair, digits, larger
 from bench.settings import Settings
 from bench.timing import Contestant, Line, apart, interleaved, ratio
-from core.cpu import settle
-from core.engine import Engine, Task
-from core.network import Forward, Network
-from core.noise import GaussianNoise
+from core.machine.cpu import settle
+from core.machine.engine import Engine, Task
+from core.machine.network import Forward, Network
+from core.machine.noise import GaussianNoise
+from core.procedures.smoothing import certify
 from core.records import Sampling
-from core.smoothing import certify
 
 __all__ = ["engine", "forward", "labels"]
 
@@ -93,7 +93,7 @@ class _Race:
 
 
 def _ordinary(race: _Race) -> dict[str, Callable[[], float]]:
-    """Floor and loop in a process that nobody has settled (`core.cpu`), on one thread."""
+    """Floor and loop in a process that nobody has settled (`core.machine.cpu`), on one thread."""
     torch.set_num_threads(1)
     pair = race.make()
     network = pair.network("cpu", Forward())

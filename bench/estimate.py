@@ -10,10 +10,10 @@ from bench.settings import Settings
 from bench.timing import Line, spread
 from core.config import parse_config
 from core.data import Split
-from distributed.estimate import count_parts
-from distributed.launch import certify_store, step_of
-from distributed.measure import measure_parts
-from distributed.run_directory import RunDirectory
+from distributed.checks.estimate import count_parts
+from distributed.checks.measure import measure_parts
+from distributed.execution.launch import certify_store, step_of
+from distributed.store.run_directory import RunDirectory
 
 __all__ = ["estimate"]
 

@@ -7,10 +7,10 @@ import torch
 from bench.pairs import digits
 from bench.settings import Settings
 from bench.timing import Line, interleaved, ratio
-from core.cpu import settle
-from core.exact_noise import ExactNoise
-from core.network import Forward
-from core.noise import GaussianNoise, Noise
+from core.machine.cpu import settle
+from core.machine.exact_noise import ExactNoise
+from core.machine.network import Forward
+from core.machine.noise import GaussianNoise, Noise
 from core.records import Phase
 
 __all__ = ["noise"]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from core.batch_size import DeviceProbe, choose_batch_size
+from core.machine.batch_size import DeviceProbe, choose_batch_size
+from core.machine.network import Forward, Head, Network
 from core.models.checkpoints import build_denoiser
 from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser, small_unet_config
 from core.models.small import SmallConvNet
-from core.network import Forward, Head, Network
 from core.records import CLASSIFIER, Draws, Phase
 
 __all__ = ["Pair", "digits", "larger"]

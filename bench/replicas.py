@@ -29,12 +29,12 @@ from core.config import parse_config
 from core.models.checkpoints import build_denoiser
 from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
-from distributed.cluster import connected
-from distributed.datasets import load_dataset
-from distributed.launch import certify_store, work_of
-from distributed.run_directory import RunDirectory
-from distributed.shards import ShardStore
-from distributed.work import Work, build_engine, make_task
+from distributed.execution.cluster import connected
+from distributed.execution.launch import certify_store, work_of
+from distributed.execution.work import Work, build_engine, make_task
+from distributed.store.datasets import load_dataset
+from distributed.store.run_directory import RunDirectory
+from distributed.store.shards import ShardStore
 
 __all__ = ["replicas"]
 

@@ -22,15 +22,15 @@ import pyarrow.parquet as pq
 from bench.settings import Settings
 from bench.timing import Line, spread
 from core.config import parse_config
+from core.procedures.smoothing import certificate
 from core.records import Sampling
-from core.smoothing import certificate
-from distributed.cluster import connected
+from distributed.execution.cluster import connected
+from distributed.execution.replica import Replica, _OpenShard
+from distributed.execution.scheduler import run_work
+from distributed.execution.work import Work
 from distributed.methods.rows import certificate_row
-from distributed.replica import Replica, _OpenShard
-from distributed.scheduler import run_work
-from distributed.shards import ShardStore
-from distributed.storage import Folder
-from distributed.work import Work
+from distributed.store.shards import ShardStore
+from distributed.store.storage import Folder
 
 __all__ = ["scheduler"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.network import Forward
+from core.machine.network import Forward
 
 __all__ = ["Settings"]
 

@@ -303,7 +303,7 @@ class DualCertificate(_Record):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MultiscaleCertificate(_Record):
-    """The outcome of Multiscale (Jeong & Shin 2023) for one input, made rigorous: see `core.multiscale`.
+    """The outcome of Multiscale (Jeong & Shin 2023) for one input, made rigorous: see `core.procedures.multiscale`.
 
     With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
     of the cascade everywhere in the open l2 ball of `radius`.

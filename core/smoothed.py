@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.data import as_image
-from core.dual import dual_predict
-from core.engine import Engine, Task
 from core.errors import ConfigError
-from core.network import Denoiser, Head, Module, Network
-from core.noise import make_noise
+from core.machine.engine import Engine, Task
+from core.machine.network import Denoiser, Head, Module, Network
+from core.machine.noise import make_noise
+from core.procedures.dual import dual_predict
+from core.procedures.sequential import Budget, dual_procedure, standard_procedure
+from core.procedures.smoothing import predict
 from core.records import CLASSIFIER, ESTIMATOR, AlphaSplit, Certificate, DualCertificate, Procedure, Rule, Sampling
-from core.sequential import Budget, dual_procedure, standard_procedure
-from core.smoothing import predict
 
 __all__ = ["DualSmoothedClassifier", "SmoothedClassifier"]
 
@@ -108,7 +108,7 @@ class SmoothedClassifier(_Smoothed):
         device: where to run; by default where the classifier's parameters are.
         chunk_size: draws that share one noise key; part of the definition of the noise.
         noise: `gaussian`, float32 as everybody does it, or `exact`, integer noise for 8-bit images whose certificate
-            holds in exact arithmetic too (`core.exact_noise`).
+            holds in exact arithmetic too (`core.machine.exact_noise`).
 
     Raises:
         ConfigError: for a sigma that is not positive.

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from core.config import parse_config
-from distributed.labels import training_radii
-from distributed.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory
+from distributed.training.labels import training_radii
 from jobs import build_dataset
 
 MODELS = Path(__file__).parent.parent / "models" / "digits" / "models"

@@ -9,8 +9,8 @@ from torch import nn
 
 from core import SmoothedClassifier
 from core.config import DatasetConfig
-from core.cpu import settle
 from core.data import load_dataset
+from core.machine.cpu import settle
 
 SIGMA = 0.25
 

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import ndtri
 
-from core.confidence import clopper_pearson_lower, clopper_pearson_upper
 from core.config import DatasetConfig
-from core.cpu import settle
 from core.data import load_dataset
-from core.engine import Engine, Task
+from core.machine.cpu import settle
+from core.machine.engine import Engine, Task
+from core.machine.network import Head, Network
+from core.machine.noise import GaussianNoise
 from core.models.checkpoints import load_model
-from core.network import Head, Network
-from core.noise import GaussianNoise
+from core.procedures.confidence import clopper_pearson_lower, clopper_pearson_upper
+from core.procedures.smoothing import certify
 from core.records import ABSTAIN, CLASSIFIER, Draws, Phase, Procedure, Sampling
-from core.smoothing import certify
 
 
 class TwoSided(NamedTuple):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from core.confidence import certified_radius, clopper_pearson_lower
-from distributed.shards import ShardStore
+from core.procedures.confidence import certified_radius, clopper_pearson_lower
+from distributed.store.shards import ShardStore
 
 run = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent.parent / "models" / "digits")
 table = ShardStore(run, "dataset").read().to_pandas()  # or certificates/standard, certificates/dual

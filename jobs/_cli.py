@@ -10,8 +10,8 @@ from typing import Literal
 
 from core.config import load_config, parse_config
 from core.errors import ConfigError, DualRSError
-from distributed.lock import RunLock
-from distributed.run_directory import RunDirectory
+from distributed.store.lock import RunLock
+from distributed.store.run_directory import RunDirectory
 
 __all__ = ["EXIT_CODES", "job_parser", "number", "open_run", "retry_errors_option", "run_job", "run_step"]
 
@@ -129,7 +129,7 @@ def run_step(
         if args.price is not None and not (args.dry_run and 0 <= args.price < float("inf")):
             raise ConfigError("--price: goes with --dry-run, and is a number of at least 0")
         directory = open_run(args, "dry")
-        from distributed.preflight import check, dry_run, refuse  # torch takes its time: after what needs none
+        from distributed.checks.preflight import check, dry_run, refuse  # torch takes its time: after what needs none
 
         if args.dry_run:
             dry_run(directory, steps(args), args.price)

@@ -21,10 +21,10 @@ def main() -> int:
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from core.errors import ConfigError, DataError
-        from distributed.audit import audit, replay
-        from distributed.rounds import broken_links, rounds_there
-        from distributed.shards import ShardStore
-        from distributed.shift import sets_there
+        from distributed.checks.audit import audit, replay
+        from distributed.store.shards import ShardStore
+        from distributed.studies.rounds import broken_links, rounds_there
+        from distributed.studies.shift import sets_there
 
         run_itself = open_run(args)
         rounds = rounds_there(run_itself)

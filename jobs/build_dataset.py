@@ -5,14 +5,14 @@ The base models are made first (step 1), where they are not there yet.
 
 import sys
 
-from distributed.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory
 from jobs import train_base
 from jobs._cli import job_parser, retry_errors_option, run_step
 
 
 def run(directory: RunDirectory, retry_errors: bool = False) -> None:
     """Commit every shard of the dataset that is not there yet."""
-    from distributed.launch import certify_store
+    from distributed.execution.launch import certify_store
 
     train_base.run(directory)
     certify_store(directory, "dataset", retry_errors)

@@ -4,7 +4,7 @@ import sys
 from typing import Literal
 
 from distributed.methods import METHODS, method_named
-from distributed.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, retry_errors_option, run_step
 
 Classifier = Literal["finetuned", "base"]
@@ -12,7 +12,7 @@ Classifier = Literal["finetuned", "base"]
 
 def run(directory: RunDirectory, method: str, classifier: Classifier = "finetuned", retry_errors: bool = False) -> None:
     """Commit every shard of certificates/<method> (or <method>-base) that is not there yet."""
-    from distributed.launch import certify_store
+    from distributed.execution.launch import certify_store
 
     budget = directory.config.certify.budget
     if budget != "fixed" and not method_named(method).early:

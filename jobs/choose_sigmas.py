@@ -22,9 +22,9 @@ def main() -> int:
     def run(args) -> None:  # type: ignore[no-untyped-def]
         import numpy as np
 
-        from core.choice import choose, subsets
-        from core.confidence import largest_radius
         from core.errors import ConfigError
+        from core.evaluation.choice import choose, subsets
+        from core.procedures.confidence import largest_radius
         from core.progress import Progress
         from core.report.choice import (
             choice_csv,
@@ -35,7 +35,7 @@ def main() -> int:
             recommended,
         )
         from core.report.plots import to_bytes
-        from distributed.choice import stage_alpha, test_sample, training_sample
+        from distributed.studies.choice import stage_alpha, test_sample, training_sample
 
         directory = open_run(args)
         config, sigmas = directory.config, np.array(directory.config.sigmas)

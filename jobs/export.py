@@ -19,11 +19,11 @@ def main() -> int:
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from core.errors import DataError
-        from core.metrics import certified_accuracy
-        from distributed.exchange import export_logs
-        from distributed.launch import STORES
-        from distributed.shards import ShardStore
-        from distributed.storage import Folder
+        from core.evaluation.metrics import certified_accuracy
+        from distributed.execution.launch import STORES
+        from distributed.store.shards import ShardStore
+        from distributed.store.storage import Folder
+        from distributed.views.exchange import export_logs
 
         directory = open_run(args)
         stores = args.store or [

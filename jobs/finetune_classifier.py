@@ -6,7 +6,7 @@ An expert is fine-tuned on the samples that are routed to it.
 import sys
 from collections.abc import Sequence
 
-from distributed.run_directory import RunDirectory, finetuned
+from distributed.store.run_directory import RunDirectory, finetuned
 from jobs._cli import job_parser, run_step
 
 
@@ -16,7 +16,7 @@ def run(directory: RunDirectory) -> None:
     reads = (*config.classifiers, "denoiser", "estimator")
     if directory.is_done("finetune_classifier", reads, writes=[finetuned(role) for role in config.classifiers]):
         return
-    from distributed.cluster import train_cluster
+    from distributed.execution.cluster import train_cluster
 
     with train_cluster(config.compute):
         _finetune(directory, reads)
@@ -28,8 +28,8 @@ def _finetune(directory: RunDirectory, reads: Sequence[str]) -> None:
     from core.config import SplitConfig
     from core.data.subsets import choose
     from core.models.checkpoints import load_model
-    from distributed.sigmas import forget_sigmas, training_sigmas
-    from distributed.training import Lesson, forget, train
+    from distributed.training.sigmas import forget_sigmas, training_sigmas
+    from distributed.training.train import Lesson, forget, train
 
     config, finetune, hashes = directory.config, directory.config.finetune, directory.model_hashes(reads)
     whole = directory.data("train")

@@ -14,8 +14,8 @@ def main() -> int:
     parser.add_argument("--name", required=True, help="what the report calls it; kept in RUN/imported/NAME")
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
-        from core.metrics import certified_accuracy
-        from distributed.exchange import import_log
+        from core.evaluation.metrics import certified_accuracy
+        from distributed.views.exchange import import_log
 
         directory = open_run(args)
         log = import_log(directory.folder, args.name, args.file)

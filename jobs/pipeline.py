@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from core.config import Config
-from distributed.lock import RunLock
-from distributed.run_directory import RunDirectory
+from distributed.store.lock import RunLock
+from distributed.store.run_directory import RunDirectory
 from jobs import build_dataset, certify, finetune_classifier, report, train_base, train_estimator
 from jobs._cli import job_parser, open_run, run_step
 
@@ -48,13 +48,13 @@ def run(directory: RunDirectory) -> None:
     steps = steps_of(config)
     with ExitStack() as stack:
         if config.compute.executor == "ray":
-            from distributed.cluster import connected
+            from distributed.execution.cluster import connected
 
             stack.enter_context(connected(config.compute))  # once for all steps
         _run_steps(directory, steps, start)
         for number in range(2, config.rounds + 1):
-            from distributed.preflight import check, refuse
-            from distributed.rounds import begin_round
+            from distributed.checks.preflight import check, refuse
+            from distributed.studies.rounds import begin_round
 
             print(f"round {number} of {config.rounds}: {directory.folder}/rounds/{number}", flush=True)
             following = begin_round(directory, number)

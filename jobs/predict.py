@@ -14,7 +14,7 @@ from jobs._cli import job_parser, open_run, run_job
 def run(args: argparse.Namespace) -> None:
     """Answer for each image and print the rows, or write them."""
     from core.report.pages import Table, markdown_table
-    from distributed.predict import Question, columns_of, open_images, predict_images, write_rows
+    from distributed.studies.predict import Question, columns_of, open_images, predict_images, write_rows
 
     if args.to is not None and not args.to.endswith((".csv", ".parquet")):
         raise ConfigError(f"--to: {args.to!r} ends neither in .csv nor in .parquet")

@@ -18,7 +18,7 @@ def main() -> int:
         from core.config import parse_values
         from core.errors import ConfigError
         from core.report.render import format_table, write_report
-        from distributed.recertify import Change, recertify
+        from distributed.studies.recertify import Change, recertify
         from jobs.report import require_matplotlib
 
         require_matplotlib()

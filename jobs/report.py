@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from core.errors import ConfigError
-from distributed.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, open_run, run_job
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def run(directory: RunDirectory) -> None:
     """Write report/ anew and print the tables and where the plot and the page are."""
     require_matplotlib()
     from core.report.render import best_method_sentence, format_table, write_report
-    from distributed.tables import report_data
+    from distributed.views.tables import report_data
 
     data = report_data(directory.config, directory.folder, directory.manifest)
     if directory.config.report.gallery:
-        from distributed.gallery import gallery
+        from distributed.views.gallery import gallery
 
         images = gallery(directory, directory.config.report.gallery)
         if isinstance(images, str):
@@ -63,9 +63,9 @@ def sections(directory: RunDirectory, data: "ReportData") -> "list[Section]":
     """What the report says of later rounds and of corrupted sets; nothing where there are none."""
     from core.report.rounds import rounds_section
     from core.report.shift import Shifted, shift_section
-    from distributed.rounds import rounds_there
-    from distributed.shift import sets_there
-    from distributed.tables import report_data
+    from distributed.studies.rounds import rounds_there
+    from distributed.studies.shift import sets_there
+    from distributed.views.tables import report_data
 
     def certified(each: RunDirectory) -> bool:
         return {"certify-standard", "certify-dual"} <= set(each.manifest["steps"])
@@ -91,8 +91,8 @@ def compare(runs: Sequence[str], out: str, overrides: Sequence[str]) -> None:
     require_matplotlib()
     from core.config import parse_config
     from core.report.compare import format_comparison, write_comparison
-    from distributed.storage import Folder
-    from distributed.tables import report_data
+    from distributed.store.storage import Folder
+    from distributed.views.tables import report_data
 
     found = {}
     shown = None

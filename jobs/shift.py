@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from core.errors import ConfigError
 from core.progress import clock
-from distributed.lock import RunLock
-from distributed.run_directory import RunDirectory
+from distributed.store.lock import RunLock
+from distributed.store.run_directory import RunDirectory
 from jobs import report
 from jobs._cli import job_parser, open_run, run_job
 
@@ -23,10 +23,10 @@ def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | No
     """Commit every shard of RUN/shift/<corruption>-<severity>/certificates/ that is not there yet, then report."""
     from contextlib import ExitStack
 
-    from distributed.cluster import connected
-    from distributed.launch import certify_store
-    from distributed.preflight import check, refuse
-    from distributed.shift import METHODS, open_set, shifted_config
+    from distributed.checks.preflight import check, refuse
+    from distributed.execution.cluster import connected
+    from distributed.execution.launch import certify_store
+    from distributed.studies.shift import METHODS, open_set, shifted_config
 
     configs = [shifted_config(directory.config, *each, path, every) for each in sets]
     start, worked = time.monotonic(), 0
@@ -51,8 +51,8 @@ def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | No
 
 
 def _dry_run(directory: RunDirectory, sets: Sequence[tuple[str, int]], args: argparse.Namespace) -> None:
-    from distributed.preflight import dry_run
-    from distributed.shift import open_set, shifted_config
+    from distributed.checks.preflight import dry_run
+    from distributed.studies.shift import open_set, shifted_config
 
     print(f"{len(sets)} sets; this is {sets[0][0]}, severity {sets[0][1]}, the others take as much unless finished\n")
     config = shifted_config(directory.config, *sets[0], args.path, args.every)
@@ -60,7 +60,7 @@ def _dry_run(directory: RunDirectory, sets: Sequence[tuple[str, int]], args: arg
 
 
 def _sets(directory: RunDirectory, args: argparse.Namespace) -> list[tuple[str, int]]:
-    from distributed.shift import known_corruptions
+    from distributed.studies.shift import known_corruptions
 
     names = args.corruptions.split(",") if args.corruptions else known_corruptions(directory.config)
     try:

@@ -12,10 +12,10 @@ def main() -> int:
     parser = job_parser("status", __doc__)
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
-        from distributed.lock import read_lock
-        from distributed.rounds import rounds_there
-        from distributed.shift import sets_there
-        from distributed.status import status
+        from distributed.checks.status import status
+        from distributed.store.lock import read_lock
+        from distributed.studies.rounds import rounds_there
+        from distributed.studies.shift import sets_there
 
         directory = open_run(args)
         print(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from distributed.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory
 from jobs import build_dataset, certify, finetune_classifier, train_base, train_estimator
 from jobs._cli import EXIT_CODES, run_job
 
@@ -56,16 +56,16 @@ def main() -> int:
     def run(args: argparse.Namespace) -> None:
         from core.config import load_sweep
         from core.errors import ConfigError, DataError
-        from distributed.storage import Folder
+        from distributed.store.storage import Folder
 
         if args.price is not None and not (args.dry_run and 0 <= args.price < float("inf")):
             raise ConfigError("--price: goes with --dry-run, and is a number of at least 0")
         sweep = load_sweep(args.config, args.overrides)
         out = Folder(args.out or f"runs/sweeps/{sweep.name}")
-        from distributed.lock import RunLock
-        from distributed.sweep import is_finished, run_sweep
-        from distributed.sweep_check import check_sweep, dry_run_sweep
-        from distributed.sweep_results import read_settings, write_results
+        from distributed.store.lock import RunLock
+        from distributed.studies.sweep import is_finished, run_sweep
+        from distributed.studies.sweep_check import check_sweep, dry_run_sweep
+        from distributed.studies.sweep_results import read_settings, write_results
 
         if args.dry_run:
             dry_run_sweep(sweep, out, args.price)

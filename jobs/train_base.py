@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from core.errors import ModelError
 from core.progress import Progress
-from distributed.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ def run(directory: RunDirectory) -> None:
     config, base = directory.config, directory.config.base
     if directory.is_done("train_base", writes=("denoiser", *config.classifiers)):
         return
-    from core.cpu import settle
+    from core.machine.cpu import settle
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.training.base import train_classifier, train_denoiser
-    from distributed.cluster import train_device
+    from distributed.execution.cluster import train_device
 
     settle(config.compute.train_threads)
     # With training workers the driver need not have a GPU.

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from distributed.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
 
 
@@ -16,7 +16,7 @@ def run(directory: RunDirectory) -> None:
     done = directory.is_done("train_estimator", reads, writes=("estimator",))
     if done and directory.manifest["steps"]["train_estimator"].get("dataset") == dataset:
         return
-    from distributed.cluster import train_cluster
+    from distributed.execution.cluster import train_cluster
 
     with train_cluster(config.compute):
         _train(directory, reads, dataset)
@@ -28,8 +28,8 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     from core.models.checkpoints import load_classifier
     from core.models.small import SmallConvNet
     from core.training.estimator import learnable
-    from distributed.labels import training_radii
-    from distributed.training import Lesson, forget, train
+    from distributed.training.labels import training_radii
+    from distributed.training.train import Lesson, forget, train
 
     config, hashes = directory.config, directory.model_hashes(reads)
     data = directory.data("train")

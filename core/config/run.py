@@ -12,7 +12,7 @@ from core.config.models import BaseModelsConfig, ClassifierConfig
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
 from core.config.values import Count, Positive, Section
 from core.errors import ConfigError
-from core.multiscale import level_alphas
+from core.procedures.multiscale import level_alphas
 from core.records import CLASSIFIER
 
 __all__ = ["Config"]
@@ -45,7 +45,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        from core.confidence import draws_needed, largest_radius  # scipy: half of what `--help` would take
+        from core.procedures.confidence import draws_needed, largest_radius  # scipy: half of what `--help` would take
 
         if list(self.sigmas) != sorted(set(self.sigmas)):
             raise ValueError(f"sigmas: must be ascending and distinct, got {list(self.sigmas)}; sort them")
@@ -165,7 +165,7 @@ class Config(Section):
         compute = plain.pop("compute", {})
         # `batch_size: auto` stands here as "auto", not as the number that it came to: that is found per step, on a
         # device, long after the fingerprint has been written into the manifest, and a resumption has to arrive at the
-        # same fingerprint without a device. The number is the plan's (`distributed.plan.Plan.batch_size`), written
+        # same fingerprint without a device. The number is the plan's (`distributed.store.plan.Plan`), written
         # before the first row and never changed: whoever goes on, replays or audits takes it from there. So two runs
         # with one fingerprint hold the same counts if their plans name the same number; one that is given always is.
         keys = ("batch_size", "precision", "channels_last", "compile", "chunk_size", "train_threads")

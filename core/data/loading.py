@@ -66,8 +66,8 @@ def load_dataset(
 ) -> Dataset:
     """Load one split of the configured data set, or the part of it that the configuration asks for.
 
-    Jobs call `distributed.datasets.load_dataset`, which adds Parquet files and object stores to what is here: digits,
-    CIFAR-10's pickles, NumPy arrays and folders of images on this machine.
+    Jobs call `distributed.store.datasets.load_dataset`, which adds Parquet files and object stores to what is here:
+    digits, CIFAR-10's pickles, NumPy arrays and folders of images on this machine.
 
     Args:
         config: which data set.
@@ -106,7 +106,7 @@ def _whole(
         return _corrupted_folders(config, place)
     if "parquet" in (config.name, config.layout):
         if read_parquet is None:
-            raise ConfigError(f"{place.location!r} holds Parquet: load it with distributed.datasets.load_dataset")
+            raise ConfigError(f"{place.location!r} holds Parquet: load it with distributed.store.datasets.load_dataset")
         return read_parquet(config.name, _parquet_part(config, part, split, place))
     if config.name == "cifar10":
         return read_cifar10(config.name, place.storage, split)

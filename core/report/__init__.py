@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from core import metrics
 from core.errors import DataError
+from core.evaluation import metrics
 from core.records import Bound
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class DualRows(MethodRows):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ImportedRows:
-    """Somebody else's certificates, M examples of their own choice; see `core.exchange.CertifyLog`.
+    """Somebody else's certificates, M examples of their own choice; see `core.evaluation.exchange.CertifyLog`.
 
     Attributes:
         name: what the report calls them.
@@ -270,7 +270,7 @@ class ReportData:
 
     @property
     def oracle(self) -> tuple[Ints, Floats]:
-        """Best index into Sigma and its radius per example (`core.metrics.oracle` over the standard rows)."""
+        """Best index into Sigma and its radius per example (`metrics.oracle` over the standard rows)."""
         columns = (np.stack([r.correct for r in self.standard], 1), np.stack([r.radius for r in self.standard], 1))
         return metrics.oracle(*columns)
 

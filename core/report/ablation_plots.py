@@ -6,7 +6,7 @@ from typing import Any, Final
 import numpy as np
 from matplotlib.figure import Figure
 
-from core.metrics import ecdf
+from core.evaluation.metrics import ecdf
 from core.report import Kind
 from core.report.ablation import AblationSetting
 from core.report.plots import _COLOURS, _DASHES, _figure

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from core.choice import Candidate, Choice
+from core.evaluation.choice import Candidate, Choice
 from core.report.pages import Table, markdown_table
 from core.report.plots import _COLOURS, _DASHES, _figure
 

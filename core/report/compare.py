@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from core.errors import DataError
+from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval
 from core.files import write_whole
-from core.metrics import average_certified_radius, clopper_pearson_interval
 from core.report import Kind, Method, ReportData
 from core.report.pages import (
     NONE,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from core.metrics import ecdf
+from core.evaluation.metrics import ecdf
 from core.report import Gallery, Kind, Method, ReportData
 from core.report.charts import Chart, Curve
 from core.report.pages import Picture

@@ -11,8 +11,8 @@ from typing import Final
 
 import numpy as np
 
+from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
 from core.files import write_whole
-from core.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
 from core.report import DualRows, Kind, ReportData, StandardRows
 from core.report.pages import (
     NONE,

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from core.errors import DataError
-from core.metrics import average_certified_radius
+from core.evaluation.metrics import average_certified_radius
 from core.report import DualRows, Kind, Method, ReportData
 from core.report.pages import NONE, Block, Heading, Section, Table, Text, markdown_table, percent
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DataError
-from core.metrics import clopper_pearson_interval
+from core.evaluation.metrics import clopper_pearson_interval
 from core.report import Kind, Method, ReportData
 from core.report.pages import Block, Heading, Section, Table, Text, markdown_table
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from core.confidence import certified_radius, clopper_pearson_lower
 from core.config import EstimatorConfig
 from core.data import Dataset
 from core.errors import DataError
-from core.network import Denoiser
+from core.machine.network import Denoiser
+from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from core.training.loop import Schedule
 from core.training.samples import Samples
 

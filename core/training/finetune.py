@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.config import FinetuneConfig
 from core.data import Dataset
-from core.network import Denoiser
+from core.machine.network import Denoiser
 from core.records import ESTIMATOR, Draws, Phase, Procedure
 from core.training.loop import Schedule
 from core.training.samples import Samples

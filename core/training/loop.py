@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import ModelError
-from core.network import set_tf32
-from core.noise_key import training_key
+from core.machine.network import set_tf32
+from core.machine.noise_key import training_key
 
 __all__ = ["Objective", "Record", "Schedule", "Training", "slice_of"]
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.data import Dataset
-from core.noise import fill_normal
-from core.noise_key import training_key
+from core.machine.noise import fill_normal
+from core.machine.noise_key import training_key
 
 __all__ = ["Samples"]
 

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from core.dual import join_stages, selection_heads
 from core.errors import ConfigError
+from core.procedures.dual import join_stages, selection_heads
+from core.procedures.sequential import beyond, conclude, dual_procedure, second_targets, skipped, stage_order, tie_of
+from core.procedures.smoothing import certificate
 from core.records import (
     CLASSIFIER,
     ESTIMATOR,
@@ -24,8 +26,6 @@ from core.records import (
     stage_sampling,
 )
 from core.report import DualRows
-from core.sequential import beyond, conclude, dual_procedure, second_targets, skipped, stage_order, tie_of
-from core.smoothing import certificate
 from distributed.methods.method import (
     Copies,
     Method,
@@ -236,7 +236,7 @@ class Dual(Method):
 
 
 def dual_copies(terms: Terms, *, shared: bool, class_stage: bool) -> Copies:
-    """Noisy copies of one DUAL-CERTIFY (`core.dual.dual_certify`).
+    """Noisy copies of one DUAL-CERTIFY (`core.procedures.dual.dual_certify`).
 
     Args:
         terms: draws of each stage, Sigma, and the estimator's level.

@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from core.config import Config
+from core.procedures.sequential import Budget
 from core.records import CLASSIFIER, AlphaSplit, Counts, Procedure, Rule, Sampling
 from core.report import MethodRows
-from core.sequential import Budget
 from distributed.methods.rows import CERTIFICATE_SCHEMA, ERROR, error_row
 
 __all__ = ["Copies", "Kind", "Method", "Row", "Terms", "Votes", "column", "missing_votes", "votes_of"]
@@ -42,7 +42,7 @@ class Terms:
         sigma_e: the estimator's noise level.
         split: how Dual RS spends alpha.
         sigma_share: share of alpha that the estimator's stage spends, where it is divided.
-        level_shares: shares of alpha by the level of Multiscale that decides, see `core.multiscale.level_alphas`.
+        level_shares: shares of alpha by the level of Multiscale that decides, see `core.procedures.multiscale`.
     """
 
     sampling: Sampling

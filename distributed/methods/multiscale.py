@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from core.multiscale import level_alphas, multiscale_certify
+from core.procedures.multiscale import level_alphas, multiscale_certify
 from core.records import CLASSIFIER, Counts, MultiscaleCertificate, Phase, Procedure
 from core.report.multiscale import MultiscaleRows
 from distributed.methods.method import (
@@ -31,7 +31,7 @@ _BY_LEVEL = pa.list_(COUNTS)
 
 
 class Multiscale(Method):
-    """CERTIFY of the cascade (Jeong & Shin 2023, made rigorous in `core.multiscale`)."""
+    """CERTIFY of the cascade (Jeong & Shin 2023, made rigorous in `core.procedures.multiscale`)."""
 
     title = "Multiscale"
     schema = pa.schema(

@@ -11,9 +11,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from core.errors import DataError
+from core.procedures.sequential import beyond, conclude, standard_procedure
+from core.procedures.smoothing import certificate
 from core.records import CLASSIFIER, Certificate, Procedure, Stop
-from core.sequential import beyond, conclude, standard_procedure
-from core.smoothing import certificate
 from distributed.methods.method import Copies, Method, Row, Terms, votes_of
 from distributed.methods.rows import certificate_row
 

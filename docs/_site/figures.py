@@ -13,7 +13,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from core.confidence import certified_radius, largest_radius  # noqa: E402 - the path above
+from core.procedures.confidence import certified_radius, largest_radius  # noqa: E402 - the path above
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 STYLE = {

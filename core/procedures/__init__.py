@@ -1,0 +1,12 @@
+"""Owns the method: bounds, CERTIFY and PREDICT, Dual RS, budgets that stop early, Multiscale.
+
+| module | what it holds |
+|---|---|
+| `confidence` | bounds of a probability, radii, e-values; everything that is rounded to the safe side |
+| `smoothing` | CERTIFY and PREDICT of Cohen et al. 2019 |
+| `dual` | DUAL-CERTIFY and DUAL-PREDICT (arXiv 2512.01782) |
+| `sequential` | both with early stopping |
+| `multiscale` | the cascade of Jeong & Shin 2023, with bounds that hold |
+
+Generators that ask for draws and are sent votes; they know no network. May import `core.records` and `core.errors`.
+"""

@@ -1,0 +1,112 @@
+"""Multiscale: a cascade over the noise levels (Jeong & Shin 2023, arXiv 2310.16779), with bounds that hold.
+
+The cascade g is a fixed function of the base classifier f: from the largest sigma down, the first level at which some
+class has a probability above 1/2 decides for it; where no level does, g abstains. It is certified at x like this:
+the deciding level shows its class c beyond 1/2, and every level above shows each *other* class below 1/2, all of it
+throughout the ball. Whether a level above is undecided there, or decides for c itself, does not matter: g is c.
+docs/guarantees.md holds the theorem and its proof.
+
+Three things are not as in the code of the authors: bounds are Clopper-Pearson's, not asymptotic multinomial intervals;
+alpha is divided over the levels so that it adds up to alpha (theirs, alpha / (k + 1), does not); and a level whose own
+class is in doubt does not end the cascade, as long as a level below may still decide for that class.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+
+from core.errors import ConfigError
+from core.procedures.confidence import bound_and_radius, clopper_pearson_lower
+from core.procedures.smoothing import certify
+from core.records import ABSTAIN, Certificate, MultiscaleCertificate, Procedure, Sampling
+
+__all__ = ["level_alphas", "multiscale_certify"]
+
+
+def level_alphas(alpha: float, num_levels: int, shares: Sequence[float] = ()) -> tuple[float, ...]:
+    """What a certificate may spend, by the level that decides; adds up to at most `alpha`.
+
+    Args:
+        alpha: total failure probability.
+        num_levels: of Sigma.
+        shares: of alpha, in the order of Sigma; equal unless given.
+
+    Raises:
+        ConfigError: for shares that are not one for each level, not positive, or add up to more than 1.
+    """
+    shares = tuple(shares) or (1.0 / num_levels,) * num_levels
+    total = max(1.0, math.fsum(shares))
+    if len(shares) != num_levels or min(shares) <= 0.0 or total > 1.0 + 1e-12:
+        raise ConfigError(
+            f"shares of alpha: expected one for each of {num_levels} noise levels, positive and at most 1 in all, got "
+            f"{list(shares)}"
+        )
+    alphas = [alpha * share / total for share in shares]
+    while sum(map(Fraction, alphas)) > Fraction(alpha):  # exactly
+        alphas = [math.nextafter(each, 0.0) for each in alphas]
+    return tuple(alphas)
+
+
+def multiscale_certify(
+    sigmas: Sequence[float], sampling: Sampling, shares: Sequence[float] = ()
+) -> Procedure[MultiscaleCertificate]:
+    """CERTIFY the cascade, the largest sigma first.
+
+    The level that decides says how much of alpha is spent: its own bound and those of the levels above are all at its
+    share, for the radius is too large only if the one bound that should have been the smallest is.
+
+    Args:
+        sigmas: Sigma, ascending.
+        sampling: draws of each level; alpha is the total failure probability.
+        shares: how it is divided over Sigma, see `level_alphas`.
+    """
+    alphas = level_alphas(sampling.alpha, len(sigmas), shares)
+    levels: list[Certificate] = []
+    for place in reversed(range(len(sigmas))):
+        level = yield from certify(sigmas[place], replace(sampling, alpha=alphas[place]))
+        levels.append(level)
+        if not level.abstained or (place > 0 and _is_hopeless(levels, max(alphas[:place]))):
+            break
+    return _join(levels, sampling.alpha)
+
+
+def _join(levels: Sequence[Certificate], alpha: float) -> MultiscaleCertificate:
+    last, above = levels[-1], levels[:-1]
+    radii = [last.radius, *([0.0] * len(above) if last.abstained else [_radius_of_others(j, last) for j in above])]
+    radius = min(radii)
+    certified = radius > 0.0
+    bound = (last, *above)[radii.index(radius)]  # on a tie the level that decided
+    return MultiscaleCertificate(
+        prediction=last.prediction if certified else ABSTAIN,
+        radius=radius,
+        sigma=last.sigma if certified else None,
+        levels=tuple(levels),
+        radius_level=last.radius,
+        radius_above=0.0 if last.abstained else min(radii[1:], default=math.inf),
+        sigma_bound=bound.sigma if certified else None,
+        alpha=alpha,
+    )
+
+
+def _radius_of_others(level: Certificate, last: Certificate) -> float:
+    """Radius within which no class but that of `last` has a probability above 1/2 at `level`.
+
+    Its most frequent other class alone is bounded: the true one's bound is no better, so there is nothing to correct
+    for the number of classes. A draw without a vote counts for that class too.
+    """
+    votes = level.counts_estimation
+    highest = int(np.delete(votes, last.prediction).max(initial=0))
+    return bound_and_radius(int(votes.sum()) - highest, level.num_estimation, last.alpha, level.sigma)[1]
+
+
+def _is_hopeless(levels: Sequence[Certificate], alpha: float) -> bool:
+    """Whether no level below can certify any class, at most at `alpha`: two classes are in doubt already."""
+    in_doubt: set[int] = set()
+    for level in levels:
+        votes = level.counts_estimation
+        p_lower = clopper_pearson_lower(votes.sum() - votes, level.num_estimation, alpha)
+        in_doubt |= set(np.flatnonzero(p_lower <= 0.5).tolist())
+    return len(in_doubt) > 1

@@ -1,0 +1,375 @@
+"""Sequential certification: the guarantee of a fixed number of draws, with fewer of them where they decide sooner.
+
+The estimation votes are looked at every so many draws. An e-process (`log_e_value` in `confidence`), at a share of
+alpha, may show a target radius early; one Clopper-Pearson look at the last draw has the rest of alpha. Stopping short
+of a target only gives up radius, so giving up may follow any rule and costs nothing of alpha.
+
+In Dual RS the radius is min(R_sigma, R_c). The stage that looks tighter on its selection draws gets its full budget
+and all of its alpha in one look; the other one has only to show the same radius.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from scipy import special
+
+from core.errors import ConfigError
+from core.procedures.confidence import certified_radius, log_e_value, lower_bounds, probability_of_radius
+from core.procedures.dual import dual_certify, join_stages, selection_heads
+from core.procedures.smoothing import certify
+from core.records import (
+    ABSTAIN,
+    CLASSIFIER,
+    ESTIMATOR,
+    AlphaSplit,
+    Bound,
+    Certificate,
+    Counts,
+    Draws,
+    DualCertificate,
+    Phase,
+    Procedure,
+    Rule,
+    Sampling,
+    Stop,
+    stage_sampling,
+)
+
+__all__ = [
+    "Budget",
+    "beyond",
+    "certify_grid",
+    "certify_sequential",
+    "climb",
+    "conclude",
+    "dual_certify_sequential",
+    "dual_procedure",
+    "final_alpha",
+    "second_targets",
+    "skipped",
+    "stage_order",
+    "standard_procedure",
+    "tie_of",
+]
+
+Budget = Literal["fixed", "sequential", "grid"]
+
+_E_SLACK = 1e-6
+"""Added to the log threshold of the e-process: far above the rounding of its terms at a million draws."""
+
+
+def beyond(radii: Sequence[float]) -> tuple[float, ...]:
+    """Targets a hair beyond each radius of a grid, so that a certificate counts as "radius > r"."""
+    return tuple(radius + 2.0**-30 for radius in radii)
+
+
+def climb(
+    sigma: float,
+    targets: Sequence[float],
+    selection: Counts,
+    sampling: Sampling,
+    rule: Rule,
+    head: str,
+    *,
+    grid: bool = False,
+    ask: tuple[str, ...] | None = None,
+    given: Sequence[Counts] = (),
+    others: list[Counts] | None = None,
+) -> Procedure[Certificate]:
+    """Certify the class that `selection` chose, as far up a ladder of radii as it goes.
+
+    Targets are shown in ascending order, each only after the one below it. A false claim therefore needs the e-process
+    of the lowest target that is not true to cross, or the last look to err: alpha in all, however many targets.
+
+    Args:
+        sigma: noise level.
+        targets: ascending radii > 0 that may be claimed early; larger radii than the last one are of no use. None at
+            all: no early claim, and all of alpha for the look at the last draw.
+        selection: votes of the selection draws.
+        sampling: draws and failure probability of this stage; `num_estimation` is the most that is drawn.
+        rule: when to look and when to give up.
+        head: the network that votes.
+        grid: whether nothing but the targets is of interest: the radius is then one of them, and the rule's futility
+            gives up on the next one. Otherwise the last look certifies any radius up to the last target, and only the
+            prospect of certifying nothing at all ends the sampling.
+        ask: heads to ask at each look, `head` among them; others' votes go to `others`.
+        given: votes of looks that are known already (an earlier `others`); they are used before anything is asked.
+        others: filled with the other head's votes, a look each.
+
+    Returns:
+        A `Certificate`.
+    """
+    top_class, most = int(selection.argmax()), sampling.num_estimation
+    ladder = _Ladder(sigma, tuple(targets), most, sampling.alpha, rule.early_share)
+    estimation, num, stop = np.zeros_like(selection), 0, Stop.FULL
+    waiting = list(reversed(given))
+    while num < most and stop is Stop.FULL:
+        step = min(rule.look_every, most - num)
+        if waiting:
+            votes = waiting.pop()
+        else:
+            answer = yield Draws(sigma, step, ask or (head,), Phase.ESTIMATION, start=num)
+            votes = answer[head]
+            if others is not None:
+                others.append(next(answer[name] for name in answer if name != head))
+        estimation, num = estimation + votes, num + step
+        successes, left = int(estimation[top_class]), most - num
+        if targets and ladder.shown_early(successes, num) == len(targets):
+            stop = Stop.REACHED
+        elif left and grid:
+            stop = ladder.give_up(successes, num, rule.futility_z)
+        elif left and successes + left < ladder.certifying:
+            stop = Stop.FUTILE
+    return conclude(sigma, targets, selection, estimation, num, sampling, rule.early_share, stop, grid=grid)
+
+
+def conclude(
+    sigma: float,
+    targets: Sequence[float],
+    selection: Counts,
+    estimation: Counts,
+    num: int,
+    sampling: Sampling,
+    early_share: float,
+    stop: Stop,
+    *,
+    grid: bool = False,
+) -> Certificate:
+    """The certificate that the votes give at the point where the sampling ended; see `climb`.
+
+    A function of the final votes alone, so that stored counts are enough to check a certificate.
+    """
+    top_class, most = int(selection.argmax()), sampling.num_estimation
+    ladder = _Ladder(sigma, tuple(targets), most, sampling.alpha, early_share)
+    successes = int(estimation[top_class])
+    shown = ladder.shown_early(successes, num)
+    p_lower, radius, target = 0.0, 0.0, None if grid or not targets else targets[-1]
+    if grid:
+        shown = max(shown, ladder.shown_at_the_end(successes)) if num == most else shown
+        if shown:
+            p_lower, radius, target = float(ladder.p_targets[shown - 1]), targets[shown - 1], targets[shown - 1]
+    elif targets and shown == len(targets):
+        p_lower, radius = float(ladder.p_targets[-1]), targets[-1]
+    else:
+        p_lower = float(ladder.bounds[successes]) if num == most else ladder.lower_bound_early(successes, num)
+        radius = min(float(certified_radius(p_lower, sigma)), *targets, math.inf)
+    return Certificate(
+        prediction=top_class if radius > 0.0 else ABSTAIN,
+        radius=radius,
+        p_lower=p_lower,
+        sigma=sigma,
+        num_selection=sampling.num_selection,
+        num_estimation=num,
+        counts_selection=selection,
+        counts_estimation=estimation,
+        alpha=sampling.alpha,
+        stop=stop,
+        alpha_early=ladder.alpha_early,
+        target=target,
+    )
+
+
+class _Ladder:
+    """What votes show of ascending target radii, with alpha split between early looks and the last one."""
+
+    def __init__(self, sigma: float, targets: tuple[float, ...], most: int, alpha: float, early_share: float) -> None:
+        self.most = most
+        self.alpha_early = alpha * early_share if targets else 0.0
+        self.bounds = lower_bounds(most, final_alpha(alpha, self.alpha_early))
+        self.p_targets = probability_of_radius(np.asarray(targets, np.float64), sigma)
+        # Votes at the last draw that show each target, and that certify anything.
+        self.needed = np.searchsorted(self.bounds, self.p_targets, side="left")
+        self.certifying = int(np.searchsorted(self.bounds, 0.5, side="right"))
+
+    def shown_early(self, successes: int, num: int) -> int:
+        """How many targets, from the bottom and without a gap, the e-process shows."""
+        shown = 0
+        while shown < len(self.p_targets) and self._crosses(successes, num, shown):
+            shown += 1
+        return shown
+
+    def lower_bound_early(self, successes: int, num: int) -> float:
+        """The largest p0 (to within 1e-9) that the e-process shows; 0.0 if it does not show 1/2.
+
+        Needs no target: the votes of a run that stopped for another alpha's sake certify what they certify.
+        """
+        if not self.alpha_early or not num or not self._shows(successes, num, 0.5):
+            return 0.0
+        low, high = 0.5, successes / num  # evidence against p0 falls as p0 rises, and is none at the share of votes
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._shows(successes, num, middle) else (low, middle)
+        return low
+
+    def shown_at_the_end(self, successes: int) -> int:
+        """How many targets the Clopper-Pearson look at the last draw shows."""
+        return int((self.needed <= successes).sum())
+
+    def give_up(self, successes: int, num: int, z: float) -> Stop:
+        """Whether the next target is out of reach, or so unlikely that the rule gives up; FULL to go on."""
+        following, left = self.shown_early(successes, num), self.most - num
+        at_best, needed = successes + left, int(self.needed[following])
+        if at_best < needed and not self._crosses(at_best, self.most, following):
+            return Stop.FUTILE
+        # Normal approximation of the votes to come, a beta-binomial given those that came.
+        p = (successes + 0.5) / (num + 1)
+        deviation = math.sqrt(left * p * (1 - p) * (1 + left / num))
+        return Stop.UNLIKELY if needed - (successes + left * p) > z * deviation else Stop.FULL
+
+    def _crosses(self, successes: int, num: int, index: int) -> bool:
+        """Whether the e-process shows p > p_targets[index]; one that rounds to 1 cannot be shown."""
+        p0 = float(self.p_targets[index])
+        return p0 < 1.0 and self._shows(successes, num, p0)
+
+    def _shows(self, successes: int, num: int, p0: float) -> bool:
+        return bool(log_e_value(successes, num, p0) >= math.log(1.0 / self.alpha_early) + _E_SLACK)
+
+
+def final_alpha(alpha: float, alpha_early: float) -> float:
+    """What is left for the look at the last draw; the sum of both never exceeds alpha."""
+    return math.nextafter(alpha - alpha_early, 0.0) if alpha_early else alpha
+
+
+def certify_sequential(sigma: float, sampling: Sampling, rule: Rule, head: str = CLASSIFIER) -> Procedure[Certificate]:
+    """CERTIFY that stops as soon as it can only abstain; otherwise draw by draw the fixed one."""
+    selection = (yield Draws(sigma, sampling.num_selection, (head,), Phase.SELECTION))[head]
+    return (yield from climb(sigma, (), selection, sampling, rule, head))
+
+
+def certify_grid(
+    sigma: float, radii: Sequence[float], sampling: Sampling, rule: Rule, head: str = CLASSIFIER
+) -> Procedure[Certificate]:
+    """CERTIFY that decides no more than which radii of a grid are exceeded."""
+    selection = (yield Draws(sigma, sampling.num_selection, (head,), Phase.SELECTION))[head]
+    return (yield from climb(sigma, beyond(radii), selection, sampling, rule, head, grid=True))
+
+
+def dual_certify_sequential(
+    sigmas: Sequence[float],
+    sigma_e: float,
+    sampling: Sampling,
+    rule: Rule,
+    radii: Sequence[float] = (),
+    split: AlphaSplit = "halves",
+) -> Procedure[DualCertificate]:
+    """DUAL-CERTIFY with early stopping; the same claim and the same alpha as `core.procedures.dual.dual_certify`.
+
+    Which stage goes first is decided on selection draws, so it is independent of both stages' estimation draws. Where
+    the classifier goes first and the estimator then abstains, the classifier's draws were in vain: never more than both
+    stages in full, but more than `dual_certify`, which asks the estimator first.
+
+    Args:
+        sigmas: Sigma, in the order of the estimator's outputs.
+        sigma_e: noise level of the estimator.
+        sampling: draws of each stage at most, and the total failure probability.
+        rule: when to look and when to give up.
+        radii: a grid; then only which of them the radius exceeds is decided. Empty: the radius itself.
+        split: how alpha is spent, see `core.records.AlphaSplit`.
+    """
+    stage = stage_sampling(sampling, split)
+    heads = selection_heads(sigmas, sigma_e)
+    first_votes = yield Draws(sigma_e, stage.num_selection, heads, Phase.SELECTION)
+    selection = {ESTIMATOR: first_votes[ESTIMATOR]}
+    level = {ESTIMATOR: sigma_e, CLASSIFIER: sigmas[int(selection[ESTIMATOR].argmax())]}
+    shared = level[CLASSIFIER] == sigma_e
+    if shared:
+        selection[CLASSIFIER] = first_votes[CLASSIFIER]
+    else:
+        draws = Draws(level[CLASSIFIER], stage.num_selection, (CLASSIFIER,), Phase.SELECTION)
+        selection[CLASSIFIER] = (yield draws)[CLASSIFIER]
+
+    first, second = stage_order(selection, level)
+    others: list[Counts] = []
+    stages: dict[str, Certificate] = {}
+    stages[first] = yield from climb(
+        level[first],
+        beyond(radii),
+        selection[first],
+        stage,
+        rule,
+        first,
+        grid=len(radii) > 0,
+        ask=heads if shared else None,
+        others=others if shared else None,
+    )
+    if stages[first].abstained:
+        stages[second] = skipped(level[second], selection[second], stage)
+    else:
+        wanted = second_targets(radii, stages[first].radius)
+        stages[second] = yield from climb(
+            level[second], wanted, selection[second], stage, rule, second, grid=len(radii) > 0, given=others
+        )
+    return join_stages(stages[ESTIMATOR], stages[CLASSIFIER], sigmas, sampling.alpha, tie_of(first))
+
+
+def stage_order(selection: Mapping[str, Counts], level: Mapping[str, float]) -> tuple[str, str]:
+    """The stage that looks tighter on its selection votes first; a tie starts with the estimator."""
+    first, second = sorted((ESTIMATOR, CLASSIFIER), key=lambda head: _guess(selection[head], level[head]))
+    return first, second
+
+
+def second_targets(radii: Sequence[float], first_radius: float) -> tuple[float, ...]:
+    """What the second stage has to show: the first one's radius, or the grid up to it."""
+    return tuple(target for target in beyond(radii) if target <= first_radius) or (first_radius,)
+
+
+def tie_of(first: str) -> Bound:
+    """Which stage bounds equal radii: the first one, since the second was not asked for more."""
+    return Bound.SIGMA if first == ESTIMATOR else Bound.CLASS
+
+
+def _guess(selection: Counts, sigma: float) -> float:
+    """A rough radius from selection votes, to order the stages by."""
+    p = (selection.max() + 0.5) / (selection.sum() + 1.0)
+    return sigma * float(special.ndtri(min(p, 1 - 1e-12)))
+
+
+def skipped(sigma: float, selection: Counts, sampling: Sampling) -> Certificate:
+    """An abstention without estimation draws: the other stage had abstained."""
+    return Certificate(
+        prediction=ABSTAIN,
+        radius=0.0,
+        p_lower=0.0,
+        sigma=sigma,
+        num_selection=sampling.num_selection,
+        num_estimation=0,
+        counts_selection=selection,
+        counts_estimation=np.zeros_like(selection),
+        alpha=sampling.alpha,
+        stop=Stop.SKIPPED,
+    )
+
+
+def standard_procedure(
+    budget: Budget, sigma: float, sampling: Sampling, rule: Rule, radii: Sequence[float]
+) -> Procedure[Certificate]:
+    """CERTIFY with the budget that a configuration names; `radii` is the grid of `grid`."""
+    if budget == "fixed":
+        return certify(sigma, sampling)
+    if budget == "sequential":
+        return certify_sequential(sigma, sampling, rule)
+    return certify_grid(sigma, _grid(radii), sampling, rule)
+
+
+def dual_procedure(
+    budget: Budget,
+    sigmas: Sequence[float],
+    sigma_e: float,
+    sampling: Sampling,
+    rule: Rule,
+    radii: Sequence[float],
+    split: AlphaSplit = "halves",
+) -> Procedure[DualCertificate]:
+    """DUAL-CERTIFY with the budget that a configuration names; `radii` is the grid of `grid`."""
+    if budget == "fixed":
+        return dual_certify(sigmas, sigma_e, sampling, split)
+    return dual_certify_sequential(sigmas, sigma_e, sampling, rule, _grid(radii) if budget == "grid" else (), split)
+
+
+def _grid(radii: Sequence[float]) -> Sequence[float]:
+    ascending = sorted({float(radius) for radius in radii})
+    if not ascending or ascending != [float(radius) for radius in radii] or ascending[0] < 0.0:
+        raise ConfigError(f"budget 'grid' needs ascending radii >= 0, got {list(radii)}")
+    return ascending

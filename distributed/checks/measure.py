@@ -1,0 +1,327 @@
+"""Rates of a run's steps on this machine, each over a few seconds of the real code at the configured batch shape.
+
+Networks that the run does not hold yet are stood in for by untrained ones of the same architecture: the time of a
+forward pass does not depend on the weights.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from core.config import Config
+from core.data import Dataset, Split
+from core.errors import ConfigError
+from core.machine.cpu import settle
+from core.machine.network import Denoiser
+from core.models.checkpoints import build_denoiser, load_classifier, load_denoiser, load_model
+from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.small import SmallConvNet
+from core.procedures.smoothing import certificate, certify
+from core.progress import Progress
+from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling
+from core.training.base import train_classifier, train_denoiser
+from core.training.estimator import EstimatorObjective
+from core.training.finetune import FinetuneObjective, choose_sigma
+from core.training.loop import Objective, Training
+from distributed.checks.estimate import TRAINING, Part
+from distributed.execution.launch import STORES, step_of, work_of
+from distributed.execution.work import Work, build_engine, make_task, warm_up
+from distributed.methods.dual import Dual
+from distributed.methods.method import Kind
+from distributed.methods.rows import certificate_row
+from distributed.store.run_directory import RunDirectory, finetuned
+
+__all__ = ["base_classifier", "base_denoiser", "measure_parts", "new_estimator"]
+
+_PATIENCE_S = 20.0
+"""A pass of the configured batch that would take longer is measured in a smaller batch, and training not at all."""
+
+
+def base_denoiser(config: Config, shape: Sequence[int]) -> OneShotDenoiser:
+    """The denoiser that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
+    named = config.base.denoiser
+    return build_denoiser(small_unet_config(shape[0], shape[1])) if named is None else load_denoiser(named)
+
+
+def base_classifier(config: Config, role: str, shape: Sequence[int], num_classes: int) -> nn.Module:
+    """A classifier that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
+    named = config.own_classifier(role)
+    if named is None:
+        return SmallConvNet(shape[0], shape[1], num_classes, config.training_of(role).classifier_width)
+    return load_classifier(named, num_classes, shape[0])
+
+
+def new_estimator(config: Config, shape: Sequence[int]) -> nn.Module:
+    """The network that `jobs.train_estimator` trains, before its training."""
+    named, outputs = config.estimator.backbone, len(config.sigmas)
+    if named is None:
+        return SmallConvNet(shape[0], shape[1], outputs, config.base.classifier_width)
+    return load_classifier(named, outputs, shape[0], new_head=True)
+
+
+def measure_parts(
+    directory: RunDirectory, parts: Sequence[Part], data: Mapping[Split, Dataset], device: str, seconds: float
+) -> list[str]:
+    """Measure the rate of each kind of pass that each part makes, and set it there.
+
+    Args:
+        directory: the run; nothing is written into it.
+        parts: what is to be measured.
+        data: the splits that they read.
+        device: `cpu` or `cuda`.
+        seconds: that each measurement takes.
+
+    Returns:
+        What is to be known of the numbers: which batches were smaller, and what could not be measured.
+    """
+    notes: list[str] = []
+    known: dict[tuple[Any, ...], tuple[float, float]] = {}
+    with _stand_in(directory, next(iter(data.values()))) as run:
+        for part in parts:
+            if not part.num_copies:
+                continue
+            if TRAINING in part.copies:
+                measured = _Training(run, data["train"], seconds).rate(part.name)
+                if measured is None:
+                    notes.append(f"{part.name}: too slow on this machine to be measured")
+                else:
+                    part.rates[TRAINING] = measured
+                continue
+            store = next((store for store in STORES if step_of(store) == part.name), "certificates/dual-base")
+            work = replace(work_of(run, store)[0], device=device)
+            for kind, num in part.copies.items():
+                draws = run.config.finetune.num_sigma_draws if part.name not in map(step_of, STORES) else 0
+                key = (kind, draws, work.sampling.num_selection, work.sampling.num_estimation)
+                if num and key not in known:
+                    known[key] = _engine_rate(work, data, kind, draws, seconds, notes)
+                if num:
+                    part.rates[kind], start_s = known[key]
+                    part.start_s = max(part.start_s, start_s)
+    return notes
+
+
+@contextmanager
+def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
+    """A temporary run directory that holds all models: the run's own as far as they are there."""
+    config, shape = directory.config, data.shape
+    with tempfile.TemporaryDirectory(prefix="dual-rs-") as aside:
+        run = RunDirectory(aside, config)
+        (Path(aside) / "models").mkdir()
+        written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
+        makers: dict[str, Callable[[], nn.Module]] = {
+            "denoiser": partial(base_denoiser, config, shape),
+            "estimator": partial(new_estimator, config, shape),
+        }
+        for role in config.classifiers:
+            makers[role] = partial(base_classifier, config, role, shape, data.num_classes)
+        tuned = {finetuned(role): role for role in config.classifiers}
+        wrote: dict[str, str] = {}
+        for name in (*makers, *tuned):
+            if name in written:
+                wrote |= directory.model_hashes([name])
+                run.model(name).symlink_to(directory.model(name).absolute())
+            elif name in makers:
+                wrote[name] = run.save_model(name, makers[name]())
+            else:
+                wrote[name] = wrote[tuned[name]]
+                run.model(name).symlink_to(run.model(tuned[name]))
+        run.finish("train_base", read={}, wrote=wrote, facts={})
+        yield run
+
+
+def _engine_rate(
+    work: Work, data: Mapping[Split, Dataset], kind: Kind, sigma_draws: int, seconds: float, notes: list[str]
+) -> tuple[float, float]:
+    """Noisy copies per second of an engine that does nothing else, and the seconds that it took to start."""
+    split = data[work.split] if work.split in data else next(iter(data.values()))
+    start = time.perf_counter()
+    try:
+        engine = build_engine(work, split.num_classes, work.config.compute.training_batch_size)
+        one_row_s = _one_row_s(engine.network, split, work)
+        if one_row_s * engine.batch_size > _PATIENCE_S:
+            engine.batch_size = max(1, int(_PATIENCE_S / one_row_s))
+            notes.append(
+                f"{work.store}: measured in batches of {engine.batch_size} instead of {work.config.compute.batch_size}"
+            )
+        warm_up(engine, work, split)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"compute.batch_size: {work.config.compute.batch_size} rows do not fit into the memory of this machine's "
+            f"{work.device} ({str(error).partition('.')[0]}); lower it"
+        ) from error
+    start_s = time.perf_counter() - start
+    watch = _Stopwatch(engine.network, seconds, engine.batch_size)
+    engine.network = cast(Any, watch)
+
+    def tasks() -> Iterator[Any]:
+        for number in count():
+            for procedure in _procedures(work, kind, sigma_draws):
+                yield make_task((number,), split, number % len(split), procedure)
+
+    try:
+        for finished in engine.run(tasks()):
+            if isinstance(finished.result, Certificate):
+                certificate_row(split.example_ids[0], 0, finished.result)
+    except _TimeIsUpError:
+        return watch.rate, start_s
+    raise AssertionError("the tasks have an end")
+
+
+class _TimeIsUpError(Exception):
+    pass
+
+
+class _Stopwatch:
+    """A network that counts rows and ends the run when the time is up."""
+
+    def __init__(self, network: Any, seconds: float, batch_size: int) -> None:
+        self._network, self._seconds, self._batch_size = network, seconds, batch_size
+        self._start, self._rows, self.rate = 0.0, 0, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def __call__(self, *args: Any) -> Any:
+        now = time.perf_counter()
+        if not self._rows:
+            self._start = now
+        elif now - self._start >= self._seconds and self._rows >= 3 * self._batch_size:
+            if self._network.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.rate = self._rows / (time.perf_counter() - self._start)
+            raise _TimeIsUpError
+        self._rows += self._batch_size
+        return self._network(*args)
+
+
+def _procedures(work: Work, kind: Kind, sigma_draws: int) -> Iterator[Callable[[], Procedure[Any]]]:
+    """Makers of certificates that make only this kind of pass, at the levels of the work."""
+    config, sigma_e, stage = work.config, work.config.estimator_sigma, work.method.stage(work.terms)
+    if sigma_draws:
+        yield partial(choose_sigma, config.sigmas, sigma_e, sigma_draws)
+    elif kind == (CLASSIFIER,):
+        for sigma in config.sigmas:
+            yield partial(certify, sigma, stage)
+    elif kind == (ESTIMATOR,):
+        yield partial(certify, sigma_e, stage, head=ESTIMATOR)
+    else:
+        yield partial(_shared, sigma_e, stage)
+
+
+def _shared(sigma_e: float, stage: Sampling) -> Procedure[Certificate]:
+    selection = yield Draws(sigma_e, stage.num_selection, Dual.heads, Phase.SELECTION)
+    estimation = yield Draws(sigma_e, stage.num_estimation, Dual.heads, Phase.ESTIMATION)
+    certificate(selection[CLASSIFIER], estimation[CLASSIFIER], sigma_e, stage)
+    return certificate(selection[ESTIMATOR], estimation[ESTIMATOR], sigma_e, stage)
+
+
+def _one_row_s(network: Any, data: Dataset, work: Work) -> float:
+    """Seconds of a forward pass of one noisy copy through the denoiser and the classifier."""
+    sigma = work.config.sigmas[-1]
+    lane = network.lane(Draws(sigma, 1, (CLASSIFIER,), Phase.ESTIMATION))
+    seconds = math.inf
+    with torch.inference_mode():
+        for _ in range(2):
+            start = time.perf_counter()
+            row = torch.zeros((1, *data.shape), device=network.device)
+            network(lane, row, torch.full((1,), sigma, device=network.device))[CLASSIFIER].sum().item()
+            seconds = min(seconds, time.perf_counter() - start)
+    return seconds
+
+
+class _Silent(Progress):
+    def __init__(self) -> None:
+        pass
+
+    def update(self, num: int, note: str = "") -> None:
+        pass
+
+
+class _Training:
+    """Rates of the trainings, on a few batches of the training split."""
+
+    def __init__(self, run: RunDirectory, train: Dataset, seconds: float) -> None:
+        self._run, self._config, self._train, self._seconds = run, run.config, train, seconds
+        settle(run.config.compute.train_threads)
+
+    def rate(self, name: str) -> float | None:
+        """Noisy copies per second of a part; None where one batch would take too long."""
+        config = self._config
+        base, silent, seed = config.base, _Silent(), config.seed
+        if name == "train_base, denoiser":
+            part = self._part(base.denoiser_batch)
+            return self._timed(
+                lambda num: train_denoiser(part, base.model_copy(update={"denoiser_steps": num}), seed, silent),
+                base.denoiser_batch,
+            )
+        denoiser = cast(OneShotDenoiser, load_model(self._run.model("denoiser")))
+        if name == "train_base, classifier":
+            part = self._part(base.classifier_batch)
+            pool = [config.training_of(role) for role in config.classifiers]
+            base = max(pool, key=lambda settings: settings.classifier_width)
+            return self._timed(
+                lambda num: train_classifier(
+                    part, denoiser, base.model_copy(update={"classifier_epochs": num}), seed, silent
+                ),
+                len(part),
+            )
+        return self._on_pixels(name, denoiser)
+
+    def _on_pixels(self, name: str, denoiser: OneShotDenoiser) -> float | None:
+        estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma
+        learns = name == "train_estimator"
+        model = load_model(self._run.model("estimator" if learns else next(iter(self._run.config.classifiers))))
+        part = self._part(estimator.batch_size if learns else finetune.batch_size)
+        copies = len(part) * (estimator.num_copies if learns else 1)
+        front: Denoiser | None = denoiser if estimator.denoiser or not learns else None
+        if _one_image_s(front, model, part, sigma_e) * copies > _PATIENCE_S:
+            return None
+        radii = np.random.default_rng(0).random((len(part), len(self._config.sigmas)))
+        sigma, seed = np.full(len(part), sigma_e), self._config.seed
+
+        def train(num: int) -> None:
+            objective: Objective
+            if learns:
+                settings = estimator.model_copy(update={"epochs": num})
+                objective = EstimatorObjective(part, radii, sigma_e, front, settings, seed)
+            else:
+                tuned = finetune.model_copy(update={"epochs": num})
+                objective = FinetuneObjective(part, np.arange(len(part)), sigma, front, tuned, seed)
+            for _ in Training(model, objective).run():
+                pass
+
+        return self._timed(train, copies)
+
+    def _part(self, batch: int) -> Dataset:
+        return self._train.take(range(min(len(self._train), 4 * batch)))
+
+    def _timed(self, train: Callable[[int], object], copies: int) -> float:
+        """Copies per second of so many epochs (or steps) that it takes about the time that is given."""
+        num = 3
+        train(num)  # warm
+        while True:
+            start = time.perf_counter()
+            train(num)
+            took = time.perf_counter() - start
+            if took >= self._seconds / 2:
+                return num * copies / took
+            num = max(2 * num, math.ceil(num * self._seconds / took))
+
+
+def _one_image_s(denoiser: Denoiser | None, model: nn.Module, data: Dataset, sigma: float) -> float:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        image = torch.zeros((1, *data.shape))
+        model(image if denoiser is None else denoiser(image, torch.full((1,), sigma)))
+    return time.perf_counter() - start

@@ -1,0 +1,407 @@
+"""What is checked before any device is asked for: everything that a job will need, and all of what is wrong at once."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from core.config import ComputeConfig, Config
+from core.data import Dataset, Split
+from core.errors import ConfigError, DataError, DualRSError, ModelError
+from core.models.checkpoints import load_model
+from core.models.denoiser import OneShotDenoiser
+from core.procedures.confidence import largest_radius
+from core.records import ESTIMATOR
+from distributed.checks.estimate import Part, count_parts, format_parts, size
+from distributed.execution.cluster import training_place
+from distributed.methods import METHODS, method_named
+from distributed.store.lock import read_lock
+from distributed.store.run_directory import RunDirectory, finetuned
+
+__all__ = ["Found", "check", "count_found", "dry_run", "refuse", "replicas_here"]
+
+
+class _Step(NamedTuple):
+    """What a step needs and makes: splits of the data set, models."""
+
+    splits: tuple[Split, ...]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    pixels: bool = False
+    """Whether it takes all images into memory."""
+    trains: bool = False
+    """Whether it is a training that workers can share."""
+
+
+def _steps(config: Config) -> dict[str, _Step]:
+    """Every step of a configuration, by its name in the manifest."""
+    made = tuple(config.classifiers)
+    tuned = tuple(map(finetuned, made))
+    own = config.base.denoiser is None or None in map(config.own_classifier, made)
+    return {
+        "train_base": _Step(("train", "test"), (), ("denoiser", *made), pixels=own),
+        "build_dataset": _Step(("train",), ("denoiser", *made)),
+        "train_estimator": _Step(("train",), ("denoiser", *made), ("estimator",), trains=True),
+        "finetune_classifier": _Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
+        **{
+            f"certify-{name}{ending}": _Step(("test",), ("denoiser", *networks, *_beside(name)))
+            for ending, networks in (("", tuned), ("-base", made))
+            for name in METHODS
+        },
+    }
+
+
+def _beside(method: str) -> tuple[str, ...]:
+    """What a method asks besides the classifier."""
+    return ("estimator",) if ESTIMATOR in method_named(method).heads else ()
+
+
+_CLASSES = {"digits": 10, "digits-c": 10, "cifar10": 10, "cifar10-c": 10, "imagenet": 1000, "imagenet-c": 1000}
+
+
+@dataclass
+class Found:
+    """What a check found.
+
+    Attributes:
+        steps: those that are still to be run.
+        problems: what would keep them from it, each with a remedy.
+        facts: what is there, by topic.
+        data: the splits that could be loaded.
+        networks: on the meta device (without weights), by name, those that could be built.
+    """
+
+    steps: list[str] = field(default_factory=list)
+    problems: list[DualRSError] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    data: dict[Split, Dataset] = field(default_factory=dict)
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+
+    @contextmanager
+    def collect(self, key: str = "") -> Iterator[None]:
+        """Note an error (of this key or network) and go on behind the block."""
+        try:
+            yield
+        except DualRSError as error:
+            named = type(error)(f"{key}: {error}") if key else error
+            if str(named) not in map(str, self.problems):
+                self.problems.append(named)
+        except OSError as error:
+            self.problems.append(DataError(str(error)))
+
+
+def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> Found:
+    """Look at everything that the steps need, without running a network.
+
+    Nothing is written but a probe that removes itself. Weights of a hub are fetched into its cache.
+
+    Args:
+        directory: the run, which may not be there yet (`dry`).
+        steps: names as in the manifest, in their order; those that are finished need nothing.
+        here: whether this machine is the one that will run them, so that it needs the devices.
+    """
+    found, plan = Found(), _steps(directory.config)
+    found.steps = _unfinished(directory, steps, found)
+    before = len(found.problems)
+    with found.collect():
+        directory.folder.check_writable()
+    writable = len(found.problems) == before
+    for split in ("train", "test"):
+        if any(split in plan[step].splits for step in found.steps):
+            with found.collect():
+                found.data[split] = _check_split(directory, split, found)
+    with found.collect():
+        _check_pair(found.data)
+    for split, data in found.data.items():
+        if any(plan[step].pixels and split in plan[step].splits for step in found.steps):
+            with found.collect():
+                data.check_memory()
+    _check_models(directory, found)
+    if any(plan[step].trains for step in found.steps):
+        with found.collect():
+            found.facts.append(("training", training_place(directory.config.compute, here)))
+    if writable:
+        with found.collect():
+            _check_room(directory, found)
+    certify = directory.config.certify
+    alpha = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
+    reach = largest_radius(max(directory.config.sigmas), certify.num_estimation, alpha)
+    asked = max(directory.config.report.radii)
+    found.facts.append(("radii", f"{certify.num_estimation:,} draws reach {reach:.3f}, up to {asked:g} are asked for"))
+    return found
+
+
+def refuse(problems: Sequence[DualRSError]) -> None:
+    """Raise all problems as one error; nothing happens when there are none.
+
+    Raises:
+        ConfigError: when there is one among them; otherwise the kind of the first.
+    """
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise problems[0]
+    kind = next((type(problem) for problem in problems if isinstance(problem, ConfigError)), type(problems[0]))
+    names = {ConfigError: "configuration", DataError: "data", ModelError: "model"}
+    lines = [f"{names[type(problem)]}: {problem}".replace("\n", "\n    ") for problem in problems]
+    raise kind(f"{len(problems)} problems\n" + "\n".join(f"  {line}" for line in lines))
+
+
+def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, seconds: float = 2.0) -> None:
+    """Print what `check` found and what the steps will take, measured here for a few seconds; write nothing.
+
+    Args:
+        directory: opened `dry`.
+        steps: as for `check`.
+        price: of a device hour.
+        seconds: that each of the measurements takes.
+
+    Raises:
+        DualRSError: for the problems, all in one.
+    """
+    found = check(directory, steps, here=False)
+    device, replicas, of = replicas_here(directory.config.compute)
+    found.facts.append(("device", of))
+    if holder := read_lock(directory.folder):
+        found.facts.append(("in use", f"by process {holder.get('pid')} on {holder.get('host')}"))
+    width = max(len(topic) for topic, _ in found.facts)
+    for topic, fact in found.facts:
+        print(f"{topic:<{width}}  {fact}")
+    refuse(found.problems)
+    if not found.steps:
+        print("everything is finished: nothing to do")
+        return
+    parts = count_found(directory, found, replicas)
+    notes = []
+    if parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
+        notes.append("compute.device is cuda and this machine has no GPU: nothing can be measured here")
+    elif parts:
+        from distributed.checks.measure import measure_parts
+
+        print(f"measuring on {device}, {seconds:g} s each ...", flush=True)
+        notes += measure_parts(directory, parts, found.data, device, seconds)
+    print(f"\n{format_parts(parts, price)}\n")
+    if any(not part.exact for part in parts):
+        notes.append(
+            "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies) or abstains, "
+            "Multiscale where a level above the smallest sigma decides, sequential budgets where they stop early; "
+            "training leaves out samples of radius 0"
+        )
+    notes.append("wall: with all replicas from the start; without the start of Ray, of machines, and of Python")
+    print("\n".join(notes))
+
+
+def _unfinished(directory: RunDirectory, steps: Sequence[str], found: Found) -> list[str]:
+    """The steps that are not done, or read a model that one of those will write."""
+    plan, left = _steps(directory.config), list[str]()
+    changed: set[str] = set()
+    for name in steps:
+        record = directory.manifest["steps"].get(name)
+        done = False
+        if record is not None and not changed & set(plan[name].reads):
+            with found.collect():
+                done = directory.is_done(name, sorted(record["read"]), sorted(record["wrote"]))
+        if not done:
+            left.append(name)
+            changed |= set(plan[name].writes)
+    return left
+
+
+def _check_split(directory: RunDirectory, split: Split, found: Found) -> Dataset:
+    data = directory.data(split)
+    if not len(data):
+        raise DataError(f"dataset.{split}: the {split} split of {data.name} is empty; look at its part and its path")
+    broken: list[DataError] = []
+    places = sorted({0, len(data) // 2, len(data) - 1})
+    for index in places:
+        try:
+            data.image(index)
+        except DataError as error:  # one such image becomes an error row, a set of them is a mistake
+            broken.append(error)
+    if len(broken) == len(places):
+        raise broken[0]
+    found.facts += [(f"{split} data", f"warning: {error}") for error in broken]
+    there = len(set(data.labels.tolist()))
+    some = "" if there == data.num_classes else f" ({there} of them have examples)"
+    shape = "x".join(map(str, data.shape))
+    found.facts.append(
+        (f"{split} data", f"{data.name}, {len(data):,} images {shape}, {data.num_classes} classes{some}")
+    )
+    return data
+
+
+def _check_pair(data: Mapping[Split, Dataset]) -> None:
+    if len(data) < 2:
+        return
+    train, test = data["train"], data["test"]
+    if train.num_classes != test.num_classes:
+        raise DataError(
+            f"the training split of {train.name} has {train.num_classes} classes, the test split {test.num_classes}; "
+            "set dataset.num_classes or dataset.class_file, or look at the splits' paths"
+        )
+    if train.shape != test.shape:
+        raise DataError(
+            f"images of the training split have shape {train.shape}, those of the test split {test.shape}; set "
+            "dataset.resize and dataset.crop, or look at the splits' paths"
+        )
+
+
+def _check_models(directory: RunDirectory, found: Found) -> None:
+    """The networks that the steps read from the run, take from elsewhere, or will train."""
+    data = next(iter(found.data.values()), None)
+    made: set[str] = set()
+    missing: list[str] = []
+    plan = _steps(directory.config)
+    for step in found.steps:
+        needed = [name for name in plan[step].reads if name not in made and name not in found.networks]
+        for name in needed:
+            written = any(name in record["wrote"] for record in directory.manifest["steps"].values())
+            if not written or not directory.models.exists(f"{name}.safetensors"):
+                missing.append(name)
+                continue
+            with found.collect(), torch.device("meta"):
+                directory.model_hashes([name])
+                found.networks[name] = load_model(directory.model(name))
+        if step == "train_base":
+            _check_base(directory.config, data, found)
+        if step == "train_estimator":
+            _check_backbone(directory.config, data, found)
+            if "build_dataset" not in {*directory.manifest["steps"], *found.steps}:
+                missing.append("the dataset")
+        made |= set(plan[step].writes)
+    if missing:
+        names = ", ".join(dict.fromkeys(missing))
+        found.problems.append(
+            ConfigError(f"{str(directory.folder)!r}: {names} not there yet: run the earlier steps (jobs.pipeline)")
+        )
+    for name, network in found.networks.items():
+        num = sum(tensor.numel() for tensor in network.state_dict().values())
+        whence = "trained here" if name in made else "in the run"
+        if name in made and (source := _source(directory.config, name)):
+            whence = f"from {source}"
+        found.facts.append((name, f"{whence}, {num:,} parameters"))
+        with found.collect(name):
+            _check_network(directory.config, name, network, data)
+
+
+def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
+    """What `jobs.train_base` takes from files, or trains."""
+    from distributed.checks.measure import base_classifier, base_denoiser
+
+    base, shape = config.base, _shape(config, data)
+    classes = data.num_classes if data else config.dataset.num_classes or _CLASSES.get(config.dataset.name)
+    if data or base.denoiser:
+        with found.collect("base.denoiser"), torch.device("meta"):
+            found.networks["denoiser"] = base_denoiser(config, shape)
+    for role, sigma in config.classifiers.items():
+        own = config.own_classifier(role)
+        key = "base.classifier" if sigma is None else f"base.experts.{sigma}"
+        if own is None and data is None:
+            continue
+        if classes is None:  # the data are missing too
+            if own and own.checkpoint and not Path(own.checkpoint).exists():
+                found.problems.append(ModelError(f"{key}: no checkpoint at {own.checkpoint!r}; look at the path"))
+            continue
+        # timm's own weights do not load without their tensors.
+        with found.collect(key), torch.device("cpu" if own and own.pretrained else "meta"):
+            found.networks[role] = base_classifier(config, role, shape, classes)
+
+
+def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
+    from distributed.checks.measure import new_estimator
+
+    backbone = config.estimator.backbone
+    if data is None and backbone is None:
+        return
+    with found.collect("estimator.backbone"), torch.device("cpu" if backbone and backbone.pretrained else "meta"):
+        found.networks["estimator"] = new_estimator(config, _shape(config, data))
+
+
+def _shape(config: Config, data: Dataset | None) -> tuple[int, int, int]:
+    """Of the images; where they are missing, at least their channels are known."""
+    grey = config.dataset.name in ("digits", "digits-c") or config.dataset.color == "grey"
+    return data.shape if data else (1 if grey else 3, 32, 32)
+
+
+def _check_network(config: Config, name: str, network: nn.Module, data: Dataset | None) -> None:
+    """Whether a network takes the images (and the noise levels) and has the outputs that are needed."""
+    if name == "denoiser":
+        if not isinstance(network, OneShotDenoiser):
+            raise ModelError(f"is a {type(network).__name__}, expected a denoiser; start another --out")
+        network.timestep(max(*config.sigmas, config.estimator_sigma))
+        if data:
+            network.check_images(data.shape)
+        return
+    if data is None:
+        return
+    outputs = len(config.sigmas) if name == "estimator" else data.num_classes
+    try:
+        with torch.inference_mode():
+            logits = network.to("meta").eval()(torch.zeros((2, *data.shape), device="meta"))
+    except NotImplementedError:  # an operation that cannot be run without data
+        return
+    except Exception as error:  # networks have words of their own for a shape that they do not take
+        raise ModelError(
+            f"does not take images of shape {data.shape}: {str(error).strip().partition(chr(10))[0]}; use another "
+            "network, set its input_size, or dataset.resize and dataset.crop"
+        ) from error
+    if tuple(logits.shape) != (2, outputs):
+        raise ModelError(f"returns {tuple(logits.shape)[1:]} logits an image, expected {outputs}; use another network")
+
+
+def _source(config: Config, name: str) -> str | None:
+    """Where a network of one's own is from."""
+    if name == "denoiser":
+        return config.base.denoiser
+    named = config.own_classifier(name) if name in config.classifiers else config.estimator.backbone
+    return (named.checkpoint or named.arch) if named else None
+
+
+def _check_room(directory: RunDirectory, found: Found) -> None:
+    """Whether what the steps write finds room on the disk."""
+    folder = directory.folder.local
+    if folder is None:
+        found.facts.append(("output", f"{directory.folder} (an object store, writable)"))
+        return
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    # What a step joins into larger files is there twice for a moment.
+    needed = 2 * sum(part.stored_bytes for part in count_found(directory, found, 1))
+    found.facts.append(("output", f"{folder}, {size(free)} free"))
+    if needed > free:
+        raise ConfigError(
+            f"{str(there)!r} has {size(free)} of room, the run writes up to {size(needed)}; make room, or use another "
+            "--out"
+        )
+
+
+def count_found(directory: RunDirectory, found: Found, replicas: int) -> list[Part]:
+    """The steps whose data could be loaded."""
+    plan = _steps(directory.config)
+    steps = [step for step in found.steps if set(plan[step].splits) <= found.data.keys()]
+    num_bytes = {
+        name: sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+        for name, network in found.networks.items()
+    }
+    return count_parts(directory, steps, found.data, num_bytes, replicas)
+
+
+def replicas_here(compute: ComputeConfig) -> tuple[str, int, str]:
+    """Device and number of replicas as far as they can be told without asking a cluster, and a sentence on them."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
+    name = torch.cuda.get_device_name() if device == "cuda" and gpus else device
+    if compute.executor == "local":
+        return device, 1, f"{name}, one replica (compute.executor=local)"
+    if compute.max_replicas:
+        return device, compute.max_replicas, f"{name}, {compute.max_replicas} replicas (compute.max_replicas)"
+    if "RAY_ADDRESS" in os.environ:
+        return device, 1, f"{name}; counted with one replica, the cluster is not asked: set compute.max_replicas"
+    room = gpus / compute.gpus_per_replica if device == "cuda" else (os.cpu_count() or 1) / compute.threads_per_replica
+    return device, max(1, int(room)), f"{name}, {max(1, int(room))} replicas (all of this machine)"

@@ -1,0 +1,287 @@
+"""Spreading a plan over replicas: plan -> Ray Data -> shards, or the same in this process without Ray."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from core import errors
+from core.progress import Progress
+from distributed.execution.replica import Facts, Replica, is_device_error
+from distributed.execution.work import Work, measure_rate, probe_batch_size
+from distributed.store.plan import Plan
+from distributed.store.shards import ShardStore
+
+__all__ = ["run_work"]
+
+_MAX_BLOCKS = 2000
+"""Ray Data keeps something of every block in the driver: a longer plan goes out several shards to a block."""
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Something that certifies shards.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        slots: replicas at most.
+        probe: the batch size that one replica finds best.
+        measure: rows per second of one replica's bare forward passes, at a batch size.
+        run: certify these shards; facts come as they are committed, in any order.
+        on_ray: whether Ray's metrics are there.
+    """
+
+    device: str
+    slots: int
+    probe: Callable[[], int]
+    measure: Callable[[int], float]
+    run: Callable[[Sequence[int]], Iterator[Facts]]
+    on_ray: bool
+
+
+def run_work(
+    work: Work, origin: Mapping[str, Any], example_ids: Sequence[str], replica: type[Replica] = Replica
+) -> dict[str, Any]:
+    """Certify every shard of the plan that is not committed yet, then prove that all rows are there.
+
+    The plan is made at the first call and kept. Rows with status `error` are tried once more. In the end the shards are
+    verified against the plan and joined into larger files.
+
+    Args:
+        work: what to do; its device may be "auto".
+        origin: what the rows are made from; see `Plan`.
+        example_ids: of the whole split, in the data set's order.
+        replica: what certifies; another one for measuring what is around it.
+
+    Returns:
+        Facts for the manifest: rows, files with their SHA-256, errors, retries; draws and seconds of this call.
+
+    Raises:
+        ConfigError: when the shards on disk were made from something else, or on another kind of device.
+        DataError: when the shards do not hold the plan's rows exactly once, or too many examples fail.
+    """
+    start = time.monotonic()
+    store = ShardStore(work.root, work.store)
+    plan = store.read_plan()
+    if plan is not None:
+        store.check_origin(plan, origin)
+    done = _Tally(work)
+    if plan is None or set(range(len(plan))) - store.committed() or store.shards_with_errors():
+        compute = work.config.compute
+        with (_local if compute.executor == "local" else _on_ray)(work, replica) as executor:
+            if plan is None:
+                plan = _make_plan(work, executor, origin, len(example_ids))
+                store.write_plan(plan, example_ids)
+            elif plan.device != executor.device:
+                raise errors.ConfigError(
+                    f"{work.store} was begun on {plan.device!r} and would go on on {executor.device!r}, with other "
+                    f"noise; set compute.device={plan.device}, or use another --out"
+                )
+            _run(work, plan, store, executor, done)
+    attempts = store.attempts()
+    verified = store.finish(plan, example_ids, work.levels, work.config.compute.part_rows)
+    store.forget_attempts()
+    return {
+        "rows": verified.rows,
+        "shards": len(plan),
+        "draws_this_call": done.draws,
+        "non_finite_draws": verified.non_finite_draws,
+        "error_rows": verified.error_rows,
+        "retries": sum(attempts.values()) - len(attempts),
+        "devices": list(verified.devices),
+        "batch_size": plan.batch_size,
+        "duration_s": round(time.monotonic() - start, 1),
+        "sha256": dict(verified.sha256),
+    }
+
+
+def _make_plan(work: Work, executor: Executor, origin: Mapping[str, Any], num_examples: int) -> Plan:
+    """Shards of the configured size, or of one that takes a replica `shard_seconds` at the measured rate.
+
+    `batch_size: auto` is settled here, once and for all replicas: what a network computes can depend on the shape.
+    """
+    compute = work.config.compute
+    if compute.batch_size == "auto":
+        batch_size = executor.probe()
+        print(f"{work.store}: compute.batch_size=auto comes to {batch_size} rows on this {executor.device}", flush=True)
+    else:
+        batch_size = compute.batch_size
+    divide = partial(Plan.divide, num_examples, batch_size=batch_size)
+    if isinstance(compute.shard_examples, int):
+        return divide(compute.shard_examples, work.rows_per_example, origin, executor.device)
+    rate = executor.measure(batch_size)
+    examples_per_s = rate / work.draws_per_example
+    even = math.ceil(num_examples / (4 * executor.slots))  # all replicas have something to do
+    size = max(1, min(round(compute.shard_seconds * examples_per_s), even))
+    print(
+        f"{work.store}: a replica runs {rate:,.0f} noisy copies/s; {size} examples to a shard "
+        f"({size / examples_per_s:.1f} s)",
+        flush=True,
+    )
+    return divide(size, work.rows_per_example, origin, executor.device, executor.slots)
+
+
+class _Tally:
+    """What this call has done, as progress, metrics and limits need it."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.draws = self.errors = self.retries = 0
+        self.first_error = ""
+        self._seen: dict[str, float] = {}
+
+    def add(self, facts: Facts) -> None:
+        """Count a shard.
+
+        Raises:
+            DualRSError: that a replica reports, or because too many examples fail.
+        """
+        if facts.failure:
+            name, _, message = facts.failure.partition(": ")
+            raise getattr(errors, name)(message)
+        self.draws += facts.draws
+        self.errors += facts.errors
+        self.retries += facts.attempt - 1
+        self.first_error = self.first_error or facts.first_error
+        self._seen[facts.replica] = time.monotonic()
+        if self.errors > self.work.config.compute.max_errors:
+            raise errors.DataError(
+                f"{self.errors} examples of {self.work.store} could not be run, more than compute.max_errors = "
+                f"{self.work.config.compute.max_errors}; the first: {self.first_error}"
+            )
+
+    def replicas(self) -> int:
+        """Replicas that have committed in the last ten minutes."""
+        return sum(time.monotonic() - moment < 600.0 for moment in self._seen.values())
+
+
+def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _Tally) -> None:
+    """Certify what is missing, then once more what failed."""
+    sizes, total = plan.sizes, len(plan.order)
+    committed = store.committed()
+    pending = [shard for shard in range(len(plan)) if shard not in committed]
+    done = total - int(sizes[pending].sum())
+    metrics = None
+    if executor.on_ray:
+        from distributed.execution.metrics import DriverMetrics
+
+        metrics = DriverMetrics(work.store, total)
+    start, begun = time.monotonic(), done
+    interval = work.config.compute.progress_interval_s
+    if pending:
+        with Progress(total, work.store, "examples", done=done, interval_s=interval) as progress:
+            for facts in executor.run(pending):
+                tally.add(facts)
+                done += facts.examples
+                elapsed = time.monotonic() - start
+                progress.update(
+                    facts.examples,
+                    f"{tally.draws / elapsed:,.0f} draws/s, {tally.errors} errors, {tally.retries} retries",
+                )
+                if metrics is not None:
+                    metrics.progress(done, (total - done) * elapsed / max(done - begun, 1), tally.replicas())
+    if failed := sorted(shard for shard in store.shards_with_errors() if shard < len(plan)):
+        print(f"{work.store}: trying the examples of {len(failed)} shards again that could not be run", flush=True)
+        tally.errors = 0
+        for facts in executor.run(failed):
+            tally.add(facts)
+        if left := store.read_errors().num_rows:
+            print(
+                f"{work.store}: {left} rows could not be run, they certify nothing; why: {store.errors} "
+                f"(the first: {tally.first_error})",
+                flush=True,
+            )
+
+
+@contextmanager
+def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
+    """The reference: one replica in this process, two shards in flight."""
+    device = work.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    placed = replace(work, device=device)
+
+    def run(pending: Sequence[int]) -> Iterator[Facts]:
+        replica = replica_class(placed)
+        in_flight: deque[Future[Any]] = deque()
+        try:
+            waiting = deque(pending)
+            while waiting or in_flight:
+                while waiting and len(in_flight) < 2:
+                    in_flight.append(replica.submit(waiting.popleft()))
+                yield replica.commit(in_flight.popleft().result())
+        finally:
+            replica.close()
+
+    yield Executor(
+        device, 1, lambda: probe_batch_size(placed), lambda size: measure_rate(placed, size), run, on_ray=False
+    )
+
+
+@contextmanager
+def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
+    """Ray Data feeds shard numbers to a pool of replica actors; each commits its shards itself and returns facts."""
+    from distributed.execution.cluster import connected, quiet_ray_data, replica_pool
+
+    with connected(work.config.compute):
+        import ray.data  # not before: `connected` decides how Ray authenticates
+
+        context = ray.data.DataContext.get_current()
+        context.execution_no_progress_timeout_s = -1  # an autoscaling cluster may wait long for its first node
+        context.max_consecutive_actor_init_deaths = 10  # a node may go while a replica loads
+        # Shards in flight over shards at work, 3 / 2 below: at Ray's own 1.75 the pool would never grow, and the nodes
+        # that Ray Data asks for would stand idle.
+        context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.25
+        quiet_ray_data()
+        pool = replica_pool(work.config.compute)
+        placed = replace(work, device=pool.device)
+        resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
+
+        def ask(question: Callable[..., Any], *args: Any) -> Any:
+            """Have a replica's place answer, as soon as there is one."""
+            print(f"{work.store}: waiting for a replica to measure", flush=True)
+            try:
+                return ray.get(ray.remote(**resources)(question).remote(placed, *args))
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, errors.DualRSError):
+                    raise error.cause from None
+                if is_device_error(error.cause):
+                    raise errors.ModelError(f"the device failed while it was measured: {error.cause}") from error
+                raise
+
+        def probe() -> int:
+            return int(ask(probe_batch_size))
+
+        def measure(batch_size: int) -> float:
+            return float(ask(measure_rate, batch_size))
+
+        def run(pending: Sequence[int]) -> Iterator[Facts]:
+            numbers = ray.data.from_items(
+                [{"shard": number} for number in pending], override_num_blocks=min(len(pending), _MAX_BLOCKS)
+            )
+            print(f"{work.store}: {len(pending)} shards for {pool.describe()}", flush=True)
+            smallest = min(pool.smallest, len(pending))
+            done = numbers.map_batches(
+                replica_class,
+                fn_constructor_args=(placed, True),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=smallest,
+                    max_size=max(smallest, min(pool.largest, len(pending))),
+                    initial_size=max(smallest, min(pool.initial, len(pending))),
+                    max_concurrent_calls_per_actor=2,  # two shards share a replica's engine
+                    max_tasks_in_flight_per_actor=3,
+                ),
+                **resources,
+            )
+            for row in done.iter_rows():
+                yield Facts(**row)
+
+        yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True)

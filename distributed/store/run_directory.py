@@ -1,0 +1,321 @@
+"""A run directory: the manifest says what was asked, what is done, and from which files.
+
+manifest.json    configuration, versions, device, finished steps with the hashes of the models they read and wrote
+lock.json        who is at work
+models/          *.safetensors
+plan/            which examples belong to which shard
+dataset/         shards: the all-sigma certification of the training split
+training/        <training>/ the checkpoint that a training goes on from, until its step is finished; learning curves
+certificates/    <method>/ shards: the test-time certificates
+errors/          why an example has no certificate; replicas that had to be given up
+attempts/        which replica began which shard, until the step is finished
+report/
+rounds/R/        run directories: round R of the alternation (`distributed.studies.rounds`)
+shift/           run directories: the test split of a corrupted data set (`distributed.studies.shift`)
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import core
+from core.config import Config, parse_config
+from core.errors import ConfigError
+from distributed.store.storage import Folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from core.data import Dataset, Split
+
+__all__ = ["RunDirectory", "finetuned"]
+
+_PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "pillow", "scikit-learn")
+_MANIFEST = "manifest.json"
+_BORROWED = "borrow_models"
+"""The step of a run directory that uses the networks of another one."""
+
+
+class RunDirectory:
+    """Opens or creates a run directory for one configuration.
+
+    Args:
+        where: the folder: a path, or a URI of an object store.
+        config: what to run. None takes the configuration that the folder was made with.
+        mode: `write`; `dry` writes nothing, not even the folder, before `begin`; `look` never does, and the folder must
+            be there.
+
+    Raises:
+        ConfigError: when the folder was made with another configuration (the message lists each difference), or when
+            there is none to take.
+    """
+
+    def __init__(
+        self, where: Folder | Path | str, config: Config | None, mode: Literal["write", "dry", "look"] = "write"
+    ) -> None:
+        self.folder = Folder(where)
+        self._mode = mode
+        self._data: dict[Split, tuple[Dataset, str]] = {}
+        self._open(config)
+
+    def begin(self) -> None:
+        """End the dry mode: read the folder again, and make it if it is not there."""
+        self._mode = "write"
+        self._open(self.config)
+
+    def _open(self, config: Config | None) -> None:
+        stored = self._read()
+        if stored is None:
+            if config is None or self._mode == "look":
+                raise ConfigError(f"{str(self.folder)!r} holds no manifest.json: name a configuration with --config")
+            if self._mode == "write":
+                self.folder.check_writable()
+            self.config = config
+            self._manifest: dict[str, Any] = {
+                "created": _now(),
+                "config": config.model_dump(mode="json"),
+                "fingerprint": config.fingerprint(),
+                "seed": config.seed,
+                "git_revision": _git_revision(),
+                "platform": {
+                    "python": sys.version.split()[0],
+                    "machine": platform.machine(),
+                    "system": platform.system(),
+                },
+                "versions": _versions(),
+                "data": {},
+                "steps": {},
+            }
+            self._write()
+            return
+        self._manifest = stored
+        before = parse_config(stored["config"], source=self._manifest_file)
+        self.config = config or before
+        changes = _differences(before.identity(), self.config.identity())
+        if changes:
+            raise ConfigError(
+                f"{str(self.folder)!r} was made with another configuration:\n"
+                + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
+                + "\nuse another --out for the new one, or go back to the old values"
+            )
+        if self.config != before:  # the report's radii, or where it runs
+            self._manifest["config"] = self.config.model_dump(mode="json")
+            self._write()
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """The manifest as it stands in the file."""
+        return self._manifest
+
+    @property
+    def path(self) -> Path:
+        """The folder, where it is on a local or shared disk.
+
+        Raises:
+            ConfigError: for an object store.
+        """
+        if self.folder.local is None:
+            raise ConfigError(f"{str(self.folder)!r} is not on a disk of this machine")
+        return self.folder.local
+
+    @property
+    def models(self) -> Folder:
+        """Where its networks are: models/, or those of the run that they are borrowed from."""
+        folder = self.folder
+        for _ in range(self._manifest["steps"].get(_BORROWED, {}).get("levels_up", 0)):
+            folder = folder.parent
+        return folder / "models"
+
+    def borrow(self, lender: "RunDirectory", names: Sequence[str]) -> None:
+        """Use networks of a run that this folder lies in, as they are now; nothing is copied.
+
+        Args:
+            lender: the run.
+            names: of the networks.
+
+        Raises:
+            ConfigError: as `model_hashes` of the lender.
+        """
+        levels, above = 0, self.folder
+        while above != lender.folder:
+            assert above != above.parent, f"{self.folder} does not lie in {lender.folder}"
+            levels, above = levels + 1, above.parent
+        hashes, record = lender.model_hashes(names), self._manifest["steps"].get(_BORROWED)
+        if record is None or record["wrote"] != hashes:
+            self.finish(_BORROWED, read={}, wrote=hashes, facts={"levels_up": levels})
+
+    def model(self, name: str) -> Path:
+        """A local file with the network `name`: the one in the folder, or a copy of the object.
+
+        Raises:
+            ConfigError: for an object that no finished step wrote.
+        """
+        models = self.models
+        return models.local / _model_file(name) if models.local else self._fetch(name)
+
+    def _fetch(self, name: str) -> Path:
+        return self.models.fetch(_model_file(name), self.model_hashes([name])[name])
+
+    def save_model(self, name: str, module: "nn.Module") -> str:
+        """Write the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
+        from core.models.checkpoints import save_model
+
+        with tempfile.TemporaryDirectory() as aside:
+            file = Path(aside) / _model_file(name)
+            save_model(module, file)
+            return self.put_model(name, file.read_bytes())
+
+    def put_model(self, name: str, content: bytes) -> str:
+        """Write the file of the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
+        (self.folder / "models").write(_model_file(name), content)
+        return hashlib.sha256(content).hexdigest()
+
+    def model_hashes(self, names: Sequence[str]) -> dict[str, str]:
+        """SHA-256 of models that finished steps wrote, checked against the files (an object when it is fetched).
+
+        Raises:
+            ConfigError: for a model that no finished step wrote, or a file that has changed since.
+        """
+        written = {name: digest for step in self._manifest["steps"].values() for name, digest in step["wrote"].items()}
+        models = self.models
+        for name in names:
+            where = models.where(_model_file(name))
+            if name not in written or not models.exists(_model_file(name)):
+                raise ConfigError(f"{where!r} is not there yet: run the earlier steps (jobs.pipeline)")
+            if models.local is not None and models.sha256(_model_file(name)) != written[name]:
+                raise ConfigError(
+                    f"{where!r} is not the file that this run wrote (another SHA-256 than in "
+                    "manifest.json): put it back, or start another --out"
+                )
+        return {name: written[name] for name in names}
+
+    def data(self, split: "Split") -> "Dataset":
+        """A split of the configured data set, loaded once and checked by `check_data`.
+
+        Raises:
+            ConfigError: as `check_data`, and for a split that the configuration does not describe.
+            DataError: for files that are missing or are not what they should be.
+        """
+        from distributed.store.datasets import load_dataset
+
+        data = self._data[split][0] if split in self._data else load_dataset(self.config.dataset, split)
+        self.check_data(split, data)
+        return data
+
+    def check_data(self, split: "Split", data: "Dataset") -> None:
+        """Refuse another data set than the one that this run began with; at first use, note which one it is.
+
+        Raises:
+            ConfigError: says what is another one.
+            DataError: when one of the images that `Dataset.digest` looks at cannot be read, or none can be decoded.
+        """
+        if split not in self._data or self._data[split][0] is not data:
+            self._data[split] = data, data.digest()
+        found: dict[str, Any] = {
+            "digest": self._data[split][1], "examples": len(data), "classes": data.num_classes, "shape": data.shape,
+        }  # fmt: skip
+        before = self._manifest.get("data", {}).get(split)  # a run of an earlier version has none
+        if before is None:
+            if self._mode == "write":
+                self._merge("data", split, found)
+        elif before["digest"] != found["digest"]:
+            old, new = (f"{each['digest']} ({each['examples']:,} examples)" for each in (before, found))
+            raise ConfigError(
+                f"dataset.{split}: this is not the data set that {str(self.folder)!r} began with: fingerprint {old} "
+                f"there, {new} now; put the old one back (dataset.path, dataset.{split}.path, its ids_file), or use "
+                "another --out"
+            )
+
+    def is_done(self, step: str, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> bool:
+        """Whether `step` has finished, with the models that are there now, and its own models are still there.
+
+        Args:
+            step: its name.
+            reads: models that it uses.
+            writes: models that it makes.
+        """
+        record = self._manifest["steps"].get(step)
+        if record is None or not all(self.models.exists(_model_file(name)) for name in writes):
+            return False
+        return bool(record["read"] == self.model_hashes(reads))
+
+    def finish(self, step: str, *, read: Mapping[str, str], wrote: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        """Record a finished step, atomically: the hashes of the models it read and wrote, and facts worth keeping."""
+        record = {"finished": _now(), "read": dict(read), "wrote": dict(wrote), **facts}
+        if (versions := _versions()) != self._manifest["versions"]:  # a resumed run may have met other ones
+            record["versions"] = versions
+        self._merge("steps", step, record)
+
+    def _merge(self, section: str, key: str, record: Mapping[str, Any]) -> None:
+        """Add to a section of the file; another job may have added something of its own in the meantime."""
+        now = self._read() or self._manifest
+        for name in ("data", "steps"):
+            self._manifest[name] = dict(now.get(name, {}))
+        self._manifest[section][key] = dict(record)
+        self._write()
+
+    @property
+    def _manifest_file(self) -> str:
+        return self.folder.where(_MANIFEST)
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            content = self.folder.read(_MANIFEST)
+        except FileNotFoundError:
+            return None
+        try:
+            plain = json.loads(content)
+            _ = plain["config"], plain["steps"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self._manifest_file!r} is not a manifest of ours ({error!r})") from error
+        return dict(plain)
+
+    def _write(self) -> None:
+        if self._mode != "write":
+            return
+        self.folder.write(_MANIFEST, (json.dumps(self._manifest, indent=2) + "\n").encode())
+
+
+def finetuned(role: str) -> str:
+    """A classifier's, or an expert's, name after fine-tuning: `classifier-0.25` -> `classifier_finetuned-0.25`."""
+    return role.replace("classifier", "classifier_finetuned", 1)
+
+
+def _model_file(name: str) -> str:
+    return f"{name}.safetensors"
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        rows = []
+        for name in sorted(old.keys() | new.keys()):
+            rows += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        return rows
+    return [] if old == new else [(key, old, new)]
+
+
+def _versions() -> dict[str, str]:
+    return {"dual-rs": core.__version__} | {name: metadata.version(name) for name in _PACKAGES}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _git_revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(  # noqa: S603 - a fixed command
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

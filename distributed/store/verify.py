@@ -1,0 +1,113 @@
+"""The proof that files hold each planned row exactly once, one file at a time."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from core.errors import DataError
+from distributed.methods.method import Method
+from distributed.methods.rows import ERROR
+from distributed.store.plan import Plan
+
+__all__ = ["Verified", "Verifier"]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a `Verifier` found.
+
+    Attributes:
+        rows, error_rows: in all, and those whose status is `error`.
+        sha256: of each file, by name.
+        devices: that the shards were made on.
+        non_finite_draws: draws that voted for no class.
+    """
+
+    rows: int
+    error_rows: int
+    sha256: Mapping[str, str]
+    devices: tuple[str, ...]
+    non_finite_draws: int
+
+
+class Verifier:
+    """Looks at the files of a step one after the other.
+
+    Args:
+        plan: of the step.
+        example_ids: of the whole split.
+        sigmas: of an example's rows; `(None,)` for one row of any level.
+        method: that made the rows.
+    """
+
+    def __init__(self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None], method: Method) -> None:
+        self._plan, self._ids, self._method = plan, example_ids, method
+        self._levels = None if list(sigmas) == [None] else np.asarray(sigmas, np.float64)
+        self._rows = self._error_rows = self._non_finite = 0
+        self._sha256: dict[str, str] = {}
+        self._devices: set[str] = set()
+
+    def add(self, name: str, shards: Sequence[int], content: bytes, table: pa.Table, device: str, where: str) -> None:
+        """Check a file.
+
+        Args:
+            name: of the file.
+            shards: that it holds.
+            content: its bytes.
+            table: its rows.
+            device: that they were made on; several are separated by ", ".
+            where: path or URI, for the message.
+
+        Raises:
+            DataError: names the first missing, unexpected or repeated row, or a file that does not say its device.
+        """
+        if not device:
+            raise DataError(
+                f"{where!r} does not say on which device it was made, so it is not as a replica wrote it; remove the "
+                "file and start the job again: it makes the file anew"
+            )
+        wanted = np.sort(np.concatenate([self._plan.members(shard) for shard in shards]))
+        odd = _first_odd(table, [self._ids[place] for place in wanted.tolist()], self._levels)
+        if odd is not None:
+            raise DataError(
+                f"{where!r} does not hold its rows exactly once, the first is {odd!r}; remove the file and start the "
+                "job again: it makes the file anew"
+            )
+        self._sha256[name] = hashlib.sha256(content).hexdigest()
+        self._devices |= set(device.split(", "))
+        self._rows += table.num_rows
+        self._error_rows += int(pc.sum(pc.equal(table.column("status"), ERROR)).as_py() or 0)
+        self._non_finite += self._method.non_finite(table)
+
+    def joined(self, names: Sequence[str], part: str, content: bytes) -> None:
+        """Files that were checked have become one, with the same rows."""
+        for name in names:
+            del self._sha256[name]
+        self._sha256[part] = hashlib.sha256(content).hexdigest()
+
+    def result(self) -> Verified:
+        """Of all files so far."""
+        sha256 = dict(sorted(self._sha256.items()))
+        return Verified(self._rows, self._error_rows, sha256, tuple(sorted(self._devices)), self._non_finite)
+
+
+def _first_odd(table: pa.Table, ids: Sequence[str], levels: NDArray[np.float64] | None) -> str | None:
+    """The first example whose rows are not there exactly once; None when all are."""
+    width = 1 if levels is None else len(levels)
+    ordered = table.select(["example_id", "sigma"]).sort_by([("example_id", "ascending"), ("sigma", "ascending")])
+    wanted = pa.array(np.repeat(np.array(sorted(ids), object), width), pa.string())
+    found = ordered.column("example_id").combine_chunks()
+    if found.equals(wanted):
+        if levels is None:
+            return None
+        wrong = np.flatnonzero(ordered.column("sigma").to_numpy() != np.tile(levels, len(ids)))
+        return None if not len(wrong) else str(found[int(wrong[0])])
+    count = Counter(found.to_pylist())
+    count.subtract(Counter(wanted.to_pylist()))
+    return min((name for name, number in count.items() if number), default=None)

@@ -1,0 +1,121 @@
+"""Steps that runs have in common: made once, and taken over with their manifest records.
+
+A step may be taken from another run when everything that it reads is equal. What it reads is a list of sections of the
+configuration (`_READS`); the step is run under a configuration that holds these sections and is otherwise the default
+(`shared_config`), so that nothing else can have had a part in it, and the fingerprint of that configuration is its key.
+"""
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+from core.config import Config, ReportConfig
+from core.errors import ConfigError
+from distributed.execution.launch import work_of
+from distributed.store.plan import Plan
+from distributed.store.run_directory import RunDirectory
+from distributed.store.shards import ShardStore
+
+__all__ = ["SHARED", "SharedStep", "adopt", "shared_config"]
+
+SharedStep = Literal["train_base", "build_dataset", "certify-standard-base"]
+SHARED: Final[tuple[SharedStep, ...]] = ("train_base", "build_dataset", "certify-standard-base")
+"""Steps that read no estimator, in their order; the later ones read the models of the first."""
+
+_BASE: Final = ("seed", "dataset", "base", "compute")
+_READS: Final[dict[SharedStep, tuple[str, ...]]] = {
+    "train_base": _BASE,
+    "build_dataset": (*_BASE, "noise", "labels"),
+    "certify-standard-base": (*_BASE, "noise", "certify"),
+}
+"""Sections that a step reads, besides Sigma: votes at a noise level do not depend on the other levels."""
+_STORES: Final[dict[str, str]] = {
+    "build_dataset": "dataset",
+    "certify-standard-base": "certificates/standard-base",
+}
+
+
+def shared_config(config: Config, step: SharedStep, sigmas: Sequence[float]) -> Config:
+    """The configuration under which a step is run for all runs that share it.
+
+    Args:
+        config: of one of these runs.
+        step: which step.
+        sigmas: Sigma of all of them together, ascending.
+    """
+    kept = {name: getattr(config, name) for name in _READS[step]}
+    if "certify" in kept and config.certify.budget == "grid":  # the grid may come from the report
+        kept["certify"] = config.certify.model_copy(update={"grid": config.grid_radii})
+    return Config(**kept, sigmas=tuple(sigmas), report=ReportConfig(radii=(0.0,)))
+
+
+def adopt(target: RunDirectory, source: RunDirectory, step: SharedStep) -> None:
+    """Take over a finished step of `source`, with its record; nothing to do where `target` has it already.
+
+    The result is what the step would have made in `target`: the same models, the same rows. A crash in between is
+    mended by the next call, or by the step itself.
+
+    Raises:
+        ConfigError: when what the step reads is not equal in the two, or `source` has not finished it.
+    """
+    wanted = shared_config(target.config, step, source.config.sigmas)
+    if wanted.fingerprint() != source.config.fingerprint() or not set(target.config.sigmas) <= set(wanted.sigmas):
+        raise ConfigError(f"{step} of {str(source.folder)!r} was made from other settings than {str(target.folder)!r}")
+    record = source.manifest["steps"].get(step)
+    if record is None:
+        raise ConfigError(f"{step} of {str(source.folder)!r} is not finished")
+    if step == "train_base":
+        _adopt_models(target, source)
+    else:
+        _adopt_rows(target, source, step)
+
+
+def _adopt_models(target: RunDirectory, source: RunDirectory) -> None:
+    names = ("denoiser", *target.config.classifiers)
+    if target.is_done("train_base", writes=names):
+        return
+    hashes = source.model_hashes(names)
+    for name in names:
+        content = source.model(name).read_bytes()
+        (target.folder / "models").write(f"{name}.safetensors", content)
+    record = source.manifest["steps"]["train_base"]
+    facts = {key: value for key, value in record.items() if key not in ("finished", "read", "wrote")}
+    target.finish("train_base", read={}, wrote=hashes, facts={**facts, "taken_from": source.folder.uri})
+
+
+def _adopt_rows(target: RunDirectory, source: RunDirectory, step: SharedStep) -> None:
+    name = _STORES[step]
+    work, hashes = work_of(target, name)
+    rows, whole = ShardStore(target.folder, name), ShardStore(source.folder, name)
+    plan = whole.read_plan()
+    assert plan is not None, "a finished step has a plan"
+    if target.is_done(step, sorted(hashes)) and len(rows.committed()) == len(plan):
+        return
+    if dict(plan.origin["models"]) != hashes:
+        raise ConfigError(
+            f"{step} of {str(source.folder)!r} was made with other base models than {str(target.folder)!r}"
+        )
+    data = target.data(work.split)
+    if (there := source.manifest["data"][work.split]["digest"]) != data.digest():
+        raise ConfigError(
+            f"{step} of {str(source.folder)!r} was made from another data set: fingerprint {there} there, "
+            f"{data.digest()} now"
+        )
+    origin = {"fingerprint": target.config.fingerprint(), "models": hashes}
+    own = Plan(plan.order, plan.bounds, work.rows_per_example, origin, plan.device, plan.batch_size)
+    rows.write_plan(own, data.example_ids)
+    rows.copy_from(whole, work.config.sigmas)
+    verified = rows.verify(own, data.example_ids, work.levels)
+    facts = {
+        "rows": verified.rows,
+        "shards": len(own),
+        "draws_this_call": 0,
+        "non_finite_draws": verified.non_finite_draws,
+        "error_rows": verified.error_rows,
+        "retries": 0,
+        "devices": list(verified.devices),
+        "batch_size": own.batch_size,
+        "duration_s": 0.0,
+        "sha256": dict(verified.sha256),
+        "taken_from": source.folder.uri,
+    }
+    target.finish(step, read=hashes, wrote={}, facts=facts)

@@ -1,0 +1,269 @@
+"""Predicting, or certifying, images that nobody has labelled: PREDICT of Cohen et al. 2019 and of Dual RS, batched."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from core.config import Config
+from core.data import StoredImages
+from core.data.folders import ENDINGS
+from core.data.loading import ParquetPart, class_names, preparation
+from core.errors import ConfigError, DataError
+from core.machine.engine import Task
+from core.procedures.confidence import draws_needed
+from core.procedures.dual import dual_predict
+from core.procedures.smoothing import predict
+from core.progress import Progress
+from core.records import ABSTAIN, Certificate, DualCertificate, DualPrediction, Prediction, Sampling
+from distributed.execution.launch import work_of
+from distributed.execution.work import Work, build_engine
+from distributed.store.datasets import open_storage
+from distributed.store.parquet_images import read_unlabelled
+from distributed.store.run_directory import RunDirectory
+from distributed.store.storage import Folder
+
+__all__ = ["Images", "Question", "columns_of", "open_images", "predict_images", "write_rows"]
+
+Images = tuple[tuple[str, ...], StoredImages]
+"""Names, and the images behind them, still encoded."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about each image.
+
+    Attributes:
+        method: `dual`, or `standard` at one noise level.
+        sigma: that level, one of Sigma; None for `dual`.
+        certify: whether for a certificate with a radius, or for the class alone.
+        num: noisy copies (of each stage of `dual`); of a certificate, those that bound.
+        alpha: failure probability of each answer.
+        classifier: fine-tuned, or as it was before.
+        seed: of the noise.
+
+    Raises:
+        ConfigError: for values out of range, or so few copies that there would be no answer.
+    """
+
+    method: Literal["standard", "dual"]
+    sigma: float | None
+    certify: bool
+    num: int
+    alpha: float
+    classifier: Literal["finetuned", "base"]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or not 0.0 < self.alpha < 1.0 or self.seed < 0:
+            raise ConfigError(
+                f"need num >= 1, alpha in (0, 1) and seed >= 0, got {self.num!r}, {self.alpha!r} and {self.seed!r}"
+            )
+        stage = self.alpha / 2 if self.method == "dual" else self.alpha
+        # Where all copies agree: the p-value is 2 (1/2)^num, the bound alpha^(1/num).
+        needed = draws_needed(0.0, 1.0, stage) if self.certify else math.ceil(1.0 - math.log2(stage))
+        if self.num < needed:
+            raise ConfigError(
+                f"num: {self.num} copies are too few to decide anything at {stage:g} a stage; use at least {needed}"
+            )
+
+
+def open_images(where: str, config: Config, image_column: str | None = None, id_column: str | None = None) -> Images:
+    """Images of a folder (at any depth), one image file, or Parquet files where there are none.
+
+    They are prepared as those of the run's data set; nothing is decoded yet.
+
+    Args:
+        where: a path or an address.
+        config: of the run.
+        image_column: of Parquet files; `image` unless given.
+        id_column: of Parquet files; names are made from the row number unless given.
+
+    Raises:
+        DataError: when there is no image.
+    """
+    if "://" not in where and not Path(where).exists():
+        raise DataError(f"{where!r} is not there: expected a folder of images, an image, or Parquet files")
+    storage, prepared = open_storage(where), preparation(config.dataset)
+    files = storage.files()
+    if files == [""] and where.lower().endswith(ENDINGS):
+        names: tuple[str, ...] = (where.rstrip("/").rpartition("/")[2],)
+    else:
+        names = tuple(path for path in files if path.lower().endswith(ENDINGS))
+        files = list(names) or files
+    parquet = tuple(path for path in files if (path or where).endswith(".parquet"))
+    if parquet:
+        columns = (image_column or "image", "", id_column)
+        return read_unlabelled(ParquetPart(where, parquet, "row", 8, columns, None, None, prepared))
+    if not names:
+        raise DataError(f"no image files ({', '.join(ENDINGS)}) and no Parquet files in {where!r}")
+    if image_column or id_column:
+        raise ConfigError(f"{where!r} holds image files: columns are for Parquet files")
+
+    def describe(place: int) -> str:
+        return repr(f"{storage.root.rstrip('/')}/{files[place]}" if files[place] else storage.root)
+
+    stored = StoredImages(
+        torch.arange(len(files)).numpy(), lambda place: storage.read(files[place]), describe, prepared
+    )
+    return names, stored
+
+
+def predict_images(directory: RunDirectory, images: Images, question: Question, device: str = "auto") -> list[Row]:
+    """Answer the question about each image, in this process; rows with `columns_of` in the order of the images.
+
+    Guarantee: each answer that is not an abstention is wrong with probability at most `question.alpha` over its noise,
+    which is a pure function of (seed, name of the image, phase, sigma). Wrong: another class than that of the smoothed
+    classifier (Dual RS: at the noise level that the smoothed estimator picks), at the image or, with `certify`,
+    somewhere in the open ball of the radius. An image that cannot be read becomes a row with the error.
+
+    Raises:
+        ConfigError: for a question out of range, or a run without the networks that it needs.
+        ModelError: from the networks, which all images share.
+    """
+    config = directory.config
+    work = _work(directory, question, device)
+    shape, num_classes = _expected(directory)
+    names, stored = images
+    procedure, rows = _procedure(work, question), dict[int, Row]()
+    classes = _names(config, num_classes)
+    engine = build_engine(work, num_classes, config.compute.training_batch_size)
+
+    def tasks() -> Iterator[Task[Any]]:
+        for index, name in enumerate(names):
+            try:
+                pixels = stored.decode(index, name)
+                if pixels.shape != shape:
+                    raise DataError(f"example {name!r} has shape {pixels.shape}, the run's images have {shape}")
+            except DataError as error:
+                rows[index] = _error(name, str(error))
+                progress.update(1)
+            else:
+                yield Task(index, name, torch.from_numpy(pixels).float().div_(255.0), procedure())
+
+    with Progress(len(names), "predict", "images", interval_s=config.compute.progress_interval_s) as progress:
+        for finished in engine.run(tasks()):
+            rows[finished.key] = {"id": names[finished.key], **_answer(finished.result, classes), "error": ""}
+            progress.update(1)
+    return [rows[index] for index in range(len(names))]
+
+
+def _work(directory: RunDirectory, question: Question, device: str) -> Work:
+    """The networks and settings that answer; the seed is the question's."""
+    config = directory.config
+    if question.method == "standard" and question.sigma not in config.sigmas:
+        raise ConfigError(f"sigma: standard needs one of {list(config.sigmas)}, the run's noise levels")
+    if question.method == "dual" and question.sigma is not None:
+        raise ConfigError("sigma: Dual RS picks it for each image; drop it, or ask for the standard method")
+    ending = "" if question.classifier == "finetuned" else "-base"
+    work, _ = work_of(directory, f"certificates/{question.method}{ending}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: this machine has no GPU that can be used; use cpu")
+    sampling = Sampling(config.certify.num_selection, question.num, question.alpha)
+    seeded = work.config.model_copy(update={"seed": question.seed})
+    return replace(work, config=seeded, sampling=sampling, device=device)
+
+
+def _procedure(work: Work, question: Question) -> Callable[[], Any]:
+    config = work.config
+    if question.certify:
+        return work.method.procedures(work.terms)[0 if question.sigma is None else config.sigmas.index(question.sigma)]
+    if question.sigma is None:
+        return partial(dual_predict, config.sigmas, config.estimator_sigma, question.num, question.alpha)
+    return partial(predict, question.sigma, question.num, question.alpha)
+
+
+def _expected(directory: RunDirectory) -> tuple[tuple[int, ...], int]:
+    """Shape of an image and number of classes, from the manifest or, in a run that has not noted them, the data."""
+    noted = directory.manifest["data"].get("train", {})
+    if "shape" in noted:
+        return tuple(noted["shape"]), int(noted["classes"])
+    train = directory.data("train")
+    return train.shape, train.num_classes
+
+
+def _names(config: Config, num_classes: int) -> Sequence[str] | None:
+    """Class names, if they are known here: the answers do not depend on them."""
+    try:
+        names = class_names(config.dataset, open_storage=open_storage)
+    except (ConfigError, DataError):
+        return None
+    return names if names is not None and len(names) == num_classes else None
+
+
+def columns_of(question: Question) -> tuple[str, ...]:
+    """Columns of the answer's rows.
+
+    `class`: index, -1 where abstaining; `sigma`: the noise level, none where the estimator abstained; `p_value` and
+    `p_value_sigma`: of the exact tests of the class and of the noise level; radii: l2, pixel scale [0, 1], 0 where
+    abstaining; `error`: why an image could not be read, and nothing else is known of it.
+    """
+    dual = question.method == "dual"
+    if question.certify:
+        numbers: tuple[str, ...] = ("radius", "p_lower", *(("radius_sigma", "radius_class") if dual else ()))
+    else:
+        numbers = ("p_value", *(("p_value_sigma",) if dual else ()))
+    return ("id", "class", "class_name", "sigma", "abstained", *numbers, "error")
+
+
+def _answer(
+    result: Prediction | DualPrediction | Certificate | DualCertificate, classes: Sequence[str] | None
+) -> dict[str, Any]:
+    abstained = result.prediction == ABSTAIN
+    row = {
+        "class": result.prediction,
+        "class_name": "" if abstained or classes is None else classes[result.prediction],
+        "sigma": result.sigma,
+        "abstained": abstained,
+    }
+    match result:
+        case Prediction():
+            return row | {"p_value": result.p_value}
+        case DualPrediction():
+            label = result.class_stage
+            return row | {"p_value": label.p_value if label else None, "p_value_sigma": result.sigma_stage.p_value}
+        case Certificate():
+            return row | {"radius": result.radius, "p_lower": result.p_lower}
+    radii = {"radius_sigma": result.radius_sigma, "radius_class": result.radius_class}
+    return row | {"radius": result.radius, "p_lower": result.p_lower} | radii
+
+
+def _error(name: str, message: str) -> Row:
+    return {"id": name, "class": ABSTAIN, "class_name": "", "sigma": None, "abstained": True, "error": message}
+
+
+def write_rows(rows: Sequence[Row], columns: Sequence[str], file: str) -> None:
+    """Write rows as CSV or Parquet, by the file's ending, whole or not at all; what is not known is empty (null).
+
+    Raises:
+        ConfigError: for another ending.
+    """
+    if file.endswith(".parquet"):
+        types = {"class": pa.int64(), "abstained": pa.bool_()} | dict.fromkeys(
+            ("id", "class_name", "error"), pa.string()
+        )
+        schema = pa.schema([(name, types.get(name, pa.float64())) for name in columns])
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema), sink)
+        content = bytes(sink.getvalue().to_pybytes())
+    elif file.endswith(".csv"):
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([row.get(name) for name in columns] for row in rows)
+        content = out.getvalue().encode()
+    else:
+        raise ConfigError(f"{file!r}: the file to write ends in .csv or .parquet")
+    target = Folder(file)
+    target.parent.write(target.name, content)

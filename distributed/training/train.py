@@ -1,0 +1,361 @@
+"""Training in this process, or on the workers of Ray Train: the same loop, checkpoints, curves and progress."""
+
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from core.config import Config
+from core.data import Dataset
+from core.errors import ConfigError, DualRSError, ModelError
+from core.machine.cpu import settle
+from core.models.checkpoints import load_denoiser, load_model, save_model
+from core.progress import Progress
+from core.training.estimator import EstimatorObjective
+from core.training.finetune import FinetuneObjective
+from core.training.loop import Objective, Record, Training
+from distributed.execution.cluster import train_cluster, train_device, train_resources
+from distributed.execution.metrics import TrainingMetrics
+from distributed.execution.work import check_visible
+from distributed.store.datasets import absolute, load_dataset
+from distributed.store.run_directory import RunDirectory
+from distributed.store.storage import Folder
+from distributed.training.checkpoints import Checkpoints, Curves, identity_of
+
+__all__ = ["Lesson", "forget", "train"]
+
+_START = "start"
+
+_REPORT_S = 10.0
+"""Seconds between two reports to Ray Train, at least."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one training learns; small and picklable: names of files and numbers, neither weights nor images.
+
+    Attributes:
+        root: the run directory.
+        models: where its networks are.
+        name: of its folder in training/: that of the step, with the expert's level behind it.
+        kind: which network.
+        config: the run's.
+        denoiser: SHA-256 of the run's denoiser.
+        places: int64 ``(N,)``, the examples of the training split that it may use.
+        values: float64; the estimator's ``(N, K)`` radii, or the classifier's ``(N,)`` noise levels.
+        data_digest: `Dataset.digest` of the training split.
+    """
+
+    root: Folder
+    models: Folder
+    name: str
+    kind: Literal["estimator", "classifier"]
+    config: Config
+    denoiser: str
+    places: NDArray[np.int64] = field(repr=False)
+    values: NDArray[np.float64] = field(repr=False)
+    data_digest: str
+
+    @classmethod
+    def of(
+        cls,
+        directory: RunDirectory,
+        name: str,
+        kind: Literal["estimator", "classifier"],
+        places: NDArray[np.int64],
+        values: NDArray[np.float64],
+    ) -> "Lesson":
+        """A training of a run whose training split has been loaded."""
+        return cls(
+            root=directory.folder,
+            models=directory.models,
+            name=name,
+            kind=kind,
+            config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
+            denoiser=directory.model_hashes(["denoiser"])["denoiser"],
+            places=places,
+            values=values,
+            data_digest=directory.manifest["data"]["train"]["digest"],
+        )
+
+    @property
+    def folder(self) -> Folder:
+        """Where its checkpoint and its curves are."""
+        return self.root / "training" / self.name
+
+    def identity(self, model: nn.Module) -> str:
+        """Of its checkpoints: a training with any other identity must not go on from them."""
+        origin = {
+            "training": self.name,
+            "fingerprint": self.config.fingerprint(),
+            "denoiser": self.denoiser,
+            "data": self.data_digest,
+            "places": hashlib.sha256(self.places.tobytes()).hexdigest(),
+            "values": hashlib.sha256(self.values.tobytes()).hexdigest(),
+        }
+        return identity_of(origin, model)
+
+    def objective(self, data: Dataset, device: str, processes: int) -> Objective:
+        """Its samples and its loss, with the denoiser on `device`."""
+        config = self.config
+        wanted = config.estimator.denoiser if self.kind == "estimator" else True
+        file = self.models.fetch("denoiser.safetensors", self.denoiser)
+        denoiser = load_denoiser(file).to(device) if wanted else None
+        if self.kind == "estimator":
+            return EstimatorObjective(
+                data.take(self.places),
+                self.values,
+                config.estimator_sigma,
+                denoiser,
+                config.estimator,
+                config.seed,
+                processes=processes,
+            )
+        return FinetuneObjective(
+            data, self.places, self.values, denoiser, config.finetune, config.seed, processes=processes
+        )
+
+
+@dataclass(frozen=True)
+class Sign:
+    """How far a training is: samples seen, of how many in all; the record of an epoch that has just ended; whether the
+    workers (or this process) have only just begun.
+    """
+
+    done: int
+    total: int
+    record: Record | None = None
+    begins: bool = False
+
+
+def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) -> list[Record]:
+    """Train `model` in place, from the last checkpoint of this training on if there is one.
+
+    In this process, or with `compute.train_workers` on workers of Ray Train. Same configuration, data and machine: same
+    weights to the bit, however often it was interrupted; for another number of workers see `core.training.loop`.
+    The checkpoint stays until `forget`.
+
+    Args:
+        directory: the run.
+        lesson: what it learns.
+        model: on the CPU; ends there, in evaluation mode.
+        what: what progress lines call it.
+
+    Returns:
+        The record of each epoch.
+
+    Raises:
+        ConfigError: when there is no device for it.
+        DataError: for an image that cannot be read, a damaged checkpoint.
+        ModelError: when the loss is not finite.
+    """
+    compute = lesson.config.compute
+    checkpoints = Checkpoints(lesson.folder, lesson.identity(model))
+    signs = (
+        _on_workers(directory, lesson, model, what)
+        if compute.train_workers
+        else _in_process(directory.data("train"), lesson, model, checkpoints)
+    )
+    with ExitStack() as stack:
+        stack.enter_context(closing(signs))
+        curves = stack.enter_context(Curves(lesson.folder / "tensorboard"))
+        progress, epoch, note = None, 0, ""
+        for sign in signs:
+            if progress is None:
+                progress = stack.enter_context(
+                    Progress(sign.total, what, "samples", done=sign.done, interval_s=compute.progress_interval_s)
+                )
+            elif sign.begins:
+                print(f"{what}: a worker was lost, all go on from {sign.done:,} samples", flush=True)
+            if sign.record is not None and sign.record["epoch"] > epoch:  # after a lost worker some come again
+                epoch, loss = int(sign.record["epoch"]), sign.record["loss"]
+                curves.add(sign.record)
+                note = f"epoch {epoch}, loss {loss:.4f}"
+            progress.update(max(0, sign.done - progress.done), note)
+    state = checkpoints.read()
+    assert state is not None, "every training ends with a checkpoint"
+    model.cpu().load_state_dict(state["model"])
+    model.eval()
+    return [dict(record) for record in state["history"]]
+
+
+def forget(lesson: Lesson) -> None:
+    """Remove what only serves to go on: the step is recorded as finished."""
+    Checkpoints(lesson.folder, "").forget()
+    lesson.folder.remove(f"{_START}.safetensors")
+
+
+def _in_process(data: Dataset, lesson: Lesson, model: nn.Module, checkpoints: Checkpoints) -> Generator[Sign]:
+    compute = lesson.config.compute
+    device = train_device(compute)
+    settle(compute.train_threads)
+    training = Training(model.to(device), lesson.objective(data, device, 1))
+    yield from _advance(training, checkpoints, writes=True)
+
+
+def _advance(training: Training, checkpoints: Checkpoints, *, writes: bool) -> Generator[Sign]:
+    """Go on from the last checkpoint to the end, writing others."""
+    if (state := checkpoints.read()) is not None:
+        training.load_state(state)
+    total, epochs = training.samples_total, training.objective.schedule.epochs
+    yield Sign(training.samples_done, total, begins=True)
+    for record in training.run():
+        if writes:
+            checkpoints.offer(training.state, epoch_ended=record is not None, ended=training.epoch == epochs)
+        yield Sign(training.samples_done, total, record)
+
+
+def _on_workers(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) -> Generator[Sign]:
+    """What the first worker says, while Ray Train keeps all running; if one is lost, all go on from the checkpoint."""
+    compute = lesson.config.compute
+    start = _save_start(lesson, model)
+    if "RAY_ADDRESS" in os.environ:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on trainings
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths stay what they are
+    with train_cluster(compute), tempfile.TemporaryDirectory() as aside:
+        import ray.train  # not before: `connected` decides how Ray authenticates
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.util.queue import Empty, Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        resources = train_resources(compute)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        signs = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "lesson": lesson,
+                "start": start,
+                "identity": lesson.identity(model),
+                "signs": signs,
+            },
+            torch_config=TorchConfig(backend="nccl" if compute.train_device == "cuda" else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=compute.train_workers,
+                use_gpu=compute.train_device == "cuda",
+                resources_per_worker=resources,
+            ),
+            run_config=ray.train.RunConfig(
+                name=lesson.name,
+                storage_path=aside,  # for Ray's own notes; what we need is in the run directory
+                failure_config=ray.train.FailureConfig(max_failures=compute.train_retries),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        print(f"{what}: {compute.train_workers} workers of {_describe(resources)} each", flush=True)
+        metrics = TrainingMetrics(lesson.name)
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                failure.append(error)
+
+        # In a thread of its own: Ctrl-C and SIGTERM then end this process as they do elsewhere.
+        fitting = threading.Thread(target=fit, name="ray-train", daemon=True)
+        fitting.start()
+        while True:
+            alive = fitting.is_alive()  # before the look: what it said last is not missed
+            try:
+                sign = signs.get(timeout=0.5)
+            except Empty:
+                if not alive:
+                    break
+                continue
+            if isinstance(sign, DualRSError):
+                fitting.join()
+                raise sign
+            if sign.record is not None:
+                metrics.ended(sign.record)
+            yield sign
+        if failure:
+            raise _explained(failure[0], compute.train_retries, what) from failure[0]
+
+
+def _worker(given: Mapping[str, Any]) -> None:
+    """What each worker of Ray Train runs."""
+    import ray.train
+    import ray.train.torch
+
+    lesson: Lesson = given["lesson"]
+    context, compute = ray.train.get_context(), lesson.config.compute
+    rank = context.get_world_rank()
+    check_visible(lesson.root)
+    if compute.train_device == "cpu":
+        settle(compute.train_threads)
+    data = load_dataset(lesson.config.dataset, "train")
+    if (found := data.digest()) != lesson.data_digest:
+        raise ConfigError(
+            f"dataset: this machine holds another training split than the driver (fingerprint {found}, expected "
+            f"{lesson.data_digest}); give all machines the same files"
+        )
+    device = str(ray.train.torch.get_device())
+    model = load_model(lesson.folder.fetch(f"{_START}.safetensors", given["start"])).to(device)
+    objective = lesson.objective(data, device, context.get_local_world_size())
+    training = Training(model, objective, rank, context.get_world_size())
+    checkpoints = Checkpoints(lesson.folder, given["identity"])
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    said = reported = 0.0
+    try:
+        for sign in _advance(training, checkpoints, writes=rank == 0):
+            if sign.record is not None:
+                # A report waits for all workers and for Ray Train's next look at them, two seconds apart.
+                due = time.monotonic() - reported >= _REPORT_S or sign.done == sign.total
+                if _as_the_first_says(due, device):
+                    ray.train.report(sign.record)
+                    reported = time.monotonic()
+            if rank == 0 and (sign.begins or sign.record is not None or time.monotonic() - said >= 1.0):
+                given["signs"].put(sign)
+                said = time.monotonic()
+    except ModelError as error:  # all workers meet it at the same batch, and again at every further try
+        if rank == 0:
+            given["signs"].put(error)
+
+
+def _as_the_first_says(yes: bool, device: str) -> bool:
+    """The first worker's answer, on all of them."""
+    answer = torch.tensor(int(yes), device=device)
+    torch.distributed.broadcast(answer, 0)
+    return bool(answer.item())
+
+
+def _save_start(lesson: Lesson, model: nn.Module) -> str:
+    """The network that workers begin with, as a file that all of them see; returns its SHA-256."""
+    with tempfile.TemporaryDirectory() as aside:
+        file = Path(aside) / "model.safetensors"
+        save_model(model, file)
+        content = file.read_bytes()
+    lesson.folder.write(f"{_START}.safetensors", content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _describe(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _explained(error: BaseException, retries: int, what: str) -> BaseException:
+    """Our own error among those of the workers, or one that says what Ray Train says."""
+    failures = getattr(error, "worker_failures", {})
+    for rank in sorted(failures):
+        cause: BaseException | None = failures[rank]
+        while cause is not None:
+            if isinstance(cause, DualRSError):
+                return cause
+            cause = getattr(cause, "_base_exc", None) or cause.__cause__
+    return ModelError(
+        f"{what}: the training workers failed {retries + 1} times (compute.train_retries = {retries}); the same "
+        f"command goes on from the last checkpoint. The last failure: {str(error).strip()[-2000:]}"
+    )

@@ -1,0 +1,114 @@
+"""Reading shards back as arrays, for the report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from core.config import Config
+from core.errors import DataError
+from core.procedures.confidence import certified_radius, clopper_pearson_lower
+from core.records import Sampling
+from core.report import DualRows, MethodRows, ReportData, StandardRows
+from distributed.methods import METHODS, method_named
+from distributed.methods.method import Terms, common_columns
+from distributed.methods.rows import ERROR
+from distributed.methods.standard import grid
+from distributed.store.shards import ShardStore
+from distributed.store.storage import Folder
+from distributed.views.exchange import imported_rows
+
+__all__ = ["report_data"]
+
+
+def report_data(
+    config: Config,
+    root: Folder,
+    manifest: Mapping[str, Any],
+    *,
+    sigma_share: float = 0.5,
+    notes: tuple[str, ...] = (),
+    ending: str = "",
+) -> ReportData:
+    """The certificates of a run, aligned by example, as the report wants them.
+
+    Args:
+        config: the run's configuration (Sigma, alpha, radii).
+        root: folder that holds certificates/.
+        manifest: to be shown.
+        sigma_share: share of alpha that Dual RS spent on the noise level.
+        notes: sentences to show below the summary.
+        ending: of the stores: `-base` for the certificates of the classifier as it was before fine-tuning.
+
+    Raises:
+        DataError: when standard certificates are missing, or methods cover different examples.
+    """
+    certify = config.certify
+    alpha, full = certify.alpha, certify.alpha_split == "full"
+    stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
+    terms = Terms.of(config, Sampling(certify.num_selection, certify.num_estimation, alpha), certify.budget)
+    table = ShardStore(root, f"certificates/standard{ending}").read()
+    standard = _standard_rows(table, config.sigmas)
+    baseline_store = ShardStore(root, "certificates/standard-base")
+    baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() and not ending else ()
+    failed, shown = _failed(table), dict[str, MethodRows]()
+    for name in METHODS:
+        store = ShardStore(root, f"certificates/{name}{ending}")
+        if name != "standard" and store.committed():
+            rows = store.read()
+            failed |= _failed(rows)
+            _check_same_examples(rows, table, config.sigmas, store.name)
+            shown[name] = method_named(name).shown(rows, terms)
+    dual = shown.pop("dual", None)
+    assert dual is None or isinstance(dual, DualRows)
+    if failed:
+        notes += (f"{len(failed)} examples could not be run and count as not certified, first {min(failed)!r}.",)
+    return ReportData(
+        title=f"Certified accuracy on {config.dataset.name}",
+        labels=config.dataset.name,
+        radii=np.asarray(config.report.radii),
+        strict=config.report.strict,
+        standard=standard,
+        baseline=baseline,
+        imported=imported_rows(root),
+        dual=dual,
+        others=tuple(shown.values()),
+        experts=config.has_experts,
+        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]),
+        alpha=config.certify.alpha,
+        alpha_stages=stages,
+        num_selection=config.certify.num_selection,
+        num_estimation=config.certify.num_estimation,
+        manifest=manifest,
+        notes=notes,
+    )
+
+
+def _check_same_examples(rows: pa.Table, standard: pa.Table, sigmas: Sequence[float], name: str) -> None:
+    if rows.column("example_id").to_pylist() != grid(standard, "example_id", sigmas)[:, 0].tolist():
+        raise DataError(f"certificates/standard and {name} cover different examples")
+
+
+def _failed(table: pa.Table) -> set[str]:
+    """Examples with an error."""
+    return set(table.filter(pc.equal(table.column("status"), ERROR)).column("example_id").to_pylist())
+
+
+def _standard_rows(table: pa.Table, sigmas: Sequence[float]) -> tuple[StandardRows, ...]:
+    return tuple(
+        StandardRows(sigma=sigma, **common_columns(table.filter(pc.equal(table.column("sigma"), sigma))))
+        for sigma in sigmas
+    )
+
+
+def _radii_at(table: pa.Table, sigmas: Sequence[float], alpha: float) -> NDArray[np.float64]:
+    """R_c(x, sigma_i) at another alpha, from the stored counts: ``(N, K)``, 0 for a wrong class."""
+    top = grid(table, "counts_selection", sigmas).argmax(axis=2)
+    votes = np.take_along_axis(grid(table, "counts_estimation", sigmas), top[:, :, None], axis=2)[:, :, 0]
+    draws = np.maximum(grid(table, "num_estimation", sigmas), 1)  # 0 where an example could not be run
+    p_lower = clopper_pearson_lower(votes, draws, alpha)
+    radius = certified_radius(p_lower, np.asarray(sigmas)[None, :])
+    return np.where(top == grid(table, "label", sigmas), radius, 0.0)

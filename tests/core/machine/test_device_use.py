@@ -1,0 +1,488 @@
+"""Precision, memory order, compilation, running out of memory, and the batch size that a step settles on."""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from torch import Tensor, nn
+
+import distributed.execution.scheduler as scheduler_module
+import distributed.execution.work as work_module
+from core.config import parse_config
+from core.errors import ConfigError, DataError, ModelError
+from core.machine.batch_size import DeviceProbe, Measured, choose_batch_size
+from core.machine.engine import Engine, Task
+from core.machine.network import Forward, Head, Module, Network, Precision, set_tf32
+from core.machine.noise import GaussianNoise
+from core.models.checkpoints import build_denoiser
+from core.models.denoiser import small_unet_config
+from core.models.small import SmallConvNet
+from core.procedures.smoothing import certify
+from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
+from distributed.checks.audit import audit, replay
+from distributed.execution.replica import Replica
+from distributed.execution.work import build_engine, probe_batch_size
+from distributed.store.datasets import load_dataset
+from distributed.store.plan import Plan
+from distributed.store.run_directory import RunDirectory
+from distributed.store.shards import ShardStore
+from jobs import build_dataset
+from tests.distributed.execution.test_scheduler import work_on
+from tests.helpers.oracles import HalfSpace, axis
+from tests.helpers.tiny import tiny_run
+
+SAMPLING = Sampling(100, 250, 0.01)
+
+
+def sign_count(images: Tensor) -> Tensor:
+    """How many pixels are above 0.4, against how many are not: small integers, exact in every precision."""
+    above = (images.flatten(1) > 0.4).float() @ torch.ones(images[0].numel(), 1)
+    return torch.cat([images[0].numel() - above, above], dim=1)
+
+
+def run(
+    module: Module, batch_size: int = 64, forward: Forward | None = None, num: int = 4
+) -> dict[tuple[int, float], Certificate]:
+    engine = Engine(
+        Network({CLASSIFIER: Head(module, 2)}, forward=forward), GaussianNoise(3), batch_size=batch_size, max_live=5
+    )
+    return certify_all(engine, num)
+
+
+def certify_all(engine: Engine, num: int = 4) -> dict[tuple[int, float], Certificate]:
+    generator = torch.Generator().manual_seed(7)
+    images = [torch.rand(1, 4, 4, generator=generator) for _ in range(num)]
+    tasks = (
+        Task((index, sigma), f"x{index}", image, certify(sigma, SAMPLING))
+        for index, image in enumerate(images)
+        for sigma in (0.25, 0.5)
+    )
+    return {finished.key: finished.result for finished in engine.run(tasks)}
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16", "float16"])
+def test_run_votes_of_an_integer_network_are_those_of_float32(precision: Precision) -> None:
+    plain = run(sign_count)
+    assert run(sign_count, forward=Forward(precision)) == plain
+    assert any(0 < result.counts_estimation[1] < 250 for result in plain.values())
+
+
+def test_run_votes_of_a_far_half_space_are_those_of_float32() -> None:
+    module = HalfSpace(axis(16, 2), -20.0)  # 40 standard deviations away
+    result = run(module, forward=Forward("bfloat16"))
+    assert result == run(module)
+    assert all(each.counts_estimation.tolist() == [0, 250] for each in result.values())
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_network_only_the_inside_is_of_the_precision_whatever_surrounds_it(
+    precision: Precision, inside: torch.dtype
+) -> None:
+    linear, seen = nn.Linear(16, 2), {}
+
+    def head(images: Tensor) -> Tensor:
+        seen["images"], seen["logits"] = images.dtype, linear(images.flatten(1)).dtype
+        return linear(images.flatten(1))  # type: ignore[no-any-return]
+
+    network = Network({CLASSIFIER: Head(head, 2)}, forward=Forward(precision))
+    lane = network.lane(Draws(0.5, 1, (CLASSIFIER,), Phase.SELECTION))
+    with torch.autocast("cpu", torch.float16):
+        logits = network(lane, torch.rand(3, 1, 4, 4), torch.ones(3))
+    assert seen == {"images": torch.float32, "logits": inside}
+    assert logits[CLASSIFIER].dtype == torch.float32
+
+
+def test_network_denoiser_in_bfloat16_gives_float32_images_and_a_float32_time_embedding() -> None:
+    torch.manual_seed(0)
+    denoiser, seen = build_denoiser(small_unet_config(1, 8)), {}
+
+    def head(images: Tensor) -> Tensor:
+        seen["images"] = images
+        return images.flatten(1)[:, :2]
+
+    embedding: Any = denoiser.unet.time_embedding
+    embedding.register_forward_hook(lambda _, args, out: seen.update(time=out))
+    noisy, sigma = torch.rand(4, 1, 8, 8), torch.full((4,), 0.25)
+    with torch.inference_mode():
+        network = Network({CLASSIFIER: Head(head, 2)}, denoiser, forward=Forward("bfloat16"))
+        network(network.lane(Draws(0.25, 1, (CLASSIFIER,), Phase.SELECTION)), noisy, sigma)
+        assert (seen["images"].dtype, seen["time"].dtype) == (torch.float32, torch.float32)
+        plain = denoiser(noisy, sigma)
+    assert 0 < (seen["images"] - plain).abs().max() < 0.05
+
+
+def test_run_logits_that_overflow_in_float16_vote_for_no_class() -> None:
+    linear = nn.Linear(16, 2, bias=False)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.weight[1, 0] = 60_000.0  # infinite in float16 where the first pixel is above 1.09
+
+    def head(images: Tensor) -> Tensor:
+        return linear(images.flatten(1))  # type: ignore[no-any-return]
+
+    for key, half in run(head, forward=Forward("float16")).items():
+        full = run(head)[key]
+        assert half.num_non_finite > 0 == full.num_non_finite
+        assert half.counts_estimation[0] <= full.counts_estimation[0]
+        assert half.counts_estimation[1] < full.counts_estimation[1]
+
+
+@pytest.fixture
+def _switches() -> Iterator[None]:
+    yield
+    set_tf32(False)
+
+
+@pytest.mark.usefixtures("_switches")
+def testset_tf32_sets_every_switch_in_both_directions() -> None:
+    for allowed in (True, False, True):
+        set_tf32(allowed)
+        matmul: Any = torch.backends.cuda.matmul
+        cudnn: Any = torch.backends.cudnn
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (allowed, allowed)
+        assert {matmul.fp32_precision, cudnn.conv.fp32_precision} == {"tf32" if allowed else "ieee"}
+
+
+# --- memory order and compilation
+
+
+def test_network_channels_last_reaches_weights_and_images() -> None:
+    module, seen = SmallConvNet(3, 8, 2), []
+    plain = Network({CLASSIFIER: Head(copy.deepcopy(module), 2)})
+    network = Network({CLASSIFIER: Head(module, 2)}, forward=Forward(channels_last=True))
+    module.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    lane = network.lane(Draws(0.5, 1, (CLASSIFIER,), Phase.SELECTION))
+    images = torch.rand(5, 3, 8, 8)
+    with torch.inference_mode():
+        logits, expected = (each(lane, images, torch.ones(5))[CLASSIFIER] for each in (network, plain))
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert module.layers[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_network_compiler_that_fails_is_an_error_that_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
+
+    def network(error: Exception) -> Any:
+        def compiled(*_: Tensor) -> Tensor:
+            raise error
+
+        monkeypatch.setattr(torch, "compile", lambda module, **options: compiled)
+        network = Network({CLASSIFIER: Head(sign_count, 2)}, forward=Forward(compile=True))
+        lane = network.lane(Draws(0.5, 1, (CLASSIFIER,), Phase.SELECTION))
+        return network(lane, torch.rand(3, 1, 4, 4), torch.ones(3))
+
+    with pytest.raises(ConfigError, match=r"compute\.compile: .* the classifier for a batch of 3 \(Internal.*: no\)"):
+        network(InternalTorchDynamoError("no\nat all"))
+    with pytest.raises(ValueError, match="of the network itself"):
+        network(ValueError("of the network itself"))
+    with pytest.raises(torch.OutOfMemoryError):  # a smaller batch may help
+        network(BackendCompilerFailed(sign_count, torch.OutOfMemoryError("tuning"), None))
+
+
+def test_network_graphs_whose_output_the_next_pass_overwrites_keep_every_batch_s_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modes = []
+
+    def compiled(module: Any, **options: Any) -> Any:
+        modes.append(options["mode"])
+        kept: dict[int, Tensor] = {}
+
+        def run(images: Tensor) -> Tensor:  # as a CUDA graph: one place for the result of all passes
+            return kept.setdefault(len(images), torch.empty(len(images), 2)).copy_(module(images))
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    images, levels = torch.randn(8, 1, 4, 4), torch.ones(8)
+    for forward in (Forward(compile="graphs"), Forward(compile=True)):
+        network = Network({CLASSIFIER: Head(sign_count, 2)}, forward=forward)
+        lane = network.lane(Draws(0.5, 1, (CLASSIFIER,), Phase.SELECTION))
+        parts = [network(lane, part, levels[:2])[CLASSIFIER] for part in torch.split(images, 2)]
+        assert torch.equal(torch.cat(parts), sign_count(images)) == (forward.compile == "graphs")
+    assert modes == ["reduce-overhead", None]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
+def test_build_dataset_compiled_has_the_votes_of_a_run_that_is_not(tmp_path: Path) -> None:
+    # Another network in the seventh decimal place; on these 15,520 votes the same.
+    tables = []
+    for name, overrides in (("compiled", ("compute.compile=true",)), ("plain", ())):
+        directory = tiny_run(tmp_path / name, "compute.executor=local", *overrides)
+        build_dataset.run(directory)
+        tables.append(ShardStore(directory.path, "dataset").read())
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.slow
+def test_network_that_cannot_be_one_graph_is_refused() -> None:
+    def head(images: Tensor) -> Tensor:
+        return sign_count(images if images.mean().item() > 0 else -images)
+
+    with pytest.raises(ConfigError, match=r"compute\.compile: torch\.compile cannot compile the classifier"):
+        run(head, forward=Forward(compile=True))
+
+
+# --- out of memory
+
+
+@dataclasses.dataclass
+class Small:
+    """A device on which `module` fits up to `most` rows."""
+
+    module: Module
+    most: int
+    shapes: list[int] = dataclasses.field(default_factory=list)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError(f"tried to allocate {len(images)} rows")
+        self.shapes.append(len(images))
+        return self.module(images)
+
+
+@pytest.mark.parametrize(("batch_size", "most", "micro"), [(64, 16, 16), (77, 20, 20), (333, 200, 167), (5, 1, 1)])
+def test_run_out_of_memory_goes_on_in_micro_batches_with_the_same_results(
+    batch_size: int, most: int, micro: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = Small(sign_count, most)
+    engine = Engine(Network({CLASSIFIER: Head(device, 2)}), GaussianNoise(3), batch_size=batch_size, max_live=5)
+    with caplog.at_level(logging.WARNING):
+        results = certify_all(engine)
+    assert results == run(sign_count, batch_size)
+    assert engine.micro_batch == micro
+    assert set(device.shapes) == {micro}, "one shape"
+    (record,) = caplog.records
+    passes = -(-batch_size // micro)
+    assert f"a batch of {batch_size} rows runs as {passes} passes of {micro}" in record.message
+
+
+def test_run_memory_that_runs_out_half_way_is_seen_once_more(caplog: pytest.LogCaptureFixture) -> None:
+    device = Small(sign_count, 64)
+
+    def source() -> Iterator[Task[Certificate]]:
+        generator = torch.Generator().manual_seed(7)
+        for index in range(4):
+            device.most = 64 >> index  # another process takes more and more
+            image = torch.rand(1, 4, 4, generator=generator)
+            for sigma in (0.25, 0.5):
+                yield Task((index, sigma), f"x{index}", image, certify(sigma, SAMPLING))
+
+    engine = Engine(Network({CLASSIFIER: Head(device, 2)}), GaussianNoise(3), batch_size=64, max_live=1)
+    assert {each.key: each.result for each in engine.run(source())} == run(sign_count)
+    assert engine.micro_batch == 8
+    assert len(caplog.records) == 3
+
+
+def test_run_out_of_memory_at_one_row_goes_up() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="1 rows") as caught:
+        run(Small(sign_count, 0))
+    assert caught.value.__notes__ == ["not even a forward pass of one row fits: use a device with more memory"]
+
+
+def test_build_dataset_in_micro_batches_says_so_in_shards_and_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_run(tmp_path, "compute.executor=local")
+    real = Network.__call__
+
+    def call(self: Network, lane: Any, noisy: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        if len(noisy) > 20:
+            raise torch.OutOfMemoryError("too large")
+        return real(self, lane, noisy, sigma)
+
+    monkeypatch.setattr(Network, "__call__", call)
+    build_dataset.run(directory)
+    step = directory.manifest["steps"]["build_dataset"]
+    assert step["devices"] == ["cpu (micro-batch 16 of 64)"]
+    assert (step["batch_size"], step["error_rows"]) == (64, 0)
+    assert audit(directory)[0] == []
+
+
+# --- batch_size: auto
+
+
+@dataclasses.dataclass
+class Simulated:
+    """A device: a batch takes `start + B * row` seconds and `B` bytes; weights take none."""
+
+    memory: float
+    start: float
+    row: float
+    limit_bytes: float = 0.0
+    largest: int = 1024
+    tried: list[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.limit_bytes = self.limit_bytes or self.memory
+
+    def measure(self, batch_size: int) -> Measured:
+        self.tried.append(batch_size)
+        if batch_size > self.memory:
+            raise torch.OutOfMemoryError
+        return Measured(self.start + batch_size * self.row, 2.0 * batch_size)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected", "largest_tried"),
+    [
+        (Simulated(memory=1e9, start=0.0, row=1.0), 8, 16),  # nothing to gain
+        (Simulated(memory=1e9, start=100.0, row=1.0), 1024, 1024),  # always something: the cap
+        (Simulated(memory=1e9, start=10.0, row=1.0), 128, 256),  # 5.4% from 64 to 128, 3.6% to 256
+        (Simulated(memory=300.0, start=100.0, row=1.0), 128, 256),  # two of 256 do not fit, one does
+        (Simulated(memory=256.0, start=100.0, row=1.0), 128, 256),
+        (Simulated(memory=1e9, start=100.0, row=1.0, limit_bytes=100.0), 32, 64),  # others use the device too
+        (Simulated(memory=5.0, start=100.0, row=1.0), 2, 8),  # smaller than the first size
+        (Simulated(memory=1.0, start=100.0, row=1.0), 1, 8),  # without room for a second batch
+        (Simulated(memory=1e9, start=100.0, row=1.0, largest=5), 5, 5),
+    ],
+)
+def test_choose_batch_size(device: Simulated, expected: int, largest_tried: int) -> None:
+    assert choose_batch_size(device) == expected
+    assert max(device.tried) == largest_tried
+
+
+def test_choose_batch_size_where_nothing_fits_raises() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_batch_size(Simulated(memory=0.5, start=1.0, row=1.0))
+
+
+def test_device_probe_measures_passes_of_each_kind() -> None:
+    device = Small(sign_count, 32)
+    network = Network({CLASSIFIER: Head(device, 2)})
+    probe = DeviceProbe(network, (1, 4, 4), [Draws(0.5, 1, (CLASSIFIER,), Phase.ESTIMATION)] * 2, share=1.0)
+    measured = probe.measure(32)
+    assert measured.seconds > 0
+    assert measured.needs_bytes <= probe.limit_bytes
+    assert set(device.shapes) == {32}
+    assert not network.rows
+    with pytest.raises(torch.OutOfMemoryError):
+        probe.measure(33)
+    assert choose_batch_size(probe) <= 32
+
+
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the engines that are built from now on."""
+    seen, real = [], Engine.__init__
+
+    def init(self: Engine, *args: Any, **options: Any) -> None:
+        seen.append(options["batch_size"])
+        real(self, *args, **options)
+
+    monkeypatch.setattr(Engine, "__init__", init)
+    return seen
+
+
+def test_build_dataset_auto_asks_once_and_the_plan_keeps_the_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    auto = ("compute.executor=local", "compute.batch_size=auto", "compute.part_rows=1")
+    directory = tiny_run(tmp_path / "auto", *auto)
+    monkeypatch.setattr(scheduler_module, "probe_batch_size", lambda work: 48)
+    seen = batch_sizes(monkeypatch)
+    build_dataset.run(directory)
+    assert "compute.batch_size=auto comes to 48 rows" in capsys.readouterr().out
+    store = ShardStore(directory.path, "dataset")
+    plan = store.read_plan()
+    assert plan is not None
+    assert plan.batch_size == directory.manifest["steps"]["build_dataset"]["batch_size"] == 48
+
+    whole = store.read()
+    (directory.path / "dataset" / "shard-000003.parquet").unlink()
+    monkeypatch.setattr(scheduler_module, "probe_batch_size", lambda work: 1 / 0)  # not asked again
+    build_dataset.run(RunDirectory(directory.path, None))
+    assert store.read().equals(whole)
+    assert audit(directory)[0] == []
+    assert replay(directory, 10, 0) == []
+    assert seen == [48, 48, 48], "the step, its resumption, the replay"
+
+    fixed = tiny_run(tmp_path / "fixed", "compute.executor=local", "compute.batch_size=48")
+    build_dataset.run(fixed)
+    assert ShardStore(fixed.path, "dataset").read().equals(whole)
+    with pytest.raises(ConfigError, match=r"compute\.batch_size: 'auto' there, 48 now"):
+        RunDirectory(directory.path, fixed.config)
+
+
+def test_build_dataset_auto_on_this_machine(tmp_path: Path) -> None:
+    directory = tiny_run(tmp_path, "compute.executor=local", "compute.batch_size=auto", "compute.shard_examples=auto")
+    build_dataset.run(directory)
+    number = directory.manifest["steps"]["build_dataset"]["batch_size"]
+    assert 1 <= number <= 1024
+    assert number & (number - 1) == 0
+
+
+def test_build_dataset_auto_on_ray_is_drawn_again_at_the_plans_size(tmp_path: Path) -> None:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        directory = tiny_run(tmp_path, "compute.batch_size=auto", "compute.max_replicas=2")
+        build_dataset.run(directory)
+    finally:
+        ray.shutdown()
+    plan = ShardStore(directory.path, "dataset").read_plan()
+    assert plan is not None
+    assert plan.batch_size == directory.manifest["steps"]["build_dataset"]["batch_size"]
+    assert replay(directory, 60, 0) == []
+
+
+def test_replica_takes_the_plans_batch_size(tmp_path: Path) -> None:
+    directory = tiny_run(tmp_path, "compute.batch_size=auto")
+    store, ids = ShardStore(directory.folder, "dataset"), load_dataset(directory.config.dataset, "train").example_ids
+    work = work_on(directory, denoiser="denoiser", classifier="classifier")
+    with pytest.raises(ConfigError, match=r"does not say what compute\.batch_size=auto came to"):
+        build_engine(work, 10)
+    store.write_plan(Plan.divide(len(ids), 10, 2, {}, batch_size=24), ids)
+    replica = Replica(work)
+    assert replica._engine.batch_size == 24
+    replica.close()
+
+
+def test_probe_batch_size_device_too_small_for_a_row_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(probe: object) -> int:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(work_module, "choose_batch_size", never)
+    with pytest.raises(ModelError, match=r"not even one row fits on cpu of .*80 GiB"):
+        probe_batch_size(work_on(tiny_run(tmp_path), denoiser="denoiser", classifier="classifier"))
+
+
+def test_plan_from_before_it_kept_the_batch_size_means_the_configured_one() -> None:
+    plan = Plan.divide(7, 2, 1, {})
+    assert Plan.from_bytes(plan.to_bytes([str(i) for i in range(7)]), "plan").batch_size is None
+    plan = Plan.divide(7, 2, 1, {}, batch_size=5)
+    assert Plan.from_bytes(plan.to_bytes([str(i) for i in range(7)]), "plan").batch_size == 5
+    with pytest.raises(DataError):
+        Plan.from_bytes(b"nothing", "plan")
+
+
+# --- configuration
+
+
+def test_identity_new_keys_change_it_and_their_defaults_do_not() -> None:
+    plain = {"sigmas": [0.25, 0.5]}
+    before = "268c77f440ac15f7"
+    assert parse_config(plain).fingerprint() == before
+    defaults = ("batch_size=500", "precision=float32", "channels_last=false", "compile=false")
+    assert parse_config(plain, [f"compute.{text}" for text in defaults]).fingerprint() == before
+    others = (
+        "batch_size=auto",
+        "precision=tf32",
+        "precision=bfloat16",
+        "channels_last=true",
+        "compile=true",
+        "compile=graphs",
+    )
+    assert len({parse_config(plain, [f"compute.{text}"]).fingerprint() for text in others} | {before}) == 7
+    for text in ("batch_size=most", "batch_size=0", "precision=fp8", "compile=1", "compile=graph"):
+        with pytest.raises(ConfigError, match=r"compute\."):
+            parse_config(plain, [f"compute.{text}"])

@@ -1,0 +1,200 @@
+import hashlib
+import random
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError, DataError, ModelError
+from core.machine.engine import Engine, Finished, Task
+from core.machine.network import Head, Network
+from core.machine.noise import GaussianNoise
+from core.models.small import SmallConvNet
+from core.procedures.dual import dual_certify
+from core.procedures.smoothing import certify
+from core.records import CLASSIFIER, ESTIMATOR, Answer, Certificate, Draws, DualCertificate, Phase, Sampling
+from tests.helpers.oracles import HalfSpace, axis
+
+SAMPLING = Sampling(100, 250, 0.01)
+
+
+def naive_counts(module, image: Tensor, seed: int, example_id: str, phase: str, sigma: float, num: int, classes: int):  # type: ignore[no-untyped-def]
+    """Votes by a plain loop, one forward pass per noisy copy; shares no code with the engine or the noise room."""
+    votes = np.zeros(classes, np.int64)
+    for chunk in range(-(-num // 100)):
+        text = f"{seed}|{phase}|{sigma.hex()}|{chunk}|{example_id}"
+        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+        noise = np.random.Generator(np.random.SFC64(key)).standard_normal((100, *image.shape), dtype=np.float32)
+        for row in noise[: num - 100 * chunk]:
+            logits = module((image + sigma * torch.from_numpy(row))[None])
+            if torch.isfinite(logits).all():
+                votes[int(logits.argmax())] += 1
+    return votes
+
+
+def images(num: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.rand(1, 4, 4, generator=generator) for _ in range(num)]
+
+
+def tasks(num: int, order: list[int] | None = None) -> Iterator[Task[Certificate]]:
+    pictures = images(num)
+    for index in order if order is not None else range(num):
+        for sigma in (0.25, 0.5):
+            yield Task((index, sigma), f"x{index}", pictures[index], certify(sigma, SAMPLING))
+
+
+def run(module, batch_size: int, num: int = 6, order: list[int] | None = None, **kwargs):  # type: ignore[no-untyped-def]
+    engine = Engine(Network({CLASSIFIER: Head(module, 2)}), GaussianNoise(3), batch_size=batch_size, **kwargs)
+    return {finished.key: finished.result for finished in engine.run(tasks(num, order))}
+
+
+def test_run_counts_equal_a_plain_loop_of_single_forward_passes() -> None:
+    module = HalfSpace(axis(16, 2), 0.4)
+    results = run(module, batch_size=64)
+    assert len(results) == 12
+    for (index, sigma), result in results.items():
+        args = (module, images(6)[index], 3, f"x{index}")
+        assert result.counts_selection.tolist() == naive_counts(*args, "selection", sigma, 100, 2).tolist()
+        assert result.counts_estimation.tolist() == naive_counts(*args, "estimation", sigma, 250, 2).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100, 333, 5000])
+def test_run_any_batch_size_gives_identical_results(batch_size: int) -> None:
+    module = HalfSpace(axis(16, 2), 0.4)
+    assert run(module, batch_size, num=3) == run(module, 64, num=3)
+
+
+def test_run_any_order_and_window_gives_identical_results_with_a_network() -> None:
+    torch.manual_seed(0)
+    module = SmallConvNet(1, 4, 2)
+    order = list(range(6))
+    random.Random(0).shuffle(order)
+    assert run(module, 128) == run(module, 128, order=order) == run(module, 128, max_live=2)
+
+
+def test_run_non_finite_logits_count_for_no_class() -> None:
+    def half_broken(noisy: Tensor) -> Tensor:
+        logits = torch.stack([torch.ones(len(noisy)), torch.zeros(len(noisy))], dim=1)
+        logits[noisy[:, 0, 0, 0] > 0.5, 1] = torch.nan
+        logits[noisy[:, 0, 0, 0] < 0.2, 0] = torch.inf
+        logits[noisy[:, 0, 0, 1] < 0.0, 1] = -torch.inf
+        return logits
+
+    result = run(half_broken, 64, num=1)[0, 0.25]
+    expected = naive_counts(half_broken, images(1)[0], 3, "x0", "estimation", 0.25, 250, 2)
+    assert result.counts_estimation.tolist() == expected.tolist()
+    assert 0 < result.counts_estimation.sum() < 250
+    assert result.num_non_finite == 350 - result.counts_estimation.sum() - result.counts_selection.sum()
+
+
+def test_run_finite_logits_count_where_their_sum_overflows() -> None:
+    def large(noisy: Tensor) -> Tensor:
+        logits = torch.full((len(noisy), 2), 3e38)
+        logits[noisy[:, 0, 0, 0] > 0.5, 0] = 0.0
+        return logits
+
+    result = run(large, 64, num=1)[0, 0.25]
+    expected = naive_counts(large, images(1)[0], 3, "x0", "estimation", 0.25, 250, 2)
+    assert result.counts_estimation.tolist() == expected.tolist()
+    assert result.counts_estimation.sum() == 250
+
+
+def test_run_every_forward_pass_has_the_batch_shape() -> None:
+    shapes = set()
+
+    def module(noisy: Tensor) -> Tensor:
+        shapes.add(tuple(noisy.shape))
+        return torch.zeros(len(noisy), 2)
+
+    run(module, 77)
+    assert shapes == {(77, 1, 4, 4)}
+
+
+def test_run_keeps_batches_full_until_the_end() -> None:
+    network = Network({CLASSIFIER: Head(HalfSpace(axis(16, 0), 0.5), 2)})
+    engine = Engine(network, GaussianNoise(0), batch_size=200)
+    picture = images(1)[0]
+    sampling = Sampling(100, 100, 0.01)
+    list(engine.run(Task(i, str(i), picture, certify(0.5, sampling)) for i in range(200)))
+    assert engine.rows_run <= 200 * 200 + 3 * 200  # at most three padded batches
+
+
+def test_run_experts_get_the_rows_of_their_sigma() -> None:
+    seen: dict[float, int] = {0.25: 0, 0.5: 0}
+
+    def expert(sigma: float):  # type: ignore[no-untyped-def]
+        def module(noisy: Tensor) -> Tensor:
+            seen[sigma] += len(noisy)
+            return torch.tensor([[sigma == 0.25, sigma == 0.5]]).float().expand(len(noisy), 2)
+
+        return module
+
+    network = Network({CLASSIFIER: Head({s: expert(s) for s in (0.25, 0.5)}, 2)})
+    engine = Engine(network, GaussianNoise(0), batch_size=50)
+    results = {f.key: f.result for f in engine.run(tasks(4))}
+    assert all(result.prediction == (0 if sigma == 0.25 else 1) for (_, sigma), result in results.items())
+    assert seen[0.25] == seen[0.5] == 4 * 350
+    with pytest.raises(ConfigError, match=r"no classifier expert for sigma=0\.7"):
+        list(engine.run([Task(0, "a", images(1)[0], certify(0.7, SAMPLING))]))
+
+
+def test_run_dual_equals_the_two_stages_by_a_plain_loop() -> None:
+    estimator, classifier = HalfSpace(axis(16, 0), 0.3), HalfSpace(axis(16, 1), 0.4)
+    network = Network({ESTIMATOR: Head(estimator, 2), CLASSIFIER: Head(classifier, 2)})
+    engine = Engine(network, GaussianNoise(5), batch_size=64)
+    picture = images(1)[0]
+    done: list[Finished[DualCertificate]] = list(
+        engine.run([Task("k", "e", picture, dual_certify((0.25, 0.5), 0.5, SAMPLING))])
+    )
+    level = done[0].result.sigma_stage
+    args = (estimator, picture, 5, "e")
+    assert level.counts_selection.tolist() == naive_counts(*args, "selection", 0.5, 100, 2).tolist()
+    assert level.counts_estimation.tolist() == naive_counts(*args, "estimation", 0.5, 250, 2).tolist()
+    if not level.abstained:
+        label, sigma = done[0].result.class_stage, (0.25, 0.5)[level.prediction]
+        assert label is not None
+        votes = naive_counts(classifier, picture, 5, "e", Phase.ESTIMATION.value, sigma, 250, 2)
+        assert label.counts_estimation.tolist() == votes.tolist()
+
+
+def test_run_wrong_width_of_logits_names_the_head() -> None:
+    with pytest.raises(ModelError, match=r"classifier returned logits of shape \(64, 3\).*expected \(64, 2\)"):
+        run(lambda noisy: torch.zeros(len(noisy), 3), 64)
+
+
+def test_run_task_that_fails_says_so_and_its_neighbours_go_on() -> None:
+    def broken() -> Generator[Draws, Answer, Certificate]:
+        yield Draws(0.5, 10, (CLASSIFIER,), Phase.SELECTION)
+        raise ValueError("in the procedure")
+
+    engine = Engine(Network({CLASSIFIER: Head(lambda x: torch.zeros(len(x), 2), 2)}), GaussianNoise(0), batch_size=10)
+    images = {0: torch.zeros(1, 4, 4), 1: torch.zeros(1, 5, 4), 2: torch.zeros(1, 4, 4), 3: torch.zeros(1, 4, 4)}
+    tasks = [Task(i, f"e{i}", image, broken() if i == 2 else certify(0.5, SAMPLING)) for i, image in images.items()]
+    done = {finished.key: finished for finished in engine.run(tasks)}
+    assert done[0].result == done[3].result
+    assert isinstance(done[1].error, DataError)
+    with pytest.raises(DataError, match="'e1' has shape"):
+        _ = done[1].result
+    with pytest.raises(ValueError, match="in the procedure"):
+        _ = done[2].result
+    assert engine.live == 0
+
+
+def test_run_abandoned_and_started_again_gives_the_same_results() -> None:
+    module = HalfSpace(axis(16, 2), 0.4)
+    engine = Engine(Network({CLASSIFIER: Head(module, 2)}), GaussianNoise(3), batch_size=64)
+    next(iter(engine.run(tasks(6))))  # the generator is dropped half-way
+    assert {f.key: f.result for f in engine.run(tasks(6))} == run(module, 64)
+
+
+def test_run_source_that_pauses_is_asked_again() -> None:
+    def paused() -> Iterator[Task[Certificate] | None]:
+        for task in tasks(3):
+            yield task
+            yield None
+
+    engine = Engine(Network({CLASSIFIER: Head(HalfSpace(axis(16, 2), 0.4), 2)}), GaussianNoise(3), batch_size=64)
+    assert {f.key: f.result for f in engine.run(paused())} == run(HalfSpace(axis(16, 2), 0.4), 64, num=3)

@@ -1,0 +1,511 @@
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from fractions import Fraction
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import special, stats
+from torch import Tensor
+
+from core.errors import ConfigError, DataError
+from core.machine import exact_noise
+from core.machine.engine import Engine, Task
+from core.machine.exact_noise import ExactNoise, ExactTable, exact_table
+from core.machine.network import Head, Module, Network
+from core.machine.noise import GaussianNoise, Noise
+from core.models.small import SmallConvNet
+from core.procedures.confidence import clopper_pearson_lower
+from core.procedures.smoothing import certify
+from core.records import CLASSIFIER, Certificate, Phase, Sampling
+from tests.helpers.oracles import HalfSpace, axis
+
+Ints = NDArray[np.int64]
+ONE = 2**60
+SIGMAS = (0.12, 0.25, 0.5, 1.0)
+PI = 31415926535897932384626433832795028841971693993751058209749445923078164062862089986280348253421170679
+
+
+class OnDevice(ExactNoise):
+    """Draws on the CPU by the code that serves an accelerator."""
+
+    _fill_on_host = ExactNoise._fill_on_device
+
+
+PATHS = pytest.mark.parametrize("kind", [ExactNoise, OnDevice])
+
+
+def fixed_point_floor(i: int, sigma: float) -> int:
+    """floor(2^60 Phi((2i + 1) / (510 sigma))) by the Taylor series in integer arithmetic; no libraries, no floats."""
+    scale = 2**320
+    z = Fraction(2 * i + 1) / (510 * Fraction(sigma))
+    square = int(z * z * scale)
+    power = total = int(z * scale)
+    for n in itertools.count(1):
+        power = -power * square // (scale * 2 * n)
+        total += power // (2 * n + 1)
+        if abs(power) <= 1:
+            break
+    root = math.isqrt(2 * PI * scale**2 // 10**100)
+    return (scale // 2 + total * scale // root) * ONE // scale
+
+
+def certain_masses(table: ExactTable) -> Ints:
+    """How many values of U fall into each bin without ambiguity, for i = -reach .. reach."""
+    edges = np.concatenate([[-1], table.floors, [ONE]])
+    masses: Ints = np.maximum(np.diff(edges) - 1, 0)
+    return masses
+
+
+def pixels(value: int, shape: tuple[int, ...] = (1, 100, 100)) -> Tensor:
+    return torch.full(shape, value, dtype=torch.uint8).float().div_(255)
+
+
+def integers(
+    noise: ExactNoise, sigma: float, value: int = 128, shape: tuple[int, ...] = (1, 100, 100), chunk: int = 0
+) -> Ints:
+    """The sums of pixel and noise of one chunk on the grid of integers, ``(chunk_size, pixels)``."""
+    out = torch.empty(noise.chunk_size, *shape)
+    noise.corrupt(out, pixels(value, shape), "a", Phase.SELECTION, sigma, chunk)
+    sums: Ints = np.rint(255 * out.double().flatten(1).numpy()).astype(np.int64)
+    return sums
+
+
+@pytest.mark.parametrize(("sigma", "k", "num"), [(0.12, 1, 1020), (0.25, 1, 1020), (0.5, 3, 2040), (1.0, 6, 3570)])
+def test_exact_table_number_of_thresholds_follows_the_clip_range(sigma: float, k: int, num: int) -> None:
+    table = exact_table(sigma)
+    assert (table.k, len(table.floors), table.reach) == (k, num, num // 2)
+
+
+@pytest.mark.parametrize(("sigma", "step"), [(0.12, 9), (0.25, 1), (0.5, 7), (1.0, 13)])
+def test_exact_table_floors_equal_an_integer_taylor_series(sigma: float, step: int) -> None:
+    table = exact_table(sigma)
+    for i in range(-table.reach, table.reach, step):
+        assert table.floors[i + table.reach] == fixed_point_floor(i, sigma)
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_exact_table_probabilities_are_those_of_the_formula_and_add_up_to_one(sigma: float) -> None:
+    table = exact_table(sigma)
+    implied = np.diff(np.concatenate([[0], table.floors, [ONE]]))
+    assert implied.sum() == ONE
+    with mpmath.workdps(40):
+        for i in range(-table.reach + 1, table.reach, 11):
+            upper, lower = (mpmath.ncdf(mpmath.mpf(2 * i + s) / (510 * mpmath.mpf(sigma))) for s in (1, -1))
+            assert abs(int(implied[i + table.reach]) - ONE * (upper - lower)) <= 1
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_exact_table_mean_is_zero_and_variance_is_that_of_rounded_noise(sigma: float) -> None:
+    table = exact_table(sigma)
+    masses, i = certain_masses(table), np.arange(-table.reach, table.reach + 1)
+    assert sum(int(m) * int(n) for m, n in zip(masses, i, strict=True)) == 0
+    variance = sum(Fraction(int(m) * int(n) ** 2, ONE) for m, n in zip(masses, i, strict=True)) / 255**2
+    # The tails beyond k + 1, cut off at more than 6 sigma, hold less than a billionth of the variance.
+    assert float(variance) == pytest.approx(sigma**2 + 1 / (12 * 255**2), rel=1e-9)
+
+
+def test_exact_table_lumped_tails_are_what_the_clip_makes_of_them() -> None:
+    for sigma in SIGMAS:
+        k, reach = exact_table(sigma).k, exact_table(sigma).reach
+        beyond = np.arange(reach, reach + 3000)
+        for value in (0, 255):
+            assert set(np.clip(value + beyond, -255 * k, 255 * (k + 1))) == {255 * (k + 1)}
+            assert set(np.clip(value - beyond, -255 * k, 255 * (k + 1))) == {-255 * k}
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
+def test_exact_table_sigma_that_is_no_noise_level_raises(sigma: float) -> None:
+    with pytest.raises(ConfigError, match="positive and finite"):
+        exact_table(sigma)
+
+
+@pytest.mark.parametrize("precision", [8, 40, 64, 256])
+def test_floor_of_tail_any_starting_precision_gives_the_same_integer(precision: int) -> None:
+    context = mpmath.MPContext()
+    for odd in (1, 3, 77, 511, 1019, 100_001):
+        expected = fixed_point_floor(-(odd + 1) // 2, 0.25) if odd < 2000 else 0
+        assert exact_noise._floor_of_tail(odd, 0.25, context, precision) == expected
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_look_up_equals_bisection_also_next_to_every_threshold(sigma: float) -> None:
+    table = exact_table(sigma)
+    words = np.random.default_rng(0).integers(0, ONE, 20_000)
+    near = (table.floors[:, None] + np.array([-1, 0, 1])).ravel()
+    edges = np.arange(0, 2**16, 37) << 44  # where the guide's entries meet
+    uniform = np.unique(np.clip(np.concatenate([words, near, edges, edges - 1, [0, ONE - 1]]), 0, ONE - 1))
+    out = np.empty(len(uniform), np.float32)
+    ambiguous = set(table.look_up(uniform, out).tolist())
+    floors = table.floors.tolist()
+    distinct = set(floors)
+    for place, value in enumerate(uniform.tolist()):
+        assert (place in ambiguous) == (value in distinct)
+        if place not in ambiguous:
+            assert out[place] == bisect_right(floors, value) - table.reach
+
+
+def test_look_up_thresholds_where_entries_of_the_guide_meet_are_seen() -> None:
+    entry = 2**44
+    floors = np.sort(np.array([edge * entry + by for edge in (5, 9, 11) for by in (-1, 0)] + [20 * entry] * 1014))
+    table = ExactTable(1, floors)
+    uniform = np.array([edge * entry + by for edge in (5, 9, 11) for by in (-2, -1, 0, 1)])
+    out = np.empty(12, np.float32)
+    assert table.look_up(uniform, out).tolist() == [1, 2, 5, 6, 9, 10]
+    assert out[[0, 3, 4, 7, 8, 11]].tolist() == [-510, -508, -508, -506, -506, -504]
+
+
+def test_uniform_on_host_is_signed_and_below_two_to_the_60() -> None:
+    uniform = ExactNoise(0)._uniform_on_host(np.random.SFC64(1), 100_000)
+    assert uniform.dtype == np.int64  # next to int64 thresholds, uint64 would be compared as float64
+    assert uniform.min() >= 0
+    assert ONE - 2**50 < uniform.max() < ONE
+    assert abs((uniform & 1).mean() - 0.5) < 0.01  # down to the last bit
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_look_up_centre_of_a_bin_gives_its_integer(sigma: float) -> None:
+    bins = np.arange(-math.floor(255 * 5 * sigma), math.floor(255 * 5 * sigma) + 1)
+    centres = np.floor(ONE * special.ndtr(bins / (255 * sigma))).astype(np.int64)
+    out = np.empty(len(bins), np.float32)
+    assert not len(exact_table(sigma).look_up(centres, out))
+    assert np.array_equal(out, bins)
+
+
+def mean_in_standard_errors(kind: type[ExactNoise]) -> float:
+    sums = np.concatenate([integers(kind(0), 0.25, chunk=chunk) for chunk in range(2)])
+    return float((sums.mean() - 128) / (255 * 0.25 / np.sqrt(sums.size)))
+
+
+@PATHS
+def test_corrupt_mean_noise_is_zero(kind: type[ExactNoise]) -> None:
+    assert abs(mean_in_standard_errors(kind)) < 5
+
+
+@PATHS
+@pytest.mark.parametrize("by", [-1, 1])
+def test_corrupt_mean_noise_shows_thresholds_shifted_by_one_bin(
+    kind: type[ExactNoise], by: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = exact_table(0.25)
+    floors = np.roll(right.floors, by)
+    floors[0 if by > 0 else -1] = 0 if by > 0 else ONE - 1
+    monkeypatch.setattr(exact_noise, "exact_table", lambda _: ExactTable(right.k, floors))
+    assert abs(mean_in_standard_errors(kind)) > 10
+
+
+@PATHS
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+def test_corrupt_frequencies_fit_the_probabilities(kind: type[ExactNoise], sigma: float) -> None:
+    sums = integers(kind(1), sigma).ravel() - 128
+    edges = np.arange(-math.floor(255 * 3.5 * sigma), math.floor(255 * 3.5 * sigma) + 1)
+    observed = np.bincount(np.searchsorted(edges, sums, side="right"), minlength=len(edges) + 1)
+    expected = np.diff(special.ndtr(np.concatenate([[-np.inf], (edges - 0.5) / (255 * sigma), [np.inf]])))
+    assert stats.chisquare(observed, expected * len(sums)).pvalue > 1e-6
+    assert sums.var() == pytest.approx((255 * sigma) ** 2, rel=5 * np.sqrt(2 / len(sums)))
+
+
+@PATHS
+def test_corrupt_output_is_the_float32_quotient_of_integers_in_the_clip_range(kind: type[ExactNoise]) -> None:
+    for value, sigma in itertools.product((0, 77, 255), (0.1, 0.25, 0.5)):
+        out = torch.empty(100, 3, 20, 20)
+        kind(0).corrupt(out, pixels(value, (3, 20, 20)), "a", Phase.SELECTION, sigma, 0)
+        sums = integers(kind(0), sigma, value, (3, 20, 20)).reshape(out.shape)
+        k = exact_table(sigma).k
+        assert sums.min() >= -255 * k
+        assert sums.max() <= 255 * (k + 1)
+        assert np.array_equal(out.numpy(), sums.astype(np.float32) / np.float32(255))
+
+
+class Planted(ExactNoise):
+    """Noise whose uniform integers start with these, in each chunk (of at most a block)."""
+
+    planted: Ints
+
+    def _uniform_on_host(self, generator: np.random.SFC64, num: int) -> Ints:
+        uniform = super()._uniform_on_host(generator, num)
+        uniform[: len(self.planted)] = self.planted
+        return uniform
+
+    def _uniform_on_device(self, key: int, out: Tensor) -> Tensor:
+        uniform = super()._uniform_on_device(key, out)
+        uniform.view(-1)[: len(self.planted)] = torch.from_numpy(self.planted)
+        return uniform
+
+
+class PlantedOnDevice(Planted):
+    """The same, by the code that serves an accelerator."""
+
+    _fill_on_host = ExactNoise._fill_on_device
+
+
+PLANTED = pytest.mark.parametrize("kind", [Planted, PlantedOnDevice])
+
+
+@PLANTED
+def test_corrupt_extreme_draws_end_at_the_clip_whatever_the_pixel(kind: type[Planted]) -> None:
+    noise = kind(0, chunk_size=2)
+    noise.planted = np.array([0, ONE - 1])
+    for value in (0, 1, 128, 255):
+        out = torch.empty(2, 1, 1, 1)
+        mask = noise.corrupt(out, pixels(value, (1, 1, 1)), "a", Phase.SELECTION, 0.25, 0)
+        assert mask is None or mask.all()
+        assert out.flatten().tolist() == [-1.0, 2.0]
+
+
+@PLANTED
+def test_corrupt_copies_with_an_ambiguous_pixel_may_not_vote(kind: type[Planted]) -> None:
+    noise = kind(0, chunk_size=4)
+    floors = exact_table(0.25).floors
+    # Copies of two pixels: 0 ambiguous in its second, 1 next to a threshold on both sides, 2 in its first, 3 untouched.
+    noise.planted = np.array([ONE // 3, floors[0], floors[510] - 1, floors[510] + 1, floors[-1], ONE // 3])
+    mask = noise.corrupt(torch.empty(4, 1, 1, 2), pixels(7, (1, 1, 2)), "a", Phase.SELECTION, 0.25, 0)
+    assert mask is not None
+    assert mask.tolist() == [False, True, False, True]
+
+
+@PATHS
+def test_corrupt_several_chunks_at_once_gives_what_each_gives_alone(kind: type[ExactNoise]) -> None:
+    many, image = torch.empty(12, 1, 2, 2), pixels(7, (1, 2, 2))
+    kind(0, chunk_size=4).corrupt(many, image, "a", Phase.SELECTION, 0.25, 5)
+    for place in range(3):
+        one = torch.empty(4, 1, 2, 2)
+        kind(0, chunk_size=4).corrupt(one, image, "a", Phase.SELECTION, 0.25, 5 + place)
+        assert torch.equal(many[4 * place : 4 * place + 4], one)
+
+
+def test_corrupt_several_chunks_at_once_masks_copies_of_the_right_one() -> None:
+    class Second(ExactNoise):
+        """The third copy of the second chunk is ambiguous."""
+
+        chunks = 0
+
+        def _uniform_on_host(self, generator: np.random.SFC64, num: int) -> Ints:
+            uniform = super()._uniform_on_host(generator, num)
+            self.chunks += 1
+            if self.chunks == 2:
+                uniform[4] = exact_table(0.25).floors[500]
+            return uniform
+
+    out, image = torch.empty(12, 1, 1, 2), pixels(7, (1, 1, 2))
+    mask = Second(0, chunk_size=4).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0)
+    assert mask is not None
+    assert mask.tolist() == [True] * 6 + [False] + [True] * 5
+    assert ExactNoise(0, chunk_size=4).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0) is None
+
+
+def test_corrupt_in_blocks_gives_the_same_copies_and_masks_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = integers(ExactNoise(0, chunk_size=3), 0.25, shape=(1, 4, 4))
+    monkeypatch.setattr(exact_noise, "BLOCK", 7)
+    assert np.array_equal(integers(ExactNoise(0, chunk_size=3), 0.25, shape=(1, 4, 4)), whole)
+    noise = Planted(0, chunk_size=5)
+    noise.planted = exact_table(0.25).floors[500:501]  # first in each block: numbers 0 and 7 of ten
+    mask = noise.corrupt(torch.empty(5, 1, 1, 2), pixels(7, (1, 1, 2)), "a", Phase.SELECTION, 0.25, 0)
+    assert mask is not None
+    assert mask.tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize("batch_size", [1, 64, 200])
+def test_run_copies_that_may_not_vote_are_missing_from_the_counts(batch_size: int) -> None:
+    noise = Planted(0)
+    noise.planted = np.full(16 * 3, exact_table(0.25).floors[500])  # the first three copies of each chunk
+    module = HalfSpace(axis(16, 0), -100.0)  # class 1, always
+    result = certify_one(module, noise, pixels(9, (1, 4, 4)), 0.25, Sampling(100, 250, 0.01), batch_size)
+    assert result.counts_selection.tolist() == [0, 97]
+    assert result.counts_estimation.tolist() == [0, 241]
+    assert result.p_lower == clopper_pearson_lower(241, 250, 0.01)
+
+
+@PATHS
+def test_corrupt_same_arguments_give_the_same_copies_and_others_independent_ones(kind: type[ExactNoise]) -> None:
+    def copies(
+        seed: int = 0, name: str = "a", phase: Phase = Phase.SELECTION, sigma: float = 0.5, chunk: int = 0
+    ) -> Tensor:
+        out = torch.empty(100, 3, 8, 8)
+        kind(seed).corrupt(out, pixels(128, (3, 8, 8)), name, phase, sigma, chunk)
+        return (out - 128 / 255) / sigma
+
+    assert torch.equal(copies(), copies())
+    others = [copies(seed=1), copies(name="b"), copies(phase=Phase.ESTIMATION), copies(sigma=0.25), copies(chunk=1)]
+    for one, two in itertools.combinations([copies(), *others], 2):
+        assert abs(float((one * two).mean())) < 5 / np.sqrt(one.numel())
+
+
+def test_corrupt_shares_no_stream_with_gaussian_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[int] = []
+    original = np.random.SFC64
+
+    def recorded(key: int) -> np.random.SFC64:
+        keys.append(key)
+        return original(key)
+
+    monkeypatch.setattr(np.random, "SFC64", recorded)
+    noises: tuple[Noise, ...] = (ExactNoise(0), GaussianNoise(0))
+    for noise in noises:
+        noise.corrupt(torch.empty(100, 1, 2, 2), pixels(3, (1, 2, 2)), "a", Phase.SELECTION, 0.5, 0)
+    assert len(set(keys)) == len(keys) == 2
+
+
+@PATHS
+def test_corrupt_writes_into_a_slice_like_into_a_whole_tensor(kind: type[ExactNoise]) -> None:
+    big, whole, image = torch.full((300, 3, 8, 8), 9.0), torch.empty(100, 3, 8, 8), pixels(50, (3, 8, 8))
+    kind(0).corrupt(big[100:200], image, "a", Phase.SELECTION, 0.5, 0)
+    kind(0).corrupt(whole, image, "a", Phase.SELECTION, 0.5, 0)
+    assert torch.equal(big[100:200], whole)
+    assert (big[:100] == 9).all()
+    assert (big[200:] == 9).all()
+
+
+def test_corrupt_8_bit_pixels_divided_with_rounding_errors_give_the_same_copies() -> None:
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).float()
+    first = torch.empty(100, 1, 16, 16)
+    ExactNoise(0).corrupt(first, values / 255, "a", Phase.SELECTION, 0.25, 0)
+    for image in (values * (1 / 255), (values.double() / 255).float(), values / 255 - 1e-6, values / 255 + 1e-6):
+        out = torch.empty(100, 1, 16, 16)
+        ExactNoise(0).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0)
+        assert torch.equal(out, first)
+
+
+@PATHS
+def test_corrupt_one_object_at_several_levels_gives_what_fresh_ones_give(kind: type[ExactNoise]) -> None:
+    noise = kind(0)
+    for sigma in (0.25, 0.5, 1.0, 0.25):
+        assert np.array_equal(integers(noise, sigma, shape=(1, 8, 8)), integers(kind(0), sigma, shape=(1, 8, 8)))
+
+
+@pytest.mark.parametrize("value", [0.3, 100.5 / 255, (100 + 2e-3) / 255, 256 / 255, -1 / 255, math.nan, math.inf])
+def test_corrupt_off_grid_image_raises_and_names_the_example_and_the_remedy(value: float) -> None:
+    image = pixels(100, (1, 4, 4))
+    image[0, 2, 1] = value
+    with pytest.raises(DataError, match=r"example 'cat-7'.*multiples of 1/255.*pass 8-bit images"):
+        ExactNoise(0).corrupt(torch.empty(100, 1, 4, 4), image, "cat-7", Phase.SELECTION, 0.25, 0)
+
+
+def certify_one(
+    module: Module, noise: Noise, image: Tensor, sigma: float, sampling: Sampling, batch_size: int = 1000
+) -> Certificate:
+    engine = Engine(Network({CLASSIFIER: Head(module, 2)}), noise, batch_size=batch_size)
+    return next(iter(engine.run([Task(0, "x", image, certify(sigma, sampling))]))).result
+
+
+def test_run_any_batch_size_gives_identical_results_with_exact_noise() -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(7)
+    module = HalfSpace(axis(16, 2), 0.4)
+    images = [torch.randint(256, (1, 4, 4), generator=generator).float() / 255 for _ in range(3)]
+
+    def tasks() -> Iterator[Task[Certificate]]:
+        for (index, image), sigma in itertools.product(enumerate(images), (0.25, 0.5)):
+            yield Task((index, sigma), f"x{index}", image, certify(sigma, Sampling(100, 250, 0.01)))
+
+    def run(batch_size: int) -> dict[tuple[int, float], Certificate]:
+        engine = Engine(Network({CLASSIFIER: Head(module, 2)}), ExactNoise(3), batch_size=batch_size)
+        return {finished.key: finished.result for finished in engine.run(tasks())}
+
+    base = run(1)
+    assert len(base) == 6
+    assert all(run(batch_size) == base for batch_size in (37, 100, 333))
+
+
+def leak(noisy: Tensor) -> Tensor:
+    """Votes for class 1 where (z - 1) + 1 == z in float32: true near 1 for what was rounded there, hardly near 0."""
+    same = ((noisy - 1.0) + 1.0 == noisy).flatten().float()
+    return torch.stack([0.5 - same, same - 0.5], dim=1)
+
+
+def exact_probability(m: int, sigma: float) -> float:
+    """P[leak∘Q votes for class 1] at x = m / 255, m any integer, by enumeration of the grid."""
+    k = max(1, math.floor(6 * sigma))
+    grid = np.arange(-255 * k, 255 * (k + 1) + 1)
+    votes = leak(torch.from_numpy(grid.astype(np.float32) / np.float32(255)).reshape(-1, 1, 1, 1)).argmax(dim=1)
+    below = special.ndtr((grid[:-1] + 0.5 - m) / (255 * sigma))
+    return float(np.diff(np.concatenate([[0.0], below, [1.0]])) @ votes.numpy())
+
+
+def test_certify_float32_leak_gaussian_noise_certifies_falsely() -> None:
+    sampling = Sampling(100, 10_000, 0.0005)
+    at_one = certify_one(leak, GaussianNoise(0), pixels(255, (1, 1, 1)), 0.5, sampling)
+    at_zero = certify_one(leak, GaussianNoise(0), pixels(0, (1, 1, 1)), 0.5, sampling)
+    assert at_one.prediction == 1
+    assert at_one.radius == pytest.approx(1.585, abs=0.001)
+    assert at_zero.prediction == 0  # at distance 1, inside that radius
+    assert at_zero.radius > 0
+
+
+@pytest.mark.parametrize("m", [0, 60, 110, 140, 200, 255])
+def test_certify_float32_leak_exact_noise_certifies_soundly(m: int) -> None:
+    sigma = 0.5
+    result = certify_one(leak, ExactNoise(0), pixels(m, (1, 1, 1)), sigma, Sampling(100, 10_000, 0.001))
+    probability = exact_probability(m, sigma)
+    votes = int(result.counts_estimation[1])
+    assert abs(votes - 10_000 * probability) < 5 * np.sqrt(10_000 * probability * (1 - probability))
+    classes = {other: int(exact_probability(other, sigma) > 0.5) for other in range(-600, 900)}
+    assert set(classes.values()) == {0, 1}
+    assert not result.abstained
+    assert all(classes[other] == result.prediction for other in classes if abs(other - m) / 255 < result.radius)
+
+
+def test_certify_half_space_exact_noise_exceeds_the_exact_radius_as_often_as_alpha_allows() -> None:
+    # The threshold lies half-way between two grid values, so that rounding leaves the half-space what it is.
+    module, sigma, num = HalfSpace(axis(1, 0), 99.5 / 255), 0.25, 400
+    image, sampling = pixels(138, (1, 1, 1)), Sampling(100, 200, 0.1)
+    engine = Engine(Network({CLASSIFIER: Head(module, 2)}), ExactNoise(11), batch_size=1000)
+    tasks = [Task(i, f"x{i}", image, certify(sigma, sampling)) for i in range(num)]
+    results = [finished.result for finished in engine.run(tasks)]
+    radius = (138 - 99.5) / 255
+    failures = sum(r.prediction != 1 or r.radius > radius for r in results if not r.abstained)
+    assert failures <= stats.binom.isf(1e-6, num, sampling.alpha)
+    # What Clopper and Pearson give exactly: neither too many nor too few.
+    votes, probability = np.arange(201), special.ndtr(radius / sigma)
+    wrong = clopper_pearson_lower(votes, 200, sampling.alpha) > probability
+    rate = float(stats.binom.pmf(votes, 200, probability)[wrong].sum())
+    assert stats.binom.ppf(1e-5, num, rate) <= failures <= stats.binom.isf(1e-5, num, rate)
+
+
+def test_run_network_gets_only_grid_values() -> None:
+    torch.manual_seed(0)
+    network, seen = SmallConvNet(1, 4, 2), []
+
+    def module(noisy: Tensor) -> Tensor:
+        seen.append(noisy.clone())
+        logits: Tensor = network(noisy)
+        return logits
+
+    certify_one(module, ExactNoise(0), pixels(100, (1, 4, 4)), 0.25, Sampling(100, 200, 0.01), 150)
+    values = torch.cat(seen).numpy()
+    assert np.array_equal(values, np.rint(values * 255).astype(np.float32) / np.float32(255))
+
+
+def test_fill_on_device_equals_the_host_on_the_same_uniform_integers() -> None:
+    table, noise = exact_table(0.5), Planted(0)
+    noise.planted = np.concatenate([table.floors[::40], table.floors[::50] + 1])
+    out, expected = torch.empty(100, 1, 8, 8), np.empty(6400, np.float32)
+    mask = noise._fill_on_device(out, 5, 0.5)
+    ambiguous = table.look_up(noise._uniform_on_device(5, out).flatten().numpy(), expected)
+    certain = np.setdiff1d(np.arange(6400), ambiguous)
+    assert np.array_equal(out.flatten().numpy()[certain], expected[certain])
+    assert np.flatnonzero(~mask.numpy()).tolist() == sorted(set((ambiguous // 64).tolist()))
+
+
+@pytest.mark.gpu
+def test_corrupt_on_a_gpu_equals_the_host_on_the_same_uniform_integers() -> None:
+    noise, table, image = ExactNoise(0), exact_table(0.5), pixels(77, (3, 32, 32))
+    out = torch.empty(100, 3, 32, 32, device="cuda")
+    drawn: list[Tensor] = []
+    original = noise._uniform_on_device
+
+    def recorded(key: int, out: Tensor) -> Tensor:
+        drawn.append(original(key, out))
+        return drawn[-1]
+
+    noise._uniform_on_device = recorded  # type: ignore[method-assign]
+    mask = noise.corrupt(out, image.cuda(), "a", Phase.SELECTION, 0.5, 0)
+    expected = np.empty(out.numel(), np.float32)
+    assert not len(table.look_up(drawn[0].flatten().cpu().numpy(), expected))
+    assert mask is None or mask.all()
+    sums = np.clip(expected + 77, -255 * table.k, 255 * (table.k + 1))
+    assert np.array_equal(out.flatten().cpu().numpy(), sums / np.float32(255))

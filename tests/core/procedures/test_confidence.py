@@ -1,0 +1,133 @@
+import math
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from core.errors import ConfigError
+from core.procedures.confidence import (
+    binomial_p_value,
+    certified_radius,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    draws_needed,
+    largest_radius,
+    log_e_value,
+    top_two,
+)
+
+
+def exact_tail(n: int, k: int, p: mpmath.mpf) -> mpmath.mpf:
+    """P[Bin(n, p) >= k] by its sum, at 40 digits."""
+    term = mpmath.binomial(n, k) * p**k * (1 - p) ** (n - k)
+    total = term
+    for i in range(k, n):
+        term = term * (n - i) / (i + 1) * p / (1 - p)
+        total += term
+        if i > n * p and term < total * mpmath.mpf(10) ** -38:
+            break
+    return total
+
+
+CASES = [
+    (k, n, alpha)
+    for n in (1, 10, 100, 1000, 10_000, 100_000)
+    for k in sorted({1, max(1, n // 3), max(1, n * 9 // 10), max(1, n - 1), n})
+    for alpha in (0.1, 0.001, 0.0005, 1e-9)
+]
+
+
+@pytest.mark.parametrize(("k", "n", "alpha"), CASES)
+def test_clopper_pearson_lower_against_forty_digits_is_valid_and_tight(k: int, n: int, alpha: float) -> None:
+    with mpmath.workdps(40):
+        bound = mpmath.mpf(float(clopper_pearson_lower(k, n, alpha)))
+        assert exact_tail(n, k, bound) <= mpmath.mpf(alpha)
+        assert exact_tail(n, k, bound * (1 + mpmath.mpf(10) ** -11)) > mpmath.mpf(alpha)
+
+
+@pytest.mark.parametrize("sigma", [0.12, 0.25, 1.0])
+@pytest.mark.parametrize("p", [0.5000001, 0.6, 0.9, 0.999, 1 - 1e-9])
+def test_certified_radius_against_forty_digits_is_never_above(p: float, sigma: float) -> None:
+    with mpmath.workdps(40):
+        exact = mpmath.mpf(sigma) * mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(p) - 1)
+        radius = mpmath.mpf(float(certified_radius(p, sigma)))
+        assert exact * (1 - mpmath.mpf(10) ** -12) < radius < exact
+
+
+@pytest.mark.parametrize("n", [12, 100, 1000])
+def test_clopper_pearson_lower_failure_probability_by_exact_sum_is_just_below_alpha(n: int) -> None:
+    alpha = 0.001
+    bounds = clopper_pearson_lower(np.arange(n + 1), n, alpha)
+    worst = 0.0
+    for bound in bounds[1:]:  # the failure probability peaks for a true p just below a value of the bound
+        p = bound * (1 - 1e-9)
+        worst = max(worst, float(stats.binom.pmf(np.flatnonzero(bounds > p), n, p).sum()))
+    assert worst <= alpha
+    assert worst > 0.99 * alpha  # a 2 alpha (or alpha / 2) bug leaves this band
+
+
+@pytest.mark.parametrize(("k", "n", "alpha"), CASES)
+def test_clopper_pearson_upper_against_forty_digits_is_valid_and_tight(k: int, n: int, alpha: float) -> None:
+    with mpmath.workdps(40):
+        bound = mpmath.mpf(float(clopper_pearson_upper(k - 1, n, alpha)))
+        # P[Bin(n, p) <= k - 1] = P[Bin(n, 1 - p) >= n - k + 1]
+        assert exact_tail(n, n - k + 1, 1 - bound) <= mpmath.mpf(alpha)
+        slightly_less = (1 - bound) * (1 + mpmath.mpf(10) ** -11) + mpmath.mpf(10) ** -15
+        assert exact_tail(n, n - k + 1, slightly_less) > mpmath.mpf(alpha)
+    assert clopper_pearson_upper(n, n, alpha) == 1.0
+
+
+@given(n=st.integers(1, 20_000), share=st.floats(0, 1), alpha=st.floats(1e-12, 0.5))
+def test_clopper_pearson_lower_is_monotone_in_successes_and_alpha(n: int, share: float, alpha: float) -> None:
+    k = int(share * (n - 1))
+    low, high = clopper_pearson_lower([k, k + 1], n, alpha)
+    assert 0 <= low < high < (k + 1) / n
+    assert clopper_pearson_lower(k, n, alpha / 2) <= low
+
+
+@given(p=st.floats(0, 0.999999), sigma=st.floats(0.01, 4))
+def test_certified_radius_is_linear_in_sigma_and_zero_up_to_one_half(p: float, sigma: float) -> None:
+    radius = float(certified_radius(p, sigma))
+    assert math.isclose(float(certified_radius(p, 2 * sigma)), 2 * radius, rel_tol=1e-14)
+    assert (radius > 0) == (p > 0.5)
+
+
+@pytest.mark.parametrize(("radius", "sigma", "alpha"), [(1.0, 0.5, 0.0005), (0.0, 1.0, 0.001), (3.0, 1.0, 0.001)])
+def test_draws_needed_is_the_fewest_that_reach_the_radius(radius: float, sigma: float, alpha: float) -> None:
+    n = draws_needed(radius, sigma, alpha)
+    assert largest_radius(sigma, n, alpha) > radius
+    assert n == 1 or largest_radius(sigma, n - 1, alpha) <= radius
+
+
+@given(n=st.integers(1, 3000), share=st.floats(0, 1))
+def test_binomial_p_value_equals_scipy_binomtest(n: int, share: float) -> None:
+    k = round(share * n)
+    assert math.isclose(binomial_p_value(k, n), stats.binomtest(k, n, 0.5).pvalue, rel_tol=1e-9, abs_tol=1e-15)
+
+
+def test_binomial_p_value_without_draws_is_one() -> None:
+    assert binomial_p_value(0, 0) == 1.0
+
+
+@pytest.mark.parametrize(("k", "n", "alpha"), [(-1, 10, 0.1), (11, 10, 0.1), (0, 0, 0.1), (1, 2, 0.0), (1, 2, 1.0)])
+def test_clopper_pearson_lower_out_of_range_raises(k: int, n: int, alpha: float) -> None:
+    with pytest.raises(ConfigError):
+        clopper_pearson_lower(k, n, alpha)
+
+
+def test_top_two_ties_go_to_the_smaller_index() -> None:
+    assert top_two(np.array([3, 7, 7])) == (1, 7, 7)
+    assert top_two(np.array([5])) == (0, 5, 0)
+
+
+@given(n=st.integers(1, 20_000), share=st.floats(0.5, 1), low=st.floats(0, 1), high=st.floats(0, 1))
+def test_log_e_value_falls_as_the_null_rises_where_it_counts(n: int, share: float, low: float, high: float) -> None:
+    """What lets a target depend on data: evidence against a larger p0 is evidence against a smaller one."""
+    successes = math.ceil(share * n)
+    one, two = (0.5 + 0.4999 * p for p in sorted((low, high)))
+    larger = float(log_e_value(successes, n, two))
+    if larger >= math.log(1 / 0.49):
+        assert float(log_e_value(successes, n, one)) >= larger - 1e-9 * max(1.0, larger)

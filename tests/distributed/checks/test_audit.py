@@ -1,0 +1,381 @@
+"""Every way to spoil a run that the audit must find, and certificates derived from stored votes."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scipy import stats
+
+from core.errors import ConfigError
+from core.files import file_sha256
+from core.report.multiscale import MultiscaleRows
+from distributed.checks.audit import audit, replay
+from distributed.execution.launch import work_of
+from distributed.store.run_directory import RunDirectory
+from distributed.store.shards import ShardStore
+from distributed.studies.recertify import Change, recertify
+from jobs import build_dataset, certify
+from tests.helpers.tiny import tiny_run
+
+OVERRIDES = (
+    "compute.executor=local",
+    "compute.part_rows=1",
+    "dataset.test_size=50",
+    "labels.num_estimation=40",
+    "labels.num_selection=10",
+)
+
+
+def finished_run(path: Path, *overrides: str, multiscale: bool = False, weight_seed: int = 0) -> RunDirectory:
+    run = tiny_run(path, *OVERRIDES, *overrides, weight_seed=weight_seed)
+    run.finish(  # the models stand in for the fine-tuned one
+        "finetune_classifier",
+        read={},
+        wrote={"classifier_finetuned": _copy(run.model("classifier"), run.model("classifier_finetuned"))},
+        facts={},
+    )
+    for method in ("standard", "dual"):
+        certify.run(run, method)
+    if multiscale:
+        certify.run(run, "multiscale")
+    return run
+
+
+def _copy(source: Path, target: Path) -> str:
+    shutil.copy(source, target)
+    return file_sha256(target)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished_run(tmp_path_factory.mktemp("run")).path
+
+
+@pytest.fixture(scope="module")
+def finished_cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights with which the larger sigma does not always decide; one file per store."""
+    settings = ("sigmas=[0.1, 1.0]", "compute.part_rows=1000", "certify.level_shares=[0.25, 0.5]")
+    return finished_run(tmp_path_factory.mktemp("cascade"), *settings, multiscale=True, weight_seed=3).path
+
+
+@pytest.fixture
+def cascade(finished_cascade: Path, tmp_path: Path) -> RunDirectory:
+    """A copy to spoil."""
+    shutil.copytree(finished_cascade, tmp_path / "cascade")
+    return RunDirectory(tmp_path / "cascade", None)
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> RunDirectory:
+    """A copy to spoil."""
+    shutil.copytree(finished, tmp_path / "run")
+    return RunDirectory(tmp_path / "run", None)
+
+
+def problems(run: RunDirectory) -> list[str]:
+    return [str(finding) for finding in audit(RunDirectory(run.path, None))[0]]
+
+
+def rewrite(run: RunDirectory, store: str, change: Callable[[list[dict]], list[dict]], rehash: bool) -> str:  # type: ignore[type-arg]
+    """Change the rows of a store's first shard; with `rehash` the manifest is made to agree."""
+    file = run.path / store / ShardStore(run.path, store).files()[0]
+    table = pq.read_table(file)
+    rows = change(table.to_pylist())
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    if rehash:
+        path = run.path / "manifest.json"
+        manifest = json.loads(path.read_text())
+        step = "build_dataset" if store == "dataset" else store.replace("certificates/", "certify-")
+        manifest["steps"][step]["sha256"][file.name] = file_sha256(file)
+        path.write_text(json.dumps(manifest))
+    return file.name
+
+
+def test_audit_and_replay_untouched_run_finds_nothing(run: RunDirectory) -> None:
+    findings, checked = audit(run)
+    assert findings == []
+    assert checked == {"certificates/standard": 100, "certificates/dual": 50}
+    assert replay(run, 12, seed=None) == []
+
+
+def test_audit_and_replay_untouched_cascade_finds_nothing(cascade: RunDirectory) -> None:
+    findings, checked = audit(cascade)
+    assert findings == []
+    assert checked["certificates/multiscale"] == 50
+    assert replay(cascade, 200, seed=None) == []
+    rows = ShardStore(cascade.path, "certificates/multiscale").read().to_pylist()
+    decided = {(row["num_levels"], row["sigma"], row["alpha_level"]) for row in rows if not row["abstained"]}
+    assert decided == {(1, 1.0, 0.005), (2, 0.1, 0.0025)}
+
+
+@pytest.mark.parametrize("rehash", [False, True], ids=["file altered", "file and manifest altered"])
+@pytest.mark.parametrize("amount", [1, -1])
+def test_audit_count_altered_by_one_names_the_row(run: RunDirectory, rehash: bool, amount: int) -> None:
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        votes = rows[0]["counts_estimation"]
+        votes[votes.index(max(votes))] += amount
+        return rows
+
+    name = rewrite(run, "certificates/standard", spoil, rehash)
+    found = problems(run)
+    row = ShardStore(run.path, "certificates/standard").read_file(name).to_pylist()[0]
+    assert any(f"{row['example_id']}, sigma {row['sigma']:g}: " in problem for problem in found)
+    assert any("another SHA-256" in problem for problem in found) == (not rehash)
+
+
+def test_audit_row_removed_doubled_or_foreign_is_named(run: RunDirectory) -> None:
+    rewrite(run, "certificates/dual", lambda rows: [*rows[1:], rows[2], {**rows[3], "example_id": "digits-x"}], True)
+    found = problems(run)
+    ids = ShardStore(run.path, "certificates/dual").read().column("example_id").to_pylist()
+    doubled = next(name for name in ids if ids.count(name) == 2)
+    assert any("is there 0 times, expected once" in problem for problem in found)
+    assert any(f"{doubled}: is there 2 times" in problem for problem in found)
+    assert any("digits-x: is not planned" in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("radius", 9.0),
+        ("prediction", 77),
+        ("correct", None),
+        ("alpha", 0.5),
+        ("alpha_sigma", 0.009),
+        ("bounded_by", "nobody"),
+        ("num_draws", 3),
+        ("sigma", 0.3),
+        ("label", 3),
+        ("counts_selection_sigma", [-1, 21]),
+        ("counts_selection_sigma", [20]),
+        ("stop_reason_sigma", "futile"),
+    ],
+)
+def test_audit_any_column_altered_is_found(run: RunDirectory, column: str, value: object) -> None:
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if row["sigma"] is not None)
+        row[column] = (
+            (not row["correct"]) if column == "correct" else (row["label"] + 1) % 10 if column == "label" else value
+        )
+        return rows
+
+    rewrite(run, "certificates/dual", spoil, True)
+    assert problems(run)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("radius", 9.0),
+        ("prediction", 77),
+        ("alpha", 0.5),
+        ("alpha_level", 0.01),
+        ("radius_level", 9.0),
+        ("radius_above", math.inf),
+        ("sigma", 1.0),
+        ("sigma_bound", None),
+        ("num_levels", 1),
+        ("num_draws", 3),
+        ("num_estimation", 99),
+        ("counts_selection_above", []),
+        ("counts_estimation_above", []),
+        ("counts_estimation_above", [[10] * 10, [10] * 10]),
+        ("counts_estimation_above", [[10] * 9]),
+        ("counts_estimation_above", [[-1, *[10] * 9]]),
+        ("counts_estimation_above", [[11] * 10]),
+    ],
+)
+def test_audit_any_column_of_multiscale_altered_is_found(cascade: RunDirectory, column: str, value: object) -> None:
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if row["sigma"] == 0.1)  # the smaller one decided
+        assert row[column] != value
+        row[column] = value
+        return rows
+
+    rewrite(cascade, "certificates/multiscale", spoil, True)
+    assert problems(cascade)
+
+
+def test_audit_vote_of_a_level_above_moved_is_found_and_named(cascade: RunDirectory) -> None:
+    """Votes above are no decoration: what moves to another class moves the radius, or what the cascade asks next."""
+
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        for row in rows:
+            for votes in row["counts_estimation_above"]:
+                most = votes.index(max(votes))
+                votes[most], votes[most - 1] = votes[most] - 20, votes[most - 1] + 20
+        return rows
+
+    rewrite(cascade, "certificates/multiscale", spoil, True)
+    found = problems(cascade)
+    assert any("radius_above is" in problem or "cannot be recomputed" in problem for problem in found)
+
+
+def test_audit_cascade_that_goes_on_after_a_decision_is_found(cascade: RunDirectory) -> None:
+    """A level that decided is passed over for a smaller sigma with a larger radius, its votes kept as if undecided."""
+
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if row["sigma"] == 1.0)
+        for phase in ("selection", "estimation"):
+            row[f"counts_{phase}_above"] = [row[f"counts_{phase}"]]
+        row |= {"num_levels": 2, "sigma": 0.1, "num_draws": 2 * row["num_draws"]}
+        return rows
+
+    rewrite(cascade, "certificates/multiscale", spoil, True)
+    assert any("num_levels is 2, its votes give 1" in problem for problem in problems(cascade))
+
+
+def test_audit_radius_off_by_the_last_bit_is_found(run: RunDirectory) -> None:
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if row["radius"] > 0)
+        row["radius"] = math.nextafter(row["radius"], 1.0)
+        return rows
+
+    rewrite(run, "certificates/standard", spoil, True)
+    assert any("radius is" in problem for problem in problems(run))
+
+
+def test_audit_manifest_of_another_run_is_found(run: RunDirectory, tmp_path: Path) -> None:
+    other = finished_run(tmp_path / "other", "seed=5")
+    shutil.copy(other.path / "manifest.json", run.path / "manifest.json")
+    assert any("made for another configuration" in problem for problem in problems(run))
+
+
+def test_audit_seed_edited_in_the_manifest_is_found(run: RunDirectory) -> None:
+    path = run.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["seed"] = 9
+    path.write_text(json.dumps(manifest))
+    assert any("fingerprint is not that of its configuration" in problem for problem in problems(run))
+
+
+def test_audit_shard_removed_or_model_swapped_is_found(run: RunDirectory) -> None:
+    (run.path / "certificates/dual" / ShardStore(run.path, "certificates/dual").files()[1]).unlink()
+    assert any("shard-000001.parquet: is missing" in problem for problem in problems(run))
+    shutil.copy(run.model("denoiser"), run.model("classifier_finetuned"))
+    assert any("is not the file that this run wrote" in problem for problem in problems(run))
+
+
+def test_replay_votes_that_other_noise_gave_are_found(run: RunDirectory) -> None:
+    """Votes and everything derived from them moved consistently: only drawing them again can tell."""
+    work, _ = work_of(run, "certificates/standard")
+    method, terms = work.method, work.terms
+
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        for row in rows:
+            row["counts_estimation"] = row["counts_estimation"][1:] + row["counts_estimation"][:1]
+            row |= method.row(row["example_id"], row["label"], method.recompute(row, terms))
+        return rows
+
+    for _ in range(1):
+        rewrite(run, "certificates/standard", spoil, True)
+    assert problems(run) == []
+    findings = replay(run, 150, seed=1)
+    assert findings
+    assert all("drawn again: " in str(finding) for finding in findings)
+
+
+@pytest.mark.parametrize("budget", ["sequential", "grid"])
+def test_audit_sequential_budgets_are_recomputed_too(budget: str, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, f"certify.budget={budget}", "certify.look_every=20")
+    assert problems(run) == []
+    assert replay(run, 20, seed=0) == []
+    rows = ShardStore(run.path, "certificates/dual").read().to_pylist()
+    stops = {row["stop_reason"] for row in rows} | {row["stop_reason_sigma"] for row in rows}
+    assert len(stops) > 1, "nothing stopped early: the test shows nothing"
+
+
+def test_audit_and_recertify_full_split_agree_with_each_other(run: RunDirectory, tmp_path: Path) -> None:
+    full = finished_run(tmp_path / "full", "certify.alpha_split=full")
+    assert problems(full) == []
+    _, root = recertify(run, Change(split="full"))
+    derived, made = ShardStore(root, "certificates/dual").read(), ShardStore(full.path, "certificates/dual").read()
+    assert derived.equals(made)
+    halves = ShardStore(run.path, "certificates/dual").read()
+    assert sum(derived.column("radius").to_pylist()) > sum(halves.column("radius").to_pylist())
+    assert set(made.column("alpha_class").to_pylist()) == {0.01}
+
+
+def test_recertify_smaller_alpha_equals_the_formula(run: RunDirectory) -> None:
+    before = {row["example_id"]: row for row in ShardStore(run.path, "certificates/dual").read().to_pylist()}
+    data, root = recertify(run, Change(alpha=1e-4, sigma_share=0.25))
+    rows = ShardStore(root, "certificates/dual").read().to_pylist()
+    assert len(rows) == 50
+    for row in rows:
+        old = before[row["example_id"]]
+        assert row["alpha_sigma"] + row["alpha_class"] <= 1e-4
+        assert row["alpha_sigma"] == 1e-4 * 0.25
+        votes = row["counts_estimation_sigma"][row["sigma_index"]]
+        expected = stats.norm.ppf(stats.beta.ppf(2.5e-5, votes, 101 - votes)) * 0.5 if votes else 0.0
+        assert row["radius_sigma"] == pytest.approx(max(expected, 0.0), rel=1e-9)
+        assert row["radius"] <= old["radius"] or old["abstained"]
+    assert data.alpha == 1e-4
+    assert data.dual is not None
+
+
+def test_recertify_same_settings_gives_the_same_rows(run: RunDirectory) -> None:
+    _, root = recertify(run, Change())
+    for name in ("certificates/standard", "certificates/dual"):
+        assert ShardStore(root, name).read().equals(ShardStore(run.path, name).read())
+
+
+def test_recertify_derives_multiscale_of_a_run_that_has_none(cascade: RunDirectory) -> None:
+    made = ShardStore(cascade.path, "certificates/multiscale").read()
+    shutil.rmtree(cascade.path / "certificates/multiscale")
+    data, root = recertify(cascade, Change())
+    assert ShardStore(root, "certificates/multiscale").read().equals(made)
+    (rows,) = data.others
+    assert isinstance(rows, MultiscaleRows)
+    assert rows.alpha_levels == (0.0025, 0.005)
+    data, _ = recertify(cascade, Change(alpha=0.05, sigmas=(0.1,)))
+    (one,) = data.others
+    assert isinstance(one, MultiscaleRows)
+    assert one.alpha_levels == (0.05,)
+    assert one.radius.tolist() == data.standard[0].radius.tolist(), "one level is standard RS"
+
+
+def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDirectory) -> None:
+    _, root = recertify(run, Change(sigmas=(0.25,)))
+    standard = {
+        r["example_id"]: r
+        for r in ShardStore(run.path, "certificates/standard").read().to_pylist()
+        if r["sigma"] == 0.25
+    }
+    rows = ShardStore(root, "certificates/dual").read().to_pylist()
+    assert {r["sigma_index"] for r in rows} == {0}
+    for row in rows:
+        assert row["num_estimation"] in (0, 100)
+        if row["sigma"] is not None:
+            assert row["counts_estimation"] == standard[row["example_id"]]["counts_estimation"]
+        assert sum(row["counts_estimation_sigma"]) <= 100
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Change(sigmas=(0.3,)),
+        Change(sigma_share=1.5),
+        Change(sigma_share=0.3, split="full"),
+        Change(split="thirds"),  # type: ignore[arg-type]
+        Change(alpha=2.0),
+        Change(sigmas=(0.5, 0.25)),
+    ],
+)
+def test_recertify_bad_change_raises(change: Change, run: RunDirectory) -> None:
+    with pytest.raises(ConfigError):
+        recertify(run, change)
+
+
+def test_audit_without_certificates_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no certificates to audit"):
+        audit(tiny_run(tmp_path))
+
+
+def test_build_dataset_is_audited_too(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "compute.executor=local", "dataset.test_size=1700")
+    build_dataset.run(run)
+    assert problems(run) == []

@@ -1,0 +1,29 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from distributed.checks.status import status
+from distributed.methods.rows import CERTIFICATE_SCHEMA
+from distributed.store.plan import Plan
+from distributed.store.shards import ShardStore
+from tests.helpers.tiny import tiny_run
+
+
+def test_status_half_way_tells_examples_rate_and_eta_from_the_files(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    ids = [f"e{i}" for i in range(95)]
+    store = ShardStore(tmp_path, "dataset")
+    assert status(run, now=0.0) == []
+    store.write_plan(Plan.divide(95, 10, 2, {}), ids)
+    (begun,) = status(run, now=0.0)
+    assert (begun.done, begun.total, begun.rate, begun.eta_s, begun.idle_s) == (0, 95, None, None, None)
+    for number, moment in ((0, 1000.0), (1, 1020.0), (9, 1030.0)):  # 10, 10 and 5 examples
+        store.commit(number, [], CERTIFICATE_SCHEMA, "cpu")
+        os.utime(tmp_path / f"dataset/shard-{number:06d}.parquet", (moment, moment))
+    (half,) = status(run, now=1042.0)
+    assert (half.done, half.finished, half.idle_s) == (25, False, 12.0)
+    assert half.rate == pytest.approx(15 / 30)
+    assert half.eta_s == pytest.approx(70 / 0.5)
+    run.finish("build_dataset", read={}, wrote={}, facts={"retries": 0})
+    assert status(run, now=1042.0)[0].eta_s is None

@@ -1,0 +1,66 @@
+"""How many replicas, and where, from what a cluster says it has."""
+
+import pytest
+import ray
+import torch
+
+from core.config import ComputeConfig, parse_config
+from core.errors import ConfigError
+from distributed.execution.cluster import Pool, replica_pool, train_device
+
+
+def pool(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], *overrides: str) -> Pool:
+    """The pool on nodes with these resources."""
+    total: dict[str, float] = {}
+    for node in nodes:
+        for name, amount in node.items():
+            total[name] = total.get(name, 0.0) + amount
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    compute = [f"compute.{override}" for override in overrides]
+    return replica_pool(parse_config({"sigmas": [0.5], "report": {"radii": [0]}}, compute).compute)
+
+
+def test_pool_takes_a_replica_per_gpu_and_no_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pool(monkeypatch, [{"CPU": 0}, {"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}])
+    assert found == Pool("cuda", smallest=6, initial=6, largest=6, num_cpus=0.0, num_gpus=1.0)
+
+
+@pytest.mark.parametrize(("share", "room"), [("0.5", 12), ("0.34", 12), ("0.7", 6), ("1", 6), ("2", 3)])
+def test_pool_fractional_replicas_do_not_straddle_gpus(monkeypatch: pytest.MonkeyPatch, share: str, room: int) -> None:
+    assert pool(monkeypatch, [{"GPU": 4}, {"GPU": 2}], f"gpus_per_replica={share}").largest == room
+
+
+def test_pool_on_cpus_counts_threads_node_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pool(monkeypatch, [{"CPU": 3}, {"CPU": 3}], "threads_per_replica=2")
+    assert (found.device, found.largest, found.num_cpus) == ("cpu", 2, 2.0)
+
+
+def test_pool_grows_from_what_is_there_to_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pool(monkeypatch, [{"CPU": 0}, {"GPU": 2}], "device=cuda", "min_replicas=1", "max_replicas=16")
+    assert (found.smallest, found.initial, found.largest) == (1, 2, 16)
+    found = pool(monkeypatch, [{"CPU": 0}], "device=cuda", "max_replicas=16")
+    assert (found.smallest, found.initial, found.largest) == (1, 1, 16)
+    assert found.describe() == "1 to 16 replicas of 1 GPU each (1 to begin with)"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "message"),
+    [
+        ([{"CPU": 0}], [], "has room for no replica now"),
+        ([{"CPU": 8}], ["device=cuda"], r"has room for no replica now \(0 GPUs, 8 CPUs; one takes 1 GPU\)"),
+        ([{"CPU": 2}], ["max_replicas=16"], "waits for it to grow; say with what: compute.device=cuda or compute"),
+    ],
+)
+def test_pool_that_cannot_know_what_to_wait_for_refuses(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pool(monkeypatch, nodes, *overrides)
+
+
+def test_training_on_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert train_device(ComputeConfig()) == "cpu"
+    with pytest.raises(ConfigError, match=r"compute.train_device is 'cuda', but the driver sees no GPU"):
+        train_device(ComputeConfig(train_device="cuda"))

@@ -1,0 +1,153 @@
+"""What a user sees when something that was given is broken: one message, an exit code, and nothing lost."""
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.models.small import SmallConvNet
+from distributed.store.shards import ShardStore
+from tests.helpers import miniatures
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> dict[str, Any]:
+    """Good files, and the overrides that name them."""
+    return {
+        "dataset__path": str(miniatures.cifar10_pickles(tmp_path / "data")),
+        "base__denoiser": str(miniatures.openai_unet(tmp_path / "unet.pt")),
+        "base__classifier": miniatures.vit_folder(tmp_path / "vit"),
+    }
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run a job's command line on configs/cifar10.yaml: exit code and error output."""
+
+    def call(name: str, out: Path, *more: str, **keys: Any) -> tuple[int, str]:
+        arguments = ["--out", str(out), "--config", str(miniatures.ROOT / "configs" / "cifar10.yaml"), *more]
+        monkeypatch.setattr("sys.argv", [name, *arguments, *miniatures.overrides(**keys)])
+        code = import_module(f"jobs.{name}").main()
+        return code, capsys.readouterr().err
+
+    return call
+
+
+class _Code:
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self.proof}",))
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _other_network(path: Path) -> None:
+    shutil.copy(path.parent / "vit" / "model.safetensors", path)
+
+
+def _with_code(path: Path) -> None:
+    torch.save({"state_dict": _Code(path.parent / "proof")}, path)
+
+
+def _whole_module(path: Path) -> None:
+    torch.save(SmallConvNet(3, 32, 10), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "unet.pt' is an archive of torch.save that is truncated or damaged ("),
+        (_other_network, "unet.pt' is no U-Net of improved-diffusion or guided-diffusion"),
+        (_with_code, "unet.pt' is a pickle that asks for 'posix.system', an object or code"),
+        (_whole_module, "unet.pt' is a pickle that asks for 'core.models.small.SmallConvNet'"),
+        (Path.unlink, "no checkpoint at "),
+    ],
+)
+def test_train_base_broken_denoiser_is_one_message_and_its_repair_is_enough(
+    damage: Callable[[Path], None], message: str, given: dict[str, Any], job: Any, tmp_path: Path
+) -> None:
+    good = tmp_path / "good.pt"
+    shutil.copy(tmp_path / "unet.pt", good)
+    damage(tmp_path / "unet.pt")
+    code, said = job("train_base", tmp_path / "run", **given)
+    assert (code, said.count("error: "), "Traceback" in said) == (3, 1, False)
+    assert message in said
+    assert not (tmp_path / "proof").exists()
+    shutil.copy(good, tmp_path / "unet.pt")  # the same command goes on
+    assert job("train_base", tmp_path / "run", **given)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch": "resnet50"}, "has no fc.weight, the last layer: it is no checkpoint of this architecture"),
+        (
+            {"arch": "vit_small_patch16_224"},
+            "num_attention_heads is 3, the architecture has 6: name another one in 'arch'",
+        ),
+        ({"arch": "vit_tiny_patch16_223"}, "did you mean 'vit_tiny_patch16_224'?"),
+        ({"classes": 7}, "has 7 classes, 10 are needed: use another checkpoint, or say in 'label_map'"),
+        ({"label_map": [0, 1, 2]}, "label_map has 3 entries, the data set has 10 classes"),
+    ],
+)
+def test_train_base_classifier_that_does_not_fit_is_one_message(
+    change: dict[str, Any], message: str, given: dict[str, Any], job: Any, tmp_path: Path
+) -> None:
+    if classes := change.pop("classes", None):
+        given["base__classifier"] = miniatures.vit_folder(tmp_path / "other", classes=classes)
+    given["base__classifier"] |= change
+    code, said = job("train_base", tmp_path / "run", **given)
+    assert (code, said.count("error: "), "Traceback" in said) == (3, 1, False)
+    assert message in said
+
+
+def test_train_base_broken_expert_is_named_and_the_others_do_not_matter(
+    given: dict[str, Any], job: Any, tmp_path: Path
+) -> None:
+    del given["base__classifier"]
+    experts = {sigma: miniatures.resnet_file(tmp_path / f"{sigma}.pt", 3) for sigma in (0.25, 0.5, 1.0)}
+    _truncate(tmp_path / "0.5.pt")
+    code, said = job("train_base", tmp_path / "run", base__classifier=None, base__experts=experts, **given)
+    assert code == 3
+    assert "0.5.pt' is an archive of torch.save that is truncated or damaged" in said
+    del experts[0.5]
+    code, said = job("train_base", tmp_path / "new", base__classifier=None, base__experts=experts, **given)
+    assert code == 2
+    assert "base.experts: has experts for [0.25, 1.0], expected one for each of sigmas = [0.25, 0.5, 1.0]" in said
+
+
+@pytest.mark.parametrize("where", ["{tmp}/file/run", "/proc/run"])
+def test_unwritable_output_directory_is_one_message(
+    where: str, given: dict[str, Any], job: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    out = where.format(tmp=tmp_path)
+    code, said = job("train_base", out, **given)
+    assert (code, said.count("error: "), "Traceback" in said) == (2, 1, False)
+    assert out in said
+
+
+def test_certify_model_file_that_was_changed_is_refused_and_nothing_is_lost(
+    given: dict[str, Any], job: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert job("train_base", run, **given)[0] == 0
+    assert job("build_dataset", run, **given)[0] == 0
+    before = ShardStore(run, "dataset").read()
+    good = (run / "models" / "classifier.safetensors").read_bytes()
+    _truncate(run / "models" / "classifier.safetensors")
+    code, said = job("certify", run, "--method", "standard", "--classifier", "base", **given)
+    assert code == 2
+    assert "classifier.safetensors' is not the file that this run wrote" in said
+    (run / "models" / "classifier.safetensors").write_bytes(good)
+    assert ShardStore(run, "dataset").read().equals(before)
+    assert job("certify", run, "--method", "standard", "--classifier", "base", **given)[0] == 0

@@ -1,0 +1,125 @@
+"""Models of one's own through the jobs that use them."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from core.config import parse_config
+from core.data import Dataset
+from core.errors import ModelError
+from core.models.checkpoints import build_denoiser, load_model
+from core.models.classifiers import ImageClassifier
+from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.diffusers_folder import write_folder
+from core.models.resnet_cifar import ResNetCifar
+from core.models.small import SmallConvNet
+from core.training import base as training_base
+from distributed.checks.preflight import dry_run
+from distributed.store.run_directory import RunDirectory
+from jobs import train_base, train_estimator
+from tests.core.models.test_models import tiny_denoiser
+from tests.helpers.tiny import PLAIN
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A denoiser folder, and a ResNet-110 for grey images with 12 classes."""
+    write_folder(tiny_denoiser(), tmp_path / "denoiser")
+    torch.manual_seed(0)
+    torch.save(ResNetCifar(12, channels=1).state_dict(), tmp_path / "resnet.pt")
+    return tmp_path
+
+
+def own(models: Path, *overrides: str) -> RunDirectory:
+    classifier = f"{{arch: resnet110, checkpoint: {models / 'resnet.pt'}, label_map: [0,1,2,3,4,5,6,7,8,11]}}"
+    given = [f"base.denoiser={models / 'denoiser'}", f"base.classifier={classifier}", "dataset.test_size=50"]
+    return RunDirectory(models / "run", parse_config(PLAIN, [*given, *overrides]))
+
+
+def test_train_base_own_models_are_copied_into_the_run(models: Path) -> None:
+    directory = own(models)
+    train_base.run(directory)
+    assert isinstance(load_model(directory.model("denoiser")), OneShotDenoiser)
+    classifier = load_model(directory.model("classifier"))
+    assert isinstance(classifier, ImageClassifier)
+    weights = torch.load(models / "resnet.pt", weights_only=True)
+    assert torch.equal(classifier.net.state_dict()["conv1.weight"], weights["conv1.weight"])
+    assert classifier(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_train_base_models_that_do_not_fit_the_data_are_refused(models: Path) -> None:
+    with pytest.raises(ModelError, match="has 12 classes, 10 are needed"):
+        train_base.run(own(models, "base.classifier.label_map=null"))
+    write_folder(build_denoiser(small_unet_config(3, 8)), models / "colour")
+    with pytest.raises(ModelError, match="takes images of 3 channels, got 1"):
+        train_base.run(RunDirectory(models / "other", parse_config(PLAIN, [f"base.denoiser={models / 'colour'}"])))
+
+
+def test_train_estimator_backbone_takes_a_checkpoint_with_another_head(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def radii(directory: RunDirectory, train: Dataset) -> np.ndarray:
+        values = np.zeros((len(train), 2))
+        values[:40, 0], values[20:40, 1] = 0.3, 0.4
+        return values
+
+    monkeypatch.setattr("distributed.training.labels.training_radii", radii)
+    backbone = f"estimator.backbone={{arch: resnet110, checkpoint: {models / 'resnet.pt'}}}"
+    directory = own(models, backbone, "estimator.epochs=1", "estimator.lr=0.00001")
+    train_base.run(directory)
+    train_estimator.run(directory)
+    assert "checkpoint's last layer is replaced by a new one with 2 outputs" in capsys.readouterr().out
+    estimator = load_model(directory.model("estimator"))
+    assert isinstance(estimator, ImageClassifier)
+    assert estimator.num_outputs == 2
+    start = torch.load(models / "resnet.pt", weights_only=True)["layer1.0.conv1.weight"]
+    assert float((estimator.net.state_dict()["layer1.0.conv1.weight"] - start).abs().max()) < 1e-3
+
+
+POOL = "base.train_experts={0.25: 4, 0.5: 8}"
+
+
+def test_train_base_pool_has_an_expert_of_its_own_width_for_each_sigma(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sees its own noise level alone: the denoiser is told which."""
+    small = ["dataset.test_size=1700", "base.denoiser_steps=3", "base.classifier_epochs=2"]
+    directory = RunDirectory(tmp_path / "run", parse_config(PLAIN, [POOL, *small]))
+    seen: list[set[float]] = []
+    real = training_base.train_classifier
+
+    def watched(data: Dataset, denoiser: OneShotDenoiser, *args: Any) -> SmallConvNet:
+        levels: set[float] = set()
+        seen.append(levels)
+
+        def told(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            levels.update(sigma.tolist())
+            return cast(torch.Tensor, denoiser(images, sigma))
+
+        return real(data, cast(OneShotDenoiser, told), *args)
+
+    monkeypatch.setattr(training_base, "train_classifier", watched)
+    train_base.run(directory)
+    assert [sorted(levels) for levels in seen] == [[pytest.approx(0.25)], [pytest.approx(0.5)]]
+    for role, width in (("classifier-0.25", 4), ("classifier-0.5", 8)):
+        expert = load_model(directory.model(role))
+        assert isinstance(expert, SmallConvNet)
+        assert expert.spec["width"] == width
+    assert not directory.model("classifier").exists()
+    assert set(directory.manifest["steps"]["train_base"]["clean_accuracy"]) == {"classifier-0.25", "classifier-0.5"}
+
+
+def test_dry_run_counts_the_training_of_every_expert_and_says_what_each_one_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["base.denoiser_steps=3", "base.classifier_epochs=3", "compute.executor=local"]
+    dry_run(RunDirectory(tmp_path / "run", parse_config(PLAIN, [POOL, *small]), "dry"), ["train_base"], None, 0.05)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("train_base, classifier"))
+    assert f"{2 * 3 * 97}" in line.split()
+    for role, width in (("classifier-0.25", 4), ("classifier-0.5", 8)):
+        num = sum(tensor.numel() for tensor in SmallConvNet(1, 8, 10, width).state_dict().values())
+        assert any(text.startswith(role) and f"{num:,} parameters" in text for text in out.splitlines())
