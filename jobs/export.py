@@ -20,14 +20,14 @@ def main() -> int:
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from core.errors import DataError
         from core.evaluation.metrics import certified_accuracy
-        from distributed.execution.launch import STORES
+        from distributed.execution.launch import stores
         from distributed.store.shards import ShardStore
         from distributed.store.storage import Folder
         from distributed.views.exchange import export_logs
 
         directory = open_run(args)
         stores = args.store or [
-            store for store in STORES if store != "dataset" and ShardStore(directory.folder, store).committed()
+            store for store in stores() if store != "dataset" and ShardStore(directory.folder, store).committed()
         ]
         if not stores:
             raise DataError(f"{str(directory.folder)!r} holds no certificates yet: run jobs.certify first")

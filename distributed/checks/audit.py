@@ -13,7 +13,7 @@ from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.progress import Progress
 from core.records import Stop
-from distributed.execution.launch import STORES, step_of, work_of
+from distributed.execution.launch import step_of, stores, work_of
 from distributed.execution.work import Work, build_engine, make_task
 from distributed.methods.method import Method, Terms, Votes
 from distributed.methods.rows import ERROR, OK
@@ -59,7 +59,7 @@ def audit(directory: RunDirectory) -> tuple[list[Finding], dict[str, int]]:
     if directory.manifest.get("fingerprint") != directory.config.fingerprint():
         findings.append(Finding("", "manifest.json", "its fingerprint is not that of its configuration"))
     steps = directory.manifest["steps"]
-    present = [name for name in STORES if step_of(name) in steps or ShardStore(directory.folder, name).files()]
+    present = [name for name in stores() if step_of(name) in steps or ShardStore(directory.folder, name).files()]
     if not present:
         raise ConfigError(f"{str(directory.folder)!r} holds no certificates to audit")
     for name in present:
@@ -194,7 +194,7 @@ def replay(directory: RunDirectory, num: int, seed: int | None, interval_s: floa
     """
     rows = [
         (name, index)
-        for name in STORES
+        for name in stores()
         if (files := ShardStore(directory.folder, name)).files()
         for index, status in enumerate(files.read().column("status").to_pylist())
         if status == OK
@@ -202,7 +202,7 @@ def replay(directory: RunDirectory, num: int, seed: int | None, interval_s: floa
     chosen = random.Random(seed).sample(rows, min(num, len(rows)))  # noqa: S311 - no secret
     findings: list[Finding] = []
     with Progress(len(chosen), "replay", "rows", interval_s=interval_s) as progress:
-        for name in STORES:
+        for name in stores():
             if places := [index for store, index in chosen if store == name]:
                 findings += _replay_store(directory, name, places, progress)
     return findings

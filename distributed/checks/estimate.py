@@ -16,7 +16,7 @@ from core.config import Config
 from core.data import Dataset, Split
 from core.progress import clock
 from core.records import CLASSIFIER, ESTIMATOR
-from distributed.execution.launch import STORES, outline, step_of
+from distributed.execution.launch import outline, step_of, stores
 from distributed.execution.work import Work
 from distributed.methods.method import Kind
 from distributed.store.run_directory import RunDirectory
@@ -169,7 +169,7 @@ def count_parts(
             parts.append(Part(f"{step}, sigmas", num, draws, rows_of(draws, config), replicas=workers))
             copies = finetune.epochs * num
             training(f"{step}, training", copies, "classifier", True, workers, denoiser=copies, classifier=copies)
-        elif step in (by_step := {step_of(store): store for store in STORES}):
+        elif step in (by_step := {step_of(store): store for store in stores()}):
             parts.append(_certifying(directory, by_step[step], data, replicas))
     return parts
 

@@ -35,7 +35,7 @@ from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective, choose_sigma
 from core.training.loop import Objective, Training
 from distributed.checks.estimate import TRAINING, Part
-from distributed.execution.launch import STORES, step_of, work_of
+from distributed.execution.launch import step_of, stores, work_of
 from distributed.execution.work import Work, build_engine, make_task, warm_up
 from distributed.methods.dual import Dual
 from distributed.methods.method import Kind
@@ -98,10 +98,10 @@ def measure_parts(
                 else:
                     part.rates[TRAINING] = measured
                 continue
-            store = next((store for store in STORES if step_of(store) == part.name), "certificates/dual-base")
+            store = next((store for store in stores() if step_of(store) == part.name), "certificates/dual-base")
             work = replace(work_of(run, store)[0], device=device)
             for kind, num in part.copies.items():
-                draws = run.config.finetune.num_sigma_draws if part.name not in map(step_of, STORES) else 0
+                draws = run.config.finetune.num_sigma_draws if part.name not in map(step_of, stores()) else 0
                 key = (kind, draws, work.sampling.num_selection, work.sampling.num_estimation)
                 if num and key not in known:
                     known[key] = _engine_rate(work, data, kind, draws, seconds, notes)

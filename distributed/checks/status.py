@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distributed.execution.launch import STORES, step_of
+from distributed.execution.launch import step_of, stores
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 
@@ -45,7 +45,7 @@ class StoreStatus:
 def status(directory: RunDirectory, now: float) -> list[StoreStatus]:
     """The stores that have been begun, in the order of the pipeline; `now` is seconds since the epoch."""
     found = []
-    for name in STORES:
+    for name in stores():
         store = ShardStore(directory.folder, name)
         if (plan := store.read_plan()) is None:
             continue

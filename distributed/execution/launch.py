@@ -10,10 +10,12 @@ from distributed.store.datasets import absolute
 from distributed.store.run_directory import RunDirectory, finetuned
 from distributed.store.shards import ShardStore
 
-__all__ = ["STORES", "certify_store", "outline", "step_of", "work_of"]
+__all__ = ["certify_store", "outline", "step_of", "stores", "work_of"]
 
-STORES = ("dataset", *(f"certificates/{name}{ending}" for ending in ("", "-base") for name in METHODS))
-"""Folders of certificates in a run directory. `-base` is the classifier as it was before fine-tuning."""
+
+def stores() -> tuple[str, ...]:
+    """Folders of certificates in a run directory. `-base` is the classifier as it was before fine-tuning."""
+    return ("dataset", *(f"certificates/{name}{ending}" for ending in ("", "-base") for name in METHODS))
 
 
 def step_of(store: str) -> str:
@@ -60,7 +62,7 @@ def certify_store(directory: RunDirectory, store: str, retry_errors: bool = Fals
 
     Args:
         directory: the run.
-        store: one of STORES.
+        store: one of `stores`.
         retry_errors: whether a finished step with errors is taken up again.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The figures of docs/concepts.md: `python docs/_site/figures.py` writes them into docs/figures/."""
+"""The figures of the documentation: `python docs/_site/figures.py` writes them into docs/figures/."""
 
 import re
 import sys
@@ -93,6 +93,41 @@ def pipeline() -> Figure:
     return figure
 
 
+def rooms() -> Figure:
+    """Floors and rooms; each may use what is below it, rooms of one row do not know one another."""
+    figure = new(7.6, 5.2)
+    axes = figure.subplots()
+    rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+        ("jobs", (("jobs", "parse, build, run, exit code"),)),
+        ("distributed", (("studies", "runs made of runs"),)),
+        ("", (("checks", "before, during, after"), ("training", "from shards"), ("views", "rows for people"))),
+        ("", (("execution", "cluster, replicas, scheduler: from a plan to committed shards"),)),
+        ("", (("store", "run directory, plan, shards, lock, data sets: what is on disk"),)),
+        ("", (("methods", "what a certification method is: its draws, its rows, their proof"),)),
+        ("core", (("smoothed", "the Python API"), ("report", "tables, plots, page"), ("training", "losses, loop"))),
+        ("", (("evaluation", "metrics, logs"), ("models", "networks, checkpoints"), ("data", "images, labels"))),
+        ("", (("config", "validated settings"),)),
+        ("", (("procedures", "bounds, CERTIFY, Dual RS"), ("machine", "noise, network, engine"))),
+    )
+    colours, colour, y = {"jobs": GREY, "distributed": BLUE, "core": RED}, GREY, 0.0
+    for floor, row in rows:
+        if floor:
+            y -= 0.25
+            axes.text(-0.15, y + 0.3, floor, ha="right", va="center", fontsize=10, weight="bold")
+            colour = colours[floor]
+        width = 9.0 / len(row)
+        for place, (name, what) in enumerate(row):
+            style = {"boxstyle": "round,pad=0.02", "facecolor": "white", "edgecolor": colour}
+            axes.add_patch(FancyBboxPatch((place * width + 0.05, y), width - 0.1, 0.6, **style))
+            middle = place * width + width / 2
+            axes.text(middle, y + 0.4, name, ha="center", va="center", fontsize=9, family="monospace", color=colour)
+            axes.text(middle, y + 0.17, what, ha="center", va="center", fontsize=7.5)
+        y -= 0.78
+    axes.set(xlim=(-1.9, 9.1), ylim=(y + 0.6, 0.55))
+    axes.axis("off")
+    return figure
+
+
 def new(width_in: float, height_in: float) -> Figure:
     """A figure on white paper."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
@@ -102,7 +137,7 @@ def new(width_in: float, height_in: float) -> Figure:
 
 if __name__ == "__main__":
     with rc_context(STYLE):
-        for make in (radius, dual, pipeline):
+        for make in (radius, dual, pipeline, rooms):
             file = ROOT / "docs" / "figures" / f"{make.__name__}.svg"
             make().savefig(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
             text = re.sub(r"<metadata>.*?</metadata>", "", file.read_text(), flags=re.DOTALL)

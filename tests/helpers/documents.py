@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = ("configuration.md", "jobs.md")
 """Pages that docs/_site/reference.py writes."""
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "models/README.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
 
 @dataclass(frozen=True)
