@@ -26,13 +26,13 @@ def main() -> int:
         from distributed.views.exchange import export_logs
 
         directory = open_run(args)
-        stores = args.store or [
+        chosen = args.store or [
             store for store in stores() if store != "dataset" and ShardStore(directory.folder, store).committed()
         ]
-        if not stores:
+        if not chosen:
             raise DataError(f"{str(directory.folder)!r} holds no certificates yet: run jobs.certify first")
         target = Folder(args.to) if args.to else directory.folder / "export"
-        for name, log in export_logs(directory.folder, stores, target):
+        for name, log in export_logs(directory.folder, chosen, target):
             (clean,) = certified_accuracy(log.correct, log.radius, [0.0])
             print(f"{target.where(name)}: {len(log.idx):,} examples, {100 * clean:.2f}% certified beyond radius 0")
 
