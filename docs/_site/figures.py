@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -117,7 +118,7 @@ def rooms() -> Figure:
             colour = colours[floor]
         width = 9.0 / len(row)
         for place, (name, what) in enumerate(row):
-            style = {"boxstyle": "round,pad=0.02", "facecolor": "white", "edgecolor": colour}
+            style: Any = {"boxstyle": "round,pad=0.02", "facecolor": "white", "edgecolor": colour}
             axes.add_patch(FancyBboxPatch((place * width + 0.05, y), width - 0.1, 0.6, **style))
             middle = place * width + width / 2
             axes.text(middle, y + 0.4, name, ha="center", va="center", fontsize=9, family="monospace", color=colour)

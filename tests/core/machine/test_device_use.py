@@ -143,7 +143,7 @@ def _switches() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_switches")
-def testset_tf32_sets_every_switch_in_both_directions() -> None:
+def test_set_tf32_sets_every_switch_in_both_directions() -> None:
     for allowed in (True, False, True):
         set_tf32(allowed)
         matmul: Any = torch.backends.cuda.matmul
