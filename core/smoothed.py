@@ -8,7 +8,7 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.data import as_image
 from core.dual import dual_predict
@@ -19,6 +19,7 @@ from core.noise import make_noise
 from core.records import CLASSIFIER, ESTIMATOR, AlphaSplit, Certificate, DualCertificate, Procedure, Rule, Sampling
 from core.sequential import Budget, dual_procedure, standard_procedure
 from core.smoothing import predict
+from core.user_modules import direct_module
 
 __all__ = ["DualSmoothedClassifier", "SmoothedClassifier"]
 
@@ -43,8 +44,8 @@ class _Smoothed:
     ):
         if noise not in get_args(NoiseKind):
             raise ConfigError(f"noise must be one of {get_args(NoiseKind)}, got {noise!r}")
-        modules = [heads[name].module for name in (CLASSIFIER, *heads)]
-        self.device = torch.device(device) if device is not None else _device_of([*modules, denoiser])
+        calls = [(name, each) for name in (CLASSIFIER, *heads) for each in _networks(heads[name])]
+        self.device = _device_of([*calls, ("denoiser", denoiser)], device)
         self.seed = seed
         self.chunk_size = chunk_size
         self.noise = noise
@@ -73,13 +74,27 @@ class _Smoothed:
         return [results[index] for index in range(len(ids))]
 
 
-def _device_of(modules: Sequence[object]) -> torch.device:
-    for module in modules:
-        for candidate in module.values() if isinstance(module, Mapping) else [module]:
-            if isinstance(candidate, nn.Module):
-                for parameter in candidate.parameters():
-                    return parameter.device
-    return torch.device("cpu")
+def _networks(head: Head) -> list[Module]:
+    return list(head.module.values()) if isinstance(head.module, Mapping) else [head.module]
+
+
+def _device_of(calls: Sequence[tuple[str, object]], device: str | torch.device | None) -> torch.device:
+    """Where all modules are; the CPU where there is none.
+
+    Raises:
+        ConfigError: for one that is elsewhere, or not where the caller wants to run: it is the caller's to move.
+    """
+    wanted = None if device is None else torch.empty(0, device=device).device  # "cuda" with its number
+    for name, call in calls:
+        module = direct_module(call)
+        for tensor in (*module.parameters(), *module.buffers()) if module is not None else ():
+            wanted = wanted or tensor.device
+            if tensor.device != wanted:
+                raise ConfigError(
+                    f"the {name} is on {tensor.device}, expected all networks on {wanted}: move it yourself, "
+                    f"model.to({str(wanted)!r}), or pass another device; networks are not moved here"
+                )
+    return wanted or torch.device("cpu")
 
 
 def _content_ids(images: Sequence[Tensor]) -> Iterator[str]:
