@@ -257,7 +257,9 @@ class Network:
         return self._compiled[id(module)]
 
 
-def _named_calls(heads: Mapping[str, Head], denoiser: Denoiser | None) -> Iterator[tuple[tuple[str, float | None], Any]]:
+def _named_calls(
+    heads: Mapping[str, Head], denoiser: Denoiser | None
+) -> Iterator[tuple[tuple[str, float | None], Any]]:
     """Every network by its name and, for experts, noise level."""
     if denoiser is not None:
         yield (_DENOISER, None), denoiser

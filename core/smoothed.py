@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from core.data import as_image
 from core.dual import dual_predict
 from core.engine import Engine, Task
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
+from core.exact_noise import grid_integers
 from core.network import Denoiser, Head, Module, Network
 from core.noise import make_noise
 from core.records import CLASSIFIER, ESTIMATOR, AlphaSplit, Certificate, DualCertificate, Procedure, Rule, Sampling
@@ -24,7 +26,7 @@ from core.user_modules import direct_module
 __all__ = ["DualSmoothedClassifier", "SmoothedClassifier"]
 
 R = TypeVar("R")
-Image = Tensor | NDArray[np.generic]
+Image = Tensor | NDArray[np.generic] | PIL.Image.Image
 Images = Tensor | NDArray[np.generic] | Sequence[Image]
 NoiseKind = Literal["gaussian", "exact"]
 DEFAULT_RULE = Rule()
@@ -62,6 +64,14 @@ class _Smoothed:
             raise ConfigError(f"got {len(images)} images but {len(example_ids)} example_ids")
         names = example_ids if example_ids is not None else [f"image {index}" for index in range(len(images))]
         tensors = [as_image(image, str(name)) for image, name in zip(images, names, strict=True)]
+        for tensor, name in zip(tensors, names, strict=True):  # here, where the caller's names are known
+            if tensor.shape != tensors[0].shape:
+                raise DataError(
+                    f"example {str(name)!r} has shape {tuple(tensor.shape)}, {str(names[0])!r} has "
+                    f"{tuple(tensors[0].shape)}: all images of a call must have one shape"
+                )
+            if self.noise == "exact":
+                grid_integers(tensor, str(name))
         ids = list(map(str, example_ids)) if example_ids is not None else list(_content_ids(tensors))
 
         def tasks() -> Iterator[Task[R]]:
@@ -101,7 +111,7 @@ def _content_ids(images: Sequence[Tensor]) -> Iterator[str]:
     """Name images by their content, so that the noise does not depend on their order; repeated ones get a number."""
     seen: Counter[str] = Counter()
     for image in images:
-        content = image.cpu().numpy()
+        content = image.numpy()
         digest = hashlib.blake2b(repr(content.shape).encode() + content.tobytes(), digest_size=16).hexdigest()
         yield f"{digest}#{seen[digest]}"
         seen[digest] += 1
@@ -114,19 +124,20 @@ class SmoothedClassifier(_Smoothed):
     independent repetition pass another seed, or other example ids.
 
     Args:
-        base_classifier: any torch module or function, ``(B, C, H, W)`` float32 in [0, 1] plus noise ->
-            ``(B, num_classes)`` logits. A module is put in evaluation mode.
-        num_classes: width of the logits.
+        base_classifier: any torch module or function, ``(B, C, H, W)`` in [0, 1] plus noise -> ``(B, num_classes)``
+            logits (or what holds them, as transformers' outputs do). It is called in evaluation mode and left as it
+            was; a module of another type than float32 gets images of its type.
+        num_classes: width of the logits, at least 2.
         sigma: standard deviation of the noise, > 0, pixel scale [0, 1].
         seed: of the noise.
         denoiser: runs before the classifier, for example a `core.models.denoiser.OneShotDenoiser`.
-        device: where to run; by default where the classifier's parameters are.
+        device: where to run; by default where the classifier's parameters are, and the only place where they may be.
         chunk_size: draws that share one noise key; part of the definition of the noise.
         noise: `gaussian`, float32 as everybody does it, or `exact`, integer noise for 8-bit images whose certificate
             holds in exact arithmetic too (`core.exact_noise`).
 
     Raises:
-        ConfigError: for a sigma that is not positive.
+        ConfigError: for a sigma that is not positive, fewer than two classes, or a module on another device.
     """
 
     def __init__(
@@ -164,7 +175,7 @@ class SmoothedClassifier(_Smoothed):
         """CERTIFY one image; see `Certificate` for what is promised.
 
         Args:
-            x: ``(C, H, W)``, floating in [0, 1] or uint8.
+            x: ``(C, H, W)``, floating in [0, 1] or uint8, or a PIL image of mode RGB or L.
             num_selection: draws that choose the class (n0).
             num_estimation: fresh draws that bound its probability (n).
             alpha: failure probability, in (0, 1).
@@ -176,9 +187,10 @@ class SmoothedClassifier(_Smoothed):
             rule: when a budget other than `fixed` looks and gives up.
 
         Raises:
-            DataError: for an image of another shape, dtype or range.
+            DataError: for an image of another shape, dtype, mode or range.
             ConfigError: for draws below 1 or an alpha outside (0, 1).
-            ModelError: when the logits have another shape.
+            ModelError: when the logits have another shape, or the network is random or mixes rows ("Your network" in
+                docs/guarantees.md; looked at in the first call).
         """
         ids = None if example_id is None else [example_id]
         return self.certify_many(
@@ -250,7 +262,8 @@ class DualSmoothedClassifier(_Smoothed):
         denoise_estimator: whether the denoiser runs before the estimator too, as published.
 
     Raises:
-        ConfigError: for levels that are not positive and distinct, a sigma_e below them, or a missing expert.
+        ConfigError: for levels that are not positive and distinct, a sigma_e below them, a missing expert, fewer than
+            two classes, or a module on another device.
     """
 
     def __init__(

@@ -109,7 +109,7 @@ def _is_library(module: object) -> bool:
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Evaluation mode within the block; afterwards each module's own flag is what it was.
 
-    By the flags alone: `eval()` cannot be undone module by module, may be overridden, and those of `torch.export` raise.
+    By the flags alone: `eval()` cannot be undone module by module, may be overridden, and raises after `torch.export`.
     """
     training = [module for module in modules if getattr(module, "training", False)]
     try:
@@ -182,4 +182,5 @@ def only_tensor(output: Any, name: str, key: str, shape: tuple[int, ...]) -> Ten
             f"the {name} returned{kind} {key if key == 'logits' else 'images'} of shape {tuple(found.shape)} for a "
             f"batch of {shape[0]}; expected {shape}: check its {advice}"
         )
-    return found.detach()
+    logits: Tensor = found.detach()
+    return logits

@@ -5,6 +5,7 @@ import functools
 import itertools
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,16 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import distributed.work as work_module
 from core import Certificate, DualSmoothedClassifier, SmoothedClassifier
 from core.engine import Engine, Task
 from core.errors import ConfigError, ModelError
+from core.models.checkpoints import load_model
 from core.models.small import SmallConvNet
 from core.network import Forward, Head, Network
 from core.noise import GaussianNoise
 from core.records import CLASSIFIER, ESTIMATOR, Draws, Phase, Sampling
 from core.smoothing import certify
 from core.user_modules import submodules
+from distributed.shards import ShardStore
+from jobs import build_dataset
 from tests.oracles import HalfSpace, axis
+from tests.tiny import tiny_run
 
 PLANE = HalfSpace(axis(16, 0), 0.5)
 IMAGE = torch.full((1, 4, 4), 0.6)
@@ -98,7 +104,12 @@ def test_run_micro_batches_that_overlap_do_not_see_what_a_network_wrote() -> Non
 
 def test_network_outputs_that_are_views_of_the_input_or_reused_are_kept() -> None:
     buffer = torch.empty(8, 2)
-    network = Network({ESTIMATOR: Head(lambda x: x.flatten(1)[:, :2], 2), CLASSIFIER: Head(lambda x: buffer.copy_(x.flatten(1)[:, 2:4]), 2)})
+    network = Network(
+        {
+            ESTIMATOR: Head(lambda x: x.flatten(1)[:, :2], 2),
+            CLASSIFIER: Head(lambda x: buffer.copy_(x.flatten(1)[:, 2:4]), 2),
+        }
+    )
     images = [torch.rand(8, 1, 4, 4) for _ in range(2)]
     with torch.inference_mode():
         found = [network(lane(network, ESTIMATOR, CLASSIFIER), each, torch.ones(8)) for each in images]
@@ -111,7 +122,7 @@ def test_network_outputs_that_are_views_of_the_input_or_reused_are_kept() -> Non
 # --- evaluation mode
 
 
-def noisy_in_training(num_outputs: int = 3) -> nn.Module:
+def noisy_in_training(num_outputs: int = 3) -> nn.Sequential:
     """Dropout and batch statistics: another network in training mode."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, num_outputs))
@@ -144,7 +155,7 @@ class Unregistered(nn.Module):
 
 
 def through_a_global(images: Tensor) -> Tensor:
-    return [each(images) for each in GLOBAL][0]  # noqa: RUF015
+    return [each(images) for each in GLOBAL][0]  # noqa: RUF015  # type: ignore[no-any-return]
 
 
 def decorated(function: Any) -> Any:
@@ -153,6 +164,11 @@ def decorated(function: Any) -> Any:
         return function(images)  # type: ignore[no-any-return]
 
     return wrapper
+
+
+def in_a_namespace(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    space = SimpleNamespace(net=model)
+    return lambda x: space.net(x)
 
 
 WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
@@ -168,7 +184,7 @@ WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
     "global": lambda model: through_a_global,
     "decorated": lambda model: decorated(lambda x: model(x)),
     "no_grad": lambda model: torch.no_grad()(lambda x: model(x)),
-    "in a namespace": lambda model: lambda x, space=SimpleNamespace(net=model): space.net(x),
+    "in a namespace": in_a_namespace,
 }
 
 
@@ -222,7 +238,7 @@ def test_submodules_of_cycles_and_data_end() -> None:
 def hidden(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function in which nobody finds the module."""
     holder = iter(itertools.repeat(model))
-    return lambda x: next(holder)(x)  # type: ignore[no-any-return]
+    return lambda x: next(holder)(x)
 
 
 def test_certify_hidden_dropout_is_refused_as_random() -> None:
@@ -351,7 +367,7 @@ def test_certify_checks_each_network_once_and_draws_nothing_of_the_process() -> 
 
 # --- types and outputs
 
-Named = namedtuple("Named", ["logits", "other"])  # noqa: PYI024
+Named = namedtuple("Named", ["logits", "other"])
 
 
 class ModelOutput(OrderedDict[str, Any]):
@@ -407,13 +423,14 @@ def test_certify_logits_that_cannot_be_told_are_refused_in_a_line(output: Any, m
 @pytest.mark.parametrize("wrap", [lambda model: model, lambda model: model.forward, functools.partial])
 def test_certify_modules_of_another_type_are_fed_theirs_and_stay_theirs(dtype: torch.dtype, wrap: Any) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).to(dtype)
+    linear = nn.Linear(16, 2)
     with torch.no_grad():
-        model[1].weight.zero_()
-        model[1].weight[:, 0] = torch.tensor([-1.0, 1.0])
-        model[1].bias.copy_(torch.tensor([0.5, -0.5]))
+        linear.weight.zero_()
+        linear.weight[:, 0] = torch.tensor([-1.0, 1.0])
+        linear.bias.copy_(torch.tensor([0.5, -0.5]))
+    model = nn.Sequential(nn.Flatten(), linear).to(dtype)
     found, expected = certified(wrap(model)), certified(PLANE)
-    assert model[1].weight.dtype == dtype
+    assert linear.weight.dtype == dtype
     assert abs(found.counts_estimation - expected.counts_estimation).max() <= 2  # a pixel rounds onto the plane
     seen: list[torch.dtype] = []
     denoiser = nn.Conv2d(1, 1, 1).to(dtype)
@@ -458,11 +475,11 @@ def test_certify_exported_and_scripted_modules() -> None:
 
 @pytest.mark.parametrize("num_classes", [1, 0, -3, 2.0, True, None])
 def test_constructors_fewer_than_two_classes_raise(num_classes: Any) -> None:
-    with pytest.raises(ConfigError, match="the classifier has .* classes, expected at least 2"):
+    with pytest.raises(ConfigError, match=r"the classifier has .* classes, expected at least 2"):
         SmoothedClassifier(PLANE, num_classes, 0.5)
-    with pytest.raises(ConfigError, match="the classifier has .* classes, expected at least 2"):
+    with pytest.raises(ConfigError, match=r"the classifier has .* classes, expected at least 2"):
         DualSmoothedClassifier(PLANE, PLANE, (0.25, 0.5), 0.5, num_classes)
-    with pytest.raises(ConfigError, match="the classifier has .* classes, expected at least 2"):
+    with pytest.raises(ConfigError, match=r"the classifier has .* classes, expected at least 2"):
         Network({CLASSIFIER: Head(PLANE, num_classes)})
 
 
@@ -485,3 +502,34 @@ def test_constructors_a_device_that_the_network_is_not_on_is_refused_and_nothing
         SmoothedClassifier(model, 2, 0.5, device="meta")
     assert model[1].weight.device.type == "cpu"
     torch.testing.assert_close(model[1].weight, model[1].weight.clone())
+
+
+# --- in jobs
+
+
+def test_replica_of_a_network_that_mixes_rows_fails_its_shards_and_one_that_writes_in_place_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_run(tmp_path / "plain", "compute.executor=local")
+    build_dataset.run(directory)
+    expected = ShardStore(directory.path, "dataset").read()
+
+    class Around(nn.Module):
+        def __init__(self, model: nn.Module, before: Callable[[Tensor], Any]) -> None:
+            super().__init__()
+            self.model, self.before = model, before
+
+        def forward(self, images: Tensor, *more: Tensor) -> Tensor:
+            output: Tensor = self.model(self.before(images), *more)
+            images.fill_(7.0)
+            return output
+
+    def run(name: str, before: Callable[[Tensor], Any]) -> ShardStore:
+        other = tiny_run(tmp_path / name, "compute.executor=local")
+        monkeypatch.setattr(work_module, "load_model", lambda file: Around(load_model(file), before).train())
+        build_dataset.run(other)
+        return ShardStore(other.path, "dataset")
+
+    assert run("in place", lambda images: images.clone()).read().equals(expected)
+    with pytest.raises(ModelError, match="the denoiser mixes the rows of a batch"):
+        run("mixing", lambda images: images - 0.1 * images.mean(dim=0))
