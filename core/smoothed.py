@@ -60,6 +60,8 @@ class _Smoothed:
         batch_size: int,
         procedure: Callable[[], Procedure[R]],
     ) -> list[R]:
+        if isinstance(images, PIL.Image.Image):
+            raise DataError("got one PIL image, expected a sequence of images: pass [image], or use certify or predict")
         if example_ids is not None and len(example_ids) != len(images):
             raise ConfigError(f"got {len(images)} images but {len(example_ids)} example_ids")
         names = example_ids if example_ids is not None else [f"image {index}" for index in range(len(images))]

@@ -163,6 +163,8 @@ def test_certify_takes_pil_images_and_images_that_want_a_gradient() -> None:
     expected = g.certify(pixels.transpose(2, 0, 1), num_estimation=100)
     assert g.certify(PIL.Image.fromarray(pixels), num_estimation=100) == expected
     assert g.certify_many([PIL.Image.fromarray(pixels)], num_estimation=100) == [expected]
+    with pytest.raises(DataError, match=r"got one PIL image, expected a sequence of images: pass \[image\]"):
+        g.certify_many(PIL.Image.fromarray(pixels))  # type: ignore[arg-type]
     wants = (torch.from_numpy(pixels.transpose(2, 0, 1).copy()) / 255).requires_grad_()
     assert g.certify(wants, num_estimation=100) == expected
 

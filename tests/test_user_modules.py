@@ -323,6 +323,13 @@ def test_certify_networks_that_do_not_mix_rows_pass_in_any_precision(precision: 
             assert done.error is None
 
 
+def test_certify_a_network_of_hard_votes_or_without_finite_logits_is_no_suspect() -> None:
+    hard = certified(lambda x: torch.nn.functional.one_hot(PLANE(x).argmax(1), 2).float())
+    assert hard == certified(PLANE)
+    assert certified(lambda x: torch.full((len(x), 2), torch.nan)).counts_estimation.tolist() == [0, 0]
+    assert certified(lambda x: torch.zeros(len(x), 2)).counts_estimation.tolist() == [350, 0]
+
+
 def test_certify_the_denoiser_is_named_where_it_mixes() -> None:
     with pytest.raises(ModelError, match="the denoiser mixes the rows"):
         certified(PLANE, denoiser=lambda noisy, sigma: noisy - noisy.mean(dim=0))
