@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.data import as_image
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
 from core.machine.engine import Engine, Task
+from core.machine.exact_noise import grid_integers
 from core.machine.network import Denoiser, Head, Module, Network
 from core.machine.noise import make_noise
+from core.machine.user_modules import direct_module
 from core.procedures.dual import dual_predict
 from core.procedures.sequential import Budget, dual_procedure, standard_procedure
 from core.procedures.smoothing import predict
@@ -23,7 +26,7 @@ from core.records import CLASSIFIER, ESTIMATOR, AlphaSplit, Certificate, DualCer
 __all__ = ["DualSmoothedClassifier", "SmoothedClassifier"]
 
 R = TypeVar("R")
-Image = Tensor | NDArray[np.generic]
+Image = Tensor | NDArray[np.generic] | PIL.Image.Image
 Images = Tensor | NDArray[np.generic] | Sequence[Image]
 NoiseKind = Literal["gaussian", "exact"]
 DEFAULT_RULE = Rule()
@@ -43,8 +46,8 @@ class _Smoothed:
     ):
         if noise not in get_args(NoiseKind):
             raise ConfigError(f"noise must be one of {get_args(NoiseKind)}, got {noise!r}")
-        modules = [heads[name].module for name in (CLASSIFIER, *heads)]
-        self.device = torch.device(device) if device is not None else _device_of([*modules, denoiser])
+        calls = [(name, each) for name in (CLASSIFIER, *heads) for each in _networks(heads[name])]
+        self.device = _device_of([*calls, ("denoiser", denoiser)], device)
         self.seed = seed
         self.chunk_size = chunk_size
         self.noise = noise
@@ -57,10 +60,20 @@ class _Smoothed:
         batch_size: int,
         procedure: Callable[[], Procedure[R]],
     ) -> list[R]:
+        if isinstance(images, PIL.Image.Image):
+            raise DataError("got one PIL image, expected a sequence of images: pass [image], or use certify or predict")
         if example_ids is not None and len(example_ids) != len(images):
             raise ConfigError(f"got {len(images)} images but {len(example_ids)} example_ids")
         names = example_ids if example_ids is not None else [f"image {index}" for index in range(len(images))]
         tensors = [as_image(image, str(name)) for image, name in zip(images, names, strict=True)]
+        for tensor, name in zip(tensors, names, strict=True):  # here, where the caller's names are known
+            if tensor.shape != tensors[0].shape:
+                raise DataError(
+                    f"example {str(name)!r} has shape {tuple(tensor.shape)}, {str(names[0])!r} has "
+                    f"{tuple(tensors[0].shape)}: all images of a call must have one shape"
+                )
+            if self.noise == "exact":
+                grid_integers(tensor, str(name))
         ids = list(map(str, example_ids)) if example_ids is not None else list(_content_ids(tensors))
 
         def tasks() -> Iterator[Task[R]]:
@@ -73,20 +86,34 @@ class _Smoothed:
         return [results[index] for index in range(len(ids))]
 
 
-def _device_of(modules: Sequence[object]) -> torch.device:
-    for module in modules:
-        for candidate in module.values() if isinstance(module, Mapping) else [module]:
-            if isinstance(candidate, nn.Module):
-                for parameter in candidate.parameters():
-                    return parameter.device
-    return torch.device("cpu")
+def _networks(head: Head) -> list[Module]:
+    return list(head.module.values()) if isinstance(head.module, Mapping) else [head.module]
+
+
+def _device_of(calls: Sequence[tuple[str, object]], device: str | torch.device | None) -> torch.device:
+    """Where all modules are; the CPU where there is none.
+
+    Raises:
+        ConfigError: for one that is elsewhere, or not where the caller wants to run: it is the caller's to move.
+    """
+    wanted = None if device is None else torch.empty(0, device=device).device  # "cuda" with its number
+    for name, call in calls:
+        module = direct_module(call)
+        for tensor in (*module.parameters(), *module.buffers()) if module is not None else ():
+            wanted = wanted or tensor.device
+            if tensor.device != wanted:
+                raise ConfigError(
+                    f"the {name} is on {tensor.device}, expected all networks on {wanted}: move it yourself, "
+                    f"model.to({str(wanted)!r}), or pass another device; networks are not moved here"
+                )
+    return wanted or torch.device("cpu")
 
 
 def _content_ids(images: Sequence[Tensor]) -> Iterator[str]:
     """Name images by their content, so that the noise does not depend on their order; repeated ones get a number."""
     seen: Counter[str] = Counter()
     for image in images:
-        content = image.cpu().numpy()
+        content = image.numpy()
         digest = hashlib.blake2b(repr(content.shape).encode() + content.tobytes(), digest_size=16).hexdigest()
         yield f"{digest}#{seen[digest]}"
         seen[digest] += 1
@@ -99,19 +126,20 @@ class SmoothedClassifier(_Smoothed):
     independent repetition pass another seed, or other example ids.
 
     Args:
-        base_classifier: any torch module or function, ``(B, C, H, W)`` float32 in [0, 1] plus noise ->
-            ``(B, num_classes)`` logits. A module is put in evaluation mode.
-        num_classes: width of the logits.
+        base_classifier: any torch module or function, ``(B, C, H, W)`` in [0, 1] plus noise -> ``(B, num_classes)``
+            logits (or what holds them, as transformers' outputs do). It is called in evaluation mode and left as it
+            was; a module of another type than float32 gets images of its type.
+        num_classes: width of the logits, at least 2.
         sigma: standard deviation of the noise, > 0, pixel scale [0, 1].
         seed: of the noise.
         denoiser: runs before the classifier, for example a `core.models.denoiser.OneShotDenoiser`.
-        device: where to run; by default where the classifier's parameters are.
+        device: where to run; by default where the classifier's parameters are, and the only place where they may be.
         chunk_size: draws that share one noise key; part of the definition of the noise.
         noise: `gaussian`, float32 as everybody does it, or `exact`, integer noise for 8-bit images whose certificate
             holds in exact arithmetic too (`core.machine.exact_noise`).
 
     Raises:
-        ConfigError: for a sigma that is not positive.
+        ConfigError: for a sigma that is not positive, fewer than two classes, or a module on another device.
     """
 
     def __init__(
@@ -149,7 +177,7 @@ class SmoothedClassifier(_Smoothed):
         """CERTIFY one image; see `Certificate` for what is promised.
 
         Args:
-            x: ``(C, H, W)``, floating in [0, 1] or uint8.
+            x: ``(C, H, W)``, floating in [0, 1] or uint8, or a PIL image of mode RGB or L.
             num_selection: draws that choose the class (n0).
             num_estimation: fresh draws that bound its probability (n).
             alpha: failure probability, in (0, 1).
@@ -161,9 +189,10 @@ class SmoothedClassifier(_Smoothed):
             rule: when a budget other than `fixed` looks and gives up.
 
         Raises:
-            DataError: for an image of another shape, dtype or range.
+            DataError: for an image of another shape, dtype, mode or range.
             ConfigError: for draws below 1 or an alpha outside (0, 1).
-            ModelError: when the logits have another shape.
+            ModelError: when the logits have another shape, or the network is random or mixes rows ("Your network" in
+                docs/guarantees.md; looked at in the first call).
         """
         ids = None if example_id is None else [example_id]
         return self.certify_many(
@@ -235,7 +264,8 @@ class DualSmoothedClassifier(_Smoothed):
         denoise_estimator: whether the denoiser runs before the estimator too, as published.
 
     Raises:
-        ConfigError: for levels that are not positive and distinct, a sigma_e below them, or a missing expert.
+        ConfigError: for levels that are not positive and distinct, a sigma_e below them, a missing expert, fewer than
+            two classes, or a module on another device.
     """
 
     def __init__(

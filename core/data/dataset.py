@@ -9,6 +9,8 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,6 +22,8 @@ __all__ = ["Dataset", "Split", "as_image"]
 
 Split = Literal["train", "test"]
 _DIGEST_IMAGES = 32
+_MOST_CHANNELS = 4
+"""A last axis this short behind two longer ones holds channels."""
 
 
 @dataclass(frozen=True)
@@ -191,19 +195,31 @@ class Dataset:
         return self.images.read(index, self.example_ids[index])
 
 
-def as_image(image: Tensor | NDArray[np.generic], name: str) -> Tensor:
-    """Check one image and return it as float32 in [0, 1].
+def as_image(image: Tensor | NDArray[np.generic] | PIL.Image.Image, name: str) -> Tensor:
+    """Check one image and return it as float32 in [0, 1] on the CPU.
 
     Args:
-        image: ``(C, H, W)``, uint8 in [0, 255] or floating in [0, 1].
+        image: ``(C, H, W)``, uint8 in [0, 255] or floating in [0, 1]; or a PIL image of mode RGB or L.
         name: what messages call it.
 
     Raises:
-        DataError: for another shape or dtype, a non-finite pixel or one outside the range; names the example.
+        DataError: for another shape (also one that reads as ``(H, W, C)``), dtype or mode, a non-finite pixel or one
+            outside the range; names the example.
     """
-    tensor = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
-    if tensor.ndim != 3:
+    if isinstance(image, PIL.Image.Image):
+        image = _pixels_of(image, name)
+    try:
+        tensor = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+    except TypeError as error:
+        kind = type(image).__name__ if not isinstance(image, np.ndarray) else f"an array of {image.dtype}"
+        raise DataError(f"example {name!r}: expected an image as uint8 or floating pixels, got {kind}") from error
+    if tensor.ndim != 3 or not tensor.numel():
         raise DataError(f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}")
+    if tensor.shape[2] <= _MOST_CHANNELS < min(tensor.shape[:2]):
+        raise DataError(
+            f"example {name!r} has shape {tuple(tensor.shape)}, which reads as (H, W, C); use (C, H, W): "
+            "image.transpose(2, 0, 1) of an array, image.permute(2, 0, 1) of a tensor"
+        )
     if tensor.dtype == torch.uint8:
         return tensor.float().div_(255.0)
     if not tensor.is_floating_point():
@@ -213,7 +229,28 @@ def as_image(image: Tensor | NDArray[np.generic], name: str) -> Tensor:
     low, high = float(tensor.min()), float(tensor.max())
     if low < 0.0 or high > 1.0:
         raise DataError(
-            f"example {name!r}: pixels span [{low:g}, {high:g}], expected [0, 1]; put the normalisation into the "
-            "network: noise levels and radii are in the pixel scale"
+            f"example {name!r}: pixels span [{low!r}, {high!r}], expected [0, 1]; clamp what rounding or resizing left "
+            "outside, and put a normalisation into the network: noise levels and radii are in the pixel scale"
         )
     return tensor.float()
+
+
+def _pixels_of(image: PIL.Image.Image, name: str) -> NDArray[np.uint8]:
+    """uint8 ``(C, H, W)`` of an image whose pixels need no decision.
+
+    Raises:
+        DataError: for other modes than RGB and L (an alpha channel, a palette, more than 8 bits), and for an image that
+            says it lies on its side.
+    """
+    if image.mode not in ("RGB", "L"):
+        raise DataError(
+            f"example {name!r} is a PIL image of mode {image.mode!r}, expected 'RGB' or 'L': convert it, for example "
+            "image.convert('RGB') (which drops an alpha channel and all but 8 bits)"
+        )
+    if (turned := image.getexif().get(PIL.ExifTags.Base.Orientation, 1)) != 1:
+        raise DataError(
+            f"example {name!r} is a PIL image with EXIF orientation {turned}: turn it with "
+            "PIL.ImageOps.exif_transpose, or pass its pixels as stored, np.asarray(image).transpose(2, 0, 1)"
+        )
+    pixels = np.array(image, np.uint8)
+    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]

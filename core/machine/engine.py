@@ -173,11 +173,13 @@ class Engine:
                 has; a source that yields None while `live` is 0 is asked again at once, so it should block then.
 
         Raises:
-            ModelError, ConfigError: from the network, which all tasks share. An error of one task is in its `Finished`.
+            ModelError, ConfigError: from the network, which all tasks share, or about it (`Network.check`). An error of
+                one task is in its `Finished`.
             torch.OutOfMemoryError: when not even one row at a time fits.
         """
         source = iter(tasks)
         exhausted = False
+        self.network.look()
         try:
             while True:
                 while not exhausted and self.live < self.max_live and self._longest_queue() < 2 * self.batch_size:
@@ -191,7 +193,8 @@ class Engine:
                     yield from self._start(task)
                 rows = self._longest_queue()
                 if rows >= self.batch_size or (rows and not self._in_flight):
-                    self._launch(max(self._lanes, key=lambda key: self._lanes[key].rows))
+                    lane = max(self._lanes, key=lambda key: self._lanes[key].rows)
+                    self.network.check(lane, *self._launch(lane), self.micro_batch)
                     while len(self._in_flight) > self._depth:
                         yield from self._harvest()
                 elif self._in_flight:  # a vote that is on its way may bring more rows: better than padding
@@ -245,8 +248,8 @@ class Engine:
         lane.rows += draws.num
 
     @torch.inference_mode()
-    def _launch(self, lane_key: Hashable) -> None:
-        """Fill one batch from a lane, run it and add up its votes."""
+    def _launch(self, lane_key: Hashable) -> tuple[Tensor, Tensor, dict[str, Tensor], int]:
+        """Fill one batch from a lane, run it and add up its votes; returns batch, levels, logits, and rows in use."""
         lane, noisy = self._lanes[lane_key], self._noisy
         assert noisy is not None
         cells = np.zeros(self.batch_size, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0
@@ -271,11 +274,13 @@ class Engine:
         cell_of_row = self._to_device(torch.from_numpy(cells))
         for first, mask in masks:  # on the device: reading the masks here would wait for all that is queued there
             cell_of_row[first : first + len(mask)] *= mask
-        logits = self._logits(lane_key, noisy, self._to_device(torch.from_numpy(sigmas)))
+        levels = self._to_device(torch.from_numpy(sigmas))
+        logits = self._logits(lane_key, noisy, levels)
         for name, values in logits.items():
             cell = self._votes_of(values).add_(cell_of_row).add_(self._head_index[name] * self._width)
             self._votes.view(-1).scatter_add_(0, cell, self._ones)
         self._in_flight.append(self._read_later(completed))
+        return noisy, levels, logits, row
 
     def _votes_of(self, values: Tensor) -> Tensor:
         """The class that each row votes for, int64; the last of `_votes` for rows with non-finite logits."""

@@ -36,7 +36,7 @@ from core.errors import ConfigError, DataError
 from core.machine.noise_key import chunk_key
 from core.records import Phase
 
-__all__ = ["ExactNoise", "ExactTable", "exact_table"]
+__all__ = ["ExactNoise", "ExactTable", "exact_table", "grid_integers"]
 
 BITS = 60
 """Bits of U: as many as leave int64 room to spare."""
@@ -190,7 +190,7 @@ class ExactNoise:
         Raises:
             DataError: for an image that is not on the grid.
         """
-        pixels = _grid_integers(image, example_id)
+        pixels = grid_integers(image, example_id)
         table = exact_table(float(sigma))
         fill = self._fill_on_host if out.device.type == "cpu" else self._fill_on_device
         masks = []
@@ -258,7 +258,7 @@ def _joined(masks: Sequence[Tensor | None], chunk_size: int, out: Tensor) -> Ten
     return joined
 
 
-def _grid_integers(image: Tensor, example_id: str) -> Tensor:
+def grid_integers(image: Tensor, example_id: str) -> Tensor:
     """255 times the image, as integers in float32.
 
     Raises:

@@ -1,15 +1,18 @@
 """What the engine runs: one denoiser (or none) and the heads that vote on its output."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from core.errors import ConfigError, ModelError
-from core.records import Draws
+from core.errors import ConfigError
+from core.machine.row_check import FEW, check_rows
+from core.machine.user_modules import evaluating, input_dtype, only_tensor, submodules, takes_any_batch
+from core.records import ESTIMATOR, Draws
 
 __all__ = ["Compile", "Denoiser", "Forward", "Head", "Module", "Network", "Precision", "set_tf32"]
 
@@ -19,11 +22,12 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Compile = bool | Literal["graphs"]
 """Whether and how networks are compiled; see `Forward`."""
 
-Module = Callable[[Tensor], Tensor]
-"""A torch module or function: ``(B, C, H, W)`` float32, pixel scale [0, 1] -> logits ``(B, num_outputs)``."""
+Module = Callable[[Tensor], Any]
+"""A torch module or function: ``(B, C, H, W)``, pixel scale [0, 1] -> logits ``(B, num_outputs)``, or what holds them
+(`core.machine.user_modules.only_tensor`). What is required of it: "Your network" in docs/guarantees.md."""
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""``(B, C, H, W)`` noisy images and ``(B,)`` noise levels -> denoised ``(B, C, H, W)``, pixel scale [0, 1]."""
+Denoiser = Callable[[Tensor, Tensor], Any]
+"""``(B, C, H, W)`` noisy images and ``(B,)`` float32 noise levels -> denoised ``(B, C, H, W)``, pixel scale [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ class Forward:
     compile: Compile = False
 
 
+_DENOISER = "denoiser"
+_AS_THEY_ARE = (torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+"""Types of logits that are compared as they are; half precision and bool are made float32."""
 _HALF: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,14 +82,17 @@ class Lane:
 
 
 class Network:
-    """Denoiser and heads on one device.
+    """Denoiser and heads on one device, each called in evaluation mode on images of its own.
 
     Args:
         heads: voters by name.
         denoiser: runs before every head; None for networks that take the noisy image itself.
-        device: where everything is moved to; modules are put in evaluation mode.
+        device: where torch modules are moved to, as by their own `to`; functions are not.
         forward: precision, memory order and compilation. On CUDA each call sets the process's TF32 switches to what
             this says, and leaves them so.
+
+    Raises:
+        ConfigError: for a head of fewer than two outputs (the estimator: fewer than one), or what cannot be called.
     """
 
     def __init__(
@@ -97,17 +107,30 @@ class Network:
         self.device = torch.device(device)
         self.forward = forward or Forward()
         self.rows: Counter[str] = Counter()
-        """Rows sent through the denoiser and through each head so far, padding included."""
-        modules: list[Any] = [denoiser]
-        for head in self.heads.values():
-            modules.extend(head.module.values() if isinstance(head.module, Mapping) else [head.module])
-        for module in modules:
-            if isinstance(module, nn.Module):
-                module.to(self.device).eval()
+        """Rows sent through the denoiser and through each head so far, padding included, without those of `check`."""
+        self._calls = dict(_named_calls(self.heads, denoiser))
+        for (name, _), call in self._calls.items():
+            if not callable(call):
+                raise ConfigError(f"the {name} is a {type(call).__name__}, expected a torch module or a function")
+            if isinstance(call, nn.Module):
+                call.to(self.device)
                 if self.forward.channels_last:
-                    module.to(memory_format=torch.channels_last)
-        self._compiled: dict[int, Callable[..., Tensor]] = {}
+                    call.to(memory_format=torch.channels_last)
+        for name, head in self.heads.items():
+            _check_width(name, head.num_outputs)
+        self._checked: set[tuple[str, float | None]] = set()
+        self._compiled: dict[int, Callable[..., Any]] = {}
         """Compiled modules by the id of the original, which `heads` and `denoiser` keep alive."""
+        self.look()
+
+    def look(self) -> None:
+        """Find anew the torch modules inside the networks, and the types that these take.
+
+        A function's own may have been replaced since. Those that cannot be seen (`user_modules.submodules`) keep
+        their mode; if that is training mode, `check` refuses what they do.
+        """
+        self._modules = submodules(*self._calls.values())
+        self._dtypes = {id(call): input_dtype(call) for call in self._calls.values()}
 
     def lane(self, draws: Draws) -> Hashable:
         """The lane of a request.
@@ -140,44 +163,93 @@ class Network:
             ``(B, num_outputs)`` by head, never of half precision.
 
         Raises:
-            ModelError: when a head's output is not ``(B, num_outputs)``.
+            ModelError: when a network's output has another shape than it must have.
             ConfigError: when torch.compile cannot compile a network (`compute.compile`).
         """
         assert isinstance(lane, Lane)
+        outputs = self._outputs(lane, noisy, sigma)
+        self.rows.update(dict.fromkeys(outputs, len(noisy)))
+        outputs.pop(_DENOISER, None)
+        return outputs
+
+    @torch.inference_mode()
+    def check(
+        self, lane: Hashable, noisy: Tensor, sigma: Tensor, logits: Mapping[str, Tensor], num: int, shape: int
+    ) -> None:
+        """Once for each network, on the first batch that it votes on: is it a function of each row alone?
+
+        Takes two passes of a few rows, or of `shape` rows where a network may know no other shape.
+
+        Args:
+            lane: of the batch.
+            noisy: ``(B, C, H, W)``.
+            sigma: ``(B,)``.
+            logits: what this network returned for them.
+            num: of the rows hold noisy images; the others are padding.
+            shape: rows of a pass.
+
+        Raises:
+            ModelError: for a network that is random, or whose votes for a row depend on other rows.
+        """
+        assert isinstance(lane, Lane)
+        asked = {(name, self._expert(name, lane)) for name in lane.heads}
+        if asked <= self._checked:
+            return
+        keys = asked | {(_DENOISER, None)}
+        if not self.forward.compile and all(takes_any_batch(call) for key, call in self._calls.items() if key in keys):
+            shape = min(shape, FEW)
+        if whole := shape >= len(noisy):
+            rows = torch.arange(len(noisy), device=noisy.device)
+        else:
+            rows, num = torch.linspace(0, num - 1, shape, device=noisy.device).long(), shape
+        votes = {name: values[rows] for name, values in logits.items()}
+        check_rows(
+            lambda images, levels: self._outputs(lane, images, levels),
+            noisy[rows],
+            sigma[rows],
+            num,
+            votes,
+            same_batch=whole,
+        )
+        self._checked |= asked
+
+    def _outputs(self, lane: Lane, noisy: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """Denoised images, where there are any, and the logits of each head of the lane."""
         if self.device.type == "cuda":
             set_tf32(self.forward.precision == "tf32")
             if self.forward.compile == "graphs":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         half = _HALF.get(self.forward.precision)
         # Switched off too where it is not wanted: what is recorded is what was run, whatever surrounds the call.
-        with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
-            return self._logits(lane, noisy, sigma)
+        with evaluating(self._modules), torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+            if self.forward.channels_last:
+                noisy = noisy.contiguous(memory_format=torch.channels_last)
+            outputs, images = {}, noisy
+            if self.denoiser is not None and any(self.heads[name].denoise for name in lane.heads):
+                shape = tuple(noisy.shape)
+                denoised = self._ask(_DENOISER, self.denoiser, "sample", shape, noisy, sigma.clone())
+                outputs[_DENOISER] = images = denoised.to(self.device, torch.float32)
+            for name in lane.heads:
+                head, call = self.heads[name], self._calls[name, self._expert(name, lane)]
+                shape = (len(noisy), head.num_outputs)
+                found = self._ask(name, call, "logits", shape, images if head.denoise else noisy)
+                # A copy: the next pass may overwrite what this one has returned, as CUDA graphs do.
+                dtype = found.dtype if found.dtype in _AS_THEY_ARE else torch.float32
+                outputs[name] = found.to(self.device, dtype, copy=True)
+        return outputs
 
-    def _logits(self, lane: Lane, noisy: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        if self.forward.channels_last:
-            noisy = noisy.contiguous(memory_format=torch.channels_last)
-        denoised = noisy
-        if self.denoiser is not None and any(self.heads[name].denoise for name in lane.heads):
-            denoised = self._runner("denoiser", self.denoiser)(noisy, sigma)
-            self.rows["denoiser"] += len(noisy)
-        logits = {}
-        for name in lane.heads:
-            head = self.heads[name]
-            module = head.module[lane.expert_sigma] if isinstance(head.module, Mapping) else head.module  # type: ignore[index]
-            output = self._runner(name, module)(denoised if head.denoise else noisy)
-            self.rows[name] += len(noisy)
-            if output.shape != (len(noisy), head.num_outputs):
-                raise ModelError(
-                    f"the {name} returned logits of shape {tuple(output.shape)} for a batch of {len(noisy)}; "
-                    f"expected ({len(noisy)}, {head.num_outputs}): check its number of classes"
-                )
-            if self.forward.compile == "graphs":
-                output = output.clone()  # the next pass overwrites what a CUDA graph has returned
-            logits[name] = output.float() if output.dtype in _HALF.values() else output
-        return logits
+    def _ask(
+        self, name: str, call: Callable[..., Any], key: str, shape: tuple[int, ...], images: Tensor, *more: Tensor
+    ) -> Tensor:
+        """The output of one network, of the expected shape, for a copy of the images: it may write into them."""
+        given = images.to(self._dtypes[id(call)], copy=True)
+        return only_tensor(self._runner(name, call)(given, *more), name, key, shape)
 
-    def _runner(self, name: str, module: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The module itself, or its compiled form."""
+    def _expert(self, name: str, lane: Lane) -> float | None:
+        return lane.expert_sigma if isinstance(self.heads[name].module, Mapping) else None
+
+    def _runner(self, name: str, module: Callable[..., Any]) -> Callable[..., Any]:
+        """The network itself, or its compiled form."""
         if not self.forward.compile:
             return module
         if id(module) not in self._compiled:
@@ -185,11 +257,32 @@ class Network:
         return self._compiled[id(module)]
 
 
-def _compile(name: str, module: Callable[..., Tensor], *, graphs: bool) -> Callable[..., Tensor]:
+def _named_calls(
+    heads: Mapping[str, Head], denoiser: Denoiser | None
+) -> Iterator[tuple[tuple[str, float | None], Any]]:
+    """Every network by its name and, for experts, noise level."""
+    if denoiser is not None:
+        yield (_DENOISER, None), denoiser
+    for name, head in heads.items():
+        pool = head.module if isinstance(head.module, Mapping) else {None: head.module}
+        for sigma, module in pool.items():
+            yield (name, sigma), module
+
+
+def _check_width(name: str, num_outputs: object) -> None:
+    least = 1 if name == ESTIMATOR else 2  # a single candidate sigma is a choice of one; a single class is no vote
+    if not isinstance(num_outputs, Integral) or isinstance(num_outputs, bool) or num_outputs < least:
+        raise ConfigError(
+            f"the {name} has {num_outputs!r} classes, expected at least {least}: the only class would win every vote; "
+            "of a network with one logit z make two, torch.cat([-z, z], dim=1)"
+        )
+
+
+def _compile(name: str, module: Callable[..., Any], *, graphs: bool) -> Callable[..., Any]:
     """torch.compile whose failure is an error: without `fullgraph` it would run parts, or all, uncompiled."""
     compiled = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead" if graphs else None)
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Any:
         try:
             return compiled(*inputs)
         except Exception as error:

@@ -217,6 +217,8 @@ def _check_split(directory: RunDirectory, split: Split, found: Found) -> Dataset
     data = directory.data(split)
     if not len(data):
         raise DataError(f"dataset.{split}: the {split} split of {data.name} is empty; look at its part and its path")
+    if data.num_classes < 2:
+        raise DataError(f"dataset.{split}: {data.name} has one class, expected two or more; name all in class_file")
     broken: list[DataError] = []
     places = sorted({0, len(data) // 2, len(data) - 1})
     for index in places:

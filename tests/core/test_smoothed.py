@@ -1,6 +1,7 @@
 """Certificates of the public classes against closed forms (half-space, ball, router with two experts)."""
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from scipy import special, stats
@@ -147,6 +148,27 @@ def test_certify_bad_image_names_the_example(image: torch.Tensor, message: str) 
         g.certify_many([torch.zeros(1, 4, 4), image], num_estimation=10)
 
 
+def test_certify_many_images_of_two_shapes_name_the_one_by_its_place_or_its_id() -> None:
+    g = SmoothedClassifier(HalfSpace(axis(16, 0), 0.5), 2, 0.5)
+    images = [torch.zeros(1, 4, 4), torch.zeros(1, 2, 8)]
+    with pytest.raises(DataError, match=r"example 'image 1' has shape \(1, 2, 8\), 'image 0' has \(1, 4, 4\)"):
+        g.certify_many(images, num_estimation=10)
+    with pytest.raises(DataError, match="example 'cat' has shape"):
+        g.certify_many(images, num_estimation=10, example_ids=["dog", "cat"])
+
+
+def test_certify_takes_pil_images_and_images_that_want_a_gradient() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    g = SmoothedClassifier(HalfSpace(axis(48, 0), 0.5), 2, 0.5)
+    expected = g.certify(pixels.transpose(2, 0, 1), num_estimation=100)
+    assert g.certify(PIL.Image.fromarray(pixels), num_estimation=100) == expected
+    assert g.certify_many([PIL.Image.fromarray(pixels)], num_estimation=100) == [expected]
+    with pytest.raises(DataError, match=r"got one PIL image, expected a sequence of images: pass \[image\]"):
+        g.certify_many(PIL.Image.fromarray(pixels))  # type: ignore[arg-type]
+    wants = (torch.from_numpy(pixels.transpose(2, 0, 1).copy()) / 255).requires_grad_()
+    assert g.certify(wants, num_estimation=100) == expected
+
+
 def test_constructors_bad_noise_levels_raise() -> None:
     plane = HalfSpace(axis(16, 0), 0.5)
     with pytest.raises(ConfigError, match="positive"):
@@ -199,8 +221,8 @@ def test_certify_exact_noise_is_sound_and_wants_eight_bit_images() -> None:
     assert exact.prediction == 1
     assert 0.2 < exact.radius <= plane.margin(image) + 0.5 / 255
     assert exact != SmoothedClassifier(plane, 2, 0.5).certify(image, num_estimation=2000)
-    with pytest.raises(DataError, match="8-bit"):
-        g.certify(torch.full((1, 4, 4), 0.7123), num_estimation=2000)
+    with pytest.raises(DataError, match="example 'image 1': exact noise needs pixels that are multiples of 1/255"):
+        g.certify_many([image, torch.full((1, 4, 4), 0.7123)], num_estimation=2000)
     with pytest.raises(ConfigError, match="noise must be one of"):
         SmoothedClassifier(plane, 2, 0.5, noise="loud")  # type: ignore[arg-type]
 

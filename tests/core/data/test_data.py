@@ -1,11 +1,14 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
 from core.config import Config, DatasetConfig, SplitConfig, load_config, parse_config
-from core.data import Dataset, load_dataset
+from core.data import Dataset, as_image, load_dataset
 from core.errors import ConfigError, DataError
 
 
@@ -157,3 +160,63 @@ def test_identity_does_not_know_where_data_lie_but_which_part_is_taken() -> None
     for other in (config(path="/a", test={"every": 20}), config(path="/a", train={"share": 0.5})):
         assert other.fingerprint() != base.fingerprint()
         assert other.identity() != base.identity()
+
+
+def colours(height: int = 5, width: int = 7) -> Any:
+    """uint8 ``(H, W, 3)``."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_as_image_of_a_pil_image_is_its_pixels_channels_first() -> None:
+    pixels = colours()
+    image = as_image(PIL.Image.fromarray(pixels), "a")
+    assert image.shape == (3, 5, 7)
+    assert all(
+        image[c, y, x] == np.float32(pixels[y, x, c]) / 255 for c in range(3) for y in range(5) for x in range(7)
+    )
+    assert torch.equal(as_image(pixels.transpose(2, 0, 1), "a"), image)
+    grey = PIL.Image.fromarray(pixels[:, :, 0])
+    assert torch.equal(as_image(grey, "a"), image[:1])
+
+
+def test_as_image_is_on_the_cpu_and_wants_no_gradient() -> None:
+    image = as_image(torch.full((1, 2, 2), 0.5, requires_grad=True) * 1.0, "a")
+    assert not image.requires_grad
+    assert image.numpy().dtype == np.float32
+    assert as_image(np.full((1, 2, 2), 0.5, np.float16), "a").dtype == torch.float32
+    assert as_image(torch.zeros(2, 4, 4), "a").shape == (2, 4, 4)  # axes too short to tell: as documented
+    assert as_image(torch.zeros(30, 1, 1), "a").shape == (30, 1, 1)
+
+
+def turned() -> PIL.Image.Image:
+    image = PIL.Image.fromarray(colours())
+    image.getexif()[0x0112] = 6
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (colours(), r"has shape \(5, 7, 3\), which reads as \(H, W, C\); use \(C, H, W\)"),
+        (torch.zeros(28, 28, 1), r"has shape \(28, 28, 1\), which reads as \(H, W, C\)"),
+        (np.zeros((64, 48, 4), np.float32), r"use \(C, H, W\)"),
+        (np.zeros((64, 48), np.uint8), r"expected one image \(C, H, W\), got shape \(64, 48\)"),
+        (np.zeros((3, 0, 4)), r"got shape \(3, 0, 4\)"),
+        (PIL.Image.new("RGBA", (4, 4)), "mode 'RGBA', expected 'RGB' or 'L'"),
+        (PIL.Image.new("P", (4, 4)), "mode 'P'"),
+        (PIL.Image.new("I;16", (4, 4)), "mode 'I;16'"),
+        (PIL.Image.new("1", (4, 4)), "mode '1'"),
+        (turned(), "EXIF orientation 6"),
+        (np.zeros((1, 4, 4), np.uint16), "expected uint8 or floating pixels, got torch.uint16"),
+        (np.zeros((1, 4, 4), bool), "got torch.bool"),
+        (np.zeros((1, 4, 4), object), "got an array of object"),
+        ("cat.png", "got str"),
+        (None, "got NoneType"),
+        (np.full((1, 4, 4), 1 + 2e-7), r"pixels span \[1\.0000002, 1\.0000002\], expected \[0, 1\]; clamp"),
+        (torch.full((1, 4, 4), -1e-9), r"pixels span \[-9\.99999\d*e-10, "),
+    ],
+)
+def test_as_image_what_cannot_be_told_is_refused_in_a_line_that_names_it(image: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"example 'image 1'.*{message}") as caught:
+        as_image(image, "image 1")
+    assert "\n" not in str(caught.value)

@@ -109,10 +109,10 @@ def test_cuda_tf32_rounds_and_float32_does_not_whatever_was_set_before() -> None
 def test_cuda_forward_passes_are_queued_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Engine._launch
 
-    def launch(self: Engine, lane: Any) -> None:
+    def launch(self: Engine, lane: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")  # raises where PyTorch waits for the stream
         try:
-            real(self, lane)
+            return real(self, lane)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

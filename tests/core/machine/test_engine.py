@@ -136,7 +136,8 @@ def test_run_experts_get_the_rows_of_their_sigma() -> None:
     engine = Engine(network, GaussianNoise(0), batch_size=50)
     results = {f.key: f.result for f in engine.run(tasks(4))}
     assert all(result.prediction == (0 if sigma == 0.25 else 1) for (_, sigma), result in results.items())
-    assert seen[0.25] == seen[0.5] == 4 * 350
+    assert seen[0.25] == seen[0.5] == 4 * 350 + 50, "one pass more, of the check"
+    assert network.rows == {CLASSIFIER: 2 * 4 * 350}
     with pytest.raises(ConfigError, match=r"no classifier expert for sigma=0\.7"):
         list(engine.run([Task(0, "a", images(1)[0], certify(0.7, SAMPLING))]))
 
