@@ -155,7 +155,13 @@ DDPM_CIFAR10 = {
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
 """config.json of google/ddpm-cifar10-32."""
-LINEAR = {"beta_schedule": "linear", "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02}
+LINEAR = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+}
 SIGMAS = torch.tensor([0.12, 0.25, 0.5, 1.0])
 
 
@@ -195,7 +201,7 @@ def test_forward_gives_the_network_rescaled_timesteps_in_floating_point(rescale:
 def test_forward_of_a_converted_network_is_the_published_formula(tmp_path: Path) -> None:
     network = randomised(replace(CIFAR, width=32, multipliers=(1, 2), blocks=1, attention_at=(2,)))
     torch.save(network.state_dict(), tmp_path / "net.pt")
-    denoiser = load_denoiser(str(tmp_path / "net.pt"), head_dim=16)
+    denoiser = load_denoiser(str(tmp_path / "net.pt"), head_dim=16, schedule="cosine-4000")
     torch.manual_seed(1)
     noisy = torch.rand(4, 3, 16, 16) + SIGMAS.view(-1, 1, 1, 1) * torch.randn(4, 3, 16, 16)
     with torch.inference_mode():
@@ -372,9 +378,11 @@ def test_load_denoiser_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds the bare weights of a diffusers model: give the folder"):
         load_denoiser(file)
     scheduler.unlink()
-    with pytest.raises(ModelError, match=r"no scheduler_config\.json, so its noise schedule is unknown: add"):
+    with pytest.raises(
+        ModelError, match=r"no scheduler_config\.json, so its noise schedule is unknown: give denoiser_schedule"
+    ):
         load_denoiser(folder)
-    assert load_denoiser(folder, schedule="cosine").num_steps == 4000
+    assert load_denoiser(folder, schedule="cosine-4000").num_steps == 4000
     scheduler.write_text(json.dumps(LINEAR))
     good = json.loads(config.read_text())
     for change, message in (

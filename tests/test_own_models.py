@@ -33,8 +33,11 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
+LABELS = "label_map: [0,1,2,3,4,5,6,7,8,11]"
+
+
 def own(models: Path, *overrides: str) -> RunDirectory:
-    classifier = f"{{arch: resnet110, checkpoint: {models / 'resnet.pt'}, label_map: [0,1,2,3,4,5,6,7,8,11]}}"
+    classifier = f"{{arch: resnet110, checkpoint: {models / 'resnet.pt'}, mean: [0.3], std: [0.7], {LABELS}}}"
     given = [f"base.denoiser={models / 'denoiser'}", f"base.classifier={classifier}", "dataset.test_size=50"]
     return RunDirectory(models / "run", parse_config(PLAIN, [*given, *overrides]))
 
@@ -67,7 +70,7 @@ def test_train_estimator_backbone_takes_a_checkpoint_with_another_head(
         return values
 
     monkeypatch.setattr("distributed.labels.training_radii", radii)
-    backbone = f"estimator.backbone={{arch: resnet110, checkpoint: {models / 'resnet.pt'}}}"
+    backbone = f"estimator.backbone={{arch: resnet110, checkpoint: {models / 'resnet.pt'}, mean: [0.5], std: [0.5]}}"
     directory = own(models, backbone, "estimator.epochs=1", "estimator.lr=0.00001")
     train_base.run(directory)
     train_estimator.run(directory)
