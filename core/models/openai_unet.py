@@ -221,8 +221,8 @@ def _unseen(
         raise ModelError(
             f"{source} is none of the published networks ({published}), and no state dict says its attention heads and "
             "its noise schedule: give denoiser_head_dim (--head-dim: num_head_channels, or "
-            f"{' and '.join(map(str, widths))} / num_heads) and denoiser_schedule (--schedule: noise_schedule-diffusion_steps, "
-            "for example linear-1000 or cosine-4000)"
+            f"{' and '.join(map(str, widths))} / num_heads) and denoiser_schedule (--schedule: noise_schedule and "
+            "diffusion_steps, linear-1000 or cosine-4000 for example)"
         )
     if any(width % head_dim for width in widths):
         raise ModelError(f"{source} attends at widths {widths}, which heads of {head_dim} do not divide")
