@@ -435,7 +435,7 @@ def test_load_denoiser_says_where_its_schedule_is_from(tmp_path: Path) -> None:
     ):
         for source in ("d", "own.safetensors"):
             with pytest.raises(ConfigError, match=message):
-                load_denoiser(tmp_path / source, **given)  # type: ignore[arg-type]
+                load_denoiser(tmp_path / source, **given)
     (tmp_path / "d" / "scheduler_config.json").unlink()
     given_it = load_denoiser(tmp_path / "d", schedule="linear-500")
     assert (given_it.num_steps, given_it.rescale_timesteps) == (500, False)
@@ -456,8 +456,8 @@ def test_load_denoiser_folders_with_two_networks_or_a_latent_space_are_refused(t
     config = json.loads((tmp_path / "unet_ema" / "config.json").read_text())
     (tmp_path / "unet_ema" / "config.json").write_text(json.dumps({**config, "decay": 0.999, "optimization_step": 7}))
     assert same(denoiser, load_denoiser(tmp_path / "unet_ema"))
-    (tmp_path / "vqvae").mkdir()
-    with pytest.raises(ModelError, match=r"is a latent diffusion model \(it has vqvae/\)"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"], "vqvae": ["x", "y"]}))
+    with pytest.raises(ModelError, match=r"is a latent diffusion model \(it has a vqvae\)"):
         load_denoiser(tmp_path)
 
 

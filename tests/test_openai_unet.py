@@ -29,7 +29,9 @@ def difference(shape: Shape, size: int, head_dim: int | None, seed: int = 0) -> 
     """Largest difference of the converted network from the original at mixed, fractional timesteps; the scale."""
     network = randomised(shape, seed)
     num_original = sum(parameter.numel() for parameter in network.parameters())
-    converted = convert_openai_unet(network.state_dict(), head_dim=head_dim, schedule=head_dim and "linear-1000")
+    converted = convert_openai_unet(
+        network.state_dict(), head_dim=head_dim, schedule="linear-1000" if head_dim else None
+    )
     denoiser = assemble_denoiser(converted.config, converted.weights, converted.schedule_arguments, "x")
     assert sum(parameter.numel() for parameter in denoiser.parameters()) == num_original
     generator = torch.Generator().manual_seed(seed)
@@ -122,7 +124,7 @@ def test_convert_what_a_state_dict_does_not_say_is_asked_for() -> None:
         state = state_on_meta(shape)
         for given in ({}, {"head_dim": 16}, {"schedule": "linear-1000"}):
             with pytest.raises(ModelError, match=said):
-                convert_openai_unet(state, **given)  # type: ignore[arg-type]
+                convert_openai_unet(state, **given)
     with pytest.raises(ModelError, match="is none of the published"):
         convert_openai_unet(state_on_meta(SMALL_IMAGENET))
     with pytest.raises(ModelError, match="which heads of 48 do not divide"):

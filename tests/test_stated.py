@@ -200,6 +200,8 @@ def test_by_transformers_normalises_as_image_processors_do(says: dict[str, Any])
         mean, std = (np.broadcast_to(says[key], 3)[:, None, None] for key in ("image_mean", "image_std"))
         expected = (expected - mean) / std
     found = by_transformers(says, "x")
+    assert found.mean is not None
+    assert found.std is not None
     ours = (pixels / 255 - np.broadcast_to(found.mean, 3)[:, None, None]) / np.broadcast_to(found.std, 3)[:, None, None]
     assert np.allclose(ours, expected, rtol=1e-12)
 
@@ -355,6 +357,12 @@ def test_build_classifier_takes_outputs_by_name(net: nn.Module, tmp_path: Path) 
         model = built(tmp_path / "c.pt", "abcd")
         assert model.taken["labels"] == "by name (the file), outputs [3, 0, 1, 2]"
         assert model.taken["mean"] == "[0.1, 0.1, 0.1] (the file)"
+
+
+def test_build_classifier_one_of_mean_and_std_is_not_half_of_them(net: nn.Module, tmp_path: Path) -> None:
+    torch.save({"state_dict": net.state_dict(), "mean": [0.1]}, tmp_path / "c.pt")
+    with pytest.raises(ModelError, match=r"does not say how its pixels are normalised \(it has mean alone\)"):
+        built(tmp_path / "c.pt")
 
 
 def test_build_classifier_timms_own_weights_answer_in_imagenets_order(monkeypatch: pytest.MonkeyPatch) -> None:

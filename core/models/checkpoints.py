@@ -204,11 +204,10 @@ def assemble_denoiser(
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]
+    files = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]
+    wanted = [*files, *(f"unet/{file}" for file in files), "scheduler/scheduler_config.json", "model_index.json"]
     try:
-        folder = snapshot_download(
-            name, allow_patterns=[*wanted, *(f"unet/{file}" for file in wanted), "scheduler/scheduler_config.json"]
-        )
+        folder = snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # of the hub, of its HTTP library, of the system
         raise ModelError(
             f"{name!r} is no path here, and as a model of the Hugging Face hub it cannot be fetched "

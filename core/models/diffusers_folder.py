@@ -56,10 +56,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     Raises:
         ModelError: for a missing or unreadable file, another kind of model, or a schedule that is not covered.
     """
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     for name in ("vae", "vqvae"):
-        if (folder / name).is_dir():
+        if name in index or (folder / name).is_dir():
             raise ModelError(
-                f"{str(folder)!r} is a latent diffusion model (it has {name}/), which does not denoise pixels: use "
+                f"{str(folder)!r} is a latent diffusion model (it has a {name}), which does not denoise pixels: use "
                 "another denoiser"
             )
     if (folder / "unet").is_dir() and (folder / "unet_ema").is_dir():

@@ -60,7 +60,7 @@ def agreed(statements: Mapping[str, Stated], given: Stated, source: str) -> tupl
             if value is None or value == {} or whence.get(name) == "the configuration":
                 continue
             if name in names and found.get(name, value) != value:
-                raise ModelError(f"{source}: {whence[name]} and {where} contradict each other about {name}: drop one")
+                raise ModelError(f"{source}: {whence[name]} and {where} contradict each other about {name}: mend one")
             found[name] = value
             whence.setdefault(name, where)
     return Stated(**found), whence
@@ -110,11 +110,11 @@ def by_timm(config: Mapping[str, Any], arch: str, source: str) -> Stated:
     if named != arch.partition(".")[0]:
         raise ModelError(f"{source}: architecture is {named!r}, arch is {arch!r}: name the one of the checkpoint")
     shapes = ("img_size", "in_chans", "num_classes")
-    built = {key: value for key, value in config.get("model_args", {}).items() if key not in shapes}
+    built = {key: value for key, value in (config.get("model_args") or {}).items() if key not in shapes}
     if built:
         raise ModelError(f"{source}: the network was built with model_args {built}, which is not covered: use the API")
     said = config.get("pretrained_cfg") or (config if "architecture" in config else {})
-    mean, std = (_numbers(said[key], key, source) if said.get(key) is not None else None for key in ("mean", "std"))
+    mean, std, unsaid = _pair(said, source)
     size = said.get("input_size")
     geometry = {key: said[key] for key in _GEOMETRY if key in said}
     labels = config.get("label_names") or said.get("label_names") or said.get("labels")
@@ -124,6 +124,7 @@ def by_timm(config: Mapping[str, Any], arch: str, source: str) -> Stated:
         None if size is None else _side(list(size)[-2:], "input_size", source),
         None if labels is None else _names("label_names", labels, source),
         geometry,
+        unsaid,
     )
 
 
@@ -133,13 +134,13 @@ def beside_weights(beside: Mapping[str, Any], source: str) -> Stated:
     Raises:
         ModelError: for numbers or names that are none.
     """
-    mean, std = (_numbers(beside[key], key, source) if beside.get(key) is not None else None for key in ("mean", "std"))
+    mean, std, unsaid = _pair(beside, source)
     given = [key for key in _LABELS if isinstance(beside.get(key), Mapping | list | tuple) and beside[key]]
     labels = _names(given[0], beside[given[0]], source) if given else None
     if labels and all(name == f"LABEL_{index}" for index, name in enumerate(labels)):  # transformers' own numbers
         labels = None
     size = _side(beside["image_size"], "image_size", source) if "image_size" in beside else None
-    return Stated(mean, std, size, labels)
+    return Stated(mean, std, size, labels, unsaid=unsaid)
 
 
 def in_buffers(weights: Mapping[str, Tensor], source: str) -> tuple[Stated, dict[str, Tensor]]:
@@ -189,6 +190,17 @@ def label_map_of(labels: Sequence[str], classes: Sequence[str], source: str) -> 
                 "class of the data set is"
             )
     return tuple(named.index(plain) for plain in wanted)
+
+
+def _pair(
+    said: Mapping[str, Any], source: str
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, str | None]:
+    """Both numbers, or why one of them alone says nothing."""
+    there = [key for key in ("mean", "std") if said.get(key) is not None]
+    if len(there) == 1:
+        return None, None, f"it has {there[0]} alone"
+    mean, std = (_numbers(said[key], key, source) for key in there) if there else (None, None)
+    return mean, std, None
 
 
 def _plain(name: str) -> str:
