@@ -230,6 +230,8 @@ def test_by_transformers_size_is_that_of_what_the_network_gets(says: dict[str, A
         ({"size": {"height": 32, "width": 48}, "do_normalize": False}, "expected a square"),
         ({"rescale_factor": 0, "do_normalize": False}, "rescale_factor is 0, expected a positive number"),
         ({"auto_map": {"AutoImageProcessor": "code.Mine"}}, "names code of its own in 'auto_map', which is never run"),
+        ({"image_mean": 0.5, "image_std": [0.5, 0.0, 0.5]}, r"std is 0 in the pixel scale \[0, 1\]"),
+        ({"image_mean": 130.0, "image_std": 60.0}, r"mean is 130 in the pixel scale"),
         ({"image_std": [0.5] * 3}, r"not say how its pixels are normalised \(it has no image_mean and image_std\)"),
     ],
 )
@@ -259,13 +261,15 @@ def test_build_classifier_obeys_a_folder_and_states_it(net: nn.Module, tmp_path:
     }
     given = built(path, mean=[0.1], std=[0.2], input_size=48)
     assert (given.spec["mean"], given.spec["std"], given.input_size) == ([0.1] * 3, [0.2] * 3, 48)
-    other = {"architecture": ARCH, "pretrained_cfg": {"mean": [0.5] * 3}}
+    other = {"architecture": ARCH, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     folder(path, net, config=other)
     with pytest.raises(
         ModelError, match=r"config\.json and preprocessor_config\.json contradict each other about mean"
     ):
         built(path)
     assert built(path, mean=[0.1], std=[0.2]).spec["mean"] == [0.1] * 3
+    folder(path, net, preprocessor_config={"image_mean": 0.5, "image_std": 0.5})
+    assert built(path).spec["mean"] == [0.5] * 3  # the same number, for all channels and for each
 
 
 def test_by_timm_obeys_config_json_and_refuses_another_network(net: nn.Module, tmp_path: Path) -> None:

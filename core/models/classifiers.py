@@ -5,6 +5,7 @@ timm's, of transformers' ViT or of the original repositories, or untrained.
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -223,11 +224,12 @@ def _network(arch: str, num_outputs: int, channels: int, pretrained: bool) -> nn
 
 
 def _check_pixel_scale(spec: Mapping[str, Any], config: ClassifierConfig) -> None:
-    wrong = [mean for mean in spec["mean"] if not 0 <= mean <= 1]
+    wrong = [f"mean is {mean:g}" for mean in spec["mean"] if not 0 <= mean <= 1]
+    wrong += [f"std is {std:g}" for std in spec["std"] if not 0 < std < math.inf]
     if wrong:
         raise ModelError(
-            f"{config.checkpoint or config.arch!r}: mean is {wrong[0]:g} in the pixel scale [0, 1]: give mean and std "
-            "in that scale (those of 0..255 divided by 255)"
+            f"{config.checkpoint or config.arch!r}: {wrong[0]} in the pixel scale [0, 1]: give mean and std in that "
+            "scale (those of 0..255 divided by 255)"
         )
 
 

@@ -16,7 +16,7 @@ _STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_conve
 """Of an image processor of transformers; all others would change the pixels in a way of their own."""
 _GEOMETRY = ("do_resize", "size", "do_center_crop", "crop_size", "crop_pct", "crop_mode", "resample", "interpolation")
 _BUFFERS = {"mean": "std", "_mean": "_std", "mu": "sigma", "new_mean": "new_std", "pixel_mean": "pixel_std"}
-_LABELS = ("label_names", "class_names", "classes", "labels", "id2label", "idx_to_class", "label2id", "class_to_idx")
+_LABELS = ("label_names", "class_names", "classes", "id2label", "idx_to_class", "label2id", "class_to_idx")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def agreed(statements: Mapping[str, Stated], given: Stated, source: str) -> tupl
             value = getattr(stated, name)
             if value is None or value == {} or whence.get(name) == "the configuration":
                 continue
-            if name in names and found.get(name, value) != value:
+            if name in names and _wide(found.get(name, value)) != _wide(value):
                 raise ModelError(f"{source}: {whence[name]} and {where} contradict each other about {name}: mend one")
             found[name] = value
             whence.setdefault(name, where)
@@ -190,6 +190,11 @@ def label_map_of(labels: Sequence[str], classes: Sequence[str], source: str) -> 
                 "class of the data set is"
             )
     return tuple(named.index(plain) for plain in wanted)
+
+
+def _wide(value: Any) -> Any:
+    """A number for all channels as one for each, so that the two are equal."""
+    return value * 3 if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def _pair(
