@@ -3,16 +3,11 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from core.errors import ConfigError
 from jobs._cli import EXIT_CODES, run_job
 
 SIGMAS = (0.25, 1.0)
-SCHEDULES: dict[str, dict[str, Any]] = {
-    "linear-1000": {"schedule": "linear", "num_steps": 1000},
-    "cosine-4000": {"schedule": "cosine", "num_steps": 4000},
-}
 
 
 def run(source: Path, target: Path, head_dim: int | None, schedule: str | None) -> None:
@@ -29,9 +24,8 @@ def run(source: Path, target: Path, head_dim: int | None, schedule: str | None) 
     name = repr(str(source))
     state = read_weights(source)
     num_keys, num_original = len(state), sum(tensor.numel() for tensor in state.values())
-    converted = convert_openai_unet(state, head_dim=head_dim, source=name)
-    arguments = converted.schedule_arguments if schedule is None else SCHEDULES[schedule]
-    denoiser = assemble_denoiser(converted.config, converted.weights, arguments, name)
+    converted = convert_openai_unet(state, head_dim=head_dim, schedule=schedule, source=name)
+    denoiser = assemble_denoiser(converted.config, converted.weights, converted.schedule_arguments, name)
     write_folder(denoiser, target)
     loaded = load_denoiser(target)
 
@@ -62,12 +56,12 @@ def main() -> int:
     )
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder to make")
     parser.add_argument(
-        "--head-dim", type=int, metavar="N", help="channels of an attention head, where it is not the published 64"
+        "--head-dim", type=int, metavar="N", help="channels of an attention head, of a network that is not published"
     )
     parser.add_argument(
         "--schedule",
-        choices=sorted(SCHEDULES),
-        help="noise schedule, where it is not that of the family's published networks",
+        metavar="NAME-STEPS",
+        help="noise schedule that it was trained with, likewise: linear-1000, cosine-4000, ...",
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return run_job(parser, lambda args: run(args.source, args.target, args.head_dim, args.schedule))

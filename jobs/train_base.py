@@ -1,7 +1,7 @@
 """Step 1: the denoiser and the classifier, or an expert for each sigma, trained here or taken from files."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.errors import ModelError
 from core.progress import Progress
@@ -21,6 +21,7 @@ def run(directory: RunDirectory) -> None:
         return
     from core.machine.cpu import settle
     from core.models.checkpoints import load_classifier, load_denoiser
+    from core.models.classifiers import ImageClassifier
     from core.training.base import train_classifier, train_denoiser
     from distributed.execution.cluster import train_device
 
@@ -29,8 +30,10 @@ def run(directory: RunDirectory) -> None:
     device = "cpu" if config.compute.train_workers else train_device(config.compute)
     interval = config.compute.progress_interval_s
     train, test = directory.data("train"), directory.data("test")
+    taken: dict[str, dict[str, Any]] = {}
     if base.denoiser is not None:
-        denoiser = load_denoiser(base.denoiser)
+        denoiser = load_denoiser(base.denoiser, schedule=base.denoiser_schedule, head_dim=base.denoiser_head_dim)
+        taken["denoiser"] = denoiser.taken
         denoiser.check_images(train.shape)
     else:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
@@ -40,13 +43,18 @@ def run(directory: RunDirectory) -> None:
     for role in config.classifiers:
         own = config.own_classifier(role)
         if own is not None:
-            classifier: nn.Module = load_classifier(own, train.num_classes, train.shape[0])
+            names = train.class_names
+            classifier: nn.Module = load_classifier(own, train.num_classes, train.shape[0], class_names=names)
+            if isinstance(classifier, ImageClassifier):
+                taken[role] = classifier.taken
         else:
             with Progress(base.classifier_epochs, role, "epochs", interval_s=interval) as progress:
                 classifier = train_classifier(train, denoiser, config.training_of(role), config.seed + 1, progress)
         accuracy[role] = clean_accuracy(role, classifier.to(device), test, config.compute.training_batch_size)
         wrote[role] = directory.save_model(role, classifier)
-    facts = {"clean_accuracy": accuracy.get("classifier", accuracy)}
+    for role, facts in taken.items():
+        print(f"{role}: taken as " + "; ".join(f"{key} {value}" for key, value in facts.items()))
+    facts = {"clean_accuracy": accuracy.get("classifier", accuracy)} | ({"taken": taken} if taken else {})
     directory.finish("train_base", read={}, wrote=wrote, facts=facts)
 
 

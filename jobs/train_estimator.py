@@ -26,6 +26,7 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     import torch
 
     from core.models.checkpoints import load_classifier
+    from core.models.classifiers import ImageClassifier
     from core.models.small import SmallConvNet
     from core.training.estimator import learnable
     from distributed.training.labels import training_radii
@@ -43,6 +44,7 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
             if backbone is None
             else load_classifier(backbone, num_sigmas, channels, new_head=True)
         )
+    taken = estimator.taken if backbone and isinstance(estimator, ImageClassifier) and backbone.checkpoint else None
     if getattr(estimator, "new_head", False):
         print(f"estimator: its checkpoint's last layer is replaced by a new one with {num_sigmas} outputs")
     print(f"estimator: trained on {len(kept)} of {len(radii)} samples (the others have radius 0 at every sigma)")
@@ -50,6 +52,7 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     history = train(directory, lesson, estimator, "estimator")
     digest = directory.save_model("estimator", estimator)
     facts = {
+        **({"taken": taken} if taken else {}),
         "dataset": dataset,
         "samples": len(kept),
         "of": len(radii),

@@ -25,11 +25,14 @@ class ClassifierConfig(Section):
     input_size: Count | None = None
     """Height and width that images are resized to (bicubic, antialias); the architecture's own unless given."""
     mean: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None = None
-    """By channel, in the pixel scale [0, 1]; what the checkpoint or the architecture says unless given."""
+    """By channel, in the pixel scale [0, 1]; what the checkpoint or timm's architecture says unless given."""
     std: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = None
     """By channel, likewise; divides what is left of the pixels after `mean`."""
     label_map: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] | None = None
-    """Class index of the checkpoint for each class of the data set; none where they are the same."""
+    """Class index of the checkpoint for each class of the data set; by name where both name them, none where they are
+    the same."""
+    ema: bool = True
+    """Of a checkpoint with raw weights and their moving average, take the average, as timm does."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -46,6 +49,12 @@ class BaseModelsConfig(Section):
     denoiser: str | None = None
     """A denoiser of your own: a diffusers folder, an OpenAI checkpoint (.pt), a file of our own format (.safetensors),
     or a name on the Hugging Face hub. Unless given, a small one is trained."""
+    denoiser_schedule: Annotated[str, Field(pattern=r"^(linear|cosine)-[1-9]\d*$")] | None = None
+    """Noise schedule that it was trained with and its number of timesteps, `linear-1000` or `cosine-4000`, where it
+    does not say so itself: an OpenAI checkpoint that is none of the published ones, a folder without a scheduler."""
+    denoiser_head_dim: Count | None = None
+    """Channels of an attention head of such an OpenAI checkpoint: num_head_channels, or the width that attends divided
+    by num_heads."""
     classifier: ClassifierConfig | None = None
     """A classifier of your own. Unless given, a small one is trained."""
     experts: dict[Annotated[Positive, Field(strict=False)], ClassifierConfig] | None = None
@@ -76,6 +85,9 @@ class BaseModelsConfig(Section):
     def _trained(self) -> Self:
         if sum(given is not None for given in (self.classifier, self.experts, self.train_experts)) > 1:
             raise ValueError("experts: goes without base.classifier and base.train_experts; give one of them")
+        for key in ("denoiser_schedule", "denoiser_head_dim"):
+            if self.denoiser is None and getattr(self, key) is not None:
+                raise ValueError(f"{key}: says something about base.denoiser, which is not given")
         experts = {f"experts.{sigma}": expert for sigma, expert in (self.experts or {}).items()}
         for key, own in {"classifier": self.classifier, **experts}.items():
             if own is not None and own.checkpoint is None and not own.pretrained:

@@ -36,6 +36,7 @@ class Dataset:
         images: uint8 ``(N, C, H, W)``, or images that stay where they are stored.
         labels: int64 ``(N,)`` in [0, num_classes).
         num_classes: classes of the task.
+        class_names: of the classes, in the order of the labels; None where nothing tells them.
 
     Raises:
         DataError: for arrays that do not fit each other, repeated ids or a label out of range; names the example.
@@ -46,6 +47,7 @@ class Dataset:
     images: NDArray[np.uint8] | StoredImages
     labels: NDArray[np.int64]
     num_classes: int
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         num, images = len(self.example_ids), self.images

@@ -6,7 +6,7 @@ known kind from that description and nothing else: no code, no pickle.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from core.config import ClassifierConfig
 from core.errors import ConfigError, ModelError
 from core.files import write_whole
 from core.models.classifiers import ImageClassifier, build_classifier
-from core.models.denoiser import OneShotDenoiser, Schedule
+from core.models.denoiser import OneShotDenoiser, Schedule, parse_schedule
 from core.models.diffusers_folder import read_folder, unet_config
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
 from core.models.small import SmallConvNet
-from core.models.weights import load_strictly, read_safetensors, read_weights
+from core.models.weights import load_strictly, read_checkpoint, read_safetensors
 
 __all__ = ["assemble_denoiser", "build_denoiser", "load_classifier", "load_denoiser", "load_model", "save_model"]
 
@@ -110,58 +110,70 @@ def load_model(path: Path) -> nn.Module:
     return module.eval()
 
 
-def load_denoiser(
-    source: str | Path,
-    *,
-    schedule: Schedule | None = None,
-    num_steps: int | None = None,
-    head_dim: int | None = None,
-) -> OneShotDenoiser:
+def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: int | None = None) -> OneShotDenoiser:
     """A denoiser from whatever `source` is.
 
     - A folder: diffusers' format, a `UNet2DModel` or a pipeline; the schedule is read from its scheduler_config.json.
     - A file of our own format.
-    - Another file: the state dict of one of OpenAI's U-Nets, with the schedule of its family's published networks.
+    - Another file: the state dict of one of OpenAI's U-Nets.
     - A name like google/ddpm-cifar10-32, where there is no such path: a folder on the Hugging Face hub.
 
     Args:
         source: path or name.
-        schedule: instead of what the source says or its family has.
-        num_steps: timesteps of that schedule; 1000 (linear) or 4000 (cosine) unless given.
-        head_dim: see `convert_openai_unet`.
+        schedule: the noise schedule that the network was trained with, such as `linear-1000`, where the source does not
+            say it itself.
+        head_dim: see `convert_openai_unet`; of no meaning for other sources.
+
+    Returns:
+        The denoiser in evaluation mode; its `taken` says where the schedule is from.
 
     Raises:
+        ConfigError: for a schedule or heads beside a source that says them itself.
         ModelError: for anything else, and for what one-shot denoising does not cover.
     """
     path, name = Path(source), repr(str(source))
-    given = None if schedule is None else {"schedule": schedule, "num_steps": num_steps or _STEPS[schedule]}
     if not path.exists():
         if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
             raise ModelError(f"no checkpoint at {name}")
         path = _from_hub(str(source))
-    if path.is_dir():
+    folder, own = path.is_dir(), not path.is_dir() and _is_own(path)
+    if head_dim is not None and (folder or own):
+        raise ConfigError(f"{name} says its attention heads itself; remove denoiser_head_dim")
+    if folder:
         config, weights, described = read_folder(path)
-        # diffusers trains on integer timesteps, whatever their number.
-        arguments = described if given is None else {**given, "rescale_timesteps": False}
-        if arguments is None:
+        if described is not None and schedule is not None:
+            raise ConfigError(f"{name} says its noise schedule itself; remove denoiser_schedule")
+        whence = "scheduler_config.json"
+        if schedule is not None:  # diffusers trains on integer timesteps, whatever their number
+            described, whence = {**parse_schedule(schedule), "rescale_timesteps": False}, "the configuration"
+        if described is None:
             raise ModelError(
-                f"{name} has no scheduler_config.json, so its noise schedule is unknown: add the one it was trained "
-                'with, for example {"beta_schedule": "linear", "num_train_timesteps": 1000}'
+                f"{name} has no scheduler_config.json, so its noise schedule is unknown: give denoiser_schedule, for "
+                "example linear-1000"
             )
-        return assemble_denoiser(config, weights, arguments, name)
-    if _is_own(path):
+        return _noted(assemble_denoiser(config, weights, described, name), source, schedule=whence)
+    if own:
         module = load_model(path)
         if not isinstance(module, OneShotDenoiser):
             raise ModelError(f"{name} holds a {type(module).__name__}, expected a denoiser")
-        return module
-    weights = read_weights(path)
-    if not is_openai_unet(weights) and "conv_in.weight" in weights:
+        if schedule is not None:
+            raise ConfigError(f"{name} says its noise schedule itself; remove denoiser_schedule")
+        return _noted(module, source, schedule="the file")
+    checkpoint = read_checkpoint(path)
+    if not is_openai_unet(checkpoint.weights) and "conv_in.weight" in checkpoint.weights:
         raise ModelError(f"{name} holds the bare weights of a diffusers model: give the folder with its config.json")
-    converted = convert_openai_unet(weights, head_dim=head_dim, source=name)
-    return assemble_denoiser(converted.config, converted.weights, given or converted.schedule_arguments, name)
+    converted = convert_openai_unet(checkpoint.weights, head_dim=head_dim, schedule=schedule, source=name)
+    denoiser = assemble_denoiser(converted.config, converted.weights, converted.schedule_arguments, name)
+    known = converted.published
+    whence = f"as published for {known}, whose shapes it has" if known else "the configuration"
+    under = ".".join(checkpoint.under) or "all of the file"
+    return _noted(denoiser, source, schedule=whence, heads=whence, weights=under)
 
 
-_STEPS: dict[Schedule, int] = {"linear": 1000, "cosine": 4000}
+def _noted(denoiser: OneShotDenoiser, source: str | Path, *, schedule: str, **facts: str) -> OneShotDenoiser:
+    said = {"schedule": f"{denoiser.schedule}-{denoiser.num_steps} ({schedule})", "predicts": "noise", **facts}
+    denoiser.taken = {"checkpoint": str(source), **said}
+    return denoiser
 
 
 def assemble_denoiser(
@@ -192,11 +204,10 @@ def assemble_denoiser(
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]
+    files = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]
+    wanted = [*files, *(f"unet/{file}" for file in files), "scheduler/scheduler_config.json", "model_index.json"]
     try:
-        folder = snapshot_download(
-            name, allow_patterns=[*wanted, *(f"unet/{file}" for file in wanted), "scheduler/scheduler_config.json"]
-        )
+        folder = snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # of the hub, of its HTTP library, of the system
         raise ModelError(
             f"{name!r} is no path here, and as a model of the Hugging Face hub it cannot be fetched "
@@ -215,7 +226,12 @@ def _is_own(path: Path) -> bool:
 
 
 def load_classifier(
-    config: ClassifierConfig, num_classes: int, channels: int = 3, *, new_head: bool = False
+    config: ClassifierConfig,
+    num_classes: int,
+    channels: int = 3,
+    *,
+    new_head: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> nn.Module:
     """`build_classifier`, or a classifier of our own format.
 
@@ -224,7 +240,7 @@ def load_classifier(
         ModelError: as `build_classifier`; or for a file of our own with another number of classes.
     """
     if config.checkpoint is None or not _is_own(Path(config.checkpoint)):
-        return build_classifier(config, num_classes, channels, new_head=new_head)
+        return build_classifier(config, num_classes, channels, new_head=new_head, class_names=class_names)
     extra = [key for key in ("arch", "input_size", "mean", "std", "label_map") if getattr(config, key) is not None]
     if extra:
         raise ConfigError(f"{config.checkpoint!r} is of our own format and says its {extra[0]} itself; remove the key")

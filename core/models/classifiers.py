@@ -5,9 +5,8 @@ timm's, of transformers' ViT or of the original repositories, or untrained.
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from core.config import ClassifierConfig
 from core.errors import ModelError
-from core.models.hf_vit import check_hf_config, is_hf_vit, to_timm
+from core.models.classifier_files import check_normalisation, outputs_by_name, read_classifier
+from core.models.hf_vit import check_hf_config
 from core.models.resnet_cifar import ResNetCifar
-from core.models.weights import load_strictly, read_json, read_weights
+from core.models.weights import load_strictly
 
 __all__ = ["ImageClassifier", "build_classifier"]
 
@@ -97,6 +97,8 @@ class ImageClassifier(nn.Module):
             self.set_norm_eps(norm_eps)
         self.new_head = False
         """Whether the last layer is an untrained one in place of the checkpoint's."""
+        self.taken: dict[str, Any] = {}
+        """What was taken from a checkpoint and what was found elsewhere: plain JSON for the manifest."""
 
     def set_norm_eps(self, eps: float) -> None:
         """Give all layer norms this epsilon."""
@@ -115,7 +117,12 @@ class ImageClassifier(nn.Module):
 
 
 def build_classifier(
-    config: ClassifierConfig, num_classes: int, channels: int = 3, *, new_head: bool = False
+    config: ClassifierConfig,
+    num_classes: int,
+    channels: int = 3,
+    *,
+    new_head: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> ImageClassifier:
     """The classifier that the configuration asks for, in evaluation mode.
 
@@ -125,30 +132,34 @@ def build_classifier(
         channels: of the images.
         new_head: take a checkpoint with another number of classes all the same, with an untrained last layer
             (`ImageClassifier.new_head` says whether it came to that).
+        class_names: of the data set, in order: a checkpoint that names its outputs is taken by name.
 
     Raises:
-        ModelError: for a checkpoint that cannot be read safely, does not fit the architecture or has other classes.
+        ModelError: for a checkpoint that cannot be read safely, does not fit the architecture, has other classes, or
+            leaves open how its pixels are normalised.
     """
     if config.arch is None:
         raise ModelError("name the architecture of the checkpoint in 'arch', a timm name or resnet110")
     own = describe_architecture(config.arch)
-    found = _read(config.checkpoint, own["head"]) if config.checkpoint is not None else _Checkpoint()
-    outputs = found.num_outputs if config.checkpoint is not None else own["num_classes"] if config.pretrained else None
+    found = read_classifier(config, own)
+    outputs, label_map, replaced = found.num_outputs, config.label_map, False
     if outputs is None or (new_head and outputs != num_classes):
         replaced, outputs = outputs is not None, num_classes
     else:
-        replaced = False
-        _check_classes(outputs, num_classes, config)
+        if not new_head:
+            label_map, found.facts["labels"] = outputs_by_name(found, class_names, config)
+        _check_classes(outputs, num_classes, label_map, config)
     model = ImageClassifier(
         config.arch,
         outputs,
         channels,
-        config.input_size,
-        config.mean or found.mean,
-        config.std or found.std,
-        config.label_map,
+        found.said.input_size,
+        found.said.mean,
+        found.said.std,
+        label_map,
         pretrained=config.pretrained,
     )
+    _check_pixel_scale(model.spec, config)
     if config.checkpoint is not None:
         if found.hf_config is not None:
             _fit_hf(model, found.hf_config, config.checkpoint)
@@ -158,7 +169,11 @@ def build_classifier(
             weights = {key: value for key, value in weights.items() if not key.startswith(head)}
             weights |= {key: value for key, value in state.items() if key.startswith(head)}
         load_strictly(model.net, weights, f"{config.checkpoint!r} (as {config.arch})")
+        check_normalisation(found, config, unpublished=config.arch in _OWN)
     model.new_head = replaced
+    inputs = ("mean", "std", "input_size")
+    whence = {name: found.whence.get(name, "the architecture's") for name in inputs}
+    model.taken = found.facts | {name: f"{model.spec[name]} ({whence[name]})" for name in inputs}
     return model.eval()
 
 
@@ -208,44 +223,14 @@ def _network(arch: str, num_outputs: int, channels: int, pretrained: bool) -> nn
     return network
 
 
-@dataclass
-class _Checkpoint:
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    num_outputs: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    hf_config: Mapping[str, Any] | None = None
-    """config.json of transformers, empty for a bare file; None for other weights."""
-
-
-def _read(checkpoint: str, head: str) -> _Checkpoint:
-    """Weights under timm's names, and what the files beside them say."""
-    found, path = _Checkpoint(), Path(checkpoint)
-    beside: dict[str, dict[str, Any]] = {}
-    if path.is_dir():
-        beside = {
-            name: read_json(path / name)
-            for name in ("config.json", "preprocessor_config.json")
-            if (path / name).exists()
-        }
-        files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
-        path = next((file for file in files if file.exists()), files[0])
-    weights = read_weights(path)
-    if is_hf_vit(weights):
-        weights = to_timm(weights)
-        found.hf_config = beside.get("config.json", {})
-    timm_config = beside.get("config.json", {}).get("pretrained_cfg", {})
-    transformers_config = beside.get("preprocessor_config.json", {})
-    found.mean = transformers_config.get("image_mean") or timm_config.get("mean")
-    found.std = transformers_config.get("image_std") or timm_config.get("std")
-    last = weights.get(f"{head}.weight")
-    if last is None:
+def _check_pixel_scale(spec: Mapping[str, Any], config: ClassifierConfig) -> None:
+    wrong = [f"mean is {mean:g}" for mean in spec["mean"] if not 0 <= mean <= 1]
+    wrong += [f"std is {std:g}" for std in spec["std"] if not 0 < std < math.inf]
+    if wrong:
         raise ModelError(
-            f"{str(path)!r} has no {head}.weight, the last layer: it is no checkpoint of this architecture, or one "
-            f"without a classifier; its first keys are {', '.join(list(weights)[:3])}"
+            f"{config.checkpoint or config.arch!r}: {wrong[0]} in the pixel scale [0, 1]: give mean and std in that "
+            "scale (those of 0..255 divided by 255)"
         )
-    found.weights, found.num_outputs = weights, len(last)
-    return found
 
 
 def _fit_hf(model: ImageClassifier, hf_config: Mapping[str, Any], checkpoint: str) -> None:
@@ -258,16 +243,16 @@ def _fit_hf(model: ImageClassifier, hf_config: Mapping[str, Any], checkpoint: st
     model.set_norm_eps(check_hf_config(hf_config, blocks[0].attn.num_heads, checkpoint))
 
 
-def _check_classes(outputs: int, num_classes: int, config: ClassifierConfig) -> None:
+def _check_classes(outputs: int, num_classes: int, label_map: Sequence[int] | None, config: ClassifierConfig) -> None:
     of = repr(config.checkpoint) if config.checkpoint is not None else config.arch
-    if config.label_map is None:
+    if label_map is None:
         if outputs != num_classes:
             raise ModelError(
                 f"{of} has {outputs} classes, {num_classes} are needed: use another checkpoint, or say in 'label_map' "
                 "which of its classes each class of the data set is"
             )
-    elif len(config.label_map) != num_classes:
-        raise ModelError(f"label_map has {len(config.label_map)} entries, the data set has {num_classes} classes")
+    elif len(label_map) != num_classes:
+        raise ModelError(f"label_map has {len(label_map)} entries, the data set has {num_classes} classes")
 
 
 def _check_label_map(label_map: Sequence[int] | None, outputs: int) -> None:

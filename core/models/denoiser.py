@@ -6,6 +6,7 @@ call of the noise predictor at that t removes it. The certificate depends on the
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,9 +17,21 @@ from torch import Tensor, nn
 
 from core.errors import ModelError
 
-__all__ = ["OneShotDenoiser", "Schedule", "alphas_cumprod", "small_unet_config"]
+__all__ = ["OneShotDenoiser", "Schedule", "alphas_cumprod", "parse_schedule", "small_unet_config"]
 
 Schedule = Literal["linear", "cosine"]
+
+
+def parse_schedule(text: str) -> dict[str, Any]:
+    """`linear-1000` as the arguments `schedule` and `num_steps` of `OneShotDenoiser`.
+
+    Raises:
+        ModelError: for another text.
+    """
+    found = re.fullmatch(r"(linear|cosine)-([1-9]\d*)", text)
+    if found is None or int(found[2]) < 2:
+        raise ModelError(f"schedule {text!r}: expected linear-STEPS or cosine-STEPS, for example linear-1000")
+    return {"schedule": found[1], "num_steps": int(found[2])}
 
 
 def alphas_cumprod(
@@ -82,6 +95,8 @@ class OneShotDenoiser(nn.Module):
         if isinstance(embedding := getattr(unet, "time_embedding", None), nn.Module):
             _keep_in_float32(embedding)
         self.unet = unet
+        self.taken: dict[str, Any] = {}
+        """What was taken from a checkpoint and what was found elsewhere: plain JSON for the manifest."""
         bar = alphas_cumprod(schedule, num_steps, beta_range)
         tables = {"_ratio": np.sqrt((1 - bar) / bar), "_signal": np.sqrt(bar), "_noise": np.sqrt(1 - bar)}
         for name, table in tables.items():
@@ -149,11 +164,16 @@ class OneShotDenoiser(nn.Module):
 
 def _check_unet(config: Mapping[str, Any]) -> None:
     """Refuse what one call with an image and a timestep does not cover; `config` is that of a `UNet2DModel`."""
-    for key, covered in (("time_embedding_type", "positional"), ("class_embed_type", None), ("num_class_embeds", None)):
+    for key, covered in (
+        ("time_embedding_type", "positional"),
+        ("class_embed_type", None),
+        ("num_class_embeds", None),
+        ("center_input_sample", False),
+    ):
         if config.get(key, covered) != covered:
             raise ModelError(
                 f"the U-Net has {key} = {config[key]!r}, expected {covered!r}: one-shot denoising needs an "
-                "unconditional network on integer timesteps"
+                "unconditional network on integer timesteps and pixels in [-1, 1]"
             )
     channels, outputs = config.get("in_channels"), config.get("out_channels")
     if channels is not None and outputs not in (channels, 2 * channels):

@@ -18,7 +18,32 @@ from core.models.weights import read_json, read_weights
 __all__ = ["describe_schedule", "read_folder", "unet_config", "write_folder"]
 
 _BETA_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
-_COVERED = {"prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
+_SCHEDULERS = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete", "HeunDiscrete"),
+        *("EulerAncestralDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep"),
+        *("DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"),
+    )
+)
+"""Samplers of networks that were trained as DDPM's: alpha_bar from betas, integer timesteps. They differ in the steps
+that they take, never in what the network was trained on."""
+_COVERED = {
+    "prediction_type": "epsilon",  # the default of all of them; files of 2022 leave it out
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "timestep_type": "discrete",  # continuous: the network is given log sigma
+    "use_flow_sigmas": False,
+}
+_EXAMPLE = (
+    '{"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, '
+    '"beta_end": 0.02}'
+)
+_EMA_NOTES = (
+    *("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"),
+    "ema_decay",
+)
+"""What diffusers' EMAModel writes into a config.json."""
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -31,6 +56,15 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     Raises:
         ModelError: for a missing or unreadable file, another kind of model, or a schedule that is not covered.
     """
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    for name in ("vae", "vqvae"):
+        if name in index or (folder / name).is_dir():
+            raise ModelError(
+                f"{str(folder)!r} is a latent diffusion model (it has a {name}), which does not denoise pixels: use "
+                "another denoiser"
+            )
+    if (folder / "unet").is_dir() and (folder / "unet_ema").is_dir():
+        raise ModelError(f"{str(folder)!r} has unet/ and their moving average unet_ema/: name one of the two folders")
     unet = folder / "unet" if (folder / "unet" / "config.json").exists() else folder
     plain = read_json(unet / "config.json")
     kind = plain.get("_class_name")
@@ -48,18 +82,31 @@ def describe_schedule(plain: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A scheduler's configuration as arguments of `OneShotDenoiser`.
 
     Raises:
-        ModelError: for anything but a network that predicts the noise of a linear or cosine schedule.
+        ModelError: for anything but a network that predicts the noise of a linear or cosine schedule, and where the
+            file does not say which.
     """
+    kind = plain.get("_class_name")
+    if kind not in _SCHEDULERS:
+        raise ModelError(
+            f"{source}: _class_name is {kind!r}, whose network is not known to be trained as DDPM's (expected one of "
+            f"{', '.join(sorted(_SCHEDULERS))}): use another denoiser, or write what it was trained with: {_EXAMPLE}"
+        )
     for key, covered in _COVERED.items():
         if plain.get(key, covered) != covered:
             raise ModelError(
                 f"{source}: {key} is {plain[key]!r}, one-shot denoising covers {covered!r} only: use another denoiser"
             )
-    name = plain.get("beta_schedule", "linear")
+    name = plain.get("beta_schedule")
+    needed = ["beta_schedule", "num_train_timesteps", *(("beta_start", "beta_end") if name == "linear" else ())]
+    if missing := [key for key in needed if plain.get(key) is None]:
+        raise ModelError(
+            f"{source}: {', '.join(missing)} missing, and no network tells what it was trained with: add it, for "
+            f"example {_EXAMPLE}"
+        )
     if name not in _BETA_SCHEDULES:
         raise ModelError(f"{source}: beta_schedule is {name!r}, expected one of {', '.join(_BETA_SCHEDULES)}")
     try:
-        steps = int(plain.get("num_train_timesteps", 1000))
+        steps = int(plain["num_train_timesteps"])
         low, high = float(plain.get("beta_start", 1e-4)), float(plain.get("beta_end", 0.02))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{source}: num_train_timesteps, beta_start or beta_end is no number: {error}") from error
@@ -113,7 +160,7 @@ def write_folder(denoiser: OneShotDenoiser, target: Path) -> None:
 
 def unet_config(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A `UNet2DModel`'s configuration without diffusers' own notes in it."""
-    return {key: value for key, value in plain.items() if not key.startswith("_")}
+    return {key: value for key, value in plain.items() if not key.startswith("_") and key not in _EMA_NOTES}
 
 
 def _new_name(key: str) -> str:

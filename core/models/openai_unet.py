@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ModelError
+from core.models.denoiser import parse_schedule
 from core.models.weights import misfits
 
 __all__ = ["ConvertedUNet", "Family", "convert_openai_unet", "is_openai_unet"]
@@ -24,11 +25,19 @@ Family = Literal["improved-diffusion", "guided-diffusion"]
 _ROOTS = ("time_embed.", "input_blocks.", "middle_block.", "output_blocks.", "out.")
 _IMAGE_SIZES = {(1, 2, 2, 2): 32, (1, 2, 3, 4): 64, (1, 1, 2, 3, 4): 128, (1, 1, 2, 2, 4, 4): 256}
 """Image size by channel multipliers, as `create_model` of both repositories pairs them."""
-_SCHEDULES = {
-    "improved-diffusion": {"schedule": "cosine", "num_steps": 4000},
-    "guided-diffusion": {"schedule": "linear", "num_steps": 1000},
-}
-_HEAD_DIM = 64
+_PUBLISHED: dict[tuple[Any, ...], tuple[str, int, str]] = {
+    ("improved-diffusion", (128, 256, 256, 256), 3, (False, True, True, False), 3, 6, "scale_shift"): (
+        "cifar10_uncond_50M_500K.pt", 64, "cosine-4000",
+    ),
+    ("improved-diffusion", (128, 128, 256, 256, 512, 512), 2, (False,) * 4 + (True, False), 3, 6, "default"): (
+        "lsun_uncond_100M_2400K_bs64.pt", 512, "linear-1000",
+    ),
+    ("guided-diffusion", (256, 256, 512, 512, 1024, 1024), 2, (False,) * 3 + (True,) * 3, 3, 6, "scale_shift"): (
+        "256x256_diffusion_uncond.pt", 64, "linear-1000",
+    ),
+}  # fmt: skip
+"""Networks whose makers say in their READMEs what no state dict says, by what it does say: family, widths, blocks of a
+level, levels with attention, channels in and out, time embedding -> name, channels of a head, noise schedule."""
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -48,14 +57,15 @@ class ConvertedUNet:
         family: which of the two layouts it had.
         config: arguments of `UNet2DModel`.
         weights: its state dict, float32.
-        schedule_arguments: of `OneShotDenoiser`, for the noise schedule of the family's published networks (the file
-            does not say).
+        schedule_arguments: of `OneShotDenoiser`, as given or published (the file does not say).
+        published: the name of the published network that this is by its shapes, where nothing else was given.
     """
 
     family: Family
     config: dict[str, Any]
     weights: dict[str, Tensor]
     schedule_arguments: dict[str, Any]
+    published: str | None
 
 
 def is_openai_unet(state: Mapping[str, Tensor]) -> bool:
@@ -64,22 +74,28 @@ def is_openai_unet(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert_openai_unet(
-    state: Mapping[str, Tensor], *, head_dim: int | None = None, source: str = "the state dict"
+    state: Mapping[str, Tensor],
+    *,
+    head_dim: int | None = None,
+    schedule: str | None = None,
+    source: str = "the state dict",
 ) -> ConvertedUNet:
     """Convert a state dict of improved-diffusion or guided-diffusion.
 
-    Widths, levels, residual blocks, attention, scale-shift and learned sigma are read from keys and shapes.
+    Widths, levels, residual blocks, attention, scale-shift and learned sigma are read from keys and shapes. Heads and
+    noise schedule cannot be: they are known of the published networks alone, and asked for otherwise. q, k and v are
+    taken in the order of both repositories' defaults.
 
     Args:
         state: the original state dict.
-        head_dim: channels of an attention head, which no shape shows; 64 unless given. improved-diffusion fixes the
-            number of heads instead (4 in everything published), so there the default is taken only for the width of
-            256 where it is right, and asked for otherwise.
+        head_dim: channels of an attention head (`num_head_channels`, or the width that attends / `num_heads`).
+        schedule: the noise schedule that it was trained with, `linear-1000` or the like (`noise_schedule`,
+            `diffusion_steps`).
         source: what messages call the state dict.
 
     Raises:
         ModelError: for another layout, a class-conditional network, or one that a `UNet2DModel` cannot represent;
-            names the missing and unexpected keys.
+            names the missing and unexpected keys. For one that is not published, unless both are given.
     """
     family = _family(state, source)
     levels, layers = _depth(state, family, source)
@@ -87,14 +103,18 @@ def convert_openai_unet(
     channels = [_shape_of(state, f"input_blocks.{index}.0.out_layers.3.weight", source)[0] for index in first]
     attends = [any(key.startswith(f"input_blocks.{index}.1.") for key in state) for index in first]
     attended = [width for width, attention in zip(channels, attends, strict=True) if attention]
-    head_dim = _checked_head_dim(family, [*attended, channels[-1]], head_dim, source)
     embedded = state["input_blocks.1.0.emb_layers.1.weight"].shape[:1]
+    shift = "scale_shift" if embedded == (2 * channels[0],) else "default"
+    inputs = _shape_of(state, "input_blocks.0.0.weight", source)[1]
+    outputs = _shape_of(state, "out.2.weight", source)[0]
+    shape = (family, tuple(channels), layers, tuple(attends), inputs, outputs, shift)
+    known, head_dim, schedule = _unseen(shape, [*attended, channels[-1]], head_dim, schedule, source)
     down, up = zip(*(_block_types(family, attention) for attention in attends), strict=True)
     how = "conv" if family == "improved-diffusion" else "resnet"
     config: dict[str, Any] = {
         "sample_size": _IMAGE_SIZES.get(tuple(width // channels[0] for width in channels)),
-        "in_channels": _shape_of(state, "input_blocks.0.0.weight", source)[1],
-        "out_channels": _shape_of(state, "out.2.weight", source)[0],
+        "in_channels": inputs,
+        "out_channels": outputs,
         "block_out_channels": tuple(channels),
         "layers_per_block": layers,
         "down_block_types": down,
@@ -102,7 +122,7 @@ def convert_openai_unet(
         "downsample_type": how,
         "upsample_type": how,
         "downsample_padding": 1,
-        "resnet_time_scale_shift": "scale_shift" if embedded == (2 * channels[0],) else "default",
+        "resnet_time_scale_shift": shift,
         "attention_head_dim": head_dim,
         "norm_num_groups": 32,
         # With scale_shift, diffusers gives the middle attention a norm only where this says so.
@@ -112,7 +132,10 @@ def convert_openai_unet(
         "freq_shift": 0,
     }
     weights = _renamed(state, config, layers, head_dim, source)
-    return ConvertedUNet(family, config, weights, dict(_SCHEDULES[family]))
+    arguments = parse_schedule(schedule)
+    # Both repositories' defaults; at 1000 steps they are the same.
+    arguments["rescale_timesteps"] = family == "improved-diffusion" or arguments["num_steps"] == 1000
+    return ConvertedUNet(family, config, weights, arguments, known)
 
 
 def _family(state: Mapping[str, Tensor], source: str) -> Family:
@@ -180,22 +203,30 @@ def _shape_of(state: Mapping[str, Tensor], key: str, source: str) -> torch.Size:
     return state[key].shape
 
 
-def _checked_head_dim(family: Family, widths: list[int], head_dim: int | None, source: str) -> int:
-    if family == "improved-diffusion" and len(set(widths)) > 1:
+def _unseen(
+    shape: tuple[Any, ...], widths: list[int], head_dim: int | None, schedule: str | None, source: str
+) -> tuple[str | None, int, str]:
+    """What no shape shows: the published network that this is, channels of a head, noise schedule."""
+    widths = sorted(set(widths))
+    if shape[0] == "improved-diffusion" and len(widths) > 1:
         raise ModelError(
-            f"{source} attends at widths {sorted(set(widths))} with one number of heads; a UNet2DModel has one width "
-            "of a head instead and cannot represent it"
+            f"{source} attends at widths {widths} with one number of heads; a UNet2DModel has one width of a head "
+            "instead and cannot represent it"
         )
-    if head_dim is None:
-        if family == "improved-diffusion" and widths[0] != 4 * _HEAD_DIM:
-            raise ModelError(
-                f"{source} attends at width {widths[0]}, and its number of heads cannot be read from the file: give "
-                f"head_dim (the published networks of this family have 4 heads, here head_dim={widths[0] // 4})"
-            )
-        head_dim = _HEAD_DIM
+    name = None
+    if (known := _PUBLISHED.get(shape)) and head_dim in (None, known[1]) and schedule in (None, known[2]):
+        name, head_dim, schedule = known  # otherwise it is of that shape, and somebody else's
+    if head_dim is None or schedule is None:
+        published = ", ".join(each for each, *_ in _PUBLISHED.values())
+        raise ModelError(
+            f"{source} is none of the published networks ({published}), and no state dict says its attention heads and "
+            "its noise schedule: give denoiser_head_dim (--head-dim: num_head_channels, or "
+            f"{' and '.join(map(str, widths))} / num_heads) and denoiser_schedule (--schedule: noise_schedule and "
+            "diffusion_steps, linear-1000 or cosine-4000 for example)"
+        )
     if any(width % head_dim for width in widths):
-        raise ModelError(f"{source} attends at widths {sorted(set(widths))}, which heads of {head_dim} do not divide")
-    return head_dim
+        raise ModelError(f"{source} attends at widths {widths}, which heads of {head_dim} do not divide")
+    return name, head_dim, schedule
 
 
 def _block_types(family: Family, attention: bool) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,53 @@ from torch import Tensor, nn
 
 from core.errors import ModelError
 
-__all__ = ["load_strictly", "misfits", "read_json", "read_safetensors", "read_weights"]
+__all__ = [
+    "Checkpoint",
+    "load_strictly",
+    "misfits",
+    "read_checkpoint",
+    "read_json",
+    "read_safetensors",
+    "read_weights",
+    "unwrapped",
+]
 
-_NESTED_UNDER = ("state_dict", "model", "net")
-_WRAPPERS = ("module.", "model.", "1.")
-"""Prefixes of DataParallel, of trainers, and of `Sequential(normalize, net)` as Cohen et al. (2019) save theirs."""
+_NESTED_UNDER = ("state_dict", "model", "net", "model_state_dict")
+_AVERAGES = re.compile(r"(^|_)ema(_|$)")
+"""Names of moving averages: state_dict_ema and model_ema (timm), ema, params_ema, ..."""
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state dict and where in its file it was.
+
+    Attributes:
+        weights: by name, on the CPU.
+        under: the keys that it lay under, outermost first; empty for a bare state dict.
+        prefix: what all names began with, and do no longer: `module.`, `_orig_mod.`, `1.module.`, ...
+        beside: what lay beside it that is no mapping of tensors: names of classes, an epoch, ...
+    """
+
+    weights: dict[str, Tensor]
+    under: tuple[str, ...] = ()
+    prefix: str = ""
+    beside: dict[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
     """The state dict in a file, by its content rather than its name, on the CPU.
 
-    A dict nested under 'state_dict', 'model' or 'net' is taken out, and a prefix that all keys share ('module.',
-    'model.', '1.') is dropped. Inside `with torch.device("meta")` it is names and shapes alone.
+    A dict nested under 'state_dict', 'model', 'net' or 'model_state_dict' is taken out, and the part of the name that
+    all keys share (wrappers: DataParallel, torch.compile, trainers, Sequential) is dropped. Inside `with
+    torch.device("meta")` it is names and shapes alone.
+
+    Args:
+        path: of the file.
+        ema: take the exponential moving average of the weights where there is one beside the raw ones, as timm does.
 
     Raises:
-        ModelError: for a missing or truncated file, and for a pickle that holds anything but plain data: it is refused
-            unread, for loading it would run what it says.
+        ModelError: for a missing or truncated file, for one with two networks of which either may be meant, and for a
+            pickle that holds anything but plain data: it is refused unread, for loading it would run what it says.
     """
     try:
         with path.open("rb") as file:
@@ -41,12 +73,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}") from error
     if start[8:] == b"{":  # the length of a JSON header, then the header
         try:
-            return _unwrapped(read_safetensors(path))
+            weights, prefix = unwrapped(read_safetensors(path))
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{str(path)!r} is truncated or not a readable safetensors file ({error}): fetch it again"
             ) from error
-    return _unwrapped(_state_dict(_unpickle(path, is_zip=start[:2] == b"PK"), path))
+        return Checkpoint(weights, prefix=prefix)
+    return _state_dict(_unpickle(path, is_zip=start[:2] == b"PK"), path, ema)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of `read_checkpoint`."""
+    return read_checkpoint(path).weights
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -89,28 +127,68 @@ def _unpickle(path: Path, is_zip: bool) -> Any:
         raise ModelError(f"{str(path)!r} is {kind} that is truncated or damaged ({reason}): fetch it again") from None
 
 
-def _state_dict(plain: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(plain, Mapping):
-        inner = next((plain[key] for key in _NESTED_UNDER if isinstance(plain.get(key), Mapping)), None)
-        if inner is None:
-            break
-        plain = inner
+def _state_dict(plain: Any, path: Path, ema: bool) -> Checkpoint:
+    under: list[str] = []
+    beside: dict[str, Any] = {}
+    while isinstance(plain, Mapping) and (key := _inner(plain, path, ema)) is not None:
+        under.append(key)
+        beside |= {str(name): value for name, value in plain.items() if not _holds_tensors(value)}
+        plain = plain[key]
+    where = f" under {'.'.join(under)!r}" if under else ""
     if not isinstance(plain, Mapping):
-        raise ModelError(f"{str(path)!r} holds a {type(plain).__name__}, expected a state dict (name -> tensor)")
+        raise ModelError(f"{str(path)!r} holds a {type(plain).__name__}{where}, expected a state dict (name -> tensor)")
     strange = [f"{key!r}: {type(value).__name__}" for key, value in plain.items() if not isinstance(value, Tensor)]
     if strange or not plain:
         raise ModelError(
-            f"{str(path)!r} holds no state dict (name -> tensor), at the top or under {', '.join(_NESTED_UNDER)}: "
-            + (f"found {_few(strange)}" if strange else "it is empty")
+            f"{str(path)!r} holds no state dict (name -> tensor){where or ', at the top or under '}"
+            + ("" if where else ", ".join(_NESTED_UNDER))
+            + (f": found {_few(strange)}" if strange else ": it is empty")
         )
-    return {str(key): value for key, value in plain.items()}
+    weights, prefix = unwrapped({str(key): value for key, value in plain.items()})
+    return Checkpoint(weights, tuple(under), prefix, beside)
 
 
-def _unwrapped(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPERS:
-        if weights and all(key.startswith(prefix) for key in weights):
-            return _unwrapped({key.removeprefix(prefix): value for key, value in weights.items()})
-    return weights
+def _inner(plain: Mapping[Any, Any], path: Path, ema: bool) -> str | None:
+    """Under which key the weights are; None where these are they."""
+    averages = [
+        key
+        for key, value in plain.items()
+        if _AVERAGES.search(str(key)) and isinstance(value, Mapping | list | tuple) and value
+    ]
+    inside = {key: value for key, value in plain.items() if key not in averages and _holds_tensors(value)}
+    raw = [key for key in inside if key in _NESTED_UNDER]
+    chosen = averages if averages and (ema or not raw) else raw
+    if not chosen:
+        return None
+    # A second one of as many tensors (teacher, swa_state_dict, best_model) may be meant as well.
+    size = len(plain[chosen[0]])
+    others = {key: value for key, value in inside.items() if key not in raw and len(value) == size}
+    rivals = chosen + [key for key, value in others.items() if all(isinstance(v, Tensor) for v in value.values())]
+    if len(rivals) > 1:
+        raise ModelError(
+            f"{str(path)!r} holds several networks ({', '.join(map(repr, rivals))}) and does not say which is meant: "
+            "save the state dict of the one in a file of its own"
+        )
+    return str(chosen[0])
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
+
+
+def unwrapped(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Without the beginning that all names share, up to a dot; and that beginning.
+
+    No network here has all of its layers in one submodule, so what they share is a wrapper's. The strict load that
+    follows compares every name.
+    """
+    prefix = ""
+    while True:
+        roots = {"".join(key.partition(".")[:2]) for key in weights}
+        if len(roots) != 1 or not (root := roots.pop()).endswith("."):
+            return weights, prefix
+        weights = {key.removeprefix(root): value for key, value in weights.items()}
+        prefix += root
 
 
 def _few(names: list[str]) -> str:
@@ -121,7 +199,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file that accompanies weights.
 
     Raises:
-        ModelError: for a missing file or other content.
+        ModelError: for a missing file or other content, and for one that needs code from elsewhere (`auto_map`).
     """
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
@@ -131,6 +209,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(plain, dict):
         raise ModelError(f"{str(path)!r} holds a {type(plain).__name__}, expected a JSON object")
+    if plain.get("auto_map"):
+        raise ModelError(
+            f"{str(path)!r} names code of its own in 'auto_map', which is never run here: give the network to the API "
+            "(core.SmoothedClassifier), or remove the key if it is the library's own after all"
+        )
     return plain
 
 

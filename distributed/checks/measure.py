@@ -50,16 +50,20 @@ _PATIENCE_S = 20.0
 
 def base_denoiser(config: Config, shape: Sequence[int]) -> OneShotDenoiser:
     """The denoiser that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
-    named = config.base.denoiser
-    return build_denoiser(small_unet_config(shape[0], shape[1])) if named is None else load_denoiser(named)
+    base = config.base
+    if base.denoiser is None:
+        return build_denoiser(small_unet_config(shape[0], shape[1]))
+    return load_denoiser(base.denoiser, schedule=base.denoiser_schedule, head_dim=base.denoiser_head_dim)
 
 
-def base_classifier(config: Config, role: str, shape: Sequence[int], num_classes: int) -> nn.Module:
+def base_classifier(
+    config: Config, role: str, shape: Sequence[int], num_classes: int, class_names: Sequence[str] | None
+) -> nn.Module:
     """A classifier that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
     named = config.own_classifier(role)
     if named is None:
         return SmallConvNet(shape[0], shape[1], num_classes, config.training_of(role).classifier_width)
-    return load_classifier(named, num_classes, shape[0])
+    return load_classifier(named, num_classes, shape[0], class_names=class_names)
 
 
 def new_estimator(config: Config, shape: Sequence[int]) -> nn.Module:
@@ -124,7 +128,7 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
             "estimator": partial(new_estimator, config, shape),
         }
         for role in config.classifiers:
-            makers[role] = partial(base_classifier, config, role, shape, data.num_classes)
+            makers[role] = partial(base_classifier, config, role, shape, data.num_classes, data.class_names)
         tuned = {finetuned(role): role for role in config.classifiers}
         wrote: dict[str, str] = {}
         for name in (*makers, *tuned):

@@ -312,7 +312,7 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
             continue
         # timm's own weights do not load without their tensors.
         with found.collect(key), torch.device("cpu" if own and own.pretrained else "meta"):
-            found.networks[role] = base_classifier(config, role, shape, classes)
+            found.networks[role] = base_classifier(config, role, shape, classes, data.class_names if data else None)
 
 
 def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:

@@ -97,10 +97,12 @@ def image_folder(root: Path, num: int = 6) -> Path:
     return root
 
 
-def openai_unet(path: Path, shape: Any = IMPROVED) -> Path:
-    """A checkpoint under OpenAI's names, saved with torch.save."""
+def openai_unet(path: Path, shape: Any = IMPROVED) -> dict[str, Any]:
+    """A checkpoint under OpenAI's names, saved with torch.save; returns the overrides that name it and what it does
+    not say."""
     torch.save(randomised(shape).state_dict(), path)
-    return path
+    schedule = "linear-1000" if shape.updown else "cosine-4000"
+    return {"base__denoiser": str(path), "base__denoiser_schedule": schedule, "base__denoiser_head_dim": 64}
 
 
 def vit_folder(folder: Path, classes: int = 10, favourite: int = 3) -> dict[str, Any]:
@@ -123,4 +125,4 @@ def resnet_file(path: Path, favourite: int, classes: int = 10) -> dict[str, Any]
             value.zero_()  # untrained, 54 blocks would blow up
     weights["fc.bias"][favourite] = 20.0
     torch.save(weights, path)
-    return {"arch": "resnet110", "checkpoint": str(path)}
+    return {"arch": "resnet110", "checkpoint": str(path), "mean": [0.5], "std": [0.5]}

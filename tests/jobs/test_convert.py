@@ -26,9 +26,9 @@ def saved(shape: Shape, path: Path) -> UNetModel:
 @pytest.mark.parametrize(
     ("shape", "options", "said", "steps"),
     [
-        (IMPROVED, ["--head-dim", "16"], "improved-diffusion: ", ("cosine", 4000)),
-        (GUIDED, [], "guided-diffusion: ", ("linear", 1000)),
-        (GUIDED, ["--schedule", "cosine-4000"], "guided-diffusion: ", ("cosine", 4000)),
+        (IMPROVED, ["--head-dim", "16", "--schedule", "cosine-4000"], "improved-diffusion: ", ("cosine", 4000)),
+        (GUIDED, ["--head-dim", "64", "--schedule", "linear-1000"], "guided-diffusion: ", ("linear", 1000)),
+        (GUIDED, ["--head-dim", "64", "--schedule", "cosine-2000"], "guided-diffusion: ", ("cosine", 2000)),
     ],
 )
 def test_convert_writes_a_folder_and_checks_it(
@@ -67,10 +67,15 @@ def test_convert_errors_are_one_message_and_an_exit_code(
     assert "taken' is there already: name a new folder, or remove it" in capsys.readouterr().err
     assert [path.name for path in taken.iterdir()] == ["notes.txt"]
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
-    for source, message in ((tmp_path / "none.pt", "no checkpoint at"), (tmp_path / "other.pt", "is no U-Net of")):
+    for source, message in (
+        (tmp_path / "none.pt", "no checkpoint at"),
+        (tmp_path / "other.pt", "is no U-Net of"),
+        (tmp_path / "net.pt", "is none of the published networks"),
+    ):
         assert convert_main(monkeypatch, source, tmp_path / "target") == 3
         assert message in capsys.readouterr().err
     assert not (tmp_path / "target").exists()
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert convert_main(monkeypatch, tmp_path / "net.pt", empty) == 0
+    said = ["--head-dim", "64", "--schedule", "linear-1000"]
+    assert convert_main(monkeypatch, tmp_path / "net.pt", empty, *said) == 0

@@ -1,5 +1,6 @@
 """Models of one's own through the jobs that use them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,13 +34,16 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
+LABELS = "label_map: [0,1,2,3,4,5,6,7,8,11]"
+
+
 def own(models: Path, *overrides: str) -> RunDirectory:
-    classifier = f"{{arch: resnet110, checkpoint: {models / 'resnet.pt'}, label_map: [0,1,2,3,4,5,6,7,8,11]}}"
+    classifier = f"{{arch: resnet110, checkpoint: {models / 'resnet.pt'}, mean: [0.3], std: [0.7], {LABELS}}}"
     given = [f"base.denoiser={models / 'denoiser'}", f"base.classifier={classifier}", "dataset.test_size=50"]
     return RunDirectory(models / "run", parse_config(PLAIN, [*given, *overrides]))
 
 
-def test_train_base_own_models_are_copied_into_the_run(models: Path) -> None:
+def test_train_base_own_models_are_copied_into_the_run(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = own(models)
     train_base.run(directory)
     assert isinstance(load_model(directory.model("denoiser")), OneShotDenoiser)
@@ -48,6 +52,29 @@ def test_train_base_own_models_are_copied_into_the_run(models: Path) -> None:
     weights = torch.load(models / "resnet.pt", weights_only=True)
     assert torch.equal(classifier.net.state_dict()["conv1.weight"], weights["conv1.weight"])
     assert classifier(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+    taken = RunDirectory(directory.path, None, "look").manifest["steps"]["train_base"]["taken"]
+    assert taken["denoiser"]["schedule"] == "linear-1000 (scheduler_config.json)"
+    assert (taken["classifier"]["mean"], taken["classifier"]["weights"]) == (
+        "[0.3] (the configuration)",
+        "all of the file",
+    )
+    assert taken["classifier"]["labels"] == "label_map of the configuration"
+    assert f"classifier: taken as checkpoint {models / 'resnet.pt'}; weights all of the file" in capsys.readouterr().out
+
+
+def test_train_base_outputs_are_taken_by_the_names_of_the_data_sets_classes(models: Path) -> None:
+    """The checkpoint has the digits the other way round, and two more."""
+    names = [*"9876543210", "x", "y"]
+    weights = torch.load(models / "resnet.pt", weights_only=True)
+    torch.save({"state_dict": weights, "classes": names}, models / "resnet.pt")
+    directory = own(models, "base.classifier.label_map=null")
+    for split in ("train", "test"):
+        data = directory.data(split)
+        directory._data[split] = replace(data, class_names=tuple("0123456789")), data.digest()
+    train_base.run(directory)
+    classifier = load_model(directory.model("classifier"))
+    assert isinstance(classifier, ImageClassifier)
+    assert classifier.spec["label_map"] == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
 def test_train_base_models_that_do_not_fit_the_data_are_refused(models: Path) -> None:
@@ -67,7 +94,7 @@ def test_train_estimator_backbone_takes_a_checkpoint_with_another_head(
         return values
 
     monkeypatch.setattr("distributed.training.labels.training_radii", radii)
-    backbone = f"estimator.backbone={{arch: resnet110, checkpoint: {models / 'resnet.pt'}}}"
+    backbone = f"estimator.backbone={{arch: resnet110, checkpoint: {models / 'resnet.pt'}, mean: [0.5], std: [0.5]}}"
     directory = own(models, backbone, "estimator.epochs=1", "estimator.lr=0.00001")
     train_base.run(directory)
     train_estimator.run(directory)

@@ -84,7 +84,7 @@ def test_cifar10_pickles_run_end_to_end(tmp_path: Path) -> None:
         "cifar10",
         tmp_path / "run",
         dataset__path=str(miniatures.cifar10_pickles(tmp_path / "data")),
-        base__denoiser=str(miniatures.openai_unet(tmp_path / "unet.pt")),
+        **miniatures.openai_unet(tmp_path / "unet.pt"),
         base__classifier=miniatures.vit_folder(tmp_path / "vit"),
     )
     pipeline.run(directory)
@@ -103,7 +103,7 @@ def test_cifar10_parquet_runs_end_to_end(tmp_path: Path) -> None:
         tmp_path / "run",
         dataset__path=str(miniatures.cifar10_parquet(tmp_path / "hub")),
         dataset__layout="parquet",
-        base__denoiser=str(miniatures.openai_unet(tmp_path / "unet.pt")),
+        **miniatures.openai_unet(tmp_path / "unet.pt"),
         base__classifier=miniatures.vit_folder(tmp_path / "vit"),
         finetune__share=0.5,
     )
@@ -124,7 +124,7 @@ def test_cifar10_c_is_certified_after_training_on_the_clean_images(tmp_path: Pat
             "severity": 2,
             "train": {"path": str(miniatures.cifar10_pickles(tmp_path / "clean")), "first": 10},
         },
-        base__denoiser=str(miniatures.openai_unet(tmp_path / "unet.pt")),
+        **miniatures.openai_unet(tmp_path / "unet.pt"),
         base__classifier=miniatures.vit_folder(tmp_path / "vit"),
     )
     pipeline.run(directory)
@@ -140,6 +140,8 @@ def imagenet(tmp_path: Path, **keys: Any) -> RunDirectory:
         "dataset__train__share": 0.5,
         "dataset__test__every": 4,
         "base__denoiser": str(tmp_path / "unet.pt"),
+        "base__denoiser_schedule": "linear-1000",
+        "base__denoiser_head_dim": 64,
         "base__classifier": {
             "arch": TINY, "checkpoint": str(tmp_path / "vit"), "input_size": 32,
         },
@@ -194,7 +196,7 @@ def expert_run(tmp_path: Path) -> RunDirectory:
         tmp_path / "run",
         dataset__path=str(miniatures.cifar10_pickles(tmp_path / "data")),
         dataset__train__first=8,
-        base__denoiser=str(miniatures.openai_unet(tmp_path / "unet.pt")),
+        **miniatures.openai_unet(tmp_path / "unet.pt"),
         base__experts={
             0.25: miniatures.resnet_file(tmp_path / "dark.pt", 3),
             1.0: miniatures.vit_folder(tmp_path / "bright", favourite=5),
@@ -255,7 +257,7 @@ def test_full_size_networks_certify_two_images_on_the_cpu(tmp_path: Path) -> Non
         "sigmas=[0.25]",
         "sigma_e=0.25",
         f"dataset.path={miniatures.cifar10_pickles(tmp_path / 'data', labels=(3, 5))}",
-        f"base.denoiser={miniatures.openai_unet(tmp_path / 'unet.pt', CIFAR)}",
+        f"base.denoiser={miniatures.openai_unet(tmp_path / 'unet.pt', CIFAR)['base__denoiser']}",
         f"base.classifier.checkpoint={tmp_path / 'vit'}",
         "certify.num_selection=10",
         "certify.num_estimation=100",

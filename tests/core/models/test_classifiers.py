@@ -214,6 +214,10 @@ def cifar_file(path: Path, num_classes: int = 10, wrap: Callable[[Weights], Any]
     return weights
 
 
+def resnet110(checkpoint: str, **keys: Any) -> ClassifierConfig:
+    return ClassifierConfig(arch="resnet110", checkpoint=checkpoint, **{"mean": (0.5,), "std": (0.5,), **keys})
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -226,7 +230,7 @@ def cifar_file(path: Path, num_classes: int = 10, wrap: Callable[[Weights], Any]
 )
 def test_build_classifier_nested_and_prefixed_state_dicts_load(wrap: Callable[[Weights], Any], tmp_path: Path) -> None:
     weights = cifar_file(tmp_path / "c.pt", wrap=wrap)
-    model = build_classifier(ClassifierConfig(arch="resnet110", checkpoint=str(tmp_path / "c.pt")), 10)
+    model = build_classifier(resnet110(str(tmp_path / "c.pt")), 10)
     assert not model.training
     assert all(torch.equal(model.net.state_dict()[key], value) for key, value in weights.items())
 
@@ -235,8 +239,8 @@ def test_build_classifier_label_map_picks_the_logits(tmp_path: Path) -> None:
     cifar_file(tmp_path / "c.pt", num_classes=20)
     checkpoint = str(tmp_path / "c.pt")
     images = torch.rand(2, 3, 32, 32)
-    whole = build_classifier(ClassifierConfig(arch="resnet110", checkpoint=checkpoint), 20)
-    config = ClassifierConfig(arch="resnet110", checkpoint=checkpoint, label_map=(7, 0, 19))
+    whole = build_classifier(resnet110(checkpoint), 20)
+    config = resnet110(checkpoint, label_map=(7, 0, 19))
     mapped = build_classifier(config, 3)
     assert mapped.num_outputs == 3
     save_model(mapped, tmp_path / "own.safetensors")
@@ -255,7 +259,7 @@ def test_build_classifier_label_map_picks_the_logits(tmp_path: Path) -> None:
 
 def test_build_classifier_new_head_keeps_everything_else(tmp_path: Path) -> None:
     weights = cifar_file(tmp_path / "c.pt")
-    config = ClassifierConfig(arch="resnet110", checkpoint=str(tmp_path / "c.pt"))
+    config = resnet110(str(tmp_path / "c.pt"))
     model = build_classifier(config, 3, new_head=True)
     assert model.new_head
     state = model.net.state_dict()
@@ -291,7 +295,7 @@ def test_read_weights_pickles_with_code_or_objects_are_refused_and_not_run(tmp_p
         with pytest.raises(ModelError, match=message):
             read_weights(tmp_path / name)
         with pytest.raises(ModelError, match="refused"):
-            build_classifier(ClassifierConfig(arch="resnet110", checkpoint=str(tmp_path / name)), 10)
+            build_classifier(resnet110(str(tmp_path / name)), 10)
     assert not trap.exists()
     torch.load(tmp_path / "code.pt", weights_only=False)  # the trap is a real one
     assert trap.exists()
@@ -331,7 +335,7 @@ def test_read_weights_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
 
 def test_build_classifier_wrong_architecture_names_the_first_keys_and_shapes(tmp_path: Path) -> None:
     weights = cifar_file(tmp_path / "c.pt")
-    config = ClassifierConfig(arch="resnet110", checkpoint=str(tmp_path / "c.pt"))
+    config = resnet110(str(tmp_path / "c.pt"))
     with pytest.raises(
         ModelError, match=r"as resnet110\) do not fit.*conv1\.weight is \(16, 3, 3, 3\), expected \(16, 1"
     ):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from core.errors import ModelError
+from core.errors import ConfigError, ModelError
 from core.files import file_sha256
 from core.models.checkpoints import build_denoiser, load_denoiser, load_model, save_model
 from core.models.denoiser import OneShotDenoiser, Schedule, alphas_cumprod, small_unet_config
@@ -155,7 +155,13 @@ DDPM_CIFAR10 = {
     "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
 }
 """config.json of google/ddpm-cifar10-32."""
-LINEAR = {"beta_schedule": "linear", "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02}
+LINEAR = {
+    "_class_name": "DDPMScheduler",
+    "beta_schedule": "linear",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+}
 SIGMAS = torch.tensor([0.12, 0.25, 0.5, 1.0])
 
 
@@ -195,7 +201,7 @@ def test_forward_gives_the_network_rescaled_timesteps_in_floating_point(rescale:
 def test_forward_of_a_converted_network_is_the_published_formula(tmp_path: Path) -> None:
     network = randomised(replace(CIFAR, width=32, multipliers=(1, 2), blocks=1, attention_at=(2,)))
     torch.save(network.state_dict(), tmp_path / "net.pt")
-    denoiser = load_denoiser(str(tmp_path / "net.pt"), head_dim=16)
+    denoiser = load_denoiser(str(tmp_path / "net.pt"), head_dim=16, schedule="cosine-4000")
     torch.manual_seed(1)
     noisy = torch.rand(4, 3, 16, 16) + SIGMAS.view(-1, 1, 1, 1) * torch.randn(4, 3, 16, 16)
     with torch.inference_mode():
@@ -252,6 +258,7 @@ def test_forward_images_that_the_network_does_not_take_are_refused() -> None:
     [
         ("num_class_embeds", 10, "num_class_embeds = 10, expected None"),
         ("time_embedding_type", "fourier", "time_embedding_type = 'fourier', expected 'positional'"),
+        ("center_input_sample", True, "center_input_sample = True, expected False"),
         ("out_channels", 4, "1 input and 4 output channels, expected 1"),
     ],
 )
@@ -363,6 +370,97 @@ def test_load_denoiser_schedules_that_are_not_covered_are_refused(
         load_denoiser(tmp_path / "d")
 
 
+SAMPLERS = (
+    *("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete", "EulerAncestralDiscrete"),
+    *("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep"),
+    *("DEISMultistep", "UniPCMultistep"),
+)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_describe_schedule_samplers_that_are_taken_have_its_alphas(name: str) -> None:
+    """Against diffusers' own class, for a schedule that is nobody's default."""
+    import diffusers
+
+    for plain in (
+        {"beta_schedule": "linear", "num_train_timesteps": 500, "beta_start": 3e-4, "beta_end": 0.03},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 4000},
+    ):
+        theirs = getattr(diffusers, f"{name}Scheduler")(**plain)
+        described = describe_schedule({**plain, "_class_name": f"{name}Scheduler"}, "x")
+        bar = alphas_cumprod(described["schedule"], described["num_steps"], described["beta_range"])
+        # Theirs are float32; KDPM2 and UniPC may keep the last one away from 0.
+        assert np.allclose(theirs.alphas_cumprod.numpy()[:-1], bar[:-1], rtol=2e-3, atol=1e-6)
+        assert described["rescale_timesteps"] is False
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({}, r"scheduler_config\.json: _class_name is None, whose network is not known to be trained as DDPM's"),
+        *(
+            ({**LINEAR, "_class_name": name}, f"_class_name is '{name}', whose network is not known")
+            for name in (
+                *("CMStochasticIterativeScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"),
+                *("KarrasVeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "LCMScheduler", "MyScheduler"),
+            )
+        ),
+        ({"_class_name": "DDPMScheduler"}, "beta_schedule, num_train_timesteps missing, and no network tells what"),
+        ({**LINEAR, "beta_end": None}, "beta_end missing, .*: add it, for example"),
+        ({**LINEAR, "_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type is 'cont"),
+        ({**LINEAR, "_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
+        ({**LINEAR, "prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
+        ({**LINEAR, "auto_map": {"x": "code.Mine"}}, "names code of its own in 'auto_map'"),
+    ],
+)
+def test_load_denoiser_schedulers_that_do_not_say_a_ddpm_are_refused(
+    plain: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_folder(tiny_denoiser(), tmp_path / "d")
+    (tmp_path / "d" / "scheduler_config.json").write_text(json.dumps(plain))
+    with pytest.raises(ModelError, match=message):
+        load_denoiser(tmp_path / "d")
+
+
+def test_load_denoiser_says_where_its_schedule_is_from(tmp_path: Path) -> None:
+    write_folder(tiny_denoiser(), tmp_path / "d")
+    loaded = load_denoiser(tmp_path / "d")
+    schedule = "linear-1000 (scheduler_config.json)"
+    assert loaded.taken == {"checkpoint": str(tmp_path / "d"), "schedule": schedule, "predicts": "noise"}
+    save_model(loaded, tmp_path / "own.safetensors")
+    assert load_denoiser(tmp_path / "own.safetensors").taken["schedule"] == "linear-1000 (the file)"
+    for given, message in (
+        ({"schedule": "linear-1000"}, "says its noise schedule itself; remove denoiser_schedule"),
+        ({"head_dim": 8}, "says its attention heads itself; remove denoiser_head_dim"),
+    ):
+        for source in ("d", "own.safetensors"):
+            with pytest.raises(ConfigError, match=message):
+                load_denoiser(tmp_path / source, **given)
+    (tmp_path / "d" / "scheduler_config.json").unlink()
+    given_it = load_denoiser(tmp_path / "d", schedule="linear-500")
+    assert (given_it.num_steps, given_it.rescale_timesteps) == (500, False)
+    assert given_it.taken["schedule"] == "linear-500 (the configuration)"
+    network = randomised(replace(CIFAR, width=32, multipliers=(1, 2), blocks=1, attention_at=(2,)))
+    torch.save({"net": network.state_dict(), "ema": network.state_dict()}, tmp_path / "net.pt")
+    taken = load_denoiser(tmp_path / "net.pt", head_dim=16, schedule="linear-1000").taken
+    assert (taken["schedule"], taken["heads"]) == ("linear-1000 (the configuration)", "the configuration")
+    assert taken["weights"] == "ema"
+
+
+def test_load_denoiser_folders_with_two_networks_or_a_latent_space_are_refused(tmp_path: Path) -> None:
+    denoiser = tiny_denoiser()
+    for name in ("unet", "unet_ema"):
+        write_folder(denoiser, tmp_path / name)
+    with pytest.raises(ModelError, match=r"has unet/ and their moving average unet_ema/: name one of the two"):
+        load_denoiser(tmp_path)
+    config = json.loads((tmp_path / "unet_ema" / "config.json").read_text())
+    (tmp_path / "unet_ema" / "config.json").write_text(json.dumps({**config, "decay": 0.999, "optimization_step": 7}))
+    assert same(denoiser, load_denoiser(tmp_path / "unet_ema"))
+    (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"], "vqvae": ["x", "y"]}))
+    with pytest.raises(ModelError, match=r"is a latent diffusion model \(it has a vqvae\)"):
+        load_denoiser(tmp_path)
+
+
 def test_load_denoiser_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     write_folder(tiny_denoiser(), folder)
@@ -372,9 +470,11 @@ def test_load_denoiser_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds the bare weights of a diffusers model: give the folder"):
         load_denoiser(file)
     scheduler.unlink()
-    with pytest.raises(ModelError, match=r"no scheduler_config\.json, so its noise schedule is unknown: add"):
+    with pytest.raises(
+        ModelError, match=r"no scheduler_config\.json, so its noise schedule is unknown: give denoiser_schedule"
+    ):
         load_denoiser(folder)
-    assert load_denoiser(folder, schedule="cosine").num_steps == 4000
+    assert load_denoiser(folder, schedule="cosine-4000").num_steps == 4000
     scheduler.write_text(json.dumps(LINEAR))
     good = json.loads(config.read_text())
     for change, message in (

@@ -220,7 +220,8 @@ def test_check_room_says_what_is_needed(tmp_path: Path, monkeypatch: pytest.Monk
 def test_shapes_alone_are_read_on_the_meta_device(models: Path) -> None:
     with torch.device("meta"):
         denoiser = load_denoiser(models / "colour.safetensors")
-        config = folder_config(models, f"base.classifier={{arch: resnet110, checkpoint: {models}/resnet.pt}}").base
+        named = f"{{arch: resnet110, checkpoint: {models}/resnet.pt, mean: [0.5], std: [0.5]}}"
+        config = folder_config(models, f"base.classifier={named}").base
         assert config.classifier is not None
         classifier = load_classifier(config.classifier, 12)
     assert isinstance(denoiser, OneShotDenoiser)

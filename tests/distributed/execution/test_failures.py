@@ -20,7 +20,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
     """Good files, and the overrides that name them."""
     return {
         "dataset__path": str(miniatures.cifar10_pickles(tmp_path / "data")),
-        "base__denoiser": str(miniatures.openai_unet(tmp_path / "unet.pt")),
+        **miniatures.openai_unet(tmp_path / "unet.pt"),
         "base__classifier": miniatures.vit_folder(tmp_path / "vit"),
     }
 
