@@ -92,6 +92,7 @@ class Preparation:
         layers = np.asarray(image.convert("RGBA"))
         alpha = layers[..., 3:].astype(np.uint16)
         if alpha.min() == 255:
+            image.info.pop("transparency", None)  # Pillow warns of what it would drop
             return image
         if self.background is None:
             raise ValueError(
