@@ -41,6 +41,11 @@ def png(
     )
 
 
+def two(kind: str) -> bytes:
+    """A file of two pictures."""
+    return saved(Image.new("RGB", (2, 2)), kind, save_all=True, append_images=[Image.new("RGB", (2, 2), (9, 9, 9))])
+
+
 def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
@@ -94,10 +99,10 @@ DEEP = {
     "tiff-float": (tiff(SIXTEEN.astype(np.float32)), "signed or floating"),
     "j2k-12": (j2k(12), "not of 8 bits"),
     "j2k-4": (j2k(4), "not of 8 bits"),
-    "gif-two": (saved(Image.new("L", (2, 2)), "GIF", save_all=True, append_images=[Image.new("L", (2, 2), 9)]), "2 frames"),
-    "webp-two": (saved(Image.new("RGB", (2, 2)), "WEBP", save_all=True, append_images=[Image.new("RGB", (2, 2), (9, 9, 9))]), "2 frames"),
-    "apng-two": (saved(Image.new("L", (2, 2)), "PNG", save_all=True, append_images=[Image.new("L", (2, 2), 9)]), "2 frames"),
-    "tiff-two": (saved(Image.new("L", (2, 2)), "TIFF", save_all=True, append_images=[Image.new("L", (2, 2))]), "2 frames or pages"),
+    "gif-two": (two("GIF"), "2 frames"),
+    "webp-two": (two("WEBP"), "2 frames"),
+    "apng-two": (two("PNG"), "2 frames"),
+    "tiff-two": (two("TIFF"), "2 frames or pages"),
     "ico": (saved(Image.new("RGB", (16, 16)), "ICO"), "a ICO file"),
     "png-grey-4-key": (png(4, 0, b"\x3f", (2, 1), struct.pack(">H", 3)), "which Pillow misreads"),
 }  # fmt: skip
@@ -171,7 +176,7 @@ def test_preparation_with_transparent_pixels_shows_them_on_the_background_or_ref
     assert grey.shape == (1, 1, 2)
 
 
-# Where the pixels of [[0, 1], [2, 3]] (one channel, wider than high once doubled) are to be seen, by the EXIF standard.
+# Where the pixels of [[0, 1, 2], [3, 4, 5]] are to be seen, by the EXIF standard.
 UPRIGHT = {
     1: [[0, 1, 2], [3, 4, 5]], 2: [[2, 1, 0], [5, 4, 3]], 3: [[5, 4, 3], [2, 1, 0]], 4: [[3, 4, 5], [0, 1, 2]],
     5: [[0, 3], [1, 4], [2, 5]], 6: [[3, 0], [4, 1], [5, 2]], 7: [[5, 2], [4, 1], [3, 0]], 8: [[2, 5], [1, 4], [0, 3]],
@@ -218,8 +223,8 @@ def test_stored_images_that_carry_an_orientation_warn_once_and_by_name(
         data = load_dataset(config, "test")
         assert [data.image(index).shape for index in range(4)] == [(3, 2, 3)] * 4
         assert [record.getMessage() for record in caplog.records] == [
-            "example 'test/cat/b.png': its EXIF orientation 6 is ignored, as torchvision does; dataset.exif=apply turns "
-            "it (there may be more such images)"
+            "example 'test/cat/b.png': its EXIF orientation 6 is ignored, as torchvision does; dataset.exif=apply "
+            "turns it (there may be more such images)"
         ]
         caplog.clear()
         upright = load_dataset(config.model_copy(update={"exif": "apply"}), "test")

@@ -158,18 +158,18 @@ def class_names(
         return tuple("0123456789")
     if config.name in _CIFAR:
         return CLASSES
+    folders, known = not _is_parquet(config, "test"), config.num_classes or _CLASSES.get(config.name)
     train, test = (_own_names(config, split, open_storage, parquet) for split in ("train", "test"))
-    known = config.num_classes or _CLASSES.get(config.name)
     where = " and ".join(dict.fromkeys(repr(path) for path in _locations(config)))
-    if not _is_parquet(config, "test"):
+    if train and test and train != test and (known is None or not folders):
+        numbers_of(test, train, f"the test split in {where}")
+    if folders:
         together = in_order([*(train or ()), *(test or ())], where)
         if together and known is not None and known != len(together):
             raise DataError(
                 f"{where} has {len(together)} class folders, expected {known}: a part of them would be numbered "
                 "wrongly; name all classes in dataset.class_file, or set dataset.num_classes if these are all"
             )
-        if train and test and known is None:
-            numbers_of(test, train, f"the test split in {where}")
         return together or None
     names = train or test
     if names and known not in (None, len(names)):
@@ -183,15 +183,23 @@ def class_names(
 def _own_names(
     config: DatasetConfig, split: Split, open_storage: OpenStorage, parquet: ParquetReader | None
 ) -> tuple[str, ...] | None:
-    """What the files of one split say; None where the split is not described, has no files, or they say nothing."""
+    """What the files of one split say; None where the split is not described, has no files, or they say nothing.
+
+    The class folders of a split that is not there say nothing where the number of classes is known: it is compared.
+    """
     part: SplitConfig = getattr(config, split)
     if part.path is None and (config.path is None or (config.corruption is not None and split == "train")):
         return None
-    place = _locate(config, part, split, open_storage)
-    if config.corruption is not None and _is_parquet(config, split):
+    try:
+        place = _locate(config, part, split, open_storage)
+    except DataError:
+        if _is_parquet(config, split) or not (config.num_classes or config.name in _CLASSES):
+            raise
         return None
     if not _is_parquet(config, split):
         return tuple(map(canonical, place.storage.folders(place.folder)))
+    if config.corruption is not None:  # the folders of the test split have other names
+        return None
     files = _parquet_part(_of_split(config, split), part, split, place)
     return parquet.names(files) if parquet is not None and files.files else None
 
