@@ -17,7 +17,7 @@ from core.errors import ConfigError, DataError
 from distributed.datasets import class_names, load_dataset
 from distributed.run_directory import RunDirectory
 from tests.test_data_folders import encoded, picture
-from tests.test_preflight import PLAIN
+from tests.tiny import PLAIN
 
 IMAGE = encoded(picture(1, (8, 8)))
 
@@ -165,9 +165,9 @@ def test_test_class_that_training_lacks_is_refused_unless_the_number_of_classes_
     write(tmp_path / "test", "Dog", "cat")
     for split in ("train", "test"):
         with pytest.raises(DataError, match=r"the test split in .* none of the run's 2: 'Dog'; the run has 'dog'"):
-            load_dataset(folder(tmp_path), split)  # type: ignore[arg-type]
+            load_dataset(folder(tmp_path), split)
         with pytest.raises(DataError, match="has 3 class folders, expected 2"):
-            load_dataset(folder(tmp_path, num_classes=2), split)  # type: ignore[arg-type]
+            load_dataset(folder(tmp_path, num_classes=2), split)
     data = load_dataset(folder(tmp_path, num_classes=3), "train")
     assert (data.class_names, data.labels.tolist()) == (("Dog", "cat", "dog"), [1, 2])
 
@@ -298,7 +298,7 @@ def begun(tmp_path: Path, **keys: Any) -> RunDirectory:
 def test_run_directory_notes_its_classes_and_refuses_others(tmp_path: Path) -> None:
     run = begun(tmp_path)
     for split in ("train", "test"):
-        run.data(split)  # type: ignore[arg-type]
+        run.data(split)
     file = tmp_path / "run" / "manifest.json"
     manifest = json.loads(file.read_text())
     assert manifest["data"]["class_names"] == ["bee", "cat"]

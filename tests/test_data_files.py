@@ -19,7 +19,7 @@ from distributed.datasets import load_dataset, open_storage
 from distributed.predict import open_images
 from distributed.run_directory import RunDirectory
 from tests.test_data_folders import encoded, picture
-from tests.test_preflight import PLAIN
+from tests.tiny import PLAIN
 
 IMAGE = encoded(picture(1, (8, 8)))
 
@@ -208,7 +208,8 @@ def test_storages_list_the_same(root: Path) -> None:
         ("test.parquet", True), ("test-00000-of-00005.parquet", True), ("data/test-00000-of-00001-0a9f.parquet", True),
         ("test_3.parquet", True), ("test-3.snappy.parquet", True), ("test3.parquet", True), ("test/x.parquet", True),
         ("default/test/0000.parquet", True), ("test_sketch-00000-of-00001.parquet", False),
-        ("test-sketch.parquet", False), ("test_v2-00000-of-00001.parquet", False), ("testing.parquet", False), ("latest.parquet", False),
+        ("test-sketch.parquet", False),
+        ("test_v2-00000-of-00001.parquet", False), ("testing.parquet", False), ("latest.parquet", False),
         ("train/test_x/0.parquet", False), ("test-a-00000-of-00001.parquet", False),
     ],
 )  # fmt: skip

@@ -197,7 +197,7 @@ def test_preparation_orientation_is_applied_if_the_key_says_so(orientation: int)
         assert Preparation("grey", exif="apply")(content)[0].tolist() == UPRIGHT[orientation]
         assert Preparation("grey")(content)[0].tolist() == UPRIGHT[1]
     for exif in ("ignore", "apply"):  # TIFF: the format's own tag, applied once
-        assert Preparation("grey", exif=exif)(turned(orientation, "TIFF"))[0].tolist() == UPRIGHT[orientation]  # type: ignore[arg-type]
+        assert Preparation("grey", exif=exif)(turned(orientation, "TIFF"))[0].tolist() == UPRIGHT[orientation]
 
 
 def test_preparation_orientation_of_a_jpeg_is_that_of_torchvision_unless_applied() -> None:

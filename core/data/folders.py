@@ -27,7 +27,8 @@ def image_files(storage: Storage, folder: str = "") -> tuple[list[str], list[str
     images: list[str] = []
     others: list[str] = []
     for path in storage.files(folder):
-        image, own = path.lower().endswith(ENDINGS), not hidden(path[len(folder) :])
+        last = path.rstrip("/").rpartition("/")[2]  # what lies in hidden folders is not listed
+        image, own = last.lower().endswith(ENDINGS), not hidden(last)
         if path.endswith("/") and own:
             raise DataError(
                 f"{named(storage, path)} is a link to a folder whose images are there already, or that holds it; "
