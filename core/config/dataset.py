@@ -18,8 +18,8 @@ class SplitConfig(Section):
     path: str | None = None
     """Where this split is, if not below `dataset.path`. Not part of a run's identity: data may move."""
     split: str | None = None
-    """What the files call this split: its folder, or how the names of its Parquet files begin. `train` and `test`
-    unless given; ImageNet's test images are in `val` (folders) or `validation` (Parquet)."""
+    """What the files call this split: its folder, or the names of its Parquet files before their number. `train` and
+    `test` unless given; ImageNet's test images are in `val` (folders) or `validation` (Parquet)."""
     every: Count = 1
     """Every so many-th example, from the first on (`--skip` of Cohen et al.)."""
     first: Count | None = None
@@ -43,6 +43,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("corruption", "severity"), _CORRUPTED),
     **dict.fromkeys(("resize", "crop", "interpolation", "num_classes", "class_file"), (*_IMAGENET, *_OWN)),
     "color": _OWN,
+    **dict.fromkeys(("exif", "background"), (*_CIFAR, *_IMAGENET, *_OWN)),
     **dict.fromkeys(("image_column", "label_column", "id_column"), (*_CIFAR, *_IMAGENET, "parquet")),
 }
 
@@ -78,11 +79,17 @@ class DatasetConfig(Section):
     """Of `resize`; `bilinear` is torchvision's default and what Cohen et al. and Carlini et al. used."""
     color: Literal["rgb", "grey"] = "rgb"
     """What images are converted to."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """Whether images are turned upright as their EXIF data say; `ignore` (with a warning) is what torchvision does, and
+    so the published numbers of ImageNet."""
+    background: Annotated[int, Field(ge=0, le=255)] | None = None
+    """Grey level behind transparent pixels, 0 black to 255 white; unless given, an image that has such pixels is
+    refused."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
     """Number of classes; otherwise known, counted (folders), or read from the Parquet files' description."""
     class_file: str | None = None
-    """Text file of class names (those of the folders, or the labels where these are text), one per line in the order of
-    the labels; otherwise folders are numbered by name."""
+    """Text file of class names (those of the folders, or of the Parquet files' labels), one per line in the order of
+    the labels; otherwise they are those of the folders, or of the Parquet files' description."""
     image_column: str | None = None
     """Parquet column of the images; `image` unless given, `img` for CIFAR-10."""
     label_column: str | None = None

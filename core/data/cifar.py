@@ -11,11 +11,12 @@ from core.data.dataset import Dataset, Split
 from core.data.storage import Storage
 from core.errors import DataError
 
-__all__ = ["read_cifar10", "read_cifar10_c", "read_pickle"]
+__all__ = ["CLASSES", "read_cifar10", "read_cifar10_c", "read_pickle"]
 
 _FOLDER = "cifar-10-batches-py"
 _BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "test": ("test_batch",)}
-_CLASSES = 10
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""In the order of the labels."""
 _SEVERITIES = 5
 
 
@@ -41,7 +42,8 @@ def read_cifar10(name: str, storage: Storage, split: Split) -> Dataset:
         parts.append(_batch(read_pickle(_read(storage, folder + batch, file), file), file))
     images = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
-    return Dataset(name, tuple(f"cifar10-{split}-{i:05d}" for i in range(len(images))), images, labels, _CLASSES)
+    ids = tuple(f"cifar10-{split}-{i:05d}" for i in range(len(images)))
+    return Dataset(name, ids, images, labels, len(CLASSES), CLASSES)
 
 
 def read_cifar10_c(name: str, storage: Storage, corruption: str, severity: int) -> Dataset:
@@ -74,7 +76,8 @@ def read_cifar10_c(name: str, storage: Storage, corruption: str, severity: int) 
         example_ids=tuple(f"cifar10-c-{corruption}-{severity}-{index:05d}" for index in range(num)),
         images=np.ascontiguousarray(images[part].transpose(0, 3, 1, 2)),
         labels=labels[part].astype(np.int64),
-        num_classes=_CLASSES,
+        num_classes=len(CLASSES),
+        class_names=CLASSES,
     )
 
 

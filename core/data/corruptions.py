@@ -51,6 +51,7 @@ def corrupt_images(clean: Dataset, name: str, corruption: str, severity: int) ->
         images=np.stack(images),
         labels=clean.labels,
         num_classes=clean.num_classes,
+        class_names=clean.class_names,
     )
 
 

@@ -36,7 +36,8 @@ class Dataset:
         images: uint8 ``(N, C, H, W)``, or images that stay where they are stored.
         labels: int64 ``(N,)`` in [0, num_classes).
         num_classes: classes of the task.
-        class_names: of the classes, in the order of the labels; None where nothing tells them.
+        class_names: of the run, in the order of the labels; None where nobody tells them. Names may repeat.
+        notes: what is worth a warning: files that were left out, say.
 
     Raises:
         DataError: for arrays that do not fit each other, repeated ids or a label out of range; names the example.
@@ -48,6 +49,7 @@ class Dataset:
     labels: NDArray[np.int64]
     num_classes: int
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         num, images = len(self.example_ids), self.images
@@ -63,6 +65,10 @@ class Dataset:
         if len(set(self.example_ids)) != num:
             repeated, times = Counter(self.example_ids).most_common(1)[0]
             raise DataError(f"{self.name}: example ids are not distinct, {repeated!r} is there {times} times")
+        if self.class_names is not None and len(self.class_names) != self.num_classes:
+            raise DataError(
+                f"{self.name}: {len(self.class_names)} class names, expected {self.num_classes}, one for each class"
+            )
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if wrong.size:
             first = int(wrong[0])

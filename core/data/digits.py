@@ -25,4 +25,5 @@ def read_digits(split: Split, test_size: int, split_seed: int) -> Dataset:
         images=images[chosen],
         labels=labels[chosen].astype(np.int64),
         num_classes=10,
+        class_names=tuple("0123456789"),
     )

@@ -1,21 +1,25 @@
 """Images that stay encoded where they are stored until somebody asks for them."""
 
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 
+from core.data.formats import check_header, orientation
 from core.errors import DataError
 
 __all__ = ["Preparation", "StoredImages"]
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MODES = {"rgb": "RGB", "grey": "L"}
-_EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,33 +29,46 @@ class Preparation:
     The same file gives the same pixels wherever the versions of Pillow and of its JPEG decoder are the same.
 
     Attributes:
-        color: `rgb` or `grey`; grey, palette and CMYK images are converted, an alpha channel is dropped.
+        color: `rgb` or `grey`; grey, palette and CMYK images are converted.
         resize: length of the shorter side, the longer one keeps the ratio (rounded down); 0 for none.
         crop: side of the square that is cut from the centre; 0 for none.
         interpolation: `bilinear` (torchvision's default) or `bicubic`, both antialiased.
+        exif: whether the orientation that EXIF states is ignored, as torchvision does, or applied.
+        background: grey level behind transparent pixels; None refuses them.
     """
 
     color: Literal["rgb", "grey"] = "rgb"
     resize: int = 0
     crop: int = 0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    exif: Literal["ignore", "apply"] = "ignore"
+    background: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
         """``(C, H, W)`` of every result, if it does not depend on the image."""
         return (3 if self.color == "rgb" else 1, self.crop, self.crop) if self.crop else None
 
-    def __call__(self, encoded: bytes) -> NDArray[np.uint8]:
+    def __call__(self, encoded: bytes, notice: Callable[[str], None] | None = None) -> NDArray[np.uint8]:
         """Pixels of a JPEG, PNG or other image file, uint8 ``(C, H, W)``.
 
+        Args:
+            encoded: its bytes.
+            notice: is told of an orientation that is ignored.
+
         Raises:
-            ValueError: for an image of more than 8 bits, or one smaller than the crop.
+            ValueError: for an image of more than 8 bits or more than one frame, with transparent pixels where there is
+                no background, or smaller than the crop.
             Exception: whatever Pillow's decoders raise for bytes that are not a whole image.
         """
         with Image.open(io.BytesIO(encoded)) as file:
-            if file.mode not in _EIGHT_BIT:
-                raise ValueError(f"pixels of mode {file.mode!r}, expected 8 bits a channel")
-            image = file.convert(_MODES[self.color])
+            check_header(file, encoded)
+            upright: Image.Image = file
+            if self.exif == "apply":
+                upright = ImageOps.exif_transpose(file)
+            elif notice is not None and (turned := _stated_orientation(file)) != 1:
+                notice(f"its EXIF orientation {turned} is ignored, as torchvision does; dataset.exif=apply turns it")
+            image = self._on_background(upright).convert(_MODES[self.color])
         if self.resize:
             short, long = sorted(image.size)
             longer = int(self.resize * long / short)
@@ -67,6 +84,29 @@ class Preparation:
             image = image.crop((left, top, left + self.crop, top + self.crop))
         pixels = np.array(image, np.uint8)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
+
+    def _on_background(self, image: Image.Image) -> Image.Image:
+        """The image itself where it is opaque; otherwise each channel as round((a c + (255 - a) background) / 255)."""
+        if image.mode not in ("LA", "PA", "RGBA", "RGBa") and "transparency" not in image.info:
+            return image
+        layers = np.asarray(image.convert("RGBA"))
+        alpha = layers[..., 3:].astype(np.uint16)
+        if alpha.min() == 255:
+            image.info.pop("transparency", None)  # Pillow warns of what it would drop
+            return image
+        if self.background is None:
+            raise ValueError(
+                "transparent pixels; set dataset.background to the grey level (0 to 255) that they are shown on"
+            )
+        mixed = (alpha * layers[..., :3] + (255 - alpha) * np.uint16(self.background) + 127) // 255
+        return Image.fromarray(mixed.astype(np.uint8))
+
+
+def _stated_orientation(file: ImageFile) -> int:
+    try:
+        return orientation(file)
+    except Exception:  # broken EXIF, which nobody asked for, says nothing
+        return 1
 
 
 class StoredImages:
@@ -90,6 +130,7 @@ class StoredImages:
         self._fetch = fetch
         self._describe = describe
         self._preparation = preparation
+        self._noticed = False
 
     def __len__(self) -> int:
         return len(self._places)
@@ -123,9 +164,14 @@ class StoredImages:
         """
         encoded = self.read(index, name)
         try:
-            return self._preparation(encoded)
+            return self._preparation(encoded, None if self._noticed else partial(self._notice, name))
         except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, struct.error and more
             raise DataError(
                 f"example {name!r}: cannot decode {self._describe(int(self._places[index]))} "
                 f"({type(error).__name__}: {error}); put a good file in its place, or leave the example out (ids_file)"
             ) from error
+
+    def _notice(self, name: str, what: str) -> None:
+        """Once a process and set: thousands of images may be alike."""
+        self._noticed = True
+        _log.warning("example %r: %s (there may be more such images)", name, what)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from core.config import SplitConfig
+from core.data.classes import canonical
 from core.data.dataset import Dataset
 from core.errors import ConfigError, DataError
 
@@ -36,21 +37,21 @@ def choose(data: Dataset, part: SplitConfig, key: str) -> Dataset:
     return data if len(places) == len(data) else data.take(places)
 
 
-def read_lines(path: str, key: str) -> list[str]:
-    """The lines of a UTF-8 text file, without empty ones.
+def read_lines(path: str, key: str, *, distinct: bool = True) -> list[str]:
+    """The lines of a UTF-8 text file (with a byte order mark or without), without empty ones.
 
     Raises:
         ConfigError: when it cannot be read.
-        DataError: when a line is there twice, or there is none.
+        DataError: when a line is there twice although they should be `distinct`, or there is none.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key}: cannot read {path!r}: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"{key}: {path!r} is empty, expected one name per line")
-    if len(set(lines)) != len(lines):
+    if distinct and len(set(lines)) != len(lines):
         twice = next(line for number, line in enumerate(lines) if line in lines[:number])
         raise DataError(f"{key}: {path!r} names {twice!r} twice; remove one")
     return lines
@@ -58,11 +59,12 @@ def read_lines(path: str, key: str) -> list[str]:
 
 def _by_id(data: Dataset, path: str, key: str) -> Dataset:
     wanted = read_lines(path, f"{key}.ids_file")
-    place = {example_id: index for index, example_id in enumerate(data.example_ids)}
-    if unknown := [name for name in wanted if name not in place]:
+    exact = {example_id: index for index, example_id in enumerate(data.example_ids)}
+    place = {canonical(example_id): index for example_id, index in exact.items()} | exact
+    if unknown := [name for name in wanted if name not in place and canonical(name) not in place]:
         shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise DataError(
             f"{key}.ids_file: {path!r} names {len(unknown)} examples that are not in this split of {data.name}: "
             f"{shown}; its ids look like {data.example_ids[0]!r}"
         )
-    return data.take(sorted(place[name] for name in wanted))
+    return data.take(sorted({place[name if name in place else canonical(name)] for name in wanted}))

@@ -1,5 +1,6 @@
 """Loading a data set from wherever it is: `core.data` plus Parquet files and object stores."""
 
+import urllib.parse
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,16 @@ import pyarrow.fs as pafs
 from core.config import DatasetConfig, SplitConfig
 from core.data import Dataset, LocalStorage, Split, Storage
 from core.data import load_dataset as load_local
+from core.data.loading import ParquetReader
+from core.data.loading import class_names as local_class_names
+from core.data.storage import hidden
 from core.errors import DataError
-from distributed.store.parquet_images import read_parquet
+from distributed.store.parquet_images import read_class_names, read_parquet
 from distributed.store.storage import file_system
 
-__all__ = ["ArrowStorage", "absolute", "load_dataset", "open_storage"]
+__all__ = ["ArrowStorage", "absolute", "class_names", "load_dataset", "open_storage"]
+
+_PARQUET = ParquetReader(read_parquet, read_class_names)
 
 
 def load_dataset(config: DatasetConfig, split: Split) -> Dataset:
@@ -21,7 +27,12 @@ def load_dataset(config: DatasetConfig, split: Split) -> Dataset:
 
     Images that are stored encoded stay where they are until somebody asks for them.
     """
-    return load_local(config, split, open_storage=open_storage, read_parquet=read_parquet)
+    return load_local(config, split, open_storage=open_storage, parquet=_PARQUET)
+
+
+def class_names(config: DatasetConfig) -> tuple[str, ...] | None:
+    """See `core.data.loading.class_names`."""
+    return local_class_names(config, open_storage=open_storage, parquet=_PARQUET)
 
 
 def absolute(config: DatasetConfig) -> DatasetConfig:
@@ -57,13 +68,17 @@ class ArrowStorage:
         if folder == "" and self._is_file:
             return [""]
         found = self._list(folder, recursive=True)
-        return sorted(path for path, kind in found if kind == pafs.FileType.File and not _hidden(path))
+        return sorted({_outside(path) for path, kind in found if kind == pafs.FileType.File})
+
+    def twin(self, path: str) -> str | None:
+        """See `core.data.Storage`: object stores have no links."""
+        return None
 
     def folders(self, folder: str = "") -> list[str]:
         """See `core.data.Storage`."""
         found = self._list(folder, recursive=False)
         names = [path.rpartition("/")[2] for path, kind in found if kind == pafs.FileType.Directory]
-        return sorted(name for name in names if not _hidden(name))
+        return sorted(name for name in names if not hidden(name))
 
     def read(self, path: str) -> bytes:
         """See `core.data.Storage`."""
@@ -96,8 +111,13 @@ class ArrowStorage:
 
 def open_storage(root: str) -> Storage:
     """A local folder or an address."""
+    if root.startswith("file://"):
+        return LocalStorage(urllib.parse.unquote(root.removeprefix("file://")))
     return ArrowStorage(root) if "://" in root else LocalStorage(root)
 
 
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
+def _outside(path: str) -> str:
+    """The path, or the hidden folder that it lies in, with a "/" at its end."""
+    parts = path.split("/")
+    place = next((number for number, part in enumerate(parts[:-1]) if hidden(part)), None)
+    return path if place is None else "/".join(parts[: place + 1]) + "/"

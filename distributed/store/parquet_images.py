@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from core.data import Dataset, StoredImages
-from core.data.loading import ParquetPart
+from core.data.classes import canonical, check_numbers, numbers_of
+from core.data.parquet_files import ParquetPart
 from core.errors import ConfigError, DataError
 from distributed.store.storage import file_system
 
-__all__ = ["read_parquet", "read_unlabelled"]
+__all__ = ["read_class_names", "read_parquet", "read_unlabelled"]
 
 
 def read_parquet(name: str, part: ParquetPart) -> Dataset:
@@ -35,18 +36,23 @@ def read_parquet(name: str, part: ParquetPart) -> Dataset:
         ConfigError: when the number of classes, or their names, are needed and not known.
     """
     files = [_File(part, file) for file in part.files]
-    label_column = part.columns[1]
-    raw_labels: list[Any] = []
-    for file in files:
-        raw_labels += file.column(label_column)
-    labels = _numbers(raw_labels, part)
-    num_classes = part.num_classes or len(files[0].class_names(label_column))
-    if not num_classes:
+    labels = np.concatenate([_numbers(file, part) for file in files])
+    if part.num_classes is None:
         raise ConfigError(
             f"{part.location!r} does not say how many classes there are; set dataset.num_classes (labels there: "
             f"{labels.min(initial=0)} to {labels.max(initial=0)})"
         )
-    return Dataset(name, *_images(files, part), labels, num_classes)
+    return Dataset(name, *_images(files, part), labels, part.num_classes, part.classes, part.notes)
+
+
+def read_class_names(part: ParquetPart) -> tuple[str, ...] | None:
+    """Names of the classes, as the first file that has any lists them.
+
+    Raises:
+        DataError: for a file that cannot be read.
+    """
+    column = part.columns[1]
+    return next((names for file in part.files if (names := _File(part, file).class_names(column))), None)
 
 
 def read_unlabelled(part: ParquetPart) -> tuple[tuple[str, ...], StoredImages]:
@@ -80,7 +86,7 @@ class _File:
             with self._system.open_input_file(self._path) as stream, pq.ParquetFile(stream) as parquet:
                 self._schema = parquet.schema_arrow
                 groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:  # Arrow opens no name that is not UTF-8
             raise DataError(f"{self.name!r} cannot be read as Parquet: {error}") from error
         self.starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
         image, *_ = part.columns
@@ -90,11 +96,14 @@ class _File:
                     f"{self.name!r} has no column {column!r}; set dataset.{key} to one of: "
                     f"{', '.join(self._schema.names)}"
                 )
-        kind = self._schema.field(image).type
-        self._nested = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        if not self._nested and not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        kind = whole = self._schema.field(image).type
+        self._nested = pa.types.is_struct(whole) and whole.get_field_index("bytes") >= 0
+        if self._nested:
+            kind = whole.field("bytes").type
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise DataError(
-                f"{self.name!r}: column {image!r} is {kind}, expected encoded images: binary, or a struct with `bytes`"
+                f"{self.name!r}: column {image!r} is {whole}, expected encoded images: binary, or a struct with binary "
+                "`bytes`; paths are not followed, write the files' bytes into the column"
             )
 
     @property
@@ -118,7 +127,7 @@ class _File:
         """Names of the classes, if Hugging Face's `datasets` wrote the file; otherwise none."""
         try:
             features = json.loads((self._schema.metadata or {})[b"huggingface"])["info"]["features"]
-            return tuple(map(str, features[column]["names"]))
+            return tuple(canonical(str(name)) for name in features[column]["names"])
         except (KeyError, TypeError, ValueError):
             return ()
 
@@ -157,7 +166,7 @@ class _Images:
         group = int(np.searchsorted(starts, row, side="right")) - 1
         value = self._group(number, group)[row - int(starts[group])].as_py()
         if value is None:
-            raise ValueError("the image is empty (null)")
+            raise ValueError("the image is empty (null); a path beside it is not followed")
         return bytes(value)
 
     def describe(self, place: int) -> str:
@@ -166,20 +175,24 @@ class _Images:
         return f"{self._files[number].name!r} row {row}"
 
 
-def _numbers(values: Sequence[Any], part: ParquetPart) -> NDArray[np.int64]:
-    """Labels as numbers; names go by their place in `part.classes`."""
+def _numbers(file: _File, part: ParquetPart) -> NDArray[np.int64]:
+    """Labels as numbers in the run's list of classes: by their names, wherever the file has names."""
     column = part.columns[1]
-    if all(type(value) is int for value in values):
-        return np.array(values, np.int64)
-    odd = next(value for value in values if type(value) is not int)
-    if not isinstance(odd, str):
-        raise DataError(f"{part.location!r}: label {odd!r} in column {column!r}, expected integers or class names")
+    values, names = file.column(column), file.class_names(column)
+    odd = next((value for value in values if type(value) is not int), None)
+    if odd is None:
+        labels = np.array(values, np.int64)
+        if names and part.classes is not None and names != part.classes:
+            check_numbers(labels, names, repr(file.name))
+            return numbers_of(names, part.classes, repr(file.name))[labels]
+        return labels
+    if not all(isinstance(value, str) for value in values):
+        raise DataError(f"{file.name!r}: label {odd!r} in column {column!r}, expected integers or class names")
     if part.classes is None:
         raise ConfigError(
-            f"{part.location!r}: labels in column {column!r} are names ({odd!r}); list all of them in "
+            f"{file.name!r}: labels in column {column!r} are names ({odd!r}); list all of them in "
             "dataset.class_file, in the order of their numbers"
         )
-    place = {name: number for number, name in enumerate(part.classes)}
-    if unknown := sorted({str(value) for value in values} - place.keys()):
-        raise DataError(f"{part.location!r}: label {unknown[0]!r} is not in dataset.class_file; add it")
+    different = sorted(set(values))
+    place = dict(zip(different, numbers_of(different, part.classes, repr(file.name)).tolist(), strict=True))
     return np.array([place[value] for value in values], np.int64)

@@ -15,7 +15,9 @@ shift/           run directories: the test split of a corrupted data set (`distr
 """
 
 import hashlib
+import itertools
 import json
+import logging
 import platform
 import subprocess
 import sys
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RunDirectory", "finetuned"]
 
+_log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "pillow", "scikit-learn")
 _MANIFEST = "manifest.json"
+_CLASS_NAMES = "class_names"
 _BORROWED = "borrow_models"
 """The step of a run directory that uses the networks of another one."""
 
@@ -144,6 +148,8 @@ class RunDirectory:
         Raises:
             ConfigError: as `model_hashes` of the lender.
         """
+        if lender.config.dataset.layout == "original":  # Parquet files have names of their own for ImageNet's classes
+            self._check_classes("dataset.test", lender.manifest.get("data", {}).get(_CLASS_NAMES))
         levels, above = 0, self.folder
         while above != lender.folder:
             assert above != above.parent, f"{self.folder} does not lie in {lender.folder}"
@@ -211,7 +217,7 @@ class RunDirectory:
         return data
 
     def check_data(self, split: "Split", data: "Dataset") -> None:
-        """Refuse another data set than the one that this run began with; at first use, note which one it is.
+        """Refuse another data set than the one that this run began with, or other classes; at first use, note them.
 
         Raises:
             ConfigError: says what is another one.
@@ -219,9 +225,11 @@ class RunDirectory:
         """
         if split not in self._data or self._data[split][0] is not data:
             self._data[split] = data, data.digest()
+            for note in data.notes:
+                _log.warning("dataset.%s: %s", split, note)
         found: dict[str, Any] = {
             "digest": self._data[split][1], "examples": len(data), "classes": data.num_classes, "shape": data.shape,
-        }  # fmt: skip
+        } | ({"notes": list(data.notes)} if data.notes else {})  # fmt: skip
         before = self._manifest.get("data", {}).get(split)  # a run of an earlier version has none
         if before is None:
             if self._mode == "write":
@@ -230,8 +238,25 @@ class RunDirectory:
             old, new = (f"{each['digest']} ({each['examples']:,} examples)" for each in (before, found))
             raise ConfigError(
                 f"dataset.{split}: this is not the data set that {str(self.folder)!r} began with: fingerprint {old} "
-                f"there, {new} now; put the old one back (dataset.path, dataset.{split}.path, its ids_file), or use "
-                "another --out"
+                f"there, {new} now; put the old one back (dataset.path, dataset.{split}.path, its ids_file; or the "
+                "version of this program, if that has begun to read it otherwise), or use another --out"
+            )
+        self._check_classes(f"dataset.{split}", data.class_names)
+
+    def _check_classes(self, key: str, names: Sequence[str] | None) -> None:
+        """One list of class names for a run: noted at first use, the same ever after."""
+        before = self._manifest.get("data", {}).get(_CLASS_NAMES)
+        if names is None:
+            return
+        if before is None:
+            if self._mode == "write":
+                self._merge("data", _CLASS_NAMES, list(names))
+        elif list(names) != before:
+            pairs = itertools.zip_longest(before, names)
+            number, (old, new) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ConfigError(
+                f"{key}: its {len(names)} classes are not the {len(before)} that {str(self.folder)!r} began with: "
+                f"number {number} is {old!r} there, {new!r} now; put the old names back, or use another --out"
             )
 
     def is_done(self, step: str, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> bool:
@@ -254,12 +279,12 @@ class RunDirectory:
             record["versions"] = versions
         self._merge("steps", step, record)
 
-    def _merge(self, section: str, key: str, record: Mapping[str, Any]) -> None:
+    def _merge(self, section: str, key: str, record: Mapping[str, Any] | list[str]) -> None:
         """Add to a section of the file; another job may have added something of its own in the meantime."""
         now = self._read() or self._manifest
         for name in ("data", "steps"):
             self._manifest[name] = dict(now.get(name, {}))
-        self._manifest[section][key] = dict(record)
+        self._manifest[section][key] = record if isinstance(record, list) else dict(record)
         self._write()
 
     @property

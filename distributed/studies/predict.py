@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,11 @@ import torch
 
 from core.config import Config
 from core.data import StoredImages
-from core.data.folders import ENDINGS
+from core.data.classes import readable
+from core.data.folders import ENDINGS, image_files, left_out, named
+from core.data.formats import ENDINGS
 from core.data.loading import ParquetPart, class_names, preparation
+from core.data.parquet_files import ParquetPart, parquet_files
 from core.errors import ConfigError, DataError
 from core.machine.engine import Task
 from core.procedures.confidence import draws_needed
@@ -26,10 +30,12 @@ from core.progress import Progress
 from core.records import ABSTAIN, Certificate, DualCertificate, DualPrediction, Prediction, Sampling
 from distributed.execution.launch import work_of
 from distributed.execution.work import Work, build_engine
-from distributed.store.datasets import open_storage
+from distributed.store.datasets import class_names, open_storage
 from distributed.store.parquet_images import read_unlabelled
 from distributed.store.run_directory import RunDirectory
 from distributed.store.storage import Folder
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["Images", "Question", "columns_of", "open_images", "predict_images", "write_rows"]
 
@@ -94,26 +100,26 @@ def open_images(where: str, config: Config, image_column: str | None = None, id_
     if "://" not in where and not Path(where).exists():
         raise DataError(f"{where!r} is not there: expected a folder of images, an image, or Parquet files")
     storage, prepared = open_storage(where), preparation(config.dataset)
-    files = storage.files()
-    if files == [""] and where.lower().endswith(ENDINGS):
-        names: tuple[str, ...] = (where.rstrip("/").rpartition("/")[2],)
-    else:
-        names = tuple(path for path in files if path.lower().endswith(ENDINGS))
-        files = list(names) or files
-    parquet = tuple(path for path in files if (path or where).endswith(".parquet"))
-    if parquet:
+    files, others = image_files(storage)
+    if others == [""] and where.lower().endswith(ENDINGS):
+        files = others
+    names = tuple(readable(path or where.rstrip("/").rpartition("/")[2]) for path in files)
+    if not files:
+        parquet = tuple(path for path in parquet_files(storage) if (path or where).endswith(".parquet"))
+        if not parquet:
+            raise DataError(f"no image files ({', '.join(ENDINGS)}) and no Parquet files in {where!r}")
         columns = (image_column or "image", "", id_column)
         return read_unlabelled(ParquetPart(where, parquet, "row", 8, columns, None, None, prepared))
-    if not names:
-        raise DataError(f"no image files ({', '.join(ENDINGS)}) and no Parquet files in {where!r}")
     if image_column or id_column:
         raise ConfigError(f"{where!r} holds image files: columns are for Parquet files")
-
-    def describe(place: int) -> str:
-        return repr(f"{storage.root.rstrip('/')}/{files[place]}" if files[place] else storage.root)
-
+    if others != files:
+        for note in left_out(others):
+            _log.warning("%s: %s", where, note)
     stored = StoredImages(
-        torch.arange(len(files)).numpy(), lambda place: storage.read(files[place]), describe, prepared
+        torch.arange(len(files)).numpy(),
+        lambda place: storage.read(files[place]),
+        lambda place: named(storage, files[place]),
+        prepared,
     )
     return names, stored
 
@@ -132,10 +138,9 @@ def predict_images(directory: RunDirectory, images: Images, question: Question, 
     """
     config = directory.config
     work = _work(directory, question, device)
-    shape, num_classes = _expected(directory)
+    shape, num_classes, classes = _expected(directory)
     names, stored = images
     procedure, rows = _procedure(work, question), dict[int, Row]()
-    classes = _names(config, num_classes)
     engine = build_engine(work, num_classes, config.compute.training_batch_size)
 
     def tasks() -> Iterator[Task[Any]]:
@@ -184,19 +189,20 @@ def _procedure(work: Work, question: Question) -> Callable[[], Any]:
     return partial(predict, question.sigma, question.num, question.alpha)
 
 
-def _expected(directory: RunDirectory) -> tuple[tuple[int, ...], int]:
-    """Shape of an image and number of classes, from the manifest or, in a run that has not noted them, the data."""
+def _expected(directory: RunDirectory) -> tuple[tuple[int, ...], int, Sequence[str] | None]:
+    """Shape of an image, number and names of classes, from the manifest or, where it has not noted them, the data."""
     noted = directory.manifest["data"].get("train", {})
     if "shape" in noted:
-        return tuple(noted["shape"]), int(noted["classes"])
+        names = directory.manifest["data"].get("class_names")
+        return tuple(noted["shape"]), int(noted["classes"]), names or _names(directory.config, int(noted["classes"]))
     train = directory.data("train")
-    return train.shape, train.num_classes
+    return train.shape, train.num_classes, train.class_names
 
 
 def _names(config: Config, num_classes: int) -> Sequence[str] | None:
     """Class names, if they are known here: the answers do not depend on them."""
     try:
-        names = class_names(config.dataset, open_storage=open_storage)
+        names = class_names(config.dataset)
     except (ConfigError, DataError):
         return None
     return names if names is not None and len(names) == num_classes else None

@@ -465,7 +465,10 @@ def test_run_directory_refuses_another_data_set(data: Path, tmp_path: Path) -> N
     run = RunDirectory(tmp_path / "run", folder_config(data))
     run.data("train")
     noted = json.loads((tmp_path / "run" / "manifest.json").read_text())["data"]
-    assert noted == {"train": {"digest": run.data("train").digest(), "examples": 4, "classes": 2, "shape": [3, 8, 8]}}
+    assert noted == {
+        "train": {"digest": run.data("train").digest(), "examples": 4, "classes": 2, "shape": [3, 8, 8]},
+        "class_names": ["cat", "dog"],
+    }
     shutil.move(data, tmp_path / "moved")
     moved = folder_config(tmp_path / "moved")
     assert len(RunDirectory(tmp_path / "run", moved).data("train")) == 4
