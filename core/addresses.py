@@ -1,7 +1,7 @@
 """Addresses such as `s3://bucket/key`: none that carries a secret is taken, and none is ever shown with one.
 
-Addresses end in messages, logs, locks and manifests: one with a secret is refused where it comes in, not hidden where it
-goes out.
+Addresses end in messages, logs, locks and manifests: one with a secret is refused where it comes in, not hidden where
+it goes out.
 """
 
 import re
@@ -70,18 +70,17 @@ def check_address(text: str, key: str = "") -> None:
         held.append("a password (or a port that is none)")
     elif at and kind in _KEYS_AS_USERS and not (user == "anonymous" and kind in ("gcs", "gs")):
         held.append("a user or key")
-    # A name without a value may be the secret itself.
-    unknown = [
-        repr(name) if any(values) else "without a value" for name, values in query.items() if name not in _PUBLIC
-    ]
-    held += [
-        f"an option, {name}, that may be a key or a token (known: {', '.join(sorted(_PUBLIC))})" for name in unknown
-    ]
-    held += [f"a user in {name!r}" for name, values in query.items() if name in _PUBLIC and "@" in "".join(values)]
+    known = f"(known: {', '.join(sorted(_PUBLIC))})"
+    for name, values in query.items():
+        if name not in _PUBLIC:
+            told = f", {name!r}," if any(values) else ""  # a name without a value may be the secret itself
+            held.append(f"an option{told} that may be a key or a token {known}")
+        elif "@" in "".join(values):
+            held.append(f"a user in {name!r}")
     if held:
         raise ConfigError(
-            f"{f'{key}: ' if key else ''}{shown(text)!r} holds {', '.join(held)}: no credentials in an address "
-            "(logs!); use the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, "
+            f"{f'{key}: ' if key else ''}{shown(text)!r} holds {', '.join(held)}: no credentials in an address (logs!)"
+            "; use the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, "
             "HF_TOKEN), a profile or the machine's role"
         )
 
