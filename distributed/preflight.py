@@ -1,6 +1,5 @@
 """What is checked before any device is asked for: everything that a job will need, and all of what is wrong at once."""
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,13 @@ from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
-from distributed.cluster import training_place
+from distributed.cluster import check_gpus, replicas_here, train_device, training_place
 from distributed.estimate import Part, count_parts, format_parts, size
+from distributed.joining import check_cluster
 from distributed.lock import read_lock
 from distributed.run_directory import RunDirectory, finetuned
 
-__all__ = ["Found", "check", "count_found", "dry_run", "refuse", "replicas_here"]
+__all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
 
 
 class _Step(NamedTuple):
@@ -100,8 +100,10 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
         steps: names as in the manifest, in their order; those that are finished need nothing.
         here: whether this machine is the one that will run them, so that it needs the devices.
     """
-    found, plan = Found(), _steps(directory.config)
+    found, plan, compute = Found(), _steps(directory.config), directory.config.compute
     found.steps = _unfinished(directory, steps, found)
+    if here and found.steps:
+        _check_place(compute, found)
     before = len(found.problems)
     with found.collect():
         directory.folder.check_writable()
@@ -119,7 +121,10 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     _check_models(directory, found)
     if any(plan[step].trains for step in found.steps):
         with found.collect():
-            found.facts.append(("training", training_place(directory.config.compute, here)))
+            found.facts.append(("training", training_place(compute, here)))
+    elif here and "train_base" in found.steps and not compute.train_workers:
+        with found.collect():
+            train_device(compute)
     if writable:
         with found.collect():
             _check_room(directory, found)
@@ -189,6 +194,17 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
         )
     notes.append("wall: with all replicas from the start; without the start of Ray, of machines, and of Python")
     print("\n".join(notes))
+
+
+def _check_place(compute: ComputeConfig, found: Found) -> None:
+    """Whether the cluster that is named, or the GPUs that are asked for, are there."""
+    replicas = any(step.startswith(("build_dataset", "certify")) for step in found.steps)
+    if compute.executor == "ray" and (replicas or compute.train_workers):
+        with found.collect():
+            check_cluster()
+    if replicas:
+        with found.collect():
+            check_gpus(compute)
 
 
 def _unfinished(directory: RunDirectory, steps: Sequence[str], found: Found) -> list[str]:
@@ -384,18 +400,3 @@ def count_found(directory: RunDirectory, found: Found, replicas: int) -> list[Pa
         for name, network in found.networks.items()
     }
     return count_parts(directory, steps, found.data, num_bytes, replicas)
-
-
-def replicas_here(compute: ComputeConfig) -> tuple[str, int, str]:
-    """Device and number of replicas as far as they can be told without asking a cluster, and a sentence on them."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
-    name = torch.cuda.get_device_name() if device == "cuda" and gpus else device
-    if compute.executor == "local":
-        return device, 1, f"{name}, one replica (compute.executor=local)"
-    if compute.max_replicas:
-        return device, compute.max_replicas, f"{name}, {compute.max_replicas} replicas (compute.max_replicas)"
-    if "RAY_ADDRESS" in os.environ:
-        return device, 1, f"{name}; counted with one replica, the cluster is not asked: set compute.max_replicas"
-    room = gpus / compute.gpus_per_replica if device == "cuda" else (os.cpu_count() or 1) / compute.threads_per_replica
-    return device, max(1, int(room)), f"{name}, {max(1, int(room))} replicas (all of this machine)"

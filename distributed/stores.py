@@ -3,6 +3,7 @@
 import configparser
 import os
 import urllib.parse
+from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
@@ -110,7 +111,7 @@ def _s3_endpoint() -> tuple[str, str]:
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         if text := os.environ.get(name):
             return name, text
-    file = os.path.expanduser(os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"))
+    file = str(Path(os.environ.get("AWS_CONFIG_FILE", "~/.aws/config")).expanduser())
     profile = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or "default"
     config = configparser.RawConfigParser(strict=False)
     try:

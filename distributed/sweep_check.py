@@ -7,9 +7,10 @@ import torch
 
 from core.config import Config, Sweep
 from core.errors import DualRSError
+from distributed.cluster import replicas_here
 from distributed.estimate import Part, format_parts
 from distributed.measure import measure_parts
-from distributed.preflight import Found, check, count_found, refuse, replicas_here
+from distributed.preflight import Found, check, count_found, refuse
 from distributed.run_directory import RunDirectory
 from distributed.storage import Folder
 from distributed.sweep import is_finished, own_steps, setting_folder, shared_runs, shared_steps

@@ -52,7 +52,7 @@ def test_check_address_with_a_secret_is_refused_without_it(address: str) -> None
 
 @pytest.mark.parametrize(
     "key",
-    ["dataset.path", "dataset.train.path", "dataset.test.ids_file", "base.denoiser", "base.classifier.checkpoint"],
+    ["dataset.path", "dataset.train.path", "dataset.test.path", "base.denoiser", "base.classifier.checkpoint"],
 )
 def test_configuration_with_a_secret_in_an_address_is_refused_without_it(key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}: 'gs://\\*\\*\\*@bucket/x' holds a password") as caught:

@@ -97,7 +97,7 @@ def test_endpoint_is_found_in_the_order_of_botocore(
 )
 def test_endpoint_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", text)
-    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL is .*expected http://host:port"):
+    with pytest.raises(ConfigError, match=r"AWS_ENDPOINT_URL is .*expected http://host:port"):
         stores.file_system("s3://bucket/run")
 
 
