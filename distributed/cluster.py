@@ -261,7 +261,8 @@ def replicas_here(compute: ComputeConfig) -> tuple[str, int, str]:
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
     name = torch.cuda.get_device_name() if device == "cuda" and gpus else device
     if device == "cuda" and not gpus:
-        name += ", of which this machine has none" + ("" if joins() and compute.executor == "ray" else ": here the job will be refused")
+        elsewhere = joins() and compute.executor == "ray"
+        name += ", of which this machine has none" + ("" if elsewhere else ": here the job will be refused")
     if compute.executor == "local":
         return device, 1, f"{name}, one replica (compute.executor=local)"
     if compute.max_replicas:

@@ -1,6 +1,5 @@
 """Joining a Ray cluster: which address is meant, whether a head answers there, and what its workers have to know."""
 
-import json
 import os
 import socket
 import time
@@ -9,6 +8,7 @@ from functools import cache
 from core.addresses import shown
 from core.errors import ConfigError
 from distributed.stores import store_environment
+from distributed.upload import job_runtime_env
 
 __all__ = ["check_cluster", "joins", "runtime_env"]
 
@@ -83,7 +83,6 @@ def _no_head(host: str, port: int, wait_s: float) -> str | None:
 
 def runtime_env() -> dict[str, dict[str, str]] | None:
     """Where the stores are: workers of a cluster have the environment of their nodes, not the driver's."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env") or {}
-    own = job.get("env_vars") or {}  # Ray refuses a variable that is said twice
+    own = job_runtime_env().get("env_vars") or {}  # Ray refuses a variable that is said twice
     named = {name: value for name, value in store_environment().items() if name not in own}
     return {"env_vars": named} if named else None

@@ -21,6 +21,7 @@ from distributed.estimate import Part, count_parts, format_parts, size
 from distributed.joining import check_cluster
 from distributed.lock import read_lock
 from distributed.run_directory import RunDirectory, finetuned
+from distributed.upload import check_upload
 
 __all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
 
@@ -99,10 +100,14 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
         directory: the run, which may not be there yet (`dry`).
         steps: names as in the manifest, in their order; those that are finished need nothing.
         here: whether this machine is the one that will run them, so that it needs the devices.
+
+    Raises:
+        ConfigError: as `check_upload`, where the rest would only follow from it.
     """
     found, plan, compute = Found(), _steps(directory.config), directory.config.compute
     found.steps = _unfinished(directory, steps, found)
     if here and found.steps:
+        check_upload(directory.config, found.steps, directory.folder)  # before all others: they would follow from it
         _check_place(compute, found)
     before = len(found.problems)
     with found.collect():

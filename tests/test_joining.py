@@ -85,7 +85,7 @@ def test_check_cluster_somebody_who_is_no_head_is_refused_in_time(
 def test_job_with_a_dead_head_ends_before_anything_else_with_the_reason(tmp_path: Path) -> None:
     code = "import distributed.joining as j, sys; j.check_cluster.__defaults__ = (1.0,)\n"
     code += "from jobs.certify import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "--method", "dual", "--config", "configs/digits.yaml", "--out", str(tmp_path)]
+    command = [sys.executable, "-c", code, "--method=dual", "--config=configs/digits.yaml", f"--out={tmp_path}"]
     environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
