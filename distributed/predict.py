@@ -1,7 +1,5 @@
 """Predicting, or certifying, images that nobody has labelled: PREDICT of Cohen et al. 2019 and of Dual RS, batched."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ import torch
 
 from core.confidence import draws_needed
 from core.config import Config
+from core.csv_text import csv_text
 from core.data import StoredImages
 from core.data.folders import ENDINGS
 from core.data.loading import ParquetPart, class_names, preparation
@@ -258,11 +257,7 @@ def write_rows(rows: Sequence[Row], columns: Sequence[str], file: str) -> None:
         pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema), sink)
         content = bytes(sink.getvalue().to_pybytes())
     elif file.endswith(".csv"):
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([row.get(name) for name in columns] for row in rows)
-        content = out.getvalue().encode()
+        content = csv_text(columns, ([row.get(name) for name in columns] for row in rows)).encode()
     else:
         raise ConfigError(f"{file!r}: the file to write ends in .csv or .parquet")
     target = Folder(file)

@@ -3,14 +3,13 @@
 Every number and every claim is computed from `ReportData` here; nothing is asserted that the rows do not show.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from core.csv_text import csv_text
 from core.files import write_whole
 from core.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
 from core.report import DualRows, Kind, MultiscaleRows, ReportData, StandardRows
@@ -121,8 +120,8 @@ def _method_table(data: ReportData) -> Table:
     rows = []
     for m in data.methods():
         clean = float(m.accuracy(np.zeros(1))[0])
-        ours = m.is_certificate and m.kind is not Kind.IMPORTED  # the alpha of an imported log is not known
-        bound = _percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if ours else _NONE
+        held = m.is_certificate  # the alpha of an imported log is not known
+        bound = _percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if held else _NONE
         abstained = _NONE if m.abstained is None else _percent(float(m.abstained.mean()))
         draws = (_NONE, _NONE) if m.num_draws is None else (f"{m.num_draws.mean():,.1f}", f"{m.num_draws.sum():,}")
         radius = f"{average_certified_radius(m.correct, m.radius):.4f}"
@@ -280,14 +279,12 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
 
 def _csv(data: ReportData) -> str:
     """One line per method and radius; shares, unrounded."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"))
+    rows: list[tuple[object, ...]] = []
     for m in data.methods():
         accuracy = m.accuracy(data.radii)
         columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, m.num_examples))
-        writer.writerows((m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True))
-    return out.getvalue()
+        rows += [(m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True)]
+    return csv_text(("method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"), rows)
 
 
 def _latex(data: ReportData) -> str:
