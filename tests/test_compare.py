@@ -83,10 +83,8 @@ def test_comparison_across_test_sets_names_them_and_bolds_nothing(tmp_path: Path
     table = format_comparison({"a": report(), "b": fewer})
     assert "**" not in table
     assert {"a (5 of digits): Dual RS", "b (3 of digits): Dual RS"} <= cells(table).keys()
-    other = {
-        "a": replace(report(), manifest=of_set("0123456789")),
-        "b": replace(report(), manifest=of_set("abcdefghij")),
-    }
+    digests = {"a": "0123456789", "b": "abcdefghij"}
+    other = {name: replace(report(), manifest=of_set(digest)) for name, digest in digests.items()}
     table = format_comparison(other)
     assert "**" not in table
     assert "a (5 of digits, set 01234567): Dual RS" in cells(table)
