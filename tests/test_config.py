@@ -27,6 +27,8 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("sigmas=[0.25, -1]", r"'sigmas.1' is -1: input should be greater than 0"),
         ("sigmas=[.inf]", r"'sigmas.0' is inf: must be finite"),
         ("sigmas=[]", r"'sigmas' is \[\]"),
+        ("sigmas=0.25", r"'sigmas' is 0.25: expected a list, for example \[0.25\]$"),
+        ("report.radii=0.5", r"'report.radii' is 0.5: expected a list, for example \[0.5\]$"),
         ("sigmas=[0.5, 0.25]", r"sigmas: must be ascending and distinct, got \[0.5, 0.25\]; sort them"),
         ("sigma_e=0.3", r"sigma_e: must be at least max\(sigmas\) = 0.5, got 0.3.*raise it or leave it out"),
         ("certify.alpha=1.0", r"'certify.alpha' is 1.0: input should be less than 1"),

@@ -120,6 +120,8 @@ def _explain(detail: Mapping[str, Any], source: str) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{source}: unknown key {key!r}; {hint}"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "tuple_type":  # YAML has no tuples
+        message = f"expected a list, for example [{detail['input']}]"
     if not key:
         return f"{source}: {message}"
     if detail["type"] == "value_error" and isinstance(detail["input"], dict):  # of a section: it names its key itself
