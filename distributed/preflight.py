@@ -5,12 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from core.confidence import largest_radius
 from core.config import ComputeConfig, Config
 from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
@@ -18,46 +16,14 @@ from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from distributed.cluster import check_gpus, replicas_here, train_device, training_place
 from distributed.estimate import Part, count_parts, format_parts, size
+from distributed.exchange import imported_rows
 from distributed.joining import check_cluster
 from distributed.lock import read_lock
-from distributed.run_directory import RunDirectory, finetuned
+from distributed.run_directory import RunDirectory
+from distributed.steps import steps_of
 from distributed.upload import check_upload
 
 __all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
-
-
-class _Step(NamedTuple):
-    """What a step needs and makes: splits of the data set, models."""
-
-    splits: tuple[Split, ...]
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-    pixels: bool = False
-    """Whether it takes all images into memory."""
-    trains: bool = False
-    """Whether it is a training that workers can share."""
-
-
-def _steps(config: Config) -> dict[str, _Step]:
-    """Every step of a configuration, by its name in the manifest."""
-    made = tuple(config.classifiers)
-    tuned = tuple(map(finetuned, made))
-    own = config.base.denoiser is None or None in map(config.own_classifier, made)
-    return {
-        "train_base": _Step(("train", "test"), (), ("denoiser", *made), pixels=own),
-        "build_dataset": _Step(("train",), ("denoiser", *made)),
-        "train_estimator": _Step(("train",), ("denoiser", *made), ("estimator",), trains=True),
-        "finetune_classifier": _Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
-        "certify-standard": _Step(("test",), ("denoiser", *tuned)),
-        "certify-dual": _Step(("test",), ("denoiser", *tuned, "estimator")),
-        "certify-multiscale": _Step(("test",), ("denoiser", *tuned)),
-        "certify-standard-base": _Step(("test",), ("denoiser", *made)),
-        "certify-dual-base": _Step(("test",), ("denoiser", *made, "estimator")),
-        "certify-multiscale-base": _Step(("test",), ("denoiser", *made)),
-    }
-
-
-_CLASSES = {"digits": 10, "digits-c": 10, "cifar10": 10, "cifar10-c": 10, "imagenet": 1000, "imagenet-c": 1000}
 
 
 @dataclass
@@ -104,10 +70,11 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     Raises:
         ConfigError: as `check_upload`, where the rest would only follow from it.
     """
-    found, plan, compute = Found(), _steps(directory.config), directory.config.compute
+    config, compute = directory.config, directory.config.compute
+    found, plan = Found(), steps_of(config)
     found.steps = _unfinished(directory, steps, found)
     if here and found.steps:
-        check_upload(directory.config, found.steps, directory.folder)  # before all others: they would follow from it
+        check_upload(config, found.steps, directory.folder)  # before all others: they would follow from it
         _check_place(compute, found)
     before = len(found.problems)
     with found.collect():
@@ -133,11 +100,11 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     if writable:
         with found.collect():
             _check_room(directory, found)
-    certify = directory.config.certify
-    alpha = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
-    reach = largest_radius(max(directory.config.sigmas), certify.num_estimation, alpha)
-    asked = max(directory.config.report.radii)
-    found.facts.append(("radii", f"{certify.num_estimation:,} draws reach {reach:.3f}, up to {asked:g} are asked for"))
+    reach, asked, num = config.reach, max(config.report.radii), config.certify.num_estimation
+    found.facts.append(("radii", f"{num:,} draws reach {reach:.3f}, up to {asked:g} are asked for"))
+    with found.collect():
+        if found.steps:
+            config.check_radii(max((float(rows.radius.max()) for rows in imported_rows(directory.folder)), default=0.0))
     return found
 
 
@@ -214,7 +181,7 @@ def _check_place(compute: ComputeConfig, found: Found) -> None:
 
 def _unfinished(directory: RunDirectory, steps: Sequence[str], found: Found) -> list[str]:
     """The steps that are not done, or read a model that one of those will write."""
-    plan, left = _steps(directory.config), list[str]()
+    plan, left = steps_of(directory.config), list[str]()
     changed: set[str] = set()
     for name in steps:
         record = directory.manifest["steps"].get(name)
@@ -272,7 +239,7 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
     data = next(iter(found.data.values()), None)
     made: set[str] = set()
     missing: list[str] = []
-    plan = _steps(directory.config)
+    plan = steps_of(directory.config)
     for step in found.steps:
         needed = [name for name in plan[step].reads if name not in made and name not in found.networks]
         for name in needed:
@@ -310,7 +277,7 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
     from distributed.measure import base_classifier, base_denoiser
 
     base, shape = config.base, _shape(config, data)
-    classes = data.num_classes if data else config.dataset.num_classes or _CLASSES.get(config.dataset.name)
+    classes = data.num_classes if data else config.dataset.known_classes
     if data or base.denoiser:
         with found.collect("base.denoiser"), torch.device("meta"):
             found.networks["denoiser"] = base_denoiser(config, shape)
@@ -398,7 +365,7 @@ def _check_room(directory: RunDirectory, found: Found) -> None:
 
 def count_found(directory: RunDirectory, found: Found, replicas: int) -> list[Part]:
     """The steps whose data could be loaded."""
-    plan = _steps(directory.config)
+    plan = steps_of(directory.config)
     steps = [step for step in found.steps if set(plan[step].splits) <= found.data.keys()]
     num_bytes = {
         name: sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())

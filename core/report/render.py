@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from core.confidence import largest_radius
 from core.csv_text import csv_text
 from core.files import write_whole
 from core.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
@@ -172,6 +173,19 @@ def _imported_notes(data: ReportData) -> list[str]:
     ]
 
 
+def _reach_notes(data: ReportData) -> list[str]:
+    """Where the columns begin that no certificate of this run can fill."""
+    reach = largest_radius(float(data.sigmas.max()), data.num_estimation, data.alpha)
+    beyond = [f"{radius:g}" for radius in data.radii if radius >= reach]
+    if not beyond:
+        return []
+    return [
+        f"Beyond radius {', '.join(beyond)} this run certifies nothing, whatever its networks do: "
+        f"{data.num_estimation:,} draws at alpha = {data.alpha:g} reach {reach:.3f} at sigma = "
+        f"{data.sigmas.max():g}. There is nothing to compare an imported log with."
+    ]
+
+
 def _stage_table(data: ReportData, dual: DualRows) -> Table:
     certified, capped = ~dual.abstained, dual.bounded_by == "sigma"
     everyone = np.ones_like(certified)
@@ -248,7 +262,7 @@ def _multiscale_blocks(data: ReportData, rows: MultiscaleRows) -> list[Block]:
 
 def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     blocks: list[Block] = [
-        Text(_summary(data)), *(Text(note) for note in (*data.notes, *_imported_notes(data))),
+        Text(_summary(data)), *(Text(note) for note in (*data.notes, *_reach_notes(data), *_imported_notes(data))),
         Heading("Certified accuracy"), Text(best_method_sentence(data)), _accuracy_table(data),
         pictures["certified_accuracy"],
         Heading("How sure the accuracies are"),

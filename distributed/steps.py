@@ -1,0 +1,40 @@
+"""What each step of a run needs, and what it makes."""
+
+from typing import NamedTuple
+
+from core.config import Config
+from core.data import Split
+from distributed.run_directory import finetuned
+
+__all__ = ["Step", "steps_of"]
+
+
+class Step(NamedTuple):
+    """What a step needs and makes: splits of the data set, models (what it reads and writes)."""
+
+    splits: tuple[Split, ...]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    pixels: bool = False
+    """Whether it takes all images into memory."""
+    trains: bool = False
+    """Whether it is a training that workers can share."""
+
+
+def steps_of(config: Config) -> dict[str, Step]:
+    """Every step of a configuration, by its name in the manifest."""
+    made = tuple(config.classifiers)
+    tuned = tuple(map(finetuned, made))
+    own = config.base.denoiser is None or None in map(config.own_classifier, made)
+    return {
+        "train_base": Step(("train", "test"), (), ("denoiser", *made), pixels=own),
+        "build_dataset": Step(("train",), ("denoiser", *made)),
+        "train_estimator": Step(("train",), ("denoiser", *made), ("estimator",), trains=True),
+        "finetune_classifier": Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
+        "certify-standard": Step(("test",), ("denoiser", *tuned)),
+        "certify-dual": Step(("test",), ("denoiser", *tuned, "estimator")),
+        "certify-multiscale": Step(("test",), ("denoiser", *tuned)),
+        "certify-standard-base": Step(("test",), ("denoiser", *made)),
+        "certify-dual-base": Step(("test",), ("denoiser", *made, "estimator")),
+        "certify-multiscale-base": Step(("test",), ("denoiser", *made)),
+    }
