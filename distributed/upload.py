@@ -66,8 +66,8 @@ def _named(config: Config, steps: Collection[str]) -> dict[str, str]:
     if "train_base" in steps:
         hub = base.denoiser and re.fullmatch(r"([\w.-]+)/[\w-]+", base.denoiser)  # or a folder, who can tell
         named["base.denoiser"] = None if hub and hub[1] not in LEFT_OUT else base.denoiser
-        named["base.classifier.checkpoint"] = base.classifier and base.classifier.checkpoint
+        named["base.classifier.checkpoint"] = base.classifier.checkpoint if base.classifier else None
         named |= {f"base.experts.{sigma}.checkpoint": own.checkpoint for sigma, own in (base.experts or {}).items()}
     if "train_estimator" in steps:
-        named["estimator.backbone.checkpoint"] = backbone and backbone.checkpoint
+        named["estimator.backbone.checkpoint"] = backbone.checkpoint if backbone else None
     return {key: path for key, path in named.items() if path}

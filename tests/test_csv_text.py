@@ -20,7 +20,7 @@ def test_csv_text_a_text_that_begins_as_a_formula_is_made_plain(start: str) -> N
 
 
 def test_csv_text_other_cells_stay_as_they_are() -> None:
-    rows = [["x=1, y", None, True], ["a-b", -2, 0.1], ["a\r=1", "", ""]]
+    rows: list[list[object]] = [["x=1, y", None, True], ["a-b", -2, 0.1], ["a\r=1", "", ""]]
     assert csv_text(["a", "b", "c"], rows) == 'a,b,c\n"x=1, y",,True\na-b,-2,0.1\na\\r=1,,\n'
 
 

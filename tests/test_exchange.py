@@ -236,12 +236,11 @@ def test_import_tsv_log_with_other_classes_than_the_run_is_refused(
     assert imported_rows(run.folder) == ()
     (tmp_path / "predicted.tsv").write_text(HEADER + "0\t1\t10\t0.5\t0\t0:1\n")
     assert import_job(run.path, tmp_path / "predicted.tsv") == 3
-    own = {**PLAIN, "dataset": {"name": "folder", "path": str(tmp_path / "elsewhere")}}
-    RunDirectory(tmp_path / "own", parse_config(own))
+    where = {"name": "folder", "path": str(tmp_path / "elsewhere")}
+    RunDirectory(tmp_path / "own", parse_config({**PLAIN, "dataset": where}))
     assert import_job(tmp_path / "own", tmp_path / "log.tsv") == 0
     assert "its labels were not checked" in capsys.readouterr().out
-    counted = {**own, "dataset": {**own["dataset"], "num_classes": 853}}
-    RunDirectory(tmp_path / "counted", parse_config(counted))
+    RunDirectory(tmp_path / "counted", parse_config({**PLAIN, "dataset": {**where, "num_classes": 853}}))
     assert import_job(tmp_path / "counted", tmp_path / "log.tsv") == 0
     assert "not checked" not in capsys.readouterr().out
 

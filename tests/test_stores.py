@@ -163,7 +163,7 @@ def test_folder_of_google_goes_to_the_emulator(variable: str, prefix: str, monke
     assert any("/b/bucket/o" in path for path in asked)
 
 
-class Broken(fsspec.AbstractFileSystem):
+class Broken(fsspec.AbstractFileSystem):  # type: ignore[misc]
     """A file system whose library has errors of its own."""
 
     protocol = "broken"
