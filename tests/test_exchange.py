@@ -236,7 +236,7 @@ def test_import_tsv_log_with_other_classes_than_the_run_is_refused(
     assert imported_rows(run.folder) == ()
     (tmp_path / "predicted.tsv").write_text(HEADER + "0\t1\t10\t0.5\t0\t0:1\n")
     assert import_job(run.path, tmp_path / "predicted.tsv") == 3
-    where = {"name": "folder", "path": str(tmp_path / "elsewhere")}
+    where: dict[str, object] = {"name": "folder", "path": str(tmp_path / "elsewhere")}
     RunDirectory(tmp_path / "own", parse_config({**PLAIN, "dataset": where}))
     assert import_job(tmp_path / "own", tmp_path / "log.tsv") == 0
     assert "its labels were not checked" in capsys.readouterr().out
