@@ -3,11 +3,12 @@
 import argparse
 import ast
 import difflib
+import importlib
 import re
 import sys
 from pathlib import Path
 
-__all__ = ["main", "summaries"]
+__all__ = ["main", "summaries", "unknown"]
 
 EXIT_USAGE = 2
 
@@ -30,9 +31,24 @@ def _place(name: str, summary: str) -> int:
     return 0 if name == "pipeline" else int(step[1]) if step else sys.maxsize
 
 
-def main() -> int:
-    """Command line."""
+def unknown(name: str) -> str:
+    """The message for a name that no job has, with the nearest that one has."""
     jobs = summaries()
+    close = difflib.get_close_matches(name, jobs, n=1)
+    hint = f"did you mean python -m jobs.{close[0]}?" if close else f"known: {', '.join(jobs)}"
+    return f"error: no job {name!r}; {hint}"
+
+
+def main() -> int:
+    """Command line: the list, or a job by its name, with its own options."""
+    jobs = summaries()
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        name = sys.argv[1].removeprefix("jobs.")
+        if name not in jobs:
+            print(unknown(name), file=sys.stderr)
+            return EXIT_USAGE
+        sys.argv = [f"jobs.{name}", *sys.argv[2:]]
+        return int(importlib.import_module(f"jobs.{name}").main())
     width = max(map(len, jobs))
     parser = argparse.ArgumentParser(
         prog="python -m jobs",
@@ -40,19 +56,9 @@ def main() -> int:
         epilog="\n".join(f"  {name:<{width}}  {summary}" for name, summary in jobs.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", nargs="?", metavar="NAME", help=argparse.SUPPRESS)
-    args, _ = parser.parse_known_args()
-    if args.name is None:
-        print(parser.format_help(), end="")
-        return 0
-    name = args.name.removeprefix("jobs.")
-    if name in jobs:
-        message = f"{name} is a module of its own: python -m jobs.{name}"
-    else:
-        close = difflib.get_close_matches(name, jobs, n=1)
-        message = f"no job {name!r}; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(jobs)}")
-    print(f"error: {message}", file=sys.stderr)
-    return EXIT_USAGE
+    parser.parse_args()
+    print(parser.format_help(), end="")
+    return 0
 
 
 if __name__ == "__main__":

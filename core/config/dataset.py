@@ -32,6 +32,7 @@ class SplitConfig(Section):
     """Text file of example ids, one per line; the order stays that of the data set."""
 
 
+_CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 # Keys of `dataset` that only some data sets have.
 _CIFAR, _IMAGENET, _DIGITS = ("cifar10", "cifar10-c"), ("imagenet", "imagenet-c"), ("digits", "digits-c")
 _CORRUPTED = ("digits-c", "cifar10-c", "imagenet-c")
@@ -131,6 +132,11 @@ class DatasetConfig(Section):
                 if getattr(self, key) is not None:
                     raise ValueError(f"dataset.{key}: needs dataset.layout=parquet")
         return self
+
+    @property
+    def known_classes(self) -> int | None:
+        """Number of classes, where it is known without the data."""
+        return self.num_classes or _CLASSES.get(self.name.removesuffix("-c"))
 
     @property
     def resize_crop(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from core.addresses import shown
 from core.config.run import Config
 from core.errors import ConfigError
 
@@ -70,7 +71,9 @@ def parse_config(plain: object, overrides: Iterable[str] = (), source: str = "th
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
-            raise ConfigError(f"override {override!r}: expected key=value, for example certify.num_estimation=1000")
+            raise ConfigError(
+                f"override {shown(override)!r}: expected key=value, for example certify.num_estimation=1000"
+            )
         _set(plain, key.split("."), _yaml(value, f"override {override!r}"), override)
     try:
         return Config.model_validate(plain)
@@ -88,7 +91,7 @@ def parse_values(overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign or not key:
-            raise ConfigError(f"{override!r}: expected key=value, for example alpha=1e-4")
+            raise ConfigError(f"{shown(override)!r}: expected key=value, for example alpha=1e-4")
         values[key] = _yaml(value, repr(override))
     return values
 
@@ -117,6 +120,8 @@ def _explain(detail: Mapping[str, Any], source: str) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{source}: unknown key {key!r}; {hint}"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "tuple_type":  # YAML has no tuples
+        message = f"expected a list, for example [{detail['input']}]"
     if not key:
         return f"{source}: {message}"
     if detail["type"] == "value_error" and isinstance(detail["input"], dict):  # of a section: it names its key itself

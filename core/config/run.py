@@ -61,17 +61,11 @@ class Config(Section):
                     f"base.{key}: has experts for {sorted(pool)}, expected one for each of sigmas = "
                     f"{list(self.sigmas)} and no other; add or drop some, or change sigmas"
                 )
-        asked, certify = max(self.report.radii), self.certify
-        half = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
-        reach = largest_radius(top, certify.num_estimation, half)
-        if asked >= reach:
+        if self.reach <= 0:
             raise ValueError(
-                f"certify.num_estimation: {certify.num_estimation} draws at {half:g} a stage certify radii below "
-                f"{reach:.3f} at sigma = {top}, but report.radii asks for {asked:g}; set certify.num_estimation to at "
-                f"least {draws_needed(asked, top, half):,}, or lower report.radii"
-                if asked > 0
-                else f"certify.num_estimation: {certify.num_estimation} draws at {half:g} a stage cannot certify "
-                f"anything, every input would abstain; set it to at least {draws_needed(0.0, top, half):,}"
+                f"certify.num_estimation: {self.certify.num_estimation} draws at {self.stage_alpha:g} a stage cannot "
+                "certify anything, every input would abstain; set it to at least "
+                f"{draws_needed(0.0, top, self.stage_alpha):,}"
             )
         labels = self.labels
         if largest_radius(top, labels.num_estimation, labels.alpha) <= 0:
@@ -82,11 +76,11 @@ class Config(Section):
         radii = list(self.report.radii)
         if radii != sorted(set(radii)):
             raise ValueError(f"report.radii: must be ascending and distinct, got {radii}; sort them")
-        grid = list(certify.grid)
+        grid = list(self.certify.grid)
         if grid != sorted(set(grid)):
             raise ValueError(f"certify.grid: must be ascending and distinct, got {grid}; sort them")
         try:
-            level_alphas(certify.alpha, len(self.sigmas), certify.level_shares)
+            level_alphas(self.certify.alpha, len(self.sigmas), self.certify.level_shares)
         except ConfigError as error:
             raise ValueError(f"certify.level_shares: {error}") from None
         compute = self.compute
@@ -132,6 +126,37 @@ class Config(Section):
             return self.base
         width = self.base.train_experts[sigma]
         return self.base.model_copy(update={"classifier_width": width, "noise_range": (sigma, sigma)})
+
+    @property
+    def stage_alpha(self) -> float:
+        """What each stage of Dual RS spends."""
+        return self.certify.alpha / 2 if self.certify.alpha_split == "halves" else self.certify.alpha
+
+    @property
+    def reach(self) -> float:
+        """The radius below which all certificates of Dual RS stay, whatever the networks do."""
+        from core.procedures.confidence import largest_radius
+
+        return largest_radius(max(self.sigmas), self.certify.num_estimation, self.stage_alpha)
+
+    def check_radii(self, others: float = 0.0) -> None:
+        """Refuse radii of the report that nothing on it reaches.
+
+        Args:
+            others: how far its other curves (imported logs) reach.
+
+        Raises:
+            ConfigError: says how many draws they would take.
+        """
+        from core.procedures.confidence import draws_needed
+
+        asked, top, num = max(self.report.radii), max(self.sigmas), self.certify.num_estimation
+        if asked >= self.reach and asked > others:
+            raise ConfigError(
+                f"certify.num_estimation: {num} draws at {self.stage_alpha:g} a stage certify radii below "
+                f"{self.reach:.3f} at sigma = {top}, but report.radii asks for {asked:g}; set certify.num_estimation "
+                f"to at least {draws_needed(asked, top, self.stage_alpha):,}, or lower report.radii"
+            )
 
     @property
     def grid_radii(self) -> tuple[float, ...]:

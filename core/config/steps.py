@@ -11,7 +11,7 @@ __all__ = ["CertifyConfig", "EstimatorConfig", "FinetuneConfig", "LabelConfig", 
 
 
 class LabelConfig(Section):
-    """The all-sigma certification of the training set (`jobs.build_dataset`, METHOD step 1)."""
+    """The all-sigma certification of the training set (`jobs.build_dataset`)."""
 
     num_selection: Count = 100
     """Draws that choose the class, n0."""
@@ -22,7 +22,7 @@ class LabelConfig(Section):
 
 
 class EstimatorConfig(Section):
-    """The variance estimator (`jobs.train_estimator`, METHOD step 2)."""
+    """The variance estimator (`jobs.train_estimator`)."""
 
     backbone: ClassifierConfig | None = None
     """Its network, with one output per sigma, trained from the weights given or from scratch; a checkpoint's last layer
@@ -67,7 +67,7 @@ class EstimatorConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Fine-tuning of the classifier at the estimated sigmas (`jobs.finetune_classifier`, METHOD step 3)."""
+    """Fine-tuning of the classifier at the estimated sigmas (`jobs.finetune_classifier`)."""
 
     share: Share = 1.0
     """A random share of the training split, drawn with the run's seed: fine-tuning reads no other image."""

@@ -1,9 +1,12 @@
 """What the sections of the configuration share: ranges, and a model that refuses unknown keys and wrong types."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from core.addresses import check_address
+from core.errors import ConfigError
 
 __all__ = ["Alpha", "Count", "NonNegative", "Positive", "Section", "Share"]
 
@@ -22,6 +25,16 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    """A section of the configuration: immutable; unknown keys and wrong types are refused."""
+    """A section of the configuration: immutable; unknown keys, wrong types and addresses with secrets are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        for key, value in self:
+            if isinstance(value, str):
+                try:
+                    check_address(value, key)
+                except ConfigError as error:
+                    raise ValueError(str(error)) from None
+        return self

@@ -137,7 +137,7 @@ class ImportedRows:
 
 
 class Kind(StrEnum):
-    """What a row of the certified-accuracy table is; everything but the oracle is a certificate."""
+    """What a row of the certified-accuracy table is."""
 
     STANDARD = "standard"
     DUAL = "dual"
@@ -167,8 +167,10 @@ class Method:
 
     @property
     def is_certificate(self) -> bool:
-        """False for the oracle, which picks the noise level with the label in hand."""
-        return self.kind is not Kind.ORACLE
+        """False for the oracle, which picks the noise level with the label in hand, and for imported logs: nothing of
+        them was checked, and their examples, draws and alpha may be others. Neither is ever the best.
+        """
+        return self.kind not in (Kind.ORACLE, Kind.IMPORTED)
 
     @property
     def num_examples(self) -> int:
@@ -290,11 +292,8 @@ class ReportData:
         return tuple(shown)
 
     def leaders(self) -> list[list[Method]]:
-        """Per radius the certified methods with the highest accuracy, several on a tie, none where that is 0.
-
-        Imported ones do not compete: their examples, draws and alpha may be others.
-        """
-        methods = [m for m in self.methods() if m.is_certificate and m.kind is not Kind.IMPORTED]
+        """Per radius the certified methods with the highest accuracy, several on a tie, none where that is 0."""
+        methods = [m for m in self.methods() if m.is_certificate]
         values = np.stack([m.accuracy(self.radii) for m in methods], axis=1)
         return [[m for m, v in zip(methods, row, strict=True) if v == row.max() > 0.0] for row in values]
 

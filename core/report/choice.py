@@ -1,7 +1,5 @@
 """Which Sigma to use, as a table, CSV, JSON and a figure."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from core.csv_text import csv_text
 from core.evaluation.choice import Candidate, Choice
 from core.report.pages import Table, markdown_table
 from core.report.plots import _COLOURS, _DASHES, _figure
@@ -60,11 +59,7 @@ def format_curve(choice: Choice, place: int, radii: Floats) -> str:
 def choice_csv(choice: Choice, sigmas: Floats, radii: Floats) -> str:
     """All candidates, unrounded, best first."""
     rows = _rows(choice, sigmas, radii)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "sigmas": " ".join(map(str, row["sigmas"]))} for row in rows)
-    return out.getvalue()
+    return csv_text(list(rows[0]), ({**row, "sigmas": " ".join(map(str, row["sigmas"]))}.values() for row in rows))
 
 
 def choice_json(choice: Choice, sigmas: Floats, radii: Floats, place: int) -> str:

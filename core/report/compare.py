@@ -1,7 +1,5 @@
 """Several runs on one page: their curves, their tables, and what is different about them."""
 
-import csv
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval
 from core.files import write_whole
@@ -46,6 +45,7 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
     """
     from core.report import plots
 
+    plain, runs = runs, _marked(runs)
     first = next(iter(runs.values()), None)
     if first is None or len(runs) < 2:
         raise DataError("a comparison needs two runs at least")
@@ -56,11 +56,10 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
     figures = {title: plots.curves_figure(found) for title, found in curves.items()}
     files_of = {title: f"comparison_{_file_name(title)}" for title in figures}
     accuracy, differences = accuracy_table(runs), _differences(runs)
-    examples = sorted({f"{data.num_examples:,} of {data.labels}" for data in runs.values()})
     blocks: list[Block] = [
-        Text(f"{len(runs)} runs on {' and '.join(examples)}. Runs on different examples, or with other numbers of "
-             "draws or another alpha, are shown side by side but are no test of one against the other."),
-        Heading("Certified accuracy"), accuracy,
+        Text(f"{len(runs)} runs. Runs with other numbers of draws or another alpha are shown side by side but are no "
+             "test of one against the other."),
+        Text(_sets_sentence(runs)), Heading("Certified accuracy"), accuracy,
     ]  # fmt: skip
     for title, figure in figures.items():
         caption = f"{title}: certified accuracy against the radius, run by run."
@@ -73,8 +72,8 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
         for kind in ("png", "pdf")
         for title, figure in figures.items()
     }
-    files["comparison.csv"] = _csv(runs).encode()
-    files["comparison.tex"] = latex_table(accuracy, "Certified accuracy, run by run.").encode()
+    files["comparison.csv"] = _csv(plain).encode()
+    files["comparison.tex"] = latex_table(accuracy, f"Certified accuracy, run by run. {_sets_sentence(runs)}").encode()
     files["comparison.md"] = markdown_page(_TITLE, blocks, manifests).encode()
     files["comparison.html"] = html_page(_TITLE, blocks, manifests).encode()
     for name, content in files.items():
@@ -83,22 +82,28 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
 
 
 def format_comparison(runs: Mapping[str, ReportData]) -> str:
-    """The table of certified accuracies for a terminal."""
-    return markdown_table(accuracy_table(runs))
+    """The table of certified accuracies for a terminal, and on which test sets they are."""
+    runs = _marked(runs)
+    return f"{markdown_table(accuracy_table(runs))}\n{_sets_sentence(runs)}"
 
 
 def accuracy_table(runs: Mapping[str, ReportData]) -> Table:
-    """Certified accuracy (percent), a row per run and method; the best certificate of each radius is bold."""
+    """Certified accuracy (percent), a row per run and method.
+
+    The best certificate of each radius is bold, where all runs are on the same test set. Neither an oracle nor an
+    imported log is one.
+    """
     radii = next(iter(runs.values())).radii
     rows = [(name, method, method.accuracy(radii)) for name, data in runs.items() for method in data.methods()]
     best = np.max([shares for _, method, shares in rows if method.is_certificate], axis=0)
+    comparable = len({_test_set(data) for data in runs.values()}) == 1
     bold = frozenset(
         (i, j + 1)
         for i, (_, method, shares) in enumerate(rows)
         for j, share in enumerate(shares)
-        if method.is_certificate and share == best[j] > 0.0
+        if comparable and method.is_certificate and share == best[j] > 0.0
     )
-    cells = tuple((f"{name}: {method.name}", *(f"{100.0 * s:.2f}" for s in shares)) for name, method, shares in rows)
+    cells = tuple((f"{name}: {_name(method)}", *(f"{100.0 * s:.2f}" for s in shares)) for name, method, shares in rows)
     return Table(("Certified accuracy [%] beyond radius", *(f"{r:g}" for r in radii)), cells, bold)
 
 
@@ -117,6 +122,43 @@ def _curves(runs: Mapping[str, ReportData]) -> dict[str, dict[str, Method]]:
 def _file_name(title: str) -> str:
     """`Dual RS` -> `dual`, `Oracle over Sigma (no certificate)` -> `oracle`."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower().split(" ")[0])
+
+
+def _name(method: Method) -> str:
+    own = f" ({method.num_examples:,} examples of its own)" if method.kind is Kind.IMPORTED else ""
+    return f"{method.name}{own}"
+
+
+def _test_set(data: ReportData) -> tuple[str, int, str]:
+    """Which examples a run is on: data set, how many, and the fingerprint that the run keeps of them."""
+    splits = data.manifest.get("data")
+    test = splits.get("test") if isinstance(splits, Mapping) else None
+    return data.labels, data.num_examples, str(test.get("digest", "")) if isinstance(test, Mapping) else ""
+
+
+def _marked(runs: Mapping[str, ReportData]) -> Mapping[str, ReportData]:
+    """The runs, with their test set in each name where they are on several."""
+    sets = {name: _test_set(data) for name, data in runs.items()}
+    distinct = set(sets.values())
+    if len(distinct) < 2:
+        return runs
+    same = len({each[:2] for each in distinct}) < len(distinct)  # size and name do not tell them apart
+    found = {}
+    for name, (labels, number, digest) in sets.items():
+        mark = f", set {digest[:8] or 'unknown'}" if same else ""
+        found[f"{name} ({number:,} of {labels}{mark})"] = runs[name]
+    return found
+
+
+def _sets_sentence(runs: Mapping[str, ReportData]) -> str:
+    sets = {_test_set(data) for data in runs.values()}
+    if len(sets) == 1:
+        ((labels, number, _),) = sets
+        return f"All on the same {number:,} examples of {labels}. The best certificate beyond each radius is bold."
+    return (
+        f"The runs are on {len(sets)} different test sets, named with each run: none of them is called the best, and a "
+        "difference between two of them may be one between their examples."
+    )
 
 
 def _summary(runs: Mapping[str, ReportData]) -> Table:
@@ -160,13 +202,12 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _csv(runs: Mapping[str, ReportData]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("run", "method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"))
+    header = ("run", "method", "is_certificate", "examples", "radius", "certified_accuracy", "ci95_lower", "ci95_upper")
+    lines: list[tuple[object, ...]] = []
     for name, data in runs.items():
         for m in data.methods():
             accuracy = m.accuracy(data.radii)
             columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, m.correct.size))
             rows = zip(*columns, strict=True)
-            writer.writerows((name, m.name, m.is_certificate, *map(float, row)) for row in rows)
-    return out.getvalue()
+            lines += [(name, m.name, m.is_certificate, m.num_examples, *map(float, row)) for row in rows]
+    return csv_text(header, lines)

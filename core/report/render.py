@@ -3,16 +3,16 @@
 Every number and every claim is computed from `ReportData` here; nothing is asserted that the rows do not show.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from core.csv_text import csv_text
 from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
 from core.files import write_whole
+from core.procedures.confidence import largest_radius
 from core.report import DualRows, Kind, ReportData, StandardRows
 from core.report.pages import (
     NONE,
@@ -122,8 +122,8 @@ def _method_table(data: ReportData) -> Table:
     rows = []
     for m in data.methods():
         clean = float(m.accuracy(np.zeros(1))[0])
-        ours = m.is_certificate and m.kind is not Kind.IMPORTED  # the alpha of an imported log is not known
-        bound = percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if ours else NONE
+        held = m.is_certificate  # the alpha of an imported log is not known
+        bound = percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if held else NONE
         abstained = NONE if m.abstained is None else percent(float(m.abstained.mean()))
         draws = (NONE, NONE) if m.num_draws is None else (f"{m.num_draws.mean():,.1f}", f"{m.num_draws.sum():,}")
         radius = f"{average_certified_radius(m.correct, m.radius):.4f}"
@@ -169,6 +169,19 @@ def _imported_notes(data: ReportData) -> list[str]:
     return [
         f"Imported logs: {names}. They are shown as they are: on examples of their own, with their rounding of the "
         "radii, and unchecked. They do not compete for the best method."
+    ]
+
+
+def _reach_notes(data: ReportData) -> list[str]:
+    """Where the columns begin that no certificate of this run can fill."""
+    reach = largest_radius(float(data.sigmas.max()), data.num_estimation, data.alpha)
+    beyond = [f"{radius:g}" for radius in data.radii if radius >= reach]
+    if not beyond:
+        return []
+    return [
+        f"Beyond radius {', '.join(beyond)} this run certifies nothing, whatever its networks do: "
+        f"{data.num_estimation:,} draws at alpha = {data.alpha:g} reach {reach:.3f} at sigma = "
+        f"{data.sigmas.max():g}. There is nothing to compare an imported log with."
     ]
 
 
@@ -234,7 +247,7 @@ def _dual_blocks(data: ReportData, dual: DualRows, pictures: Mapping[str, Pictur
 
 def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     blocks: list[Block] = [
-        Text(_summary(data)), *(Text(note) for note in (*data.notes, *_imported_notes(data))),
+        Text(_summary(data)), *(Text(note) for note in (*data.notes, *_reach_notes(data), *_imported_notes(data))),
         Heading("Certified accuracy"), Text(best_method_sentence(data)), _accuracy_table(data),
         pictures["certified_accuracy"],
         Heading("How sure the accuracies are"),
@@ -265,14 +278,12 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
 
 def _csv(data: ReportData) -> str:
     """One line per method and radius; shares, unrounded."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"))
+    rows: list[tuple[object, ...]] = []
     for m in data.methods():
         accuracy = m.accuracy(data.radii)
         columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, m.num_examples))
-        writer.writerows((m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True))
-    return out.getvalue()
+        rows += [(m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True)]
+    return csv_text(("method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"), rows)
 
 
 def _latex(data: ReportData) -> str:

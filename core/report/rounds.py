@@ -1,12 +1,11 @@
 """The section of a report that compares the rounds of the alternation."""
 
-import csv
-import io
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 
+from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import average_certified_radius
 from core.report import DualRows, Kind, Method, ReportData
@@ -54,12 +53,13 @@ def rounds_section(rounds: Sequence[ReportData]) -> Section:
              "the other way round (-)."),
         _changes(radii, methods),
     ]  # fmt: skip
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("round", "radius", "certified_accuracy"))
-    for number, row in enumerate(shares.values(), 1):
-        writer.writerows((number, float(radius), float(share)) for radius, share in zip(radii, row, strict=True))
-    files = {"rounds.png": plots.to_bytes(figure, "png"), "rounds.csv": out.getvalue().encode()}
+    lines = (
+        (number, float(radius), float(share))
+        for number, row in enumerate(shares.values(), 1)
+        for radius, share in zip(radii, row, strict=True)
+    )
+    content = csv_text(("round", "radius", "certified_accuracy"), lines).encode()
+    files = {"rounds.png": plots.to_bytes(figure, "png"), "rounds.csv": content}
     return Section(markdown_table(accuracy), tuple(blocks), files)
 
 

@@ -1,13 +1,12 @@
 """The section of a report on distribution shift: global noise levels and Dual RS on corrupted test sets."""
 
-import csv
-import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import clopper_pearson_interval
 from core.report import Kind, Method, ReportData
@@ -129,14 +128,12 @@ def _choices(clean: ReportData, sets: Iterable[Shifted]) -> Table:
 
 def _csv(sets: Iterable[Shifted], names: Collection[str]) -> bytes:
     """One line per set, method and radius; shares, unrounded."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     columns = ("corruption", "severity", "method", "radius", "examples", "certified_accuracy")
-    writer.writerow((*columns, "ci95_lower", "ci95_upper"))
+    rows: list[tuple[object, ...]] = []
     for each in sets:
         for method in _certified(each.data, names):
             shares, num = method.accuracy(each.data.radii), each.data.num_examples
             low, high = clopper_pearson_interval(shares, num)
             for radius, *row in zip(each.data.radii, shares, low, high, strict=True):
-                writer.writerow((each.corruption, each.severity, method.name, float(radius), num, *map(float, row)))
-    return out.getvalue().encode()
+                rows.append((each.corruption, each.severity, method.name, float(radius), num, *map(float, row)))
+    return csv_text((*columns, "ci95_lower", "ci95_upper"), rows).encode()

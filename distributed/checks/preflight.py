@@ -1,12 +1,10 @@
 """What is checked before any device is asked for: everything that a job will need, and all of what is wrong at once."""
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,53 +14,16 @@ from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
-from core.procedures.confidence import largest_radius
-from core.records import ESTIMATOR
 from distributed.checks.estimate import Part, count_parts, format_parts, size
-from distributed.execution.cluster import training_place
-from distributed.methods import METHODS, method_named
+from distributed.checks.steps import steps_of
+from distributed.execution.cluster import check_gpus, replicas_here, train_device, training_place
+from distributed.execution.joining import check_cluster
+from distributed.execution.upload import check_upload
 from distributed.store.lock import read_lock
-from distributed.store.run_directory import RunDirectory, finetuned
+from distributed.store.run_directory import RunDirectory
+from distributed.views.exchange import imported_rows
 
-__all__ = ["Found", "check", "count_found", "dry_run", "refuse", "replicas_here"]
-
-
-class _Step(NamedTuple):
-    """What a step needs and makes: splits of the data set, models."""
-
-    splits: tuple[Split, ...]
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-    pixels: bool = False
-    """Whether it takes all images into memory."""
-    trains: bool = False
-    """Whether it is a training that workers can share."""
-
-
-def _steps(config: Config) -> dict[str, _Step]:
-    """Every step of a configuration, by its name in the manifest."""
-    made = tuple(config.classifiers)
-    tuned = tuple(map(finetuned, made))
-    own = config.base.denoiser is None or None in map(config.own_classifier, made)
-    return {
-        "train_base": _Step(("train", "test"), (), ("denoiser", *made), pixels=own),
-        "build_dataset": _Step(("train",), ("denoiser", *made)),
-        "train_estimator": _Step(("train",), ("denoiser", *made), ("estimator",), trains=True),
-        "finetune_classifier": _Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
-        **{
-            f"certify-{name}{ending}": _Step(("test",), ("denoiser", *networks, *_beside(name)))
-            for ending, networks in (("", tuned), ("-base", made))
-            for name in METHODS
-        },
-    }
-
-
-def _beside(method: str) -> tuple[str, ...]:
-    """What a method asks besides the classifier."""
-    return ("estimator",) if ESTIMATOR in method_named(method).heads else ()
-
-
-_CLASSES = {"digits": 10, "digits-c": 10, "cifar10": 10, "cifar10-c": 10, "imagenet": 1000, "imagenet-c": 1000}
+__all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
 
 
 @dataclass
@@ -105,9 +66,16 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
         directory: the run, which may not be there yet (`dry`).
         steps: names as in the manifest, in their order; those that are finished need nothing.
         here: whether this machine is the one that will run them, so that it needs the devices.
+
+    Raises:
+        ConfigError: as `check_upload`, where the rest would only follow from it.
     """
-    found, plan = Found(), _steps(directory.config)
+    config, compute = directory.config, directory.config.compute
+    found, plan = Found(), steps_of(config)
     found.steps = _unfinished(directory, steps, found)
+    if here and found.steps:
+        check_upload(config, found.steps, directory.folder)  # before all others: they would follow from it
+        _check_place(compute, found)
     before = len(found.problems)
     with found.collect():
         directory.folder.check_writable()
@@ -125,15 +93,18 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     _check_models(directory, found)
     if any(plan[step].trains for step in found.steps):
         with found.collect():
-            found.facts.append(("training", training_place(directory.config.compute, here)))
+            found.facts.append(("training", training_place(compute, here)))
+    elif here and "train_base" in found.steps and not compute.train_workers:
+        with found.collect():
+            train_device(compute)
     if writable:
         with found.collect():
             _check_room(directory, found)
-    certify = directory.config.certify
-    alpha = certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha
-    reach = largest_radius(max(directory.config.sigmas), certify.num_estimation, alpha)
-    asked = max(directory.config.report.radii)
-    found.facts.append(("radii", f"{certify.num_estimation:,} draws reach {reach:.3f}, up to {asked:g} are asked for"))
+    reach, asked, num = config.reach, max(config.report.radii), config.certify.num_estimation
+    found.facts.append(("radii", f"{num:,} draws reach {reach:.3f}, up to {asked:g} are asked for"))
+    with found.collect():
+        if found.steps:
+            config.check_radii(max((float(rows.radius.max()) for rows in imported_rows(directory.folder)), default=0.0))
     return found
 
 
@@ -197,9 +168,20 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     print("\n".join(notes))
 
 
+def _check_place(compute: ComputeConfig, found: Found) -> None:
+    """Whether the cluster that is named, or the GPUs that are asked for, are there."""
+    replicas = any(step.startswith(("build_dataset", "certify")) for step in found.steps)
+    if compute.executor == "ray" and (replicas or compute.train_workers):
+        with found.collect():
+            check_cluster()
+    if replicas:
+        with found.collect():
+            check_gpus(compute)
+
+
 def _unfinished(directory: RunDirectory, steps: Sequence[str], found: Found) -> list[str]:
     """The steps that are not done, or read a model that one of those will write."""
-    plan, left = _steps(directory.config), list[str]()
+    plan, left = steps_of(directory.config), list[str]()
     changed: set[str] = set()
     for name in steps:
         record = directory.manifest["steps"].get(name)
@@ -259,7 +241,7 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
     data = next(iter(found.data.values()), None)
     made: set[str] = set()
     missing: list[str] = []
-    plan = _steps(directory.config)
+    plan = steps_of(directory.config)
     for step in found.steps:
         needed = [name for name in plan[step].reads if name not in made and name not in found.networks]
         for name in needed:
@@ -297,7 +279,7 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
     from distributed.checks.measure import base_classifier, base_denoiser
 
     base, shape = config.base, _shape(config, data)
-    classes = data.num_classes if data else config.dataset.num_classes or _CLASSES.get(config.dataset.name)
+    classes = data.num_classes if data else config.dataset.known_classes
     if data or base.denoiser:
         with found.collect("base.denoiser"), torch.device("meta"):
             found.networks["denoiser"] = base_denoiser(config, shape)
@@ -385,25 +367,10 @@ def _check_room(directory: RunDirectory, found: Found) -> None:
 
 def count_found(directory: RunDirectory, found: Found, replicas: int) -> list[Part]:
     """The steps whose data could be loaded."""
-    plan = _steps(directory.config)
+    plan = steps_of(directory.config)
     steps = [step for step in found.steps if set(plan[step].splits) <= found.data.keys()]
     num_bytes = {
         name: sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
         for name, network in found.networks.items()
     }
     return count_parts(directory, steps, found.data, num_bytes, replicas)
-
-
-def replicas_here(compute: ComputeConfig) -> tuple[str, int, str]:
-    """Device and number of replicas as far as they can be told without asking a cluster, and a sentence on them."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
-    name = torch.cuda.get_device_name() if device == "cuda" and gpus else device
-    if compute.executor == "local":
-        return device, 1, f"{name}, one replica (compute.executor=local)"
-    if compute.max_replicas:
-        return device, compute.max_replicas, f"{name}, {compute.max_replicas} replicas (compute.max_replicas)"
-    if "RAY_ADDRESS" in os.environ:
-        return device, 1, f"{name}; counted with one replica, the cluster is not asked: set compute.max_replicas"
-    room = gpus / compute.gpus_per_replica if device == "cuda" else (os.cpu_count() or 1) / compute.threads_per_replica
-    return device, max(1, int(room)), f"{name}, {max(1, int(room))} replicas (all of this machine)"

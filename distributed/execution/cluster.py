@@ -12,17 +12,24 @@ from dataclasses import dataclass
 
 from core.config import ComputeConfig
 from core.errors import ConfigError
+from distributed.execution.joining import check_cluster, joins, runtime_env
 
 __all__ = [
     "Pool",
+    "check_gpus",
     "connected",
     "quiet_ray_data",
     "replica_pool",
+    "replicas_here",
     "train_cluster",
     "train_device",
     "train_resources",
     "training_place",
 ]
+
+
+_started_here = False
+"""Whether Ray was started by `connected`, on this machine: it will not grow."""
 
 
 @contextmanager
@@ -33,8 +40,8 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
     cluster is joined. Otherwise Ray starts on this machine and is stopped at the end. Ray's ports listen on all
     interfaces whatever address it is given, so such a cluster asks for a token that only this process tree knows.
     """
-    joins = "RAY_ADDRESS" in os.environ
-    if not joins and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+    global _started_here
+    if not joins() and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
         # A token for this cluster alone, never written down: Ray's own default leaves one in the home directory, which
         # later clusters would then ask for. Ray reads both when it is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -46,8 +53,12 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         return
     ours = signal.getsignal(signal.SIGTERM)
     # Ray's own progress lines are for its developers: ours say what matters.
-    if joins:
-        ray.init(logging_level=logging.WARNING)
+    if joins():
+        check_cluster()
+        try:
+            ray.init(logging_level=logging.WARNING, runtime_env=runtime_env())
+        except ConnectionError as error:
+            raise ConfigError(f"RAY_ADDRESS is {os.environ['RAY_ADDRESS']!r}: {error}") from error
     else:
         ray.init(
             "local",  # never whatever cluster happens to run on this machine
@@ -63,10 +74,40 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, ours)  # Ray has put its own in its place
+    _started_here = not joins()
     try:
         yield
     finally:
+        _started_here = False
         ray.shutdown()
+
+
+def check_gpus(compute: ComputeConfig) -> None:
+    """Refuse replicas on GPUs that this machine does not have, where no cluster is joined.
+
+    Raises:
+        ConfigError: says how many there are, and the remedies.
+    """
+    local = compute.executor == "local"
+    if compute.device != "cuda" or (joins() and not local):
+        return
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    share = compute.gpus_per_replica
+    room = gpus if local else gpus * int(1 / share + 1e-9) if share < 1 else int(gpus / share + 1e-9)
+    least = compute.min_replicas if compute.max_replicas and not local else 1
+    if room < least:
+        raise ConfigError(_too_few_gpus(gpus, least))
+
+
+def _too_few_gpus(gpus: int, least: int) -> str:
+    wanted = "a replica needs one" if least == 1 else f"compute.min_replicas = {least} of them do not fit"
+    return (
+        f"compute.device is 'cuda', but this machine has {gpus or 'no'} GPU{'s' if gpus > 1 else ''} that PyTorch can "
+        f"use ({wanted}), and a Ray of its own does not grow; set compute.device=cpu, join a cluster (RAY_ADDRESS, "
+        "`ray job submit`), or run it where the GPUs are (`nvidia-smi`)"
+    )
 
 
 def train_device(compute: ComputeConfig) -> str:
@@ -104,7 +145,7 @@ def training_place(compute: ComputeConfig, here: bool) -> str:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if here and gpus < compute.train_workers and "RAY_ADDRESS" not in os.environ:
+    if here and gpus < compute.train_workers and not joins():
         raise ConfigError(
             f"compute.train_workers: {compute.train_workers} workers of a GPU each, but this machine has {gpus}; lower "
             "it, or submit the job to a cluster"
@@ -124,7 +165,7 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
     each = 1.0 if kind == "GPU" else float(compute.train_threads)
     if _room(kind, each) < compute.train_workers:
         there = f"{ray.cluster_resources().get(kind, 0.0):g} {kind}s"
-        if "RAY_ADDRESS" not in os.environ:
+        if not joins():
             raise ConfigError(
                 f"compute.train_workers: {compute.train_workers} workers of {each:g} {kind} each, but this machine has "
                 f"{there}; lower it, or submit the job to a cluster"
@@ -198,6 +239,10 @@ def replica_pool(compute: ComputeConfig) -> Pool:
         )
     largest = compute.max_replicas or room
     smallest = compute.min_replicas if compute.max_replicas else room
+    if _started_here:
+        if room < smallest:
+            raise ConfigError(_too_few_gpus(int(gpus), smallest))
+        largest = min(largest, room)
     return Pool(
         device=device,
         smallest=smallest,
@@ -206,6 +251,26 @@ def replica_pool(compute: ComputeConfig) -> Pool:
         num_cpus=0.0 if device == "cuda" else per_replica,
         num_gpus=per_replica if device == "cuda" else 0.0,
     )
+
+
+def replicas_here(compute: ComputeConfig) -> tuple[str, int, str]:
+    """Device and number of replicas as far as they can be told without asking a cluster, and a sentence on them."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
+    name = torch.cuda.get_device_name() if device == "cuda" and gpus else device
+    if device == "cuda" and not gpus:
+        elsewhere = joins() and compute.executor == "ray"
+        name += ", of which this machine has none" + ("" if elsewhere else ": here the job will be refused")
+    if compute.executor == "local":
+        return device, 1, f"{name}, one replica (compute.executor=local)"
+    if compute.max_replicas:
+        return device, compute.max_replicas, f"{name}, {compute.max_replicas} replicas (compute.max_replicas)"
+    if joins() or (device == "cuda" and not gpus):
+        return device, 1, f"{name}; counted with one replica, no cluster is asked: set compute.max_replicas"
+    room = gpus / compute.gpus_per_replica if device == "cuda" else (os.cpu_count() or 1) / compute.threads_per_replica
+    return device, max(1, int(room)), f"{name}, {max(1, int(room))} replicas (all of this machine)"
 
 
 def _room(resource: str, per_replica: float) -> int:

@@ -298,9 +298,12 @@ class RunDirectory:
             return None
         try:
             plain = json.loads(content)
-            _ = plain["config"], plain["steps"]
+            sections = [plain["config"], plain["steps"], plain.get("data", {}), *dict(plain["steps"]).values()]
+            sections += [record[key] for record in sections[3:] for key in ("read", "wrote")]
+            if not all(isinstance(section, dict) for section in sections):
+                raise TypeError("config, steps, data and each step are objects")
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self._manifest_file!r} is not a manifest of ours ({error!r})") from error
+            raise ConfigError(f"{self._manifest_file!r} is not a manifest of ours ({error!r}); restore it") from error
         return dict(plain)
 
     def _write(self) -> None:

@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import ClassVar, TypeVar
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
+from core.addresses import check_address, is_address
 from core.errors import ConfigError, DataError
 from core.files import file_sha256, write_whole
+from distributed.store.stores import endpoint, file_system
 
 __all__ = ["Folder", "Stored", "file_system"]
 
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 PATIENCE_S = 600.0
 """How long an object store may fail before we do: what it is given cost GPU time."""
+FIRST_S = 30.0
+"""How long one may that has never answered: probably it is not there. The last request may take a minute more."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,24 @@ class Folder:
     """A folder, by path or URI; it need not exist yet. Small and picklable.
 
     Local paths (and shared file systems mounted on all machines) are written aside, flushed and renamed; objects of a
-    store appear whole by themselves. A store that fails or hangs is tried again for `PATIENCE_S` seconds.
+    store appear whole by themselves. A store that fails or hangs is tried again for `PATIENCE_S` seconds, or for
+    `FIRST_S` where it has not answered yet.
 
     Args:
         where: a path, or a URI that pyarrow.fs understands: `s3://bucket/key` (also with `?endpoint_override=host:port`
             and `scheme=http`, or the environment's AWS_ENDPOINT_URL), `gs://...`.
+
+    Raises:
+        ConfigError: for a URI with credentials; by every method, when the store does not answer at first.
     """
+
+    _answered: ClassVar[set[str]] = set()
+    """Stores that have, in this process or in the one that a folder comes from."""
 
     def __init__(self, where: "str | os.PathLike[str] | Folder") -> None:
         text = where.uri if isinstance(where, Folder) else os.fspath(where)
-        scheme = text.partition("://")[0] if "://" in text else ""
+        check_address(text)
+        scheme = text.partition("://")[0] if is_address(text) else ""
         if scheme == "file":
             text, scheme = urllib.parse.unquote(text.removeprefix("file://")), ""
         self.uri: str = text if scheme else str(Path(text).absolute())
@@ -75,11 +86,14 @@ class Folder:
     def __hash__(self) -> int:
         return hash(self.uri)
 
-    def __getstate__(self) -> str:
-        return self.uri  # a connection does not travel
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.uri, self._store in self._answered  # a connection does not travel
 
-    def __setstate__(self, uri: str) -> None:
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        uri, answered = state
         Folder.__init__(self, uri)
+        if answered:
+            self._answered.add(self._store)
 
     @property
     def name(self) -> str:
@@ -313,66 +327,49 @@ class Folder:
             if not system.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
                 system.delete_dir(folder)
 
+    @property
+    def _store(self) -> str:
+        """What answers or does not: scheme, bucket and options."""
+        path, _, query = self.uri.partition("?")
+        return f"{'/'.join(path.split('/')[:3])}?{query}"
+
     def _patiently(self, action: Callable[[], T], what: str) -> T:
-        """Repeat what fails until it works or `PATIENCE_S` has passed."""
+        """Repeat what fails until it works or `PATIENCE_S` has passed (`FIRST_S`, where nothing ever worked)."""
         start, pause = time.monotonic(), 0.5
+        first = self._store not in self._answered
+        patience = FIRST_S if first else PATIENCE_S
         while True:
             try:
-                return action()
-            except (FileNotFoundError, PermissionError):
-                raise
+                result = action()
             except OSError as error:
-                if _is_final(error) or time.monotonic() - start + pause > PATIENCE_S:
+                if _is_answer(error):
+                    self._answered.add(self._store)
                     raise
-                _log.warning("%s: could not %s, trying again in %.1f s: %s", self.uri, what, pause, error)
+                if (took := time.monotonic() - start) + pause > patience:
+                    if first:
+                        raise ConfigError(self._unreachable(error, took)) from error
+                    raise
+                _log.warning(
+                    "%s: could not %s, trying again in %.1f s, for %.0f s in all: %s",
+                    self.uri, what, pause, patience, error,
+                )  # fmt: skip
                 time.sleep(pause)
                 pause = min(2 * pause, 30.0)
+            else:
+                self._answered.add(self._store)
+                return result
 
-
-def _is_final(error: OSError) -> bool:
-    """Whether it is an answer (no such bucket, no right to it) and not a failure."""
-    return any(word in str(error) for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "HTTP status 403", "HTTP status 404"))
-
-
-def file_system(location: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or a URI, and the path in it.
-
-    Raises:
-        ConfigError: for a scheme that pyarrow does not know, or a store that cannot be reached.
-    """
-    if "://" not in location:
-        return pafs.LocalFileSystem(), location.rstrip("/") or "/"
-    uri, parts = location, urllib.parse.urlsplit(location)
-    if parts.scheme != "s3":
-        try:
-            system, path = pafs.FileSystem.from_uri(uri)
-        except (pa.ArrowException, ValueError, OSError, ImportError) as error:
-            raise ConfigError(
-                f"cannot open {uri!r}: {error}; expected a local path or an address such as s3://bucket/folder, "
-                "gs://..., hdfs://... or fsspec+PROTOCOL://..."
-            ) from error
-        return system, path.rstrip("/")
-    if parts.username is not None:
-        raise ConfigError(
-            f"s3://...@{parts.hostname}{parts.path}: no credentials in a URI (logs!); use the environment "
-            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), a profile or the machine's role"
+    def _unreachable(self, error: OSError, seconds: float) -> str:
+        named = endpoint(self.uri)
+        server = f" at {named['scheme']}://{named['endpoint_override']}" if named else ""
+        return (
+            f"cannot reach {self.uri!r}{server}, tried for {seconds:.0f} s: {error}; check the address, the endpoint "
+            "(AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, endpoint_override), the network and the credentials"
         )
-    options: dict[str, Any] = {key: values[-1] for key, values in urllib.parse.parse_qs(parts.query).items()}
-    if unknown := options.keys() - {"endpoint_override", "scheme", "region"}:
-        raise ConfigError(f"{uri!r}: unknown {sorted(unknown)}; known: endpoint_override, scheme, region")
-    if "region" not in options and not {"AWS_REGION", "AWS_DEFAULT_REGION"} & os.environ.keys():
-        if "endpoint_override" in options or "AWS_ENDPOINT_URL" in os.environ:
-            options["region"] = "us-east-1"  # of no meaning to an S3 server of one's own
-        else:
-            try:
-                options["region"] = pafs.resolve_s3_region(parts.netloc)
-            except OSError as error:
-                raise ConfigError(f"cannot find the bucket of {uri!r}: {error}") from error
-    system = pafs.S3FileSystem(
-        connect_timeout=5.0,
-        request_timeout=20.0,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=3),  # the rest is `_patiently`'s
-        allow_delayed_open=True,  # one request for a small file, instead of a multipart upload's three
-        **options,
-    )
-    return system, f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+def _is_answer(error: OSError) -> bool:
+    """Whether it is an answer (no such file or bucket, no right to it) and not a failure."""
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return True
+    return any(word in str(error) for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "HTTP status 403", "HTTP status 404"))

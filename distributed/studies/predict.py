@@ -1,7 +1,5 @@
 """Predicting, or certifying, images that nobody has labelled: PREDICT of Cohen et al. 2019 and of Dual RS, batched."""
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +13,12 @@ import pyarrow.parquet as pq
 import torch
 
 from core.config import Config
+from core.csv_text import csv_text
 from core.data import StoredImages
 from core.data.classes import readable
-from core.data.folders import ENDINGS, image_files, left_out, named
+from core.data.folders import image_files, left_out, named
 from core.data.formats import ENDINGS
-from core.data.loading import ParquetPart, class_names, preparation
+from core.data.loading import preparation
 from core.data.parquet_files import ParquetPart, parquet_files
 from core.errors import ConfigError, DataError
 from core.machine.engine import Task
@@ -264,11 +263,7 @@ def write_rows(rows: Sequence[Row], columns: Sequence[str], file: str) -> None:
         pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows], schema), sink)
         content = bytes(sink.getvalue().to_pybytes())
     elif file.endswith(".csv"):
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([row.get(name) for name in columns] for row in rows)
-        content = out.getvalue().encode()
+        content = csv_text(columns, ([row.get(name) for name in columns] for row in rows)).encode()
     else:
         raise ConfigError(f"{file!r}: the file to write ends in .csv or .parquet")
     target = Folder(file)

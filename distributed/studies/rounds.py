@@ -1,4 +1,4 @@
-"""The alternation (METHOD step 4): round r > 1 is a run directory of its own, RUN/rounds/r.
+"""The alternation (step 4 of the paper's training): round r > 1 is a run directory of its own, RUN/rounds/r.
 
 Its denoiser is that of the run, its base classifier the one that the round before has fine-tuned; apart from that it is
 a run like any other. It draws noise of its own: the classifier of a later round has been trained with what the noise of

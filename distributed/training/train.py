@@ -27,6 +27,7 @@ from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
 from core.training.loop import Objective, Record, Training
 from distributed.execution.cluster import train_cluster, train_device, train_resources
+from distributed.execution.joining import joins
 from distributed.execution.metrics import TrainingMetrics
 from distributed.execution.work import check_visible
 from distributed.store.datasets import absolute, load_dataset
@@ -221,7 +222,7 @@ def _on_workers(directory: RunDirectory, lesson: Lesson, model: nn.Module, what:
     """What the first worker says, while Ray Train keeps all running; if one is lost, all go on from the checkpoint."""
     compute = lesson.config.compute
     start = _save_start(lesson, model)
-    if "RAY_ADDRESS" in os.environ:
+    if joins():
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on trainings
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths stay what they are
     with train_cluster(compute), tempfile.TemporaryDirectory() as aside:

@@ -80,17 +80,18 @@ def _numbers(ids: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]] |
     return numbers if len(np.unique(numbers)) == len(numbers) else None
 
 
-def import_log(root: Folder, name: str, file: Path) -> CertifyLog:
+def import_log(root: Folder, name: str, file: Path, num_classes: int | None = None) -> CertifyLog:
     """Check a log of somebody else's and keep it in the run directory, as it is, for the report to show.
 
     Args:
         root: the run directory.
         name: what the report calls it; letters, digits, `.`, `_`, `+`, `-`. An earlier one of this name is replaced.
         file: the log.
+        num_classes: of the run, where known: a log with other classes is one of another data set.
 
     Raises:
         ConfigError: for another name.
-        DataError: for a file that cannot be read as a log.
+        DataError: for a file that cannot be read as a log, or whose classes the run does not have.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--name: expected letters, digits and . _ + -, not beginning with a sign, got {name!r}")
@@ -101,6 +102,13 @@ def import_log(root: Folder, name: str, file: Path) -> CertifyLog:
         raise DataError(f"cannot read {str(file)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{str(file)!r} is not text: {error}") from error
+    classes = np.maximum(log.label, log.predict)
+    if num_classes is not None and classes.max() >= num_classes:
+        worst = int(classes.argmax())
+        raise DataError(
+            f"{str(file)!r}: idx {log.idx[worst]} has class {classes[worst]}, but this run has {num_classes} classes "
+            f"(0 to {num_classes - 1}): a log of another data set; import it into a run on that one"
+        )
     about = {
         "source": str(file),
         "sha256": sha256(content).hexdigest(),

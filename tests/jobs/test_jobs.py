@@ -64,21 +64,38 @@ def test_list_and_help_load_neither_torch_nor_ray() -> None:
     assert result.stdout.splitlines()[-2:] == ["set()", "set()"]
 
 
+@pytest.mark.parametrize("name", ["status", "jobs.status"])
+def test_list_with_a_name_runs_the_job_with_its_options(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["jobs", name, "--out", str(tmp_path)])
+    assert main() == 2
+    assert "holds no manifest.json" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["jobs", name, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "usage: python -m jobs.status" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("name", "message"),
     [
-        (["report"], "error: report is a module of its own: python -m jobs.report"),
-        (["jobs.report", "--out", "x"], "error: report is a module of its own: python -m jobs.report"),
-        (["raport"], "error: no job 'raport'; did you mean report?"),
-        (["xyz"], "error: no job 'xyz'; known: pipeline, "),
+        ("raport", "error: no job 'raport'; did you mean python -m jobs.report?\n"),
+        ("xyz", "error: no job 'xyz'; known: pipeline, "),
+        ("_cli.x", "error: no job '_cli.x'; known: pipeline, "),
     ],
 )
-def test_list_with_a_name_says_how_to_run_it(
-    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_name_that_no_job_has_gets_the_nearest_one(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["jobs", *args])
+    monkeypatch.setattr(sys, "argv", ["jobs", name])
     assert main() == 2
     assert capsys.readouterr().err.startswith(message)
+    result = call(name)
+    assert result.returncode == 2
+    assert result.stderr.startswith(message)
+    assert len(result.stderr.splitlines()) == 1
 
 
 def parsed(job: str) -> argparse.ArgumentParser:

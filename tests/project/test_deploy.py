@@ -156,9 +156,14 @@ def test_aws_policies_are_least_privilege() -> None:
         assert reads or "*" not in listed(statement["Resource"]), statement["Sid"]
         assert not any(action.endswith("*") for action in listed(statement["Action"])), statement["Sid"]
     config = yaml.safe_load(text("cluster.yaml"))
-    (launch,) = (statement for statement in head["Statement"] if statement["Sid"] == "LaunchWorkersOfOneType")
+    (launch,) = (statement for statement in head["Statement"] if statement["Sid"] == "LaunchWorkersOfTheseTypes")
     conditions = launch["Condition"]["StringEquals"]
-    assert conditions["ec2:InstanceType"] == config["available_node_types"]["gpu"]["node_config"]["InstanceType"]
+    types = {node["node_config"]["InstanceType"] for node in config["available_node_types"].values()}
+    head_type = config["available_node_types"]["head"]["node_config"]["InstanceType"]
+    assert set(conditions["ec2:InstanceType"]) == types - {head_type}
+    named = set(re.findall(r"\b[a-z]\d\w*\.\w*xlarge\b", text("cluster.yaml")))
+    assert named == types | {"g6.xlarge"}  # of which the comment says
+    assert "(g6.xlarge) is sound where capacity matters more than equal reruns: add its type" in text("cluster.yaml")
     assert conditions["aws:RequestTag/ray-cluster-name"] == config["cluster_name"]
     for node in config["available_node_types"].values():
         assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
@@ -330,7 +335,7 @@ def test_runtime_env_parses_and_lists_the_projects_dependencies() -> None:
     wanted = [*project["dependencies"], *project["optional-dependencies"]["report"]]
     names = {re.split(r"[\[<>=~ ]", requirement)[0] for requirement in wanted}
     assert set(packages) == names - {"ray"}, "pip's list in deploy/runtime_env.yaml and pyproject.toml differ"
-    assert {".git", ".venv", "runs"} <= set(plain["excludes"])
+    assert {"/.git", "/.venv", "/runs"} <= set(plain["excludes"])
 
 
 def test_runtime_env_needs_no_download_where_the_constraints_are_installed(tmp_path: Path) -> None:

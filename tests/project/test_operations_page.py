@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.config import ComputeConfig
+from distributed.execution import joining
 from distributed.store import lock, storage
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,13 @@ def test_page_default_in_brackets_is_the_codes(text: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("PATIENCE_S", storage.PATIENCE_S), ("BEAT_S", lock.BEAT_S), ("STALE_S", lock.STALE_S)],
+    [
+        ("PATIENCE_S", storage.PATIENCE_S),
+        ("FIRST_S", storage.FIRST_S),
+        ("JOIN_S", joining.JOIN_S),
+        ("BEAT_S", lock.BEAT_S),
+        ("STALE_S", lock.STALE_S),
+    ],
 )
 def test_page_seconds_are_the_codes(name: str, value: float) -> None:
     assert re.findall(rf"`{name}` \((\d+) s\)", PAGE) == [f"{value:.0f}"]

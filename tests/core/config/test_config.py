@@ -27,12 +27,13 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("sigmas=[0.25, -1]", r"'sigmas.1' is -1: input should be greater than 0"),
         ("sigmas=[.inf]", r"'sigmas.0' is inf: must be finite"),
         ("sigmas=[]", r"'sigmas' is \[\]"),
+        ("sigmas=0.25", r"'sigmas' is 0.25: expected a list, for example \[0.25\]$"),
+        ("report.radii=0.5", r"'report.radii' is 0.5: expected a list, for example \[0.5\]$"),
         ("sigmas=[0.5, 0.25]", r"sigmas: must be ascending and distinct, got \[0.5, 0.25\]; sort them"),
         ("sigma_e=0.3", r"sigma_e: must be at least max\(sigmas\) = 0.5, got 0.3.*raise it or leave it out"),
         ("certify.alpha=1.0", r"'certify.alpha' is 1.0: input should be less than 1"),
         ("certify.alpha=0", r"'certify.alpha' is 0: input should be greater than 0"),
         ("report.radii=[0.5, 0.1]", r"report.radii: must be ascending and distinct, got \[0.5, 0.1\]; sort them"),
-        ("report.radii=[5]", r"report.radii asks for 5; set certify.num_estimation to at least"),
         ("certify.num_estimation=3", r"certify.num_estimation: 3 draws"),
         ("labels.num_estimation=3", r"labels.num_estimation: 3 draws.*at least 10"),
         ("dataset.name=mnist", r"'dataset.name' is 'mnist': input should be 'digits'"),
@@ -73,9 +74,9 @@ def test_parse_config_num_estimation_advice_is_enough_and_not_too_much() -> None
     # All n draws agree: alpha^(1/n) > Phi(r / sigma), with alpha / 2 for a stage of Dual RS.
     needed = math.ceil(math.log(0.0005) / math.log(stats.norm.cdf(1.57 / 0.5)))
     with pytest.raises(ConfigError, match=f"at least {needed:,}") as caught:
-        parse_config({**MINIMAL, "report": {"radii": [1.57]}, "certify": {"num_estimation": 100}})
+        parse_config({**MINIMAL, "report": {"radii": [1.57]}, "certify": {"num_estimation": 100}}).check_radii()
     assert "1.57" in str(caught.value)
-    parse_config({**MINIMAL, "report": {"radii": [1.57]}, "certify": {"num_estimation": needed}})
+    parse_config({**MINIMAL, "report": {"radii": [1.57]}, "certify": {"num_estimation": needed}}).check_radii()
 
 
 def test_parse_config_several_mistakes_are_all_named() -> None:
@@ -142,3 +143,16 @@ def test_fingerprint_is_that_of_what_differs_from_the_defaults() -> None:
         parse_config(MINIMAL, ["certify.budget=grid", f"certify.grid={grid}"]) for grid in ("[0.1]", "[0.2]", "[]")
     ]
     assert len({config.fingerprint() for config in grids}) == 3
+
+
+def test_check_radii_beyond_the_reach_is_refused_unless_another_curve_reaches_them() -> None:
+    config = parse_config(MINIMAL, ["report.radii=[0, 5]"])
+    assert config.reach == pytest.approx(0.5 * stats.norm.ppf(0.0005 ** (1 / 10_000)))
+    with pytest.raises(
+        ConfigError, match=r"but report.radii asks for 5; set certify.num_estimation to at least [\d,]+, or"
+    ):
+        config.check_radii()
+    with pytest.raises(ConfigError, match="asks for 5"):
+        config.check_radii(4.9)
+    config.check_radii(5.0)
+    parse_config(MINIMAL).check_radii()

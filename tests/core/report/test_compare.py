@@ -1,13 +1,15 @@
 """Several runs side by side: the five examples of test_report.py, and variations of them."""
 
 import csv
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from core.errors import ConfigError, DataError
+from core.report import ImportedRows, ReportData
 from core.report.compare import format_comparison, write_comparison
 from jobs.report import distinct_names
 from tests.core.report.test_report import Page, cells, report
@@ -53,3 +55,61 @@ def test_distinct_names_are_the_shortest_endings() -> None:
     assert distinct_names(["x/run", "y/run"]) == ["x/run", "y/run"]
     with pytest.raises(ConfigError, match="named twice"):
         distinct_names(["x/run", "x/run/"])
+
+
+def of_set(digest: str) -> dict[str, object]:
+    return {"data": {"test": {"digest": digest}}}
+
+
+def test_comparison_never_bolds_an_imported_log_or_the_oracle(tmp_path: Path) -> None:
+    best = ImportedRows(name="log", correct=np.ones(3, bool), radius=np.full(3, 9.5), abstained=np.zeros(3, bool))
+    runs = {"a": replace(report(), imported=(best,)), "b": report()}
+    table = cells(format_comparison(runs))
+    assert table["a: Imported: log (3 examples of its own)"] == ["100.00"] * 5
+    assert table["a: Oracle over Sigma (not a certificate)"][0] == "80.00"
+    assert table["a: Standard RS, sigma = 0.25"][0] == table["b: Standard RS, sigma = 0.25"][0] == "**80.00**"
+    write_comparison(runs, tmp_path)
+    lines = (tmp_path / "comparison.tex").read_text().splitlines()
+    assert any("Imported" in line for line in lines)
+    assert not any("textbf" in line for line in lines if "Imported" in line or "Oracle" in line)
+    with (tmp_path / "comparison.csv").open() as file:
+        rows = {row["method"]: (row["is_certificate"], row["examples"]) for row in csv.DictReader(file)}
+    assert rows["Imported: log"] == ("False", "3")
+    assert rows["Dual RS"] == ("True", "5")
+
+
+def test_comparison_across_test_sets_names_them_and_bolds_nothing(tmp_path: Path) -> None:
+    fewer = report_of(3)
+    table = format_comparison({"a": report(), "b": fewer})
+    assert "**" not in table
+    assert {"a (5 of digits): Dual RS", "b (3 of digits): Dual RS"} <= cells(table).keys()
+    digests = {"a": "0123456789", "b": "abcdefghij"}
+    other = {name: replace(report(), manifest=of_set(digest)) for name, digest in digests.items()}
+    table = format_comparison(other)
+    assert "**" not in table
+    assert "a (5 of digits, set 01234567): Dual RS" in cells(table)
+    write_comparison(other, tmp_path)
+    text = (tmp_path / "comparison.tex").read_text()
+    assert "textbf" not in text
+    assert "2 different test sets" in text
+    same = {name: replace(report(), manifest=of_set("0123456789")) for name in "ab"}
+    assert "**" in format_comparison(same)
+
+
+def report_of(num: int) -> ReportData:
+    """The first of the five examples."""
+    full = report()
+    assert full.dual is not None
+    assert full.standard_at_dual_alpha is not None
+
+    def first(rows: Any) -> Any:
+        names = [field.name for field in fields(rows) if isinstance(getattr(rows, field.name), np.ndarray)]
+        return replace(rows, **{name: getattr(rows, name)[:num] for name in names})
+
+    return replace(
+        full,
+        standard=tuple(map(first, full.standard)),
+        baseline=tuple(map(first, full.baseline)),
+        dual=first(full.dual),
+        standard_at_dual_alpha=full.standard_at_dual_alpha[:num],
+    )

@@ -18,7 +18,7 @@ from tests.helpers.oracles import drive
 
 
 def numpy_loss(logits: np.ndarray, radii: np.ndarray, weight: np.ndarray, config: EstimatorConfig) -> float:
-    """The loss of METHOD section 4 by plain loops in float64, textbook form."""
+    """The loss of the variance estimator by plain loops in float64, textbook form."""
     m, size, width = logits.shape
     total = 0.0
     for b in range(size):

@@ -1,4 +1,6 @@
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ from distributed.checks.status import status
 from distributed.methods.rows import CERTIFICATE_SCHEMA
 from distributed.store.plan import Plan
 from distributed.store.shards import ShardStore
-from tests.helpers.tiny import tiny_run
+from jobs import status as status_job
+from tests.helpers.tiny import run_main, tiny_run
 
 
 def test_status_half_way_tells_examples_rate_and_eta_from_the_files(tmp_path: Path) -> None:
@@ -27,3 +30,31 @@ def test_status_half_way_tells_examples_rate_and_eta_from_the_files(tmp_path: Pa
     assert half.eta_s == pytest.approx(70 / 0.5)
     run.finish("build_dataset", read={}, wrote={}, facts={"retries": 0})
     assert status(run, now=1042.0)[0].eta_s is None
+
+
+def test_status_watch_looks_again_until_all_is_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(tmp_path, "compute.progress_interval_s=0.05")
+    ShardStore(tmp_path, "dataset").write_plan(Plan.divide(10, 10, 2, {}), [f"e{i}" for i in range(10)])
+
+    def work() -> None:
+        time.sleep(0.5)
+        run.finish("build_dataset", read={}, wrote={}, facts={"retries": 0})
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert run_main(status_job, "--out", str(tmp_path), "--watch") == 0
+    worker.join()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dataset: ")]
+    assert len(lines) > 2
+    assert [line.endswith("finished") for line in lines] == [False] * (len(lines) - 1) + [True]
+
+
+def test_status_watch_is_ended_by_ctrl_c_as_usual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_run(tmp_path)
+    ShardStore(tmp_path, "dataset").write_plan(Plan.divide(10, 10, 2, {}), [f"e{i}" for i in range(10)])
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    assert run_main(status_job, "--out", str(tmp_path), "--watch") == 0

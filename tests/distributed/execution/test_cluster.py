@@ -6,7 +6,8 @@ import torch
 
 from core.config import ComputeConfig, parse_config
 from core.errors import ConfigError
-from distributed.execution.cluster import Pool, replica_pool, train_device
+from distributed.execution import cluster
+from distributed.execution.cluster import Pool, check_gpus, replica_pool, replicas_here, train_device
 
 
 def pool(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], *overrides: str) -> Pool:
@@ -64,3 +65,55 @@ def test_training_on_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.Monk
     assert train_device(ComputeConfig()) == "cpu"
     with pytest.raises(ConfigError, match=r"compute.train_device is 'cuda', but the driver sees no GPU"):
         train_device(ComputeConfig(train_device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "refused"),
+    [
+        (0, [], True),
+        (0, ["max_replicas=16"], True),
+        (0, ["executor=local"], True),
+        (0, ["max_replicas=16", "min_replicas=4"], True),
+        (2, ["max_replicas=16", "min_replicas=4"], True),
+        (2, ["max_replicas=16"], False),
+        (2, ["max_replicas=16", "min_replicas=4", "gpus_per_replica=0.5"], False),
+        (1, ["gpus_per_replica=2"], True),
+        (1, ["executor=local", "max_replicas=4", "min_replicas=4"], False),
+    ],
+)
+def test_gpus_that_this_machine_does_not_have_are_refused_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, overrides: list[str], refused: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    plain = {"sigmas": [0.5], "report": {"radii": [0]}}
+    compute = parse_config(plain, [f"compute.{each}" for each in ("device=cuda", *overrides)]).compute
+    if not refused:
+        check_gpus(compute)
+        return
+    with pytest.raises(ConfigError, match=r"compute.device is 'cuda', but this machine has .*set compute.device=cpu"):
+        check_gpus(compute)
+    if compute.executor == "ray":
+        monkeypatch.setattr(cluster, "_started_here", True)
+        nodes = [{"CPU": 8.0, "GPU": float(gpus)}]
+        with pytest.raises(ConfigError, match=r"has room for no replica now|a Ray of its own does not grow"):
+            pool(monkeypatch, nodes, "device=cuda", *overrides)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    if compute.executor == "ray":
+        check_gpus(compute)
+
+
+def test_pool_of_a_ray_that_was_started_here_is_no_larger_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_started_here", True)
+    found = pool(monkeypatch, [{"CPU": 8, "GPU": 2}], "device=cuda", "max_replicas=16")
+    assert (found.smallest, found.initial, found.largest) == (1, 2, 2)
+
+
+def test_replicas_here_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    expected = "cuda, of which this machine has none: here the job will be refused; counted with one replica"
+    assert replicas_here(ComputeConfig(device="cuda"))[2].startswith(expected)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert "refused" not in replicas_here(ComputeConfig(device="cuda"))[2]

@@ -38,6 +38,30 @@ def test_run_directory_without_manifest_or_with_a_foreign_one_says_so(tmp_path: 
         RunDirectory(tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"steps": []},
+        {"steps": ["train_base"]},
+        {"steps": None},
+        {"steps": {"train_base": []}},
+        {"steps": {"train_base": {"read": {}}}},
+        {"steps": {"train_base": {"read": {}, "wrote": []}}},
+        {"data": []},
+        {"config": []},
+    ],
+)
+def test_run_directory_with_a_manifest_of_other_types_says_so_in_one_line(
+    tmp_path: Path, changed: dict[str, object]
+) -> None:
+    RunDirectory(tmp_path, parse_config(PLAIN))
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ConfigError, match="is not a manifest of ours") as caught:
+        RunDirectory(tmp_path, None)
+    assert "\n" not in str(caught.value)
+
+
 def test_is_done_only_with_the_models_that_were_used(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path, parse_config(PLAIN))
     with pytest.raises(ConfigError, match="is not there yet"):

@@ -101,7 +101,8 @@ def test_folder_that_cannot_be_written_says_so(server: FlakyProxy) -> None:
     [
         ("s3://key:secret@bucket/run", "no credentials"),
         ("ftp://x/y", "cannot open"),
-        ("s3://b/x?password=1", "unknown"),
+        ("s3://b/x?password=1", "may be a key or a token"),
+        ("s3://b/x?project_id=1", "unknown"),
     ],
 )
 def test_folder_uri_that_is_refused_says_why_and_shows_no_secret(where: str, message: str) -> None:

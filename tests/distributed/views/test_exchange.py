@@ -8,18 +8,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
+from core.config import parse_config
 from core.errors import ConfigError, DataError
 from core.evaluation.exchange import format_log, parse_log
 from core.procedures.smoothing import certificate
 from core.records import Certificate, Sampling
 from core.report.render import write_report
+from distributed.checks.preflight import check
 from distributed.methods.multiscale import Multiscale
 from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
+from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.store.storage import Folder
 from distributed.views.exchange import export_logs, import_log, imported_rows
+from jobs import import_tsv
 from tests.core.report.test_report import report
+from tests.helpers.tiny import PLAIN, run_main
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
 LOG = HEADER + (
@@ -197,3 +203,61 @@ def test_export_method_with_a_row_per_example_is_one_curve(tmp_path: Path) -> No
 def test_export_store_without_rows_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no shards in"):
         export_logs(Folder(tmp_path), ["certificates/dual"], Folder(tmp_path / "logs"))
+
+
+IMAGENET = HEADER + "0\t852\t852\t0.5\t1\t0:1\n20\t3\t3\t2.5\t1\t0:1\n"
+
+
+def import_job(where: Path, log: Path, *more: str) -> int:
+    return run_main(import_tsv, "--out", str(where), "--name", "log", "--file", str(log), *more)
+
+
+def test_import_tsv_with_a_configuration_makes_a_run_that_remembers_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(PLAIN))
+    (tmp_path / "log.tsv").write_text(LOG)
+    assert import_job(tmp_path / "new", tmp_path / "log.tsv", "--config", str(config)) == 0
+    assert "log: 5 examples, 20.00% abstained" in capsys.readouterr().out
+    assert RunDirectory(tmp_path / "new", None).config.sigmas == (0.25, 0.5)
+    assert [rows.name for rows in imported_rows(Folder(tmp_path / "new"))] == ["log"]
+    assert import_job(tmp_path / "none", tmp_path / "log.tsv") == 2
+    (tmp_path / "bad.tsv").write_text("idx")
+    assert import_job(tmp_path / "bad", tmp_path / "bad.tsv", "--config", str(config)) == 3
+    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "bad").exists()
+
+
+def test_import_tsv_log_with_other_classes_than_the_run_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.tsv").write_text(IMAGENET)
+    run = RunDirectory(tmp_path / "run", parse_config(PLAIN))
+    assert import_job(run.path, tmp_path / "log.tsv") == 3
+    assert "idx 0 has class 852, but this run has 10 classes (0 to 9)" in capsys.readouterr().err
+    assert imported_rows(run.folder) == ()
+    (tmp_path / "predicted.tsv").write_text(HEADER + "0\t1\t10\t0.5\t0\t0:1\n")
+    assert import_job(run.path, tmp_path / "predicted.tsv") == 3
+    where: dict[str, object] = {"name": "folder", "path": str(tmp_path / "elsewhere")}
+    RunDirectory(tmp_path / "own", parse_config({**PLAIN, "dataset": where}))
+    assert import_job(tmp_path / "own", tmp_path / "log.tsv") == 0
+    assert "its labels were not checked" in capsys.readouterr().out
+    RunDirectory(tmp_path / "counted", parse_config({**PLAIN, "dataset": {**where, "num_classes": 853}}))
+    assert import_job(tmp_path / "counted", tmp_path / "log.tsv") == 0
+    assert "not checked" not in capsys.readouterr().out
+
+
+def test_radii_that_only_an_imported_log_reaches_are_a_note(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, parse_config(PLAIN, ["report.radii=[0, 2]", "compute.executor=local"]))
+    found = check(run, ["certify-standard"])
+    assert any("report.radii asks for 2" in str(problem) for problem in found.problems)
+    (tmp_path / "log.tsv").write_text(IMAGENET)
+    import_log(run.folder, "far", tmp_path / "log.tsv")
+    assert not any("report.radii" in str(problem) for problem in check(run, ["certify-standard"]).problems)
+    data = replace(report(), imported=imported_rows(run.folder), radii=np.array([0.0, 2.0]))
+    write_report(data, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "Beyond radius 2 this run certifies nothing, whatever its networks do: 100 draws at alpha = 0.001" in text
+    write_report(replace(data, radii=np.array([0.0, 0.5])), tmp_path / "report")
+    assert "whatever its networks do" not in (tmp_path / "report/report.md").read_text()

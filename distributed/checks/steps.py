@@ -1,0 +1,46 @@
+"""What each step of a run needs, and what it makes."""
+
+from typing import NamedTuple
+
+from core.config import Config
+from core.data import Split
+from core.records import ESTIMATOR
+from distributed.methods import METHODS, method_named
+from distributed.store.run_directory import finetuned
+
+__all__ = ["Step", "steps_of"]
+
+
+class Step(NamedTuple):
+    """What a step needs and makes: splits of the data set, models (what it reads and writes)."""
+
+    splits: tuple[Split, ...]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    pixels: bool = False
+    """Whether it takes all images into memory."""
+    trains: bool = False
+    """Whether it is a training that workers can share."""
+
+
+def steps_of(config: Config) -> dict[str, Step]:
+    """Every step of a configuration, by its name in the manifest."""
+    made = tuple(config.classifiers)
+    tuned = tuple(map(finetuned, made))
+    own = config.base.denoiser is None or None in map(config.own_classifier, made)
+    return {
+        "train_base": Step(("train", "test"), (), ("denoiser", *made), pixels=own),
+        "build_dataset": Step(("train",), ("denoiser", *made)),
+        "train_estimator": Step(("train",), ("denoiser", *made), ("estimator",), trains=True),
+        "finetune_classifier": Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
+        **{
+            f"certify-{name}{ending}": Step(("test",), ("denoiser", *networks, *_beside(name)))
+            for ending, networks in (("", tuned), ("-base", made))
+            for name in METHODS
+        },
+    }
+
+
+def _beside(method: str) -> tuple[str, ...]:
+    """What a method asks besides the classifier."""
+    return ("estimator",) if ESTIMATOR in method_named(method).heads else ()
