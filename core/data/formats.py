@@ -32,7 +32,7 @@ def check_header(file: ImageFile, encoded: bytes) -> None:
         raise ValueError(f"{frames} frames or pages, expected one picture")
     depth = _depth(file, encoded)
     if depth > 8 or file.mode not in _EIGHT_BIT:
-        raise ValueError(f"pixels of {depth} bits a channel, mode {file.mode!r}, expected 8 bits")
+        raise ValueError(f"pixels of {depth} bits a channel, mode {file.mode!r}, expected 8 bits of grey, RGB or CMYK")
 
 
 def orientation(file: ImageFile) -> int:

@@ -68,7 +68,8 @@ class ArrowStorage:
         if folder == "" and self._is_file:
             return [""]
         found = self._list(folder, recursive=True)
-        return sorted({_outside(path) for path, kind in found if kind == pafs.FileType.File})
+        # A store may list a folder's marker, an object that ends in "/", among the files.
+        return sorted({_outside(path) for path, kind in found if kind == pafs.FileType.File and path[-1:] != "/"})
 
     def twin(self, path: str) -> str | None:
         """See `core.data.Storage`: object stores have no links."""

@@ -18,6 +18,11 @@ from distributed.store.datasets import class_names, load_dataset
 from distributed.store.run_directory import RunDirectory
 from tests.core.data.test_data_folders import encoded, picture
 from tests.helpers.tiny import PLAIN
+from distributed.datasets import class_names, load_dataset
+from distributed.run_directory import RunDirectory
+from distributed.shift import shifted_config
+from tests.test_data_folders import encoded, picture
+from tests.tiny import PLAIN
 
 IMAGE = encoded(picture(1, (8, 8)))
 
@@ -317,3 +322,23 @@ def test_class_names_are_those_of_the_data_set(tmp_path: Path, split: Split) -> 
     config = begun(tmp_path).config.dataset
     assert class_names(config) == load_dataset(config, split).class_names == ("bee", "cat")
     assert class_names(DatasetConfig()) == load_dataset(DatasetConfig(), split).class_names == tuple("0123456789")
+
+
+def test_corrupted_set_of_other_classes_than_the_run_that_lends_its_networks_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write(tmp_path / "set" / split, "n01", "n02")
+    dataset = {"name": "imagenet", "path": str(tmp_path / "set"), "num_classes": 2, "resize": 8, "crop": 8}
+    run = RunDirectory(tmp_path / "run", parse_config(PLAIN | {"dataset": dataset}))
+    run.data("test")
+
+    def shifted(corruption: str) -> RunDirectory:
+        config = shifted_config(run.config, corruption, 1, str(tmp_path / "c"))
+        directory = RunDirectory(tmp_path / "run" / "shift" / f"{corruption}-1", config)
+        directory.borrow(run, [])
+        return directory
+
+    write(tmp_path / "c" / "fog" / "1", "n01", "n02")
+    write(tmp_path / "c" / "snow" / "1", "n01", "n03")
+    assert shifted("fog").data("test").class_names == ("n01", "n02")
+    with pytest.raises(ConfigError, match="number 1 is 'n02' there, 'n03' now"):
+        shifted("snow").data("test")
