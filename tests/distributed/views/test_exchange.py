@@ -243,7 +243,7 @@ def test_import_tsv_log_with_other_classes_than_the_run_is_refused(
     RunDirectory(tmp_path / "own", parse_config({**PLAIN, "dataset": where}))
     assert import_job(tmp_path / "own", tmp_path / "log.tsv") == 0
     assert "its labels were not checked" in capsys.readouterr().out
-    RunDirectory(tmp_path / "counted", parse_config({**PLAIN, "dataset": {**where, "num_classes": 853}}))
+    RunDirectory(tmp_path / "counted", parse_config({**PLAIN, "dataset": where}, ["dataset.num_classes=853"]))
     assert import_job(tmp_path / "counted", tmp_path / "log.tsv") == 0
     assert "not checked" not in capsys.readouterr().out
 
