@@ -113,7 +113,7 @@ def test_page_jobs_and_their_options_exist() -> None:
 
 
 def test_page_metrics_are_those_of_the_code() -> None:
-    source = (ROOT / "distributed" / "metrics.py").read_text(encoding="utf-8")
+    source = (ROOT / "distributed" / "execution" / "metrics.py").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `ray_(dualrs_\w+)`", PAGE, re.MULTILINE)) == set(re.findall(r'"(dualrs_\w+)"', source))
 
 

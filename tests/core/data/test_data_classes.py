@@ -16,13 +16,9 @@ from core.data.classes import in_order, numbers_of
 from core.errors import ConfigError, DataError
 from distributed.store.datasets import class_names, load_dataset
 from distributed.store.run_directory import RunDirectory
+from distributed.studies.shift import shifted_config
 from tests.core.data.test_data_folders import encoded, picture
 from tests.helpers.tiny import PLAIN
-from distributed.datasets import class_names, load_dataset
-from distributed.run_directory import RunDirectory
-from distributed.shift import shifted_config
-from tests.test_data_folders import encoded, picture
-from tests.tiny import PLAIN
 
 IMAGE = encoded(picture(1, (8, 8)))
 

@@ -28,6 +28,7 @@ from core.records import Sampling
 from distributed.checks.audit import audit
 from distributed.execution.replica import Replica, retired
 from distributed.execution.work import Work, make_task
+from distributed.methods.standard import Standard
 from distributed.store.datasets import load_dataset
 from distributed.store.plan import Plan
 from distributed.store.run_directory import RunDirectory
@@ -287,7 +288,7 @@ def test_build_dataset_examples_that_cannot_be_run_become_error_rows_and_are_tri
 
 def test_build_dataset_gives_up_when_too_many_examples_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tiny_run(tmp_path, "compute.executor=local", "compute.max_errors=12")
-    monkeypatch.setattr(replica_module, "procedures", lambda work: iter([lambda: broken(), lambda: broken()]))
+    monkeypatch.setattr(Standard, "procedures", lambda method, terms: [lambda: broken(), lambda: broken()])
 
     def broken() -> Any:
         raise RuntimeError("no such thing")
