@@ -90,8 +90,8 @@ class Sampling:
         num_selection: copies that choose the class (Cohen's n0).
         num_estimation: fresh copies that bound its probability (Cohen's n).
         alpha: failure probability in (0, 1).
-        arithmetic: version of the rounding of bounds and radii. A run that was begun with the first one, whose radii were
-            up to 3e-8 too large (`core.confidence.noise_scale`), goes on with it.
+        arithmetic: version of the rounding of bounds and radii. A run that was begun with the first one, whose radii
+            were up to 3e-8 too large (`core.confidence.noise_scale`), goes on with it.
 
     Raises:
         ConfigError: for a number of copies below 1 or an alpha outside (0, 1).

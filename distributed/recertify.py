@@ -89,14 +89,16 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     standard_rows = [
         row
         if row["status"] == ERROR
-        else certificate_row(row["example_id"], row["label"], standard_from_row(row, terms))
+        else certificate_row(row["example_id"], row["label"], standard_from_row(row, terms), row["image_hash"])
         for row in by_key.values()
         if row["sigma"] in sigmas
     ]
     dual = ShardStore(directory.folder, "certificates/dual")
     subset = replace(terms, sigmas=sigmas, level_shares=_shares(config, sigmas))
     dual_rows = [
-        row if row["status"] == ERROR else dual_row(row["example_id"], row["label"], dual_from_row(row, subset))
+        row
+        if row["status"] == ERROR
+        else dual_row(row["example_id"], row["label"], dual_from_row(row, subset), row["image_hash"])
         for row in _restricted(dual.read().to_pylist() if dual.files() else [], by_key, config.sigmas, subset)
     ]
 
@@ -140,7 +142,8 @@ def _cascades(standard: Mapping[tuple[str, float], Mapping[str, Any]], terms: Te
     """Rows of Multiscale from the votes of standard RS: the same noise gave them."""
     for example_id in dict.fromkeys(example_id for example_id, _ in standard):
         rows = {sigma: standard[example_id, sigma] for sigma in terms.sigmas}
-        label = next(iter(rows.values()))["label"]
+        first = next(iter(rows.values()))
+        label = first["label"]
         if any(row["status"] == ERROR for row in rows.values()):
             yield error_row(MULTISCALE_SCHEMA, example_id, label, None, terms.sampling.alpha)
             continue
@@ -149,7 +152,7 @@ def _cascades(standard: Mapping[tuple[str, float], Mapping[str, Any]], terms: Te
             for sigma, row in rows.items()
             for phase in (Phase.SELECTION, Phase.ESTIMATION)
         }
-        yield multiscale_row(example_id, label, multiscale_from_votes(votes, terms))
+        yield multiscale_row(example_id, label, multiscale_from_votes(votes, terms), first["image_hash"])
 
 
 def _restricted(

@@ -30,7 +30,7 @@ from distributed.metrics import ReplicaMetrics
 from distributed.rows import OK, error_row
 from distributed.shards import ShardStore
 from distributed.storage import Folder
-from distributed.work import Rows, Work, build_engine, check_visible, make_row, make_task, procedures, warm_up
+from distributed.work import Rows, Work, build_engine, check_visible, hash_of, make_row, make_task, procedures, warm_up
 
 __all__ = ["Facts", "Replica", "is_device_error", "retired"]
 
@@ -55,7 +55,8 @@ class Facts:
 class _OpenShard:
     """A shard whose examples are in the engine.
 
-    `done` holds (example id, sigma) of rows that an earlier attempt has committed; `rows` begins with them.
+    `done` holds (example id, sigma) of rows that an earlier attempt has committed; `rows` begins with them. `hashes`
+    are of the images, by their place in the data set.
     """
 
     number: int
@@ -66,6 +67,7 @@ class _OpenShard:
     done: frozenset[tuple[str, float | None]]
     future: "Future[_OpenShard]" = field(default_factory=Future)
     errors: Rows = field(default_factory=list)
+    hashes: dict[int, str] = field(default_factory=dict)
 
 
 class Replica:
@@ -107,10 +109,10 @@ class Replica:
     def _load(self, work: Work) -> None:
         self._device = "cpu" if work.device == "cpu" else f"cuda: {torch.cuda.get_device_name()}"
         self._data = load_dataset(work.config.dataset, work.split)
-        if work.data_digest and (found := self._data.digest()) != work.data_digest:
+        if work.data_digest and not self._data.matches(work.data_digest):
             raise ConfigError(
                 f"dataset.{work.split}: {socket.gethostname()} has another data set than the driver (fingerprint "
-                f"{found}, expected {work.data_digest}); give all machines the same files"
+                f"{self._data.digest()}, expected {work.data_digest}); give all machines the same files"
             )
         self._store = ShardStore(work.root, work.store)
         check_visible(work.root)
@@ -118,6 +120,7 @@ class Replica:
         if plan is None:
             raise ConfigError(f"the plan {self._store.plan_file!r} is gone")
         self._plan = plan
+        self.work = work = work.under(plan)
         self._engine = build_engine(work, self._data.num_classes, plan.batch_size)
         warm_up(self._engine, work, self._data)
 
@@ -211,7 +214,7 @@ class Replica:
                 if finished.error is not None:
                     self._fail(shard, index, sigma, finished.error)
                 else:
-                    self._add(shard, make_row(self._data, index, finished.result))
+                    self._add(shard, make_row(self._data, index, finished.result, shard.hashes[index]))
         except BaseException as cause:  # handed to whoever waits, and to all who come later
             error = self._retire(cause) if is_device_error(cause) and self._on_ray else cause
             with self._lock:
@@ -289,6 +292,8 @@ class Replica:
                     except Exception as error:  # an image that cannot be read
                         self._fail(shard, index, sigma, error)
                     else:
+                        if image is None:
+                            shard.hashes[index] = hash_of(task)
                         image = task.image
                         yield task
 

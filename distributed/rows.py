@@ -45,11 +45,13 @@ CERTIFICATE_SCHEMA = pa.schema(
         ("alpha_early", pa.float64()),
         ("target", pa.float64()),
         ("status", pa.string()),
+        ("image_hash", pa.string()),
     ]
 )
 """A row per (example, sigma). `prediction` is -1 and `radius` 0 where it abstained; radii in the pixel scale [0, 1].
 `stop_reason`, `alpha_early`, `target`: see `core.records.Certificate`. `num_estimation` is what was drawn. A row whose
-`status` is `error` abstains without a draw, see `ERROR_SCHEMA`."""
+`status` is `error` abstains without a draw, see `ERROR_SCHEMA`. `image_hash`: of the pixels that the row was computed
+from, see `core.data.image_hash`; null where `status` is `error`, and in files from before rows had it."""
 
 DUAL_SCHEMA = pa.schema(
     [
@@ -106,7 +108,9 @@ ERROR_SCHEMA = pa.schema(
 """Why a row has status `error`; `sigma` is null for a row of Dual RS."""
 
 
-def certificate_row(example_id: str, label: int, certificate: Certificate) -> dict[str, Any]:
+def certificate_row(
+    example_id: str, label: int, certificate: Certificate, image_hash: str | None = None
+) -> dict[str, Any]:
     """One row of `CERTIFICATE_SCHEMA`."""
     c = certificate
     return {
@@ -128,10 +132,13 @@ def certificate_row(example_id: str, label: int, certificate: Certificate) -> di
         "alpha_early": c.alpha_early,
         "target": c.target,
         "status": OK,
+        "image_hash": image_hash,
     }
 
 
-def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[str, Any]:
+def dual_row(
+    example_id: str, label: int, certificate: DualCertificate, image_hash: str | None = None
+) -> dict[str, Any]:
     """One row of `DUAL_SCHEMA`."""
     c, level, label_stage = certificate, certificate.sigma_stage, certificate.class_stage
     return {
@@ -153,6 +160,7 @@ def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[
         "alpha_early": label_stage.alpha_early if label_stage else 0.0,
         "target": label_stage.target if label_stage else None,
         "status": OK,
+        "image_hash": image_hash,
         "sigma_e": level.sigma,
         "sigma_index": level.top_class,
         "radius_sigma": c.radius_sigma,
@@ -171,11 +179,13 @@ def dual_row(example_id: str, label: int, certificate: DualCertificate) -> dict[
     }
 
 
-def multiscale_row(example_id: str, label: int, certificate: MultiscaleCertificate) -> dict[str, Any]:
+def multiscale_row(
+    example_id: str, label: int, certificate: MultiscaleCertificate, image_hash: str | None = None
+) -> dict[str, Any]:
     """One row of `MULTISCALE_SCHEMA`."""
     c, last, above = certificate, certificate.levels[-1], certificate.levels[:-1]
     return {
-        **certificate_row(example_id, label, last),
+        **certificate_row(example_id, label, last, image_hash),
         "sigma": c.sigma,
         "prediction": c.prediction,
         "correct": c.prediction == label,
@@ -207,6 +217,7 @@ def error_row(schema: pa.Schema, example_id: str, label: int, sigma: float | Non
     row: dict[str, Any] = {f.name: [] if pa.types.is_list(f.type) else empty[f.type] for f in schema}
     row |= {"example_id": example_id, "label": label, "sigma": sigma, "prediction": -1, "abstained": True}
     row |= {"alpha": alpha, "stop_reason": Stop.SKIPPED.value, "target": None, "status": ERROR}
+    row["image_hash"] = None
     if schema.equals(DUAL_SCHEMA):
         row |= {"stop_reason_sigma": Stop.SKIPPED.value, "target_sigma": None, "bounded_by": Bound.NONE.value}
     if schema.equals(MULTISCALE_SCHEMA):

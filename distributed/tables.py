@@ -69,14 +69,20 @@ def report_data(
     full = config.certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
     table = ShardStore(root, f"certificates/standard{ending}").read()
+    _check_terms(table, config, f"certificates/standard{ending}")
     standard = _standard_rows(table, config.sigmas)
     baseline_store = ShardStore(root, "certificates/standard-base")
-    baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() and not ending else ()
+    baseline: tuple[StandardRows, ...] = ()
+    if baseline_store.committed() and not ending:
+        rows = baseline_store.read()
+        _check_terms(rows, config, baseline_store.name)
+        baseline = _standard_rows(rows, config.sigmas)
     dual_store = ShardStore(root, f"certificates/dual{ending}")
     dual = None
     failed = _failed(table)
     if dual_store.committed():
         rows = dual_store.read()
+        _check_terms(rows, config, dual_store.name)
         failed |= _failed(rows)
         _check_same_examples(rows, table, config.sigmas, dual_store.name)
         dual = DualRows(
@@ -95,6 +101,7 @@ def report_data(
     multiscale = None
     if multiscale_store.committed():
         rows = multiscale_store.read()
+        _check_terms(rows, config, multiscale_store.name)
         failed |= _failed(rows)
         _check_same_examples(rows, table, config.sigmas, multiscale_store.name)
         names = ("correct", "radius", "p_lower", "abstained", "num_draws", "sigma", "sigma_bound", "num_levels")
@@ -123,9 +130,42 @@ def report_data(
     )
 
 
+def _check_terms(rows: pa.Table, config: Config, name: str) -> None:
+    """Refuse to state settings that rows were not certified under.
+
+    Raises:
+        DataError: names the column, what is there and what the configuration says.
+    """
+    certify, made = config.certify, rows.filter(pc.not_equal(rows.column("status"), ERROR))
+    stated = {"alpha": certify.alpha, "num_selection": certify.num_selection}
+    if certify.budget == "fixed":
+        stated["num_estimation"] = certify.num_estimation
+    if "sigma_e" in made.column_names:
+        stated["sigma_e"] = config.estimator_sigma
+    for column, value in stated.items():
+        found = set(made.column(column).to_pylist())
+        if column == "num_estimation" and "sigma_e" in made.column_names:
+            found.discard(0)  # the classifier was not run
+        if found - {value}:
+            raise DataError(
+                f"{name}: {column} is {min(found - {value})!r} in rows, the configuration says {value!r}: one of them "
+                "was changed (jobs.audit says more); put it back"
+            )
+    if odd := set(made.column("sigma").to_pylist()) - {None, *config.sigmas}:
+        raise DataError(f"{name}: rows at sigma {min(odd):g}, which is none of sigmas = {list(config.sigmas)}")
+
+
 def _check_same_examples(rows: pa.Table, standard: pa.Table, sigmas: Sequence[float], name: str) -> None:
-    if rows.column("example_id").to_pylist() != grid(standard, "example_id", sigmas)[:, 0].tolist():
+    ids = rows.column("example_id").to_pylist()
+    if ids != grid(standard, "example_id", sigmas)[:, 0].tolist():
         raise DataError(f"certificates/standard and {name} cover different examples")
+    pairs = zip(ids, rows.column("image_hash").to_pylist(), grid(standard, "image_hash", sigmas), strict=True)
+    for example_id, one, others in pairs:
+        if one is not None and {one, *others} - {one, None}:
+            raise DataError(
+                f"certificates/standard and {name} were computed from different images of {example_id!r}: it has "
+                "changed in between; make one of them anew in another --out"
+            )
 
 
 def _failed(table: pa.Table) -> set[str]:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,7 +18,7 @@ import torch
 from core.batch_size import DeviceProbe, choose_batch_size
 from core.config import Config
 from core.cpu import settle
-from core.data import Dataset, Split
+from core.data import Dataset, Split, image_hash
 from core.engine import Engine, Task
 from core.errors import ConfigError, ModelError
 from core.models.checkpoints import load_model
@@ -39,6 +39,8 @@ from core.records import (
 )
 from core.sequential import Budget, dual_procedure, standard_procedure
 from distributed.datasets import load_dataset
+from distributed.origin import arithmetic_of
+from distributed.plan import Plan
 from distributed.rows import (
     CERTIFICATE_SCHEMA,
     DUAL_SCHEMA,
@@ -56,6 +58,7 @@ __all__ = [
     "build_engine",
     "build_network",
     "check_visible",
+    "hash_of",
     "make_row",
     "make_task",
     "measure_rate",
@@ -122,6 +125,10 @@ class Work:
     def schema(self) -> pa.Schema:
         """Of the rows."""
         return {"standard": CERTIFICATE_SCHEMA, "dual": DUAL_SCHEMA, "multiscale": MULTISCALE_SCHEMA}[self.method]
+
+    def under(self, plan: Plan) -> "Work":
+        """The same work with the arithmetic that a plan was begun with."""
+        return replace(self, sampling=replace(self.sampling, arithmetic=arithmetic_of(plan)))
 
     def model_files(self) -> dict[str, Path]:
         """The networks as files of this machine."""
@@ -273,12 +280,20 @@ def make_task(
 
 
 def make_row(
-    data: Dataset, index: int, result: Certificate | DualCertificate | MultiscaleCertificate
+    data: Dataset,
+    index: int,
+    result: Certificate | DualCertificate | MultiscaleCertificate,
+    image_hash: str | None = None,
 ) -> dict[str, Any]:
-    """The row of a result."""
+    """The row of a result; `image_hash` from `hash_of` its task."""
     example_id, label = data.example_ids[index], int(data.labels[index])
     if isinstance(result, DualCertificate):
-        return dual_row(example_id, label, result)
+        return dual_row(example_id, label, result, image_hash)
     if isinstance(result, MultiscaleCertificate):
-        return multiscale_row(example_id, label, result)
-    return certificate_row(example_id, label, result)
+        return multiscale_row(example_id, label, result, image_hash)
+    return certificate_row(example_id, label, result, image_hash)
+
+
+def hash_of(task: Task[Any]) -> str:
+    """`core.data.image_hash` of the 8-bit image that a task certifies."""
+    return image_hash((task.image * 255.0).round_().to(torch.uint8).numpy())
