@@ -254,10 +254,10 @@ class Replayed:
     def __str__(self) -> str:
         """With which probability forged rows would have been missed: one, or a share of all."""
         each = dict.fromkeys((1, *(math.ceil(self.rows * share) for share in (0.01, 0.1))))
-        missed = (f"{odd}: {probability_missed(self.rows, odd, self.drawn):.2g}" for odd in each)
+        missed = (f"{probability_missed(self.rows, odd, self.drawn):.2g} ({odd:,})" for odd in each)
         return (
-            f"{self.drawn:,} of {self.rows:,} rows drawn again; so many forged rows would have been missed with "
-            f"probability: {', '.join(missed)}"
+            f"{self.drawn:,} of {self.rows:,} rows drawn again; probability of missing forged rows, by their number: "
+            f"{', '.join(missed)}"
         )
 
 

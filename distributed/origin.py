@@ -14,10 +14,10 @@ from core.records import Arithmetic
 from distributed.plan import Plan
 
 __all__ = [
+    "against_manifest",
     "arithmetic_of",
     "check_file",
     "differences",
-    "from_manifest",
     "is_named",
     "metadata_of",
     "origin_of",
@@ -44,16 +44,19 @@ def origin_of(config: Config, models: Mapping[str, str], data: str, begun: Plan 
     return {"version": VERSION, **origin, "seed": config.seed, "noise": config.noise, "data": data}
 
 
-def from_manifest(manifest: Mapping[str, Any], store: str) -> dict[str, Any]:
-    """The origin that a run's manifest states for a store."""
+def against_manifest(plan: Plan, store: str, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a run's manifest states of a store, and its plan does not; as `differences`."""
     steps, split = manifest["steps"], "train" if store == "dataset" else "test"
     written = {name: digest for step in steps.values() for name, digest in step["wrote"].items()}
-    return {
+    read = steps[step_of(store)]["read"] if step_of(store) in steps else written
+    stated = {
         "fingerprint": manifest.get("fingerprint"),
-        "models": steps[step_of(store)]["read"] if step_of(store) in steps else written,
+        "models": {name: read.get(name) for name in plan.origin.get("models", {})},
         "seed": manifest.get("seed"),
         "data": manifest.get("data", {}).get(split, {}).get("digest"),
     }
+    there = {key: plan.origin[key] for key in stated if key in plan.origin}
+    return differences({key: stated[key] for key in there}, there)
 
 
 def step_of(store: str) -> str:

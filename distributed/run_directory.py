@@ -257,7 +257,7 @@ class RunDirectory:
         if before is None:
             if self._mode == "write":
                 self._merge("data", split, found)
-        elif not data.matches(before["digest"]):
+        elif before["digest"] != found["digest"] and not data.matches(before["digest"]):
             old, new = (f"{each['digest']} ({each['examples']:,} examples)" for each in (before, found))
             raise ConfigError(
                 f"dataset.{split}: this is not the data set that {str(self.folder)!r} began with: fingerprint {old} "

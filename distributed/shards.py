@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from core.errors import ConfigError, DataError
 from distributed.names import odd_names, part_name, shard_name, shards_of
-from distributed.origin import check_file, differences, from_manifest, metadata_of
+from distributed.origin import against_manifest, check_file, differences, metadata_of
 from distributed.parquet import from_bytes, metadata_of_file, to_bytes
 from distributed.plan import Plan
 from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, ERROR_SCHEMA, MULTISCALE_SCHEMA
@@ -115,9 +115,7 @@ class ShardStore:
         name = "manifest.json"
         if not self._root.exists(name) or (plan := self.read_plan()) is None:
             return  # derived from a run, and no run itself
-        stated = from_manifest(json.loads(self._root.read(name)), self.name)
-        there = {key: value for key, value in plan.origin.items() if key in stated}
-        if odd := ", ".join(differences({key: stated[key] for key in there}, there)):
+        if odd := ", ".join(against_manifest(plan, self.name, json.loads(self._root.read(name)))):
             raise ConfigError(
                 f"{self._root.where(name)!r} is not what {self.name} was made from, by {self.plan_file!r}: {odd}; one "
                 "of them was edited: put it back, or make the rows anew in another --out"
@@ -242,7 +240,7 @@ class ShardStore:
         table, metadata = from_bytes(content, self.folder.where(name))
         self._check(name, metadata)
         for schema in (CERTIFICATE_SCHEMA, DUAL_SCHEMA, MULTISCALE_SCHEMA):
-            if set(schema.names) - set(table.schema.names) == {"image_hash"}:  # from before rows had it
+            if set(schema.names) ^ set(table.schema.names) == {"image_hash"}:  # from before rows had it
                 table = table.append_column("image_hash", pa.nulls(table.num_rows, pa.string())).select(schema.names)
             if table.schema == schema:
                 return table, metadata
