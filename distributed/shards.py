@@ -228,8 +228,8 @@ class ShardStore:
         Raises:
             DataError: as `read_file`.
         """
-        for name in self.files():
-            columns = ["example_id", "image_hash"]
+        columns = ["example_id", "image_hash"]
+        for name in self._named(self._plan()):
             table, metadata = from_bytes(self.folder.read(name), self.folder.where(name), columns)
             self._check(name, metadata)
             if table.schema.names == columns:
