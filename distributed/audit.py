@@ -19,7 +19,7 @@ from core.errors import ConfigError, DataError
 from core.progress import Progress
 from core.records import Stop
 from distributed.launch import IMAGES_CHECKED, STORES, step_of, work_of
-from distributed.origin import differences, origin_of
+from distributed.origin import differences, is_named, origin_of
 from distributed.plan import Plan
 from distributed.recompute import Terms, dual_from_row, multiscale_from_row, standard_from_row
 from distributed.rows import ERROR, OK, certificate_row, dual_row, error_row, multiscale_row
@@ -118,7 +118,7 @@ def _audit_store(
     for row in rows:
         name = _row_name(row)
         try:
-            problems = list(_against_votes(row, labels, data.num_classes, terms, work))
+            problems = list(_against_votes(row, labels, data.num_classes, terms, work, is_named(plan)))
         except (ValueError, IndexError, KeyError, TypeError, ConfigError) as error:
             problems = [f"cannot be recomputed from its votes ({error})"]
         findings += [Finding(work.store, name, problem) for problem in problems]
@@ -178,7 +178,7 @@ def _against_plan(rows: Sequence[Mapping[str, Any]], data: Dataset, work: Work) 
 
 
 def _against_votes(
-    row: Mapping[str, Any], labels: Mapping[str, int], num_classes: int, terms: Terms, work: Work
+    row: Mapping[str, Any], labels: Mapping[str, int], num_classes: int, terms: Terms, work: Work, named: bool
 ) -> Iterator[str]:
     """One row against what its votes and the settings make of it."""
     dual, multiscale = work.method == "dual", work.method == "multiscale"
@@ -211,6 +211,8 @@ def _against_votes(
     else:
         expected = certificate_row(name, label, standard_from_row(row, terms), image)
     yield from _differences(row, expected, work.schema)
+    if image is None and named:
+        yield "does not name the image that it was computed from"
     parts = [row["alpha_sigma"], row["alpha_class"]] if dual else [row["alpha"]]
     spent = max(parts) if terms.split == "full" else sum(parts)
     if spent > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
@@ -326,7 +328,7 @@ def _replay_store(
     findings = []
     for finished in engine.run(tasks()):
         number, index = finished.key
-        image = None if rows[number]["image_hash"] is None else hashes[number]  # from before rows had it
+        image = hashes[number] if is_named(plan) or rows[number]["image_hash"] is not None else None
         for problem in _differences(rows[number], make_row(data, index, finished.result, image), work.schema):
             findings.append(Finding(name, _row_name(rows[number]), f"drawn again: {problem}"))
         progress.update(1)
