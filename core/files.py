@@ -5,7 +5,9 @@ import os
 import uuid
 from pathlib import Path
 
-__all__ = ["file_sha256", "write_whole"]
+__all__ = ["file_sha256", "known_sha256", "write_whole"]
+
+_known: dict[Path, tuple[tuple[int, ...], str]] = {}
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -29,3 +31,12 @@ def file_sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """`file_sha256`, remembered in this process for as long as nothing has touched the file."""
+    info = path.stat()
+    state = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+    if path not in _known or _known[path][0] != state:
+        _known[path] = state, file_sha256(path)
+    return _known[path][1]

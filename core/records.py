@@ -16,6 +16,7 @@ __all__ = [
     "ESTIMATOR",
     "AlphaSplit",
     "Answer",
+    "Arithmetic",
     "Bound",
     "Certificate",
     "Counts",
@@ -77,6 +78,10 @@ Procedure = Generator[Draws, Answer, R]
 """A certification algorithm: yields `Draws`, is sent an `Answer`, returns its result."""
 
 
+Arithmetic = Literal[1, 2]
+"""See `Sampling`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How many noisy copies a certificate may use, and how often it may be wrong.
@@ -85,6 +90,8 @@ class Sampling:
         num_selection: copies that choose the class (Cohen's n0).
         num_estimation: fresh copies that bound its probability (Cohen's n).
         alpha: failure probability in (0, 1).
+        arithmetic: version of the rounding of bounds and radii. A run that was begun with the first one, whose radii
+            were up to 3e-8 too large (`core.procedures.confidence.noise_scale`), goes on with it.
 
     Raises:
         ConfigError: for a number of copies below 1 or an alpha outside (0, 1).
@@ -93,6 +100,7 @@ class Sampling:
     num_selection: int = 100
     num_estimation: int = 10_000
     alpha: float = 0.001
+    arithmetic: Arithmetic = 2
 
     def __post_init__(self) -> None:
         for name in ("num_selection", "num_estimation"):

@@ -1,6 +1,6 @@
 """Data sets as (stable example id, uint8 image, label)."""
 
-from core.data.dataset import Dataset, Split, as_image
+from core.data.dataset import Dataset, Split, as_image, image_hash
 from core.data.images import Preparation, StoredImages
 from core.data.loading import load_dataset
 from core.data.storage import LocalStorage, Storage
@@ -13,5 +13,6 @@ __all__ = [
     "Storage",
     "StoredImages",
     "as_image",
+    "image_hash",
     "load_dataset",
 ]

@@ -57,7 +57,8 @@ class GaussianNoise:
     def corrupt(
         self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
     ) -> Tensor | None:
-        """Overwrite `out` with noisy copies of `image`, float32 x + sigma * z.
+        """Overwrite `out` with noisy copies of `image`, float32 x + sigma * z, sigma rounded to float32: radii speak of
+        no larger one (`core.procedures.confidence.noise_scale`).
 
         Args:
             out: contiguous float32 ``(N, C, H, W)`` on the device that draws, one or more whole chunks.

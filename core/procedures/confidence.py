@@ -1,8 +1,9 @@
 """Exact binomial confidence bounds and the radius they certify, in float64 and rounded towards zero.
 
 The quantiles come from SciPy, whose last few bits are not guaranteed. A certificate is a promise, so every bound is
-moved towards the safe side by `SLACK`, which is larger than any error seen against 50-digit arithmetic
-(`tests/core/procedures/test_confidence.py`) and far smaller than what one draw more or less changes.
+moved towards the safe side by `SLACK` (`LOW_SLACK` up to 1/2, where nothing is certified and SciPy is worse), which is
+larger than any error seen against 50-digit arithmetic (`tests/core/procedures/test_confidence.py`) and far smaller than
+what one draw more or less changes.
 """
 
 import functools
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from core.errors import ConfigError
-from core.records import Counts
+from core.records import Arithmetic, Counts
 
 __all__ = [
     "binomial_p_value",
@@ -25,6 +26,8 @@ __all__ = [
     "largest_radius",
     "log_e_value",
     "lower_bounds",
+    "noise_scale",
+    "probability_missed",
     "probability_of_radius",
     "top_two",
 ]
@@ -32,17 +35,23 @@ __all__ = [
 SLACK = 2.0**-44
 """Relative step towards the safe side, 256 units in the last place; SciPy was seen to be off by 36."""
 
+LOW_SLACK = 2.0**-30
+"""The step for bounds up to 1/2, where SciPy was seen to be off by 3e-12."""
+
+MIN_ALPHA = 1e-100
+"""Smaller ones are refused: SciPy was seen to be off by 2% at 1e-300."""
+
 Floats = NDArray[np.float64]
 
 
 def _check_counts(k: NDArray[np.int64], n: NDArray[np.int64], alpha: ArrayLike) -> None:
     if np.any(n < 1) or np.any(k < 0) or np.any(k > n):
         raise ConfigError(f"need 0 <= successes <= draws and draws >= 1, got successes={k!r}, draws={n!r}")
-    if not np.all((np.asarray(alpha) > 0.0) & (np.asarray(alpha) < 1.0)):
-        raise ConfigError(f"alpha is a failure probability and must lie in (0, 1), got {alpha!r}")
+    if not np.all((np.asarray(alpha) >= MIN_ALPHA) & (np.asarray(alpha) < 1.0)):
+        raise ConfigError(f"alpha is a failure probability and must lie in [{MIN_ALPHA:g}, 1), got {alpha!r}")
 
 
-def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike) -> Floats:
+def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
     """One-sided exact lower confidence bound of a success probability (Clopper & Pearson 1934).
 
     P[bound <= p] >= 1 - alpha for every true p: the bound is BetaInv(alpha; k, n - k + 1), and 0 for k = 0.
@@ -50,7 +59,9 @@ def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
     Args:
         successes: k, integers in [0, num]; any shape that broadcasts with the others.
         num: n >= 1.
-        alpha: failure probability in (0, 1).
+        alpha: failure probability in [1e-100, 1).
+        arithmetic: see `core.records.Sampling`; in the first version bounds up to 1/2 may lie 3e-12 above the exact
+            ones.
 
     Returns:
         float64 in [0, 1), never above the exact bound.
@@ -60,7 +71,8 @@ def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
     """
     k, n = np.asarray(successes, np.int64), np.asarray(num, np.int64)
     _check_counts(k, n, alpha)
-    bound = special.betaincinv(np.maximum(k, 1), n - k + 1, np.asarray(alpha, np.float64)) * (1.0 - SLACK)
+    bound = special.betaincinv(np.maximum(k, 1), n - k + 1, np.asarray(alpha, np.float64))
+    bound = bound * (1.0 - np.where((bound <= 0.5) & (arithmetic > 1), LOW_SLACK, SLACK))
     return np.asarray(np.where(k == 0, 0.0, bound), np.float64)
 
 
@@ -75,26 +87,43 @@ def clopper_pearson_upper(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
     return np.asarray(np.minimum(np.nextafter(upper, 2.0), 1.0), np.float64)  # the subtraction rounds to nearest
 
 
-def certified_radius(p_lower: ArrayLike, sigma: ArrayLike) -> Floats:
+def noise_scale(sigma: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
+    """The noise level that radii speak of: the smaller of sigma and the float32 next to it.
+
+    Gaussian noise is scaled by the float32 (0.12 becomes 0.1199999973), exact noise by sigma itself; the smaller one
+    is safe for both.
+
+    Args:
+        sigma: noise level.
+        arithmetic: see `core.records.Sampling`; the first version takes sigma as it is written.
+    """
+    level = np.asarray(sigma, np.float64)
+    return level if arithmetic == 1 else np.asarray(np.minimum(level, level.astype(np.float32)), np.float64)
+
+
+def certified_radius(p_lower: ArrayLike, sigma: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
     """The l2 radius sigma * Phi^-1(p_lower) of Cohen et al. 2019 (theorem 1, with p_B = 1 - p_A).
 
     Args:
         p_lower: lower bound of the top class's probability, in [0, 1).
         sigma: noise level, > 0, pixel scale [0, 1].
+        arithmetic: see `noise_scale`.
 
     Returns:
         float64 radius in the pixel scale, rounded towards zero; 0.0 where p_lower <= 1/2 (nothing is certified).
     """
     p = np.asarray(p_lower, np.float64)
-    radius = np.asarray(sigma, np.float64) * special.ndtri(np.maximum(p, 0.5)) * (1.0 - SLACK)
+    radius = noise_scale(sigma, arithmetic) * special.ndtri(np.maximum(p, 0.5)) * (1.0 - SLACK)
     return np.asarray(np.where(p > 0.5, radius, 0.0), np.float64)
 
 
 @functools.lru_cache(maxsize=65_536)
-def bound_and_radius(successes: int, num: int, alpha: float, sigma: float) -> tuple[float, float]:
+def bound_and_radius(
+    successes: int, num: int, alpha: float, sigma: float, arithmetic: Arithmetic = 2
+) -> tuple[float, float]:
     """`clopper_pearson_lower` and the `certified_radius` of it; cached, for with few draws the same votes recur."""
-    p_lower = float(clopper_pearson_lower(successes, num, alpha))
-    return p_lower, float(certified_radius(p_lower, sigma))
+    p_lower = float(clopper_pearson_lower(successes, num, alpha, arithmetic))
+    return p_lower, float(certified_radius(p_lower, sigma, arithmetic))
 
 
 def largest_radius(sigma: float, num: int, alpha: float) -> float:
@@ -138,15 +167,16 @@ def log_e_value(successes: ArrayLike, num: ArrayLike, p0: float) -> Floats:
     return np.asarray(mixture + tail - s * math.log(p0) - (n - s) * math.log1p(-p0), np.float64)
 
 
-def probability_of_radius(radius: ArrayLike, sigma: float) -> Floats:
+def probability_of_radius(radius: ArrayLike, sigma: float, arithmetic: Arithmetic = 2) -> Floats:
     """Phi(radius / sigma), rounded up: showing that p is above it certifies at least this radius."""
-    return np.asarray(special.ndtr(np.asarray(radius, np.float64) / sigma) * (1.0 + SLACK), np.float64)
+    ratio = np.asarray(radius, np.float64) / noise_scale(sigma, arithmetic)
+    return np.asarray(special.ndtr(ratio) * (1.0 + SLACK), np.float64)
 
 
 @functools.lru_cache(maxsize=64)
-def lower_bounds(num: int, alpha: float) -> Floats:
+def lower_bounds(num: int, alpha: float, arithmetic: Arithmetic = 2) -> Floats:
     """`clopper_pearson_lower` for every number of successes 0 .. num; cached, read-only."""
-    bounds = clopper_pearson_lower(np.arange(num + 1), num, alpha)
+    bounds = clopper_pearson_lower(np.arange(num + 1), num, alpha, arithmetic)
     bounds.setflags(write=False)
     return bounds
 
@@ -158,6 +188,14 @@ def binomial_p_value(successes: int, num: int) -> float:
     level although they were chosen by the same draws (Hung & Fithian 2019).
     """
     return min(1.0, 2.0 * float(special.bdtr(min(successes, num - successes), num, 0.5)))
+
+
+def probability_missed(total: int, odd: int, drawn: int) -> float:
+    """P[none of `odd` rows is among `drawn` of `total`, drawn without replacement] (hypergeometric)."""
+    if odd + drawn > total:
+        return 0.0
+    terms = special.gammaln(np.array([total - odd, total - drawn, total - odd - drawn, total], np.float64) + 1.0)
+    return float(np.exp(terms[0] + terms[1] - terms[2] - terms[3]))
 
 
 def top_two(counts: Counts) -> tuple[int, int, int]:

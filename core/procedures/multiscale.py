@@ -21,7 +21,7 @@ import numpy as np
 from core.errors import ConfigError
 from core.procedures.confidence import bound_and_radius, clopper_pearson_lower
 from core.procedures.smoothing import certify
-from core.records import ABSTAIN, Certificate, MultiscaleCertificate, Procedure, Sampling
+from core.records import ABSTAIN, Arithmetic, Certificate, MultiscaleCertificate, Procedure, Sampling
 
 __all__ = ["level_alphas", "multiscale_certify"]
 
@@ -70,12 +70,13 @@ def multiscale_certify(
         levels.append(level)
         if not level.abstained or (place > 0 and _is_hopeless(levels, max(alphas[:place]))):
             break
-    return _join(levels, sampling.alpha)
+    return _join(levels, sampling)
 
 
-def _join(levels: Sequence[Certificate], alpha: float) -> MultiscaleCertificate:
+def _join(levels: Sequence[Certificate], sampling: Sampling) -> MultiscaleCertificate:
     last, above = levels[-1], levels[:-1]
-    radii = [last.radius, *([0.0] * len(above) if last.abstained else [_radius_of_others(j, last) for j in above])]
+    others = [0.0 if last.abstained else _radius_of_others(level, last, sampling.arithmetic) for level in above]
+    radii = [last.radius, *others]
     radius = min(radii)
     certified = radius > 0.0
     bound = (last, *above)[radii.index(radius)]  # on a tie the level that decided
@@ -87,11 +88,11 @@ def _join(levels: Sequence[Certificate], alpha: float) -> MultiscaleCertificate:
         radius_level=last.radius,
         radius_above=0.0 if last.abstained else min(radii[1:], default=math.inf),
         sigma_bound=bound.sigma if certified else None,
-        alpha=alpha,
+        alpha=sampling.alpha,
     )
 
 
-def _radius_of_others(level: Certificate, last: Certificate) -> float:
+def _radius_of_others(level: Certificate, last: Certificate, arithmetic: Arithmetic) -> float:
     """Radius within which no class but that of `last` has a probability above 1/2 at `level`.
 
     Its most frequent other class alone is bounded: the true one's bound is no better, so there is nothing to correct
@@ -99,7 +100,8 @@ def _radius_of_others(level: Certificate, last: Certificate) -> float:
     """
     votes = level.counts_estimation
     highest = int(np.delete(votes, last.prediction).max(initial=0))
-    return bound_and_radius(int(votes.sum()) - highest, level.num_estimation, last.alpha, level.sigma)[1]
+    successes, num = int(votes.sum()) - highest, level.num_estimation
+    return bound_and_radius(successes, num, last.alpha, level.sigma, arithmetic)[1]
 
 
 def _is_hopeless(levels: Sequence[Certificate], alpha: float) -> bool:

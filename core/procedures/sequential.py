@@ -102,7 +102,7 @@ def climb(
         A `Certificate`.
     """
     top_class, most = int(selection.argmax()), sampling.num_estimation
-    ladder = _Ladder(sigma, tuple(targets), most, sampling.alpha, rule.early_share)
+    ladder = _Ladder(sigma, tuple(targets), sampling, rule.early_share)
     estimation, num, stop = np.zeros_like(selection), 0, Stop.FULL
     waiting = list(reversed(given))
     while num < most and stop is Stop.FULL:
@@ -142,7 +142,7 @@ def conclude(
     A function of the final votes alone, so that stored counts are enough to check a certificate.
     """
     top_class, most = int(selection.argmax()), sampling.num_estimation
-    ladder = _Ladder(sigma, tuple(targets), most, sampling.alpha, early_share)
+    ladder = _Ladder(sigma, tuple(targets), sampling, early_share)
     successes = int(estimation[top_class])
     shown = ladder.shown_early(successes, num)
     p_lower, radius, target = 0.0, 0.0, None if grid or not targets else targets[-1]
@@ -154,7 +154,7 @@ def conclude(
         p_lower, radius = float(ladder.p_targets[-1]), targets[-1]
     else:
         p_lower = float(ladder.bounds[successes]) if num == most else ladder.lower_bound_early(successes, num)
-        radius = min(float(certified_radius(p_lower, sigma)), *targets, math.inf)
+        radius = min(float(certified_radius(p_lower, sigma, sampling.arithmetic)), *targets, math.inf)
     return Certificate(
         prediction=top_class if radius > 0.0 else ABSTAIN,
         radius=radius,
@@ -174,11 +174,11 @@ def conclude(
 class _Ladder:
     """What votes show of ascending target radii, with alpha split between early looks and the last one."""
 
-    def __init__(self, sigma: float, targets: tuple[float, ...], most: int, alpha: float, early_share: float) -> None:
-        self.most = most
-        self.alpha_early = alpha * early_share if targets else 0.0
-        self.bounds = lower_bounds(most, final_alpha(alpha, self.alpha_early))
-        self.p_targets = probability_of_radius(np.asarray(targets, np.float64), sigma)
+    def __init__(self, sigma: float, targets: tuple[float, ...], sampling: Sampling, early_share: float) -> None:
+        self.most = sampling.num_estimation
+        self.alpha_early = sampling.alpha * early_share if targets else 0.0
+        self.bounds = lower_bounds(self.most, final_alpha(sampling.alpha, self.alpha_early), sampling.arithmetic)
+        self.p_targets = probability_of_radius(np.asarray(targets, np.float64), sigma, sampling.arithmetic)
         # Votes at the last draw that show each target, and that certify anything.
         self.needed = np.searchsorted(self.bounds, self.p_targets, side="left")
         self.certifying = int(np.searchsorted(self.bounds, 0.5, side="right"))

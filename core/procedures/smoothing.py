@@ -40,7 +40,8 @@ def certify(sigma: float, sampling: Sampling, head: str = CLASSIFIER) -> Procedu
 def certificate(selection: Counts, estimation: Counts, sigma: float, sampling: Sampling) -> Certificate:
     """The certificate that the votes of both phases give; also recomputes one from stored counts."""
     top_class = int(selection.argmax())
-    p_lower, radius = bound_and_radius(int(estimation[top_class]), sampling.num_estimation, sampling.alpha, sigma)
+    successes, s = int(estimation[top_class]), sampling
+    p_lower, radius = bound_and_radius(successes, s.num_estimation, s.alpha, sigma, s.arithmetic)
     certified = p_lower > 0.5
     return Certificate(
         prediction=top_class if certified else ABSTAIN,

@@ -1,27 +1,34 @@
 """Checking a run afterwards: every row from its votes, every file from its hash, a sample from its seeds."""
 
+import math
 import random
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from core.data import Dataset
 from core.errors import ConfigError, DataError
+from core.procedures.confidence import probability_missed
 from core.progress import Progress
 from core.records import Stop
-from distributed.execution.launch import step_of, stores, work_of
-from distributed.execution.work import Work, build_engine, make_task
+from distributed.execution.launch import IMAGES_CHECKED, step_of, stores, work_of
+from distributed.execution.work import Work, build_engine, hash_of, make_task
 from distributed.methods.method import Method, Terms, Votes
 from distributed.methods.rows import ERROR, OK
-from distributed.store.datasets import load_dataset
+from distributed.store.origin import differences, is_named, origin_of
+from distributed.store.plan import Plan
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
+from distributed.store.verify import changed_images
 
-__all__ = ["Finding", "audit", "replay"]
+__all__ = ["Finding", "Replayed", "audit", "replay"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,9 @@ class Finding:
 def audit(directory: RunDirectory) -> tuple[list[Finding], dict[str, int]]:
     """Check a run directory without a forward pass.
 
-    The manifest against its own fingerprint, models and shards against their hashes, rows against the plan (missing,
-    unexpected, repeated), and each row against its votes: ranges, split of alpha, radius to the last bit.
+    Models and shards against their hashes, plan and files against the origin that the manifest states, the step's facts
+    against the files, rows against the plan (missing, unexpected, repeated), each row against its votes (ranges, split
+    of alpha, radius to the last bit), and some images against the hash in their rows, all where they are in memory.
 
     Returns:
         What was found, and the number of rows that were checked per store.
@@ -56,62 +64,99 @@ def audit(directory: RunDirectory) -> tuple[list[Finding], dict[str, int]]:
     """
     findings: list[Finding] = []
     checked: dict[str, int] = {}
-    if directory.manifest.get("fingerprint") != directory.config.fingerprint():
-        findings.append(Finding("", "manifest.json", "its fingerprint is not that of its configuration"))
     steps = directory.manifest["steps"]
     present = [name for name in stores() if step_of(name) in steps or ShardStore(directory.folder, name).files()]
     if not present:
         raise ConfigError(f"{str(directory.folder)!r} holds no certificates to audit")
+    images: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for name in present:
         try:
             work, hashes = work_of(directory, name)
-        except ConfigError as error:
+            data = directory.data(work.split)
+        except (ConfigError, DataError) as error:
             findings.append(Finding(name, "", str(error)))
             continue
-        found, rows = _audit_store(directory, work, hashes)
+        found, rows = _audit_store(directory, work, data, hashes)
         findings += found
-        checked[name] = rows
+        checked[name] = len(rows)
+        for row in rows:
+            if row["image_hash"] is not None:
+                images[work.split, row["example_id"]].setdefault(row["image_hash"], name)
+    for (_, example_id), there in images.items():
+        if len(there) > 1:
+            said = ", ".join(f"{digest} in {name}" for digest, name in there.items())
+            findings.append(Finding("", example_id, f"its rows were computed from different images: {said}"))
     return findings, checked
 
 
-def _audit_store(directory: RunDirectory, work: Work, hashes: Mapping[str, str]) -> tuple[list[Finding], int]:
+def _audit_store(
+    directory: RunDirectory, work: Work, data: Dataset, hashes: Mapping[str, str]
+) -> tuple[list[Finding], list[dict[str, Any]]]:
     store = ShardStore(work.root, work.store)
-    data = load_dataset(work.config.dataset, work.split)
-    findings = [Finding(work.store, *pair) for pair in _files(directory, store, hashes)]
-    rows: list[dict[str, Any]] = []
+    try:
+        plan = store.read_plan()
+        if plan is None:
+            raise ConfigError(f"the plan {store.plan_file!r} is missing")
+    except (ConfigError, DataError) as error:
+        return [Finding(work.store, "plan", str(error))], []
+    findings, tables = [], []
     for file in store.files():
         try:
-            rows += store.read_file(file).to_pylist()
+            tables.append(store.read_file(file))
         except DataError as error:
             findings.append(Finding(work.store, file, str(error)))
+    if not findings:
+        findings += [Finding(work.store, *pair) for pair in _facts(directory, store, plan, data, work)]
+    findings += [Finding(work.store, *pair) for pair in _files(directory, store, plan, work, hashes)]
+    num = len(data) if isinstance(data.images, np.ndarray) else IMAGES_CHECKED
+    findings += [Finding(work.store, "", problem) for problem in changed_images(tables, data, num)]
+    rows: list[dict[str, Any]] = [row for table in tables for row in table.to_pylist()]
+    work = work.under(plan)
     findings += [Finding(work.store, *pair) for pair in _against_plan(rows, data, work)]
     terms = work.terms
     labels = dict(zip(data.example_ids, data.labels.tolist(), strict=True))
     for row in rows:
         name = _row_name(row)
         try:
-            problems = list(_against_votes(row, labels, data.num_classes, terms, work.method))
+            problems = list(_against_votes(row, labels, data.num_classes, terms, work.method, is_named(plan)))
         except (ValueError, IndexError, KeyError, TypeError, ConfigError) as error:
             problems = [f"cannot be recomputed from its votes ({error})"]
         findings += [Finding(work.store, name, problem) for problem in problems]
-    return findings, len(rows)
+    return findings, rows
 
 
-def _files(directory: RunDirectory, store: ShardStore, hashes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Plan and shards against the manifest."""
-    try:
-        plan = store.read_plan()
-    except (ConfigError, DataError) as error:
-        yield "plan", str(error)
+def _facts(
+    directory: RunDirectory, store: ShardStore, plan: Plan, data: Dataset, work: Work
+) -> Iterator[tuple[str, str]]:
+    """What the manifest says of a finished step against its plan and files."""
+    if (record := directory.manifest["steps"].get(step_of(store.name))) is None:
         return
-    if plan is None or dict(plan.origin) != {"fingerprint": directory.config.fingerprint(), "models": dict(hashes)}:
-        yield store.plan_file, "was made for another configuration or other models than the manifest says"
+    facts: dict[str, Any] = {"shards": len(plan), "batch_size": plan.batch_size, "plan": plan.digest}
+    try:
+        verified = store.verify(plan, data.example_ids, work.levels)
+    except DataError as error:
+        yield "", str(error)
+    else:
+        facts |= {"rows": verified.rows, "error_rows": verified.error_rows, "devices": list(verified.devices)}
+        facts["non_finite_draws"] = verified.non_finite_draws
+    for key, value in facts.items():
+        if record.get(key, value) != value:
+            yield "manifest.json", f"{key} is {record[key]!r}, plan and files say {value!r}"
+
+
+def _files(
+    directory: RunDirectory, store: ShardStore, plan: Plan, work: Work, hashes: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Plan and files against the manifest."""
+    noted = directory.manifest.get("data", {}).get(work.split, {}).get("digest", "not noted")
+    expected = origin_of(directory.config, hashes, noted, begun=plan)
+    if odd := ", ".join(differences(plan.origin, expected)):
+        yield store.plan_file, f"was made for something else than the manifest says: {odd}"
+    yield from store.odd_files(plan)
     record = directory.manifest["steps"].get(step_of(store.name))
     if record is None:
         yield "", "the step is not finished: its shards cannot be checked against recorded hashes"
         return
-    if plan is not None and record.get("batch_size", plan.batch_size) != plan.batch_size:
-        yield store.plan_file, f"names batch size {plan.batch_size}, the manifest {record['batch_size']}"
     recorded, files = record["sha256"], set(store.files())
     for name in sorted(recorded.keys() | files):
         if name not in files:
@@ -133,7 +178,7 @@ def _against_plan(rows: Sequence[Mapping[str, Any]], data: Dataset, work: Work) 
 
 
 def _against_votes(
-    row: Mapping[str, Any], labels: Mapping[str, int], num_classes: int, terms: Terms, method: Method
+    row: Mapping[str, Any], labels: Mapping[str, int], num_classes: int, terms: Terms, method: Method, named: bool
 ) -> Iterator[str]:
     """One row against what its votes and the settings make of it."""
     label = labels.get(row["example_id"])
@@ -151,8 +196,9 @@ def _against_votes(
             yield f"stopped as {stop!r} after {drawn} of {most} draws"
     if label is None:
         return  # reported against the plan
-    expected = method.row(row["example_id"], label, method.recompute(row, terms))
-    yield from _differences(row, expected, method.schema)
+    yield from _differences(row, method.again({**row, "label": label}, terms), method.schema)
+    if row["image_hash"] is None and named:
+        yield "does not name the image that it was computed from"
     if (spent := method.spent(row, terms)) > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
         yield f"spends {spent!r} of alpha, the run allows {terms.sampling.alpha!r}"
 
@@ -178,63 +224,97 @@ def _row_name(row: Mapping[str, Any]) -> str:
     return f"{row['example_id']}{sigma}"
 
 
-def replay(directory: RunDirectory, num: int, seed: int | None, interval_s: float = 10.0) -> list[Finding]:
-    """Draw `num` random rows again from their seeds, on this machine, and compare every column.
+@dataclass(frozen=True)
+class Replayed:
+    """What was drawn again of a store.
 
-    The choice of rows is not part of the run's seed, so that nothing in the run can prepare for it.
+    Attributes:
+        store: which.
+        drawn, rows: how many rows, out of how many that are not errors.
+    """
+
+    store: str
+    drawn: int
+    rows: int
+
+    def __str__(self) -> str:
+        """With which probability forged rows would have been missed: one, or a share of all."""
+        each = dict.fromkeys((1, *(math.ceil(self.rows * share) for share in (0.01, 0.1))))
+        missed = (f"{probability_missed(self.rows, odd, self.drawn):.2g} ({odd:,})" for odd in each)
+        return (
+            f"{self.drawn:,} of {self.rows:,} rows drawn again; probability of missing forged rows, by their number: "
+            f"{', '.join(missed)}"
+        )
+
+
+def replay(
+    directory: RunDirectory,
+    num: int,
+    seed: int | None,
+    interval_s: float = 10.0,
+    tell: Callable[[Replayed], None] | None = None,
+) -> list[Finding]:
+    """Draw `num` random rows of each store again from their seeds, on this machine, and compare every column.
+
+    The choice of rows is no part of the run, so that nothing in the run can prepare for it.
 
     Args:
         directory: the run.
-        num: rows, spread over the stores by their size.
-        seed: of the choice; None for a fresh one.
+        num: rows of each store; certificates come first.
+        seed: of the choice; None for one that nobody could foresee.
         interval_s: seconds between two progress lines where there is no terminal.
+        tell: is told of each store how much of it was looked at.
 
     Raises:
         ConfigError: when the run was made on a device that is not here.
     """
-    rows = [
-        (name, index)
-        for name in stores()
-        if (files := ShardStore(directory.folder, name)).files()
-        for index, status in enumerate(files.read().column("status").to_pylist())
-        if status == OK
-    ]
-    chosen = random.Random(seed).sample(rows, min(num, len(rows)))  # noqa: S311 - no secret
+    seed = secrets.randbits(64) if seed is None else seed
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    for name in sorted(stores(), key=lambda name: not name.startswith("certificates/")):
+        if (store := ShardStore(directory.folder, name)).files():
+            table = store.read()
+            there = table.filter(pc.equal(table.column("status"), OK))
+            places = random.Random(f"{seed} {name}").sample(range(len(there)), min(num, len(there)))  # noqa: S311
+            chosen[name] = there.take(places).to_pylist()
+            if tell is not None:
+                tell(Replayed(name, len(places), len(there)))
     findings: list[Finding] = []
-    with Progress(len(chosen), "replay", "rows", interval_s=interval_s) as progress:
-        for name in stores():
-            if places := [index for store, index in chosen if store == name]:
-                findings += _replay_store(directory, name, places, progress)
+    with Progress(sum(map(len, chosen.values())), "replay", "rows", interval_s=interval_s) as progress:
+        for name, rows in chosen.items():
+            findings += _replay_store(directory, name, rows, progress)
     return findings
 
 
-def _replay_store(directory: RunDirectory, name: str, places: Sequence[int], progress: Progress) -> list[Finding]:
-    store = ShardStore(directory.folder, name)
-    plan = store.read_plan()
+def _replay_store(
+    directory: RunDirectory, name: str, rows: Sequence[Mapping[str, Any]], progress: Progress
+) -> list[Finding]:
+    plan = ShardStore(directory.folder, name).read_plan()
     if plan is None:
-        raise ConfigError(f"{name} has no plan: {store.plan_file!r} is missing")
+        raise ConfigError(f"{name} has no plan")
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{name} was made on a GPU: its noise can only be drawn again on one")
     work, _ = work_of(directory, name)
-    work = replace(work, device=plan.device)
-    data = load_dataset(work.config.dataset, work.split)
+    work = replace(work.under(plan), device=plan.device)
+    data = directory.data(work.split)
     position = {example_id: index for index, example_id in enumerate(data.example_ids)}
-    table = store.read()
-    rows = [row for place in places for row in table.slice(place, 1).to_pylist()]
     method = work.method
     made = method.procedures(work.terms)
     engine = build_engine(work, data.num_classes, plan.batch_size)
+    hashes: dict[int, str] = {}
 
     def tasks() -> Iterator[Any]:
         for number, row in enumerate(rows):
             index = position[row["example_id"]]
             which = work.config.sigmas.index(row["sigma"]) if method.per_level else 0
-            yield make_task((number, index), data, index, made[which])
+            task = make_task((number, index), data, index, made[which])
+            hashes[number] = hash_of(task)
+            yield task
 
     findings = []
     for finished in engine.run(tasks()):
         number, index = finished.key
-        drawn = method.row(data.example_ids[index], int(data.labels[index]), finished.result)
+        image = hashes[number] if is_named(plan) or rows[number]["image_hash"] is not None else None
+        drawn = method.row(data.example_ids[index], int(data.labels[index]), finished.result) | {"image_hash": image}
         for problem in _differences(rows[number], drawn, method.schema):
             findings.append(Finding(name, _row_name(rows[number]), f"drawn again: {problem}"))
         progress.update(1)

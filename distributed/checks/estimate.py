@@ -113,6 +113,8 @@ def store_bytes(work: Work, examples: int, num_classes: int) -> int:
             columns.append(pa.array(votes, column.type))
         elif column.name == "example_id":
             columns.append(pa.array([f"example-{number:08d}" for number in random.integers(10**6, size=num)]))
+        elif column.name == "image_hash":
+            columns.append(pa.array([random.bytes(8).hex() for _ in range(num)]))
         elif pa.types.is_string(column.type):
             columns.append(pa.array(["full"] * num))
         elif pa.types.is_floating(column.type):  # the others have few values

@@ -26,7 +26,15 @@ import torch
 from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.engine import Task
 from distributed.execution.metrics import ReplicaMetrics
-from distributed.execution.work import Rows, Work, build_engine, check_visible, make_task, warm_up
+from distributed.execution.work import (
+    Rows,
+    Work,
+    build_engine,
+    check_visible,
+    hash_of,
+    make_task,
+    warm_up,
+)
 from distributed.methods.rows import OK
 from distributed.store.datasets import load_dataset
 from distributed.store.shards import ShardStore
@@ -55,7 +63,8 @@ class Facts:
 class _OpenShard:
     """A shard whose examples are in the engine.
 
-    `done` holds (example id, sigma) of rows that an earlier attempt has committed; `rows` begins with them.
+    `done` holds (example id, sigma) of rows that an earlier attempt has committed; `rows` begins with them. `hashes`
+    are of the images, by their place in the data set.
     """
 
     number: int
@@ -66,6 +75,7 @@ class _OpenShard:
     done: frozenset[tuple[str, float | None]]
     future: "Future[_OpenShard]" = field(default_factory=Future)
     errors: Rows = field(default_factory=list)
+    hashes: dict[int, str] = field(default_factory=dict)
 
 
 class Replica:
@@ -107,10 +117,10 @@ class Replica:
     def _load(self, work: Work) -> None:
         self._device = "cpu" if work.device == "cpu" else f"cuda: {torch.cuda.get_device_name()}"
         self._data = load_dataset(work.config.dataset, work.split)
-        if work.data_digest and (found := self._data.digest()) != work.data_digest:
+        if work.data_digest and not self._data.matches(work.data_digest):
             raise ConfigError(
                 f"dataset.{work.split}: {socket.gethostname()} has another data set than the driver (fingerprint "
-                f"{found}, expected {work.data_digest}); give all machines the same files"
+                f"{self._data.digest()}, expected {work.data_digest}); give all machines the same files"
             )
         self._store = ShardStore(work.root, work.store)
         check_visible(work.root)
@@ -118,6 +128,7 @@ class Replica:
         if plan is None:
             raise ConfigError(f"the plan {self._store.plan_file!r} is gone")
         self._plan = plan
+        self.work = work = work.under(plan)
         self._engine = build_engine(work, self._data.num_classes, plan.batch_size)
         warm_up(self._engine, work, self._data)
 
@@ -211,7 +222,7 @@ class Replica:
                 if finished.error is not None:
                     self._fail(shard, index, sigma, finished.error)
                 else:
-                    self._add(shard, self._row(index, finished.result))
+                    self._add(shard, self._row(index, finished.result, shard.hashes[index]))
         except BaseException as cause:  # handed to whoever waits, and to all who come later
             error = self._retire(cause) if is_device_error(cause) and self._on_ray else cause
             with self._lock:
@@ -227,8 +238,9 @@ class Replica:
             self._open.discard(shard)
             shard.future.set_result(shard)
 
-    def _row(self, index: int, result: Any) -> dict[str, Any]:
-        return self.work.method.row(self._data.example_ids[index], int(self._data.labels[index]), result)
+    def _row(self, index: int, result: Any, image_hash: str) -> dict[str, Any]:
+        row = self.work.method.row(self._data.example_ids[index], int(self._data.labels[index]), result)
+        return row | {"image_hash": image_hash}
 
     def _fail(self, shard: _OpenShard, index: int, sigma: float | None, error: Exception) -> None:
         """Note that an example could not be run."""
@@ -293,6 +305,8 @@ class Replica:
                     except Exception as error:  # an image that cannot be read
                         self._fail(shard, index, sigma, error)
                     else:
+                        if image is None:
+                            shard.hashes[index] = hash_of(task)
                         image = task.image
                         yield task
 

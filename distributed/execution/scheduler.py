@@ -47,7 +47,11 @@ class Executor:
 
 
 def run_work(
-    work: Work, origin: Mapping[str, Any], example_ids: Sequence[str], replica: type[Replica] = Replica
+    work: Work,
+    origin: Mapping[str, Any],
+    example_ids: Sequence[str],
+    replica: type[Replica] = Replica,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Certify every shard of the plan that is not committed yet, then prove that all rows are there.
 
@@ -56,28 +60,31 @@ def run_work(
 
     Args:
         work: what to do; its device may be "auto".
-        origin: what the rows are made from; see `Plan`.
+        origin: what the rows are made from; see `distributed.store.origin`.
         example_ids: of the whole split, in the data set's order.
         replica: what certifies; another one for measuring what is around it.
+        settings: kept in the plan, see there.
 
     Returns:
         Facts for the manifest: rows, files with their SHA-256, errors, retries; draws and seconds of this call.
 
     Raises:
-        ConfigError: when the shards on disk were made from something else, or on another kind of device.
-        DataError: when the shards do not hold the plan's rows exactly once, or too many examples fail.
+        ConfigError: when the plan on disk was made for something else, or for another kind of device.
+        DataError: when a file is not of this run, when the shards do not hold the plan's rows exactly once, or too many
+            examples fail.
     """
     start = time.monotonic()
     store = ShardStore(work.root, work.store)
     plan = store.read_plan()
     if plan is not None:
         store.check_origin(plan, origin)
+        store.check_files()
     done = _Tally(work)
     if plan is None or set(range(len(plan))) - store.committed() or store.shards_with_errors():
         compute = work.config.compute
         with (_local if compute.executor == "local" else _on_ray)(work, replica) as executor:
             if plan is None:
-                plan = _make_plan(work, executor, origin, len(example_ids))
+                plan = _make_plan(work, executor, origin, settings or {}, len(example_ids))
                 store.write_plan(plan, example_ids)
             elif plan.device != executor.device:
                 raise errors.ConfigError(
@@ -97,12 +104,15 @@ def run_work(
         "retries": sum(attempts.values()) - len(attempts),
         "devices": list(verified.devices),
         "batch_size": plan.batch_size,
+        "plan": plan.digest,
         "duration_s": round(time.monotonic() - start, 1),
         "sha256": dict(verified.sha256),
     }
 
 
-def _make_plan(work: Work, executor: Executor, origin: Mapping[str, Any], num_examples: int) -> Plan:
+def _make_plan(
+    work: Work, executor: Executor, origin: Mapping[str, Any], settings: Mapping[str, Any], num_examples: int
+) -> Plan:
     """Shards of the configured size, or of one that takes a replica `shard_seconds` at the measured rate.
 
     `batch_size: auto` is settled here, once and for all replicas: what a network computes can depend on the shape.
@@ -113,7 +123,7 @@ def _make_plan(work: Work, executor: Executor, origin: Mapping[str, Any], num_ex
         print(f"{work.store}: compute.batch_size=auto comes to {batch_size} rows on this {executor.device}", flush=True)
     else:
         batch_size = compute.batch_size
-    divide = partial(Plan.divide, num_examples, batch_size=batch_size)
+    divide = partial(Plan.divide, num_examples, batch_size=batch_size, settings=settings)
     if isinstance(compute.shard_examples, int):
         return divide(compute.shard_examples, work.rows_per_example, origin, executor.device)
     rate = executor.measure(batch_size)

@@ -7,14 +7,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from core.config import Config
-from core.data import Dataset, Split
+from core.data import Dataset, Split, image_hash
 from core.errors import ConfigError, ModelError
 from core.machine.batch_size import DeviceProbe, choose_batch_size
 from core.machine.cpu import settle
@@ -24,10 +24,18 @@ from core.machine.noise import make_noise
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.procedures.sequential import Budget
-from core.records import CLASSIFIER, ESTIMATOR, Draws, Phase, Sampling
+from core.records import (
+    CLASSIFIER,
+    ESTIMATOR,
+    Draws,
+    Phase,
+    Sampling,
+)
 from distributed.methods import method_of
 from distributed.methods.method import Method, Terms
 from distributed.store.datasets import load_dataset
+from distributed.store.origin import arithmetic_of
+from distributed.store.plan import Plan
 from distributed.store.storage import Folder
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "build_engine",
     "build_network",
     "check_visible",
+    "hash_of",
     "make_task",
     "measure_rate",
     "probe_batch_size",
@@ -100,6 +109,10 @@ class Work:
     def levels(self) -> tuple[float | None, ...]:
         """Noise levels of an example's rows; (None,) where the draws pick it."""
         return self.method.levels(self.config.sigmas)
+
+    def under(self, plan: Plan) -> "Work":
+        """The same work with the arithmetic that a plan was begun with."""
+        return replace(self, sampling=replace(self.sampling, arithmetic=arithmetic_of(plan)))
 
     def model_files(self) -> dict[str, Path]:
         """The networks as files of this machine."""
@@ -228,3 +241,8 @@ def make_task(
     if image is None:
         image = torch.from_numpy(data.image(index)).float().div_(255.0)
     return Task(key, data.example_ids[index], image, procedure())
+
+
+def hash_of(task: Task[Any]) -> str:
+    """`core.data.image_hash` of the 8-bit image that a task certifies."""
+    return image_hash((task.image * 255.0).round_().to(torch.uint8).numpy())

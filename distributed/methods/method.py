@@ -91,8 +91,8 @@ class Votes:
 class Method(ABC):
     """A certification method: what it draws, what a row of it holds, what a stored row proves, and how it is shown.
 
-    The rows follow from the votes: `row(recompute(row))` is the row again, bit for bit, which the audit checks, and
-    under other terms it is the row of `jobs.recertify`.
+    The rows follow from the votes: `again` is the row bit for bit, which the audit checks, and under other terms it is
+    the row of `jobs.recertify`.
     """
 
     title: ClassVar[str]
@@ -120,7 +120,7 @@ class Method(ABC):
 
     @abstractmethod
     def row(self, example_id: str, label: int, result: Any) -> dict[str, Any]:
-        """The row, of `schema`, that a procedure's result gives."""
+        """The row, of `schema` but for `image_hash`, that a procedure's result gives."""
 
     @abstractmethod
     def recompute(self, row: Row, terms: Terms) -> Any:
@@ -133,6 +133,11 @@ class Method(ABC):
     @abstractmethod
     def copies(self, terms: Terms) -> tuple[Copies, bool]:
         """Noisy copies of one example at most, and whether it always takes so many."""
+
+    def again(self, row: Row, terms: Terms) -> dict[str, Any]:
+        """A row as its votes give it under these terms; which image it was computed from, votes cannot say."""
+        result = self.recompute(row, terms)
+        return self.row(row["example_id"], row["label"], result) | {"image_hash": row["image_hash"]}
 
     def error_row(self, example_id: str, label: int, sigma: float | None, terms: Terms) -> dict[str, Any]:
         """The row of an example that could not be run."""
@@ -174,7 +179,7 @@ class Method(ABC):
             if row["status"] == ERROR:
                 yield dict(row)
             else:
-                yield self.row(row["example_id"], row["label"], self.recompute(row, terms))
+                yield self.again(row, terms)
 
     def shown(self, table: pa.Table, terms: Terms) -> MethodRows:
         """Its rows as the report wants them, `table` ordered by example."""

@@ -112,7 +112,8 @@ class Multiscale(Method):
         """From the votes of standard RS, whether it was run or not: the same noise gave them. Needs all draws."""
         for example_id in dict.fromkeys(example_id for example_id, _ in standard) if terms.budget == "fixed" else ():
             rows = {sigma: standard[example_id, sigma] for sigma in terms.sigmas}
-            label = next(iter(rows.values()))["label"]
+            first = next(iter(rows.values()))
+            label = first["label"]
             if any(row["status"] == ERROR for row in rows.values()):
                 yield self.error_row(example_id, label, None, terms)
                 continue
@@ -121,7 +122,7 @@ class Multiscale(Method):
                 for sigma, row in rows.items()
                 for phase in _PHASES
             }
-            yield self.row(example_id, label, _cascade(votes, terms))
+            yield self.row(example_id, label, _cascade(votes, terms)) | {"image_hash": first["image_hash"]}
 
     def shown(self, table: pa.Table, terms: Terms) -> MultiscaleRows:
         """With the level that decided and the one that bounds."""

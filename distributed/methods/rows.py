@@ -36,11 +36,13 @@ CERTIFICATE_SCHEMA = pa.schema(
         ("alpha_early", pa.float64()),
         ("target", pa.float64()),
         ("status", pa.string()),
+        ("image_hash", pa.string()),
     ]
 )
 """A row per (example, sigma). `prediction` is -1 and `radius` 0 where it abstained; radii in the pixel scale [0, 1].
 `stop_reason`, `alpha_early`, `target`: see `core.records.Certificate`. `num_estimation` is what was drawn. A row whose
-`status` is `error` abstains without a draw, see `ERROR_SCHEMA`."""
+`status` is `error` abstains without a draw, see `ERROR_SCHEMA`. `image_hash`: of the pixels that the row was computed
+from, see `core.data.image_hash`; null where `status` is `error`, and in files from before rows had it."""
 
 ERROR_SCHEMA = pa.schema(
     [
@@ -97,5 +99,5 @@ def error_row(
     plain = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.0, pa.bool_(): False}
     row: dict[str, Any] = {f.name: [] if pa.types.is_list(f.type) else plain[f.type] for f in schema}
     row |= {"example_id": example_id, "label": label, "sigma": sigma, "prediction": ABSTAIN, "abstained": True}
-    row |= {"alpha": alpha, "stop_reason": Stop.SKIPPED.value, "target": None, "status": ERROR}
+    row |= {"alpha": alpha, "stop_reason": Stop.SKIPPED.value, "target": None, "status": ERROR, "image_hash": None}
     return row | dict(empty)

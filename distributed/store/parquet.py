@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.errors import DataError
+from distributed.store.storage import Folder
 
-__all__ = ["from_bytes", "to_bytes"]
+__all__ = ["from_bytes", "metadata_of_file", "to_bytes"]
 
 _GROUP_ROWS = 2**15
 """Rows that are encoded at once: what a file takes in memory beside its compressed bytes."""
@@ -53,9 +54,29 @@ def from_bytes(content: bytes, name: str, columns: Sequence[str] | None = None) 
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         # On this thread alone: for files of a thousand rows, handing columns to others costs more than it saves.
         table = file.read(columns=columns, use_threads=False).replace_schema_metadata()
-        pairs = (file.metadata.metadata or {}).items()
-        return table, {key.decode(): value.decode() for key, value in pairs if key != b"ARROW:schema"}
+        return table, _pairs(file.metadata)
     except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:  # a wrong size asks for any memory
         raise DataError(
             f"cannot read the shard {name!r}: {error}; remove it and start the job again: it makes the file anew"
         ) from error
+
+
+def metadata_of_file(folder: Folder, name: str) -> dict[str, str]:
+    """The metadata of a Parquet file, without its rows.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
+    try:
+        with folder.opened(name) as file:
+            return _pairs(pq.read_metadata(file))
+    except (pa.ArrowException, UnicodeError, MemoryError) as error:
+        raise DataError(
+            f"cannot read the shard {folder.where(name)!r}: {error}; remove it and start the job again: it makes the "
+            "file anew"
+        ) from error
+
+
+def _pairs(metadata: pq.FileMetaData) -> dict[str, str]:
+    pairs = (metadata.metadata or {}).items()
+    return {key.decode(): value.decode() for key, value in pairs if key != b"ARROW:schema"}

@@ -1,8 +1,10 @@
 """The plan of a step: which examples belong to which shard. Written before any work, it never changes."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,11 @@ class Plan:
         order: int64, places in the data set, each once.
         bounds: int64, ascending from 0 to len(order).
         rows_per_example: rows that an example gives.
-        origin: what the rows are made from (configuration fingerprint, model hashes); plain JSON.
+        origin: what the rows are made from, see `distributed.store.origin`; plain JSON.
         device: `cpu` or `cuda`: the two draw different noise for one key and must not be mixed.
         batch_size: rows of every forward pass, whoever makes the rows; None in a plan from before it was kept, which
             means the configured number.
+        settings: the configuration's identity in full, so that one that was edited since can be named by its keys.
     """
 
     order: NDArray[np.int64]
@@ -39,6 +42,7 @@ class Plan:
     origin: Mapping[str, Any]
     device: str
     batch_size: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def divide(
@@ -50,6 +54,7 @@ class Plan:
         device: str = "cpu",
         slots: int = 0,
         batch_size: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> "Plan":
         """Consecutive examples, `shard_examples` to a shard.
 
@@ -63,7 +68,7 @@ class Plan:
         ]
         bounds = np.array([*starts, num_examples] if starts else [0], np.int64)
         order = np.arange(num_examples, dtype=np.int64)
-        return cls(order, bounds, rows_per_example, dict(origin), device, batch_size)
+        return cls(order, bounds, rows_per_example, dict(origin), device, batch_size, settings or {})
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -71,6 +76,14 @@ class Plan:
     def members(self, shard: int) -> NDArray[np.int64]:
         """Places in the data set of a shard's examples."""
         return self.order[self.bounds[shard] : self.bounds[shard + 1]]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that the plan says, 16 hexadecimal digits; every file of its rows names it."""
+        digest = hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(self.order, "<i8").tobytes())
+        digest.update(np.ascontiguousarray(self.bounds, "<i8").tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -91,20 +104,24 @@ class Plan:
             order = table.column("index").to_numpy().astype(np.int64)
             bounds = np.searchsorted(shard, np.arange(facts["num_shards"] + 1)).astype(np.int64)
             each, origin = facts["rows_per_example"], facts["origin"]
-            return cls(order, bounds, each, origin, facts["device"], facts.get("batch_size"))
+            settings = facts.get("settings", {})
+            return cls(order, bounds, each, origin, facts["device"], facts.get("batch_size"), settings)
         except (DataError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{name!r} is not a plan: {error}") from error
 
     def to_bytes(self, example_ids: Sequence[str]) -> bytes:
         """The plan as a Parquet file; `example_ids` make it readable by itself."""
-        facts = {
+        return to_bytes(_SCHEMA, self._tables(example_ids), lambda: {"plan": json.dumps(self._facts())})
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "num_shards": len(self),
             "rows_per_example": self.rows_per_example,
             "origin": dict(self.origin),
             "device": self.device,
             "batch_size": self.batch_size,
+            "settings": dict(self.settings),
         }
-        return to_bytes(_SCHEMA, self._tables(example_ids), lambda: {"plan": json.dumps(facts)})
 
     def _tables(self, example_ids: Sequence[str]) -> Iterator[pa.Table]:
         """Some rows at a time: the ids of a large split are in memory once already."""

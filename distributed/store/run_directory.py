@@ -23,14 +23,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import core
 from core.config import Config, parse_config
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
+from distributed.store.plan import Plan
 from distributed.store.storage import Folder
 
 if TYPE_CHECKING:
@@ -102,6 +105,7 @@ class RunDirectory:
             return
         self._manifest = stored
         before = parse_config(stored["config"], source=self._manifest_file)
+        self._refuse_edited(before)
         self.config = config or before
         changes = _differences(before.identity(), self.config.identity())
         if changes:
@@ -113,6 +117,33 @@ class RunDirectory:
         if self.config != before:  # the report's radii, or where it runs
             self._manifest["config"] = self.config.model_dump(mode="json")
             self._write()
+
+    def _refuse_edited(self, config: Config) -> None:
+        """Refuse a manifest that does not agree with itself.
+
+        Raises:
+            ConfigError: names the keys that were edited, where the seed or a plan tell.
+        """
+        if self._manifest.get("fingerprint") != config.fingerprint():
+            said = [each for plan in self._plans() for each in _differences(plan.settings, config.identity())]
+            keys = "".join(f"\n  {key}: {old!r} when it was begun, {new!r} now" for key, old, new in said[:10])
+            raise ConfigError(
+                f"{self._manifest_file!r}: its configuration was edited: it has fingerprint {config.fingerprint()!r}, "
+                f"the run was begun with {self._manifest.get('fingerprint')!r}; put the old values back, or use "
+                f"another --out for the new ones{keys}"
+            )
+        if self._manifest.get("seed") != config.seed:
+            raise ConfigError(
+                f"{self._manifest_file!r}: seed was edited: it is {self._manifest.get('seed')!r}, the configuration's "
+                f"is {config.seed!r}; put the old value back"
+            )
+
+    def _plans(self) -> Iterator[Plan]:
+        """A plan that names the settings it was made for, if there is one."""
+        folder = self.folder / "plan"
+        with suppress(DataError):
+            plans = (Plan.from_bytes(folder.read(file.name), file.name) for file in folder.files())
+            yield from islice((plan for plan in plans if plan.settings), 1)
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -234,7 +265,7 @@ class RunDirectory:
         if before is None:
             if self._mode == "write":
                 self._merge("data", split, found)
-        elif before["digest"] != found["digest"]:
+        elif before["digest"] != found["digest"] and not data.matches(before["digest"]):
             old, new = (f"{each['digest']} ({each['examples']:,} examples)" for each in (before, found))
             raise ConfigError(
                 f"dataset.{split}: this is not the data set that {str(self.folder)!r} began with: fingerprint {old} "

@@ -5,6 +5,7 @@ rows depend on nothing but the seed and the models, and it appears whole (writte
 writes a shard twice writes the same rows under the same name; resuming is listing the names that are there.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -17,7 +18,9 @@ import pyarrow.compute as pc
 from core.errors import ConfigError, DataError
 from distributed.methods import method_of
 from distributed.methods.rows import ERROR_SCHEMA
-from distributed.store.parquet import from_bytes, to_bytes
+from distributed.store.names import odd_names, part_name, shard_name, shards_of
+from distributed.store.origin import against_manifest, check_file, differences, metadata_of
+from distributed.store.parquet import from_bytes, metadata_of_file, to_bytes
 from distributed.store.plan import Plan
 from distributed.store.storage import Folder
 from distributed.store.verify import Verified, Verifier
@@ -31,19 +34,23 @@ class ShardStore:
     shard-NNNNNN.parquet           rows of shard N of the plan
     part-NNNNNN-MMMMMM.parquet     rows of the shards N to M, written when all are there (`finish`)
 
+    Each file names what it was made from (`origin`). Whatever reads one here compares that with the plan, and `read` the
+    plan with the manifest.
+
     Args:
         root: the run directory.
         name: the folder inside it, for example `dataset` or `certificates/dual`.
     """
 
     def __init__(self, root: "Folder | Path | str", name: str) -> None:
-        root = Folder(root)
+        self._root = root = Folder(root)
         self.name = name
         self.folder = root / name
         self._plans, self._plan_name = root / "plan", f"{name.replace('/', '-')}.parquet"
         self.errors = root / "errors" / name.replace("/", "-")
         """Messages of the examples that failed: files of `ERROR_SCHEMA`, one per shard that has some."""
         self._attempts = root / "attempts" / name.replace("/", "-")
+        self._known: Plan | None = None
 
     @property
     def plan_file(self) -> str:
@@ -57,29 +64,77 @@ class ShardStore:
             DataError: when it cannot be read.
             ConfigError: when there are shards without a plan.
         """
-        if self._plans.exists(self._plan_name):
-            return Plan.from_bytes(self._plans.read(self._plan_name), self.plan_file)
-        if self.files():
+        if (plan := self._plan()) is None and self.files():
             raise ConfigError(f"{str(self.folder)!r} holds shards without a plan; move it away to start again")
-        return None
+        return plan
+
+    def _plan(self) -> Plan | None:
+        """The plan, read once: it never changes."""
+        if self._known is None and self._plans.exists(self._plan_name):
+            self._known = Plan.from_bytes(self._plans.read(self._plan_name), self.plan_file)
+        return self._known
 
     def write_plan(self, plan: Plan, example_ids: Sequence[str]) -> None:
         """Write the plan, before any shard. It never changes: names of shards are places in it."""
         self._plans.write(self._plan_name, plan.to_bytes(example_ids))
+        self._known = plan
 
     def check_origin(self, plan: Plan, origin: Mapping[str, Any]) -> None:
         """Refuse to go on with shards that were made from something else.
 
+        Args:
+            plan: of the store.
+            origin: `distributed.store.origin.origin_of`, for this plan.
+
         Raises:
-            ConfigError: names what differs (the configuration, the models).
+            ConfigError: names what differs (the configuration, the models, the data).
         """
-        changed = sorted(key for key in plan.origin.keys() | origin.keys() if plan.origin.get(key) != origin.get(key))
-        if changed:
+        if odd := ", ".join(differences(plan.origin, origin)):
             raise ConfigError(
-                f"the shards in {str(self.folder)!r} were made from other inputs ({', '.join(changed)} differ); "
+                f"the shards in {str(self.folder)!r} were made from other inputs ({odd}); "
                 f"to make them again remove that folder, {self.plan_file!r}, {str(self.errors)!r} and "
                 f"{str(self._attempts)!r}, or use another --out"
             )
+
+    def check_files(self) -> None:
+        """Refuse files that are not the plan's, by their names and what they say of their origin; reads no rows.
+
+        Raises:
+            DataError: names the first, and what is wrong with it.
+            ConfigError: as `check_manifest`, and when there are files but no plan.
+        """
+        self.check_manifest()
+        for name in self._named(self._plan()):
+            self._check(name, metadata_of_file(self.folder, name))
+
+    def check_manifest(self) -> None:
+        """Refuse a plan that was made for something else than the manifest beside it states; both may be missing.
+
+        Raises:
+            ConfigError: names what differs.
+        """
+        name = "manifest.json"
+        if not self._root.exists(name) or (plan := self.read_plan()) is None:
+            return  # derived from a run, and no run itself
+        if odd := ", ".join(against_manifest(plan, self.name, json.loads(self._root.read(name)))):
+            raise ConfigError(
+                f"{self._root.where(name)!r} is not what {self.name} was made from, by {self.plan_file!r}: {odd}; one "
+                "of them was edited: put it back, or make the rows anew in another --out"
+            )
+
+    def odd_files(self, plan: Plan | None) -> list[tuple[str, str]]:
+        """Files that are none of the plan's by their names, and why."""
+        return odd_names([file.name for file in self.folder.files()], None if plan is None else len(plan))
+
+    def _named(self, plan: Plan | None) -> list[str]:
+        """`files`, if there is no odd one."""
+        if odd := self.odd_files(plan):
+            name, problem = odd[0]
+            raise DataError(
+                f"{self.folder.where(name)!r} {problem}; expected shard-NNNNNN.parquet and part-NNNNNN-MMMMMM.parquet, "
+                "each shard in one of them: move the file away and start the job again"
+            )
+        return self.files()
 
     def begin(self, shard: int, replica: str) -> int:
         """Note that a replica begins with a shard; returns how many times it has been begun, this one included."""
@@ -112,40 +167,43 @@ class ShardStore:
             device: type and name; goes into the file's metadata.
             errors: of ERROR_SCHEMA, one for each row whose status is `error`.
         """
-        name = _shard_name(shard)
+        name = shard_name(shard)
         if errors:  # before the rows that they explain
             self.errors.write(name, to_bytes(ERROR_SCHEMA, [_table(errors, ERROR_SCHEMA)]))
-        self.folder.write(name, to_bytes(schema, [_table(rows, schema)], lambda: {"device": device}))
+        plan = self._plan()
+        about = {"device": device} | ({} if plan is None else metadata_of(plan, self.name, [shard]))
+        self.folder.write(name, to_bytes(schema, [_table(rows, schema)], about.copy))
         if not errors:
             self.errors.remove(name)  # of an earlier attempt
 
     def files(self) -> list[str]:
         """Names of the committed files, in order, each row in one of them."""
         names = [file.name for file in self.folder.files()]
-        covered = {shard for name in names for shard in _shards_of(name) if name.startswith("part-")}
-        return [name for name in names if name.startswith("part-") or set(_shards_of(name)) - covered]
+        covered = {shard for name in names for shard in shards_of(name) if name.startswith("part-")}
+        return [name for name in names if name.startswith("part-") or set(shards_of(name)) - covered]
 
     def committed(self) -> set[int]:
         """The shards that are there."""
-        return {shard for name in self.files() for shard in _shards_of(name)}
+        return {shard for name in self.files() for shard in shards_of(name)}
 
     def commits(self) -> list[tuple[float, tuple[int, ...]]]:
         """When each file was committed (seconds since the epoch) and its shards, in order of time."""
         visible = set(self.files())
         return sorted(
-            (file.modified, tuple(_shards_of(file.name))) for file in self.folder.files() if file.name in visible
+            (file.modified, tuple(shards_of(file.name))) for file in self.folder.files() if file.name in visible
         )
 
     def read(self) -> pa.Table:
         """All committed rows, ordered by example and sigma.
 
         Raises:
-            DataError: when there are none, or a shard cannot be read.
+            DataError: when there are none, or a file cannot be read or is not the plan's.
+            ConfigError: as `check_manifest`.
         """
-        files = self.files()
-        if not files:
+        if not self.files():
             raise DataError(f"no shards in {str(self.folder)!r}: the job that writes them has not run")
-        tables = [self.read_file(file) for file in files]
+        self.check_manifest()
+        tables = [self.read_file(file) for file in self._named(self._plan())]
         return pa.concat_tables(tables).sort_by([("example_id", "ascending"), ("sigma", "ascending")])
 
     def read_errors(self) -> pa.Table:
@@ -155,27 +213,48 @@ class ShardStore:
 
     def shards_with_errors(self) -> set[int]:
         """Shards with rows whose status is `error`."""
-        return {shard for file in self.errors.files() for shard in _shards_of(file.name)}
+        return {shard for file in self.errors.files() for shard in shards_of(file.name)}
 
     def read_file(self, name: str) -> pa.Table:
-        """The rows of one file, its checksums verified.
+        """The rows of one file, its checksums verified and its origin compared with the plan.
 
         Raises:
-            DataError: when it cannot be read.
+            DataError: when it cannot be read, or is not the plan's.
         """
         return self._table(name, self.folder.read(name))[0]
 
-    def _table(self, name: str, content: bytes) -> tuple[pa.Table, str]:
-        """Rows, and the device that they were made on; nothing where a foreign tool has written the file."""
+    def images(self) -> Iterator[pa.Table]:
+        """`example_id` and `image_hash` of all committed rows, file by file, without those from before rows had it.
+
+        Raises:
+            DataError: as `read_file`.
+        """
+        columns = ["example_id", "image_hash"]
+        for name in self._named(self._plan()):
+            table, metadata = from_bytes(self.folder.read(name), self.folder.where(name), columns)
+            self._check(name, metadata)
+            if table.schema.names == columns:
+                yield table
+
+    def _table(self, name: str, content: bytes) -> tuple[pa.Table, dict[str, str]]:
+        """Rows, and what the file says of them: device and origin, where a foreign tool has not written it."""
         table, metadata = from_bytes(content, self.folder.where(name))
-        if table.schema != method_of(self.name).schema:
+        self._check(name, metadata)
+        schema = method_of(self.name).schema
+        if set(schema.names) ^ set(table.schema.names) == {"image_hash"}:  # from before rows had it
+            table = table.append_column("image_hash", pa.nulls(table.num_rows, pa.string())).select(schema.names)
+        if table.schema != schema:
             raise DataError(f"{self.folder.where(name)!r} has other columns than {self.name}: {table.schema.names}")
-        return table, metadata.get("device", "")
+        return table, metadata
+
+    def _check(self, name: str, metadata: Mapping[str, str]) -> None:
+        if (plan := self._plan()) is not None and (shards := shards_of(name)):
+            check_file(plan, self.name, shards, metadata, self.folder.where(name))
 
     def read_shard(self, shard: int) -> pa.Table | None:
         """The rows of one shard, None when it is not there (or already part of a larger file)."""
         try:
-            return self.read_file(_shard_name(shard))
+            return self.read_file(shard_name(shard))
         except FileNotFoundError:
             return None
 
@@ -217,24 +296,29 @@ class ShardStore:
             if name not in joining:
                 self._checked(name, verifier)
         for name in {file.name for file in self.folder.files()} - set(visible):
-            if _shards_of(name):  # covered by a part, which holds its rows
+            if shards_of(name):  # covered by a part, which holds its rows
                 self.folder.remove(name)
         for part, shards in parts.items():
-            self._join(shards, part, verifier)
+            self._join(plan, shards, part, verifier)
         return verifier.result()
 
-    def _join(self, shards: Sequence[str], part: str, verifier: Verifier) -> None:
-        devices: set[str] = set()
+    def _join(self, plan: Plan, shards: Sequence[str], part: str, verifier: Verifier) -> None:
+        devices, named = set[str](), list[bool]()
 
         def tables() -> Iterator[pa.Table]:
             for name in shards:
-                table, device = self._checked(name, verifier)
-                devices.update(device.split(", "))
+                table, metadata = self._checked(name, verifier)
+                devices.update(metadata["device"].split(", "))
+                named.append("origin" in metadata)
                 yield table
+
+        def about() -> dict[str, str]:
+            origin = metadata_of(plan, self.name, shards_of(part)) if all(named) else {}
+            return {"device": ", ".join(sorted(devices)), **origin}
 
         rest = tables()
         first = next(rest)
-        content = to_bytes(first.schema, chain([first], rest), lambda: {"device": ", ".join(sorted(devices))})
+        content = to_bytes(first.schema, chain([first], rest), about)
         self.folder.write(part, content)
         verifier.joined(shards, part, content)
         for name in shards:
@@ -242,22 +326,22 @@ class ShardStore:
 
     def _complete(self, plan: Plan) -> list[str]:
         """The files of a store that lacks no shard."""
-        files = self.files()
-        missing = sorted(set(range(len(plan))) - {shard for name in files for shard in _shards_of(name)})
+        files = self._named(plan)
+        missing = sorted(set(range(len(plan))) - {shard for name in files for shard in shards_of(name)})
         if missing:
             raise DataError(f"{len(missing)} shards of {self.name} are missing, the first is {missing[0]}")
         return files
 
-    def _checked(self, name: str, verifier: Verifier) -> tuple[pa.Table, str]:
+    def _checked(self, name: str, verifier: Verifier) -> tuple[pa.Table, dict[str, str]]:
         content = self.folder.read(name)
-        table, device = self._table(name, content)
-        verifier.add(name, _shards_of(name), content, table, device, self.folder.where(name))
-        return table, device
+        table, metadata = self._table(name, content)
+        verifier.add(name, shards_of(name), content, table, metadata.get("device", ""), self.folder.where(name))
+        return table, metadata
 
     def copy_from(self, source: "ShardStore", sigmas: Sequence[float]) -> None:
         """Take over the rows at these noise levels, and why some have errors, from a store with the same shards.
 
-        File by file, each whole or not at all. Without the plan, which is the caller's to write first.
+        File by file, each whole or not at all. The plan is the caller's to write first.
 
         Args:
             source: a finished store of standard RS.
@@ -273,8 +357,10 @@ class ShardStore:
             if messages.num_rows:
                 self.errors.write(file.name, to_bytes(ERROR_SCHEMA, [messages]))
         for name in source.files():
-            table, device = source._table(name, source.folder.read(name))
-            self.folder.write(name, to_bytes(table.schema, [part(table)], {"device": device}.copy))
+            table, about = source._table(name, source.folder.read(name))
+            if "origin" in about and (plan := self._plan()) is not None:
+                about |= metadata_of(plan, self.name, shards_of(name))
+            self.folder.write(name, to_bytes(table.schema, [part(table)], about.copy))
 
     def _parts(self, plan: Plan, part_rows: int, visible: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         """The parts that are still to be made, and the shards that each one joins."""
@@ -282,21 +368,9 @@ class ShardStore:
         names, failed = set(visible), self.shards_with_errors()
         for first in range(0, len(plan), per_part):
             last = min(first + per_part, len(plan)) - 1
-            shards = [_shard_name(shard) for shard in range(first, last + 1)]
+            shards = [shard_name(shard) for shard in range(first, last + 1)]
             if last > first and names.issuperset(shards) and not failed & set(range(first, last + 1)):
-                yield f"part-{first:06d}-{last:06d}.parquet", shards
-
-
-def _shard_name(shard: int) -> str:
-    return f"shard-{shard:06d}.parquet"
-
-
-def _shards_of(name: str) -> range:
-    """The shards that a file holds, by its name; none for a foreign file."""
-    kind, *numbers = name.removesuffix(".parquet").split("-")
-    if kind not in ("shard", "part") or not all(number.isdigit() for number in numbers) or not numbers:
-        return range(0)
-    return range(int(numbers[0]), int(numbers[-1]) + 1)
+                yield part_name(first, last), shards
 
 
 def _table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

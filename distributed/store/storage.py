@@ -11,13 +11,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import IO, ClassVar, TypeVar
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from core.addresses import check_address, is_address
 from core.errors import ConfigError, DataError
-from core.files import file_sha256, write_whole
+from core.files import file_sha256, known_sha256, write_whole
 from distributed.store.stores import endpoint, file_system
 
 __all__ = ["Folder", "Stored", "file_system"]
@@ -136,6 +137,17 @@ class Folder:
                 return bytes(file.read())
 
         return self._patiently(read, f"read {name}")
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[IO[bytes] | pa.NativeFile]:
+        """A file to read parts of."""
+        if self.local is not None:
+            with (self.local / name).open("rb") as file:
+                yield file
+            return
+        system, base = self._remote
+        with self._patiently(lambda: system.open_input_file(f"{base}/{name}"), f"open {name}") as remote:
+            yield remote
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all; an existing one is replaced."""
@@ -264,16 +276,21 @@ class Folder:
             sha256: its digest; a copy is kept under it for the other processes of this machine.
 
         Raises:
-            DataError: when the object has another digest.
+            DataError: when it has another digest.
         """
         if self.local is not None:
+            if not self.exists(name) or known_sha256(self.local / name) != sha256:
+                raise DataError(
+                    f"{self.where(name)!r} is not the file that this run wrote (another SHA-256 than {sha256}): put it "
+                    "back, or start another --out"
+                )
             return self.local / name
         cache = Path(tempfile.gettempdir()) / f"dual-rs-{os.getuid()}"
         cache.mkdir(mode=0o700, exist_ok=True)
         if cache.stat().st_uid != os.getuid():
             raise DataError(f"{str(cache)!r} belongs to somebody else: set TMPDIR to a folder of your own")
         copy = cache / f"{sha256}{Path(name).suffix}"
-        if not copy.exists():
+        if not copy.exists() or known_sha256(copy) != sha256:
             content = self.read(name)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise DataError(f"{self.where(name)!r} has another SHA-256 than {sha256}")

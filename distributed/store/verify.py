@@ -1,8 +1,10 @@
-"""The proof that files hold each planned row exactly once, one file at a time."""
+"""The proof that files hold each planned row exactly once, one file at a time; and that they are about these images."""
 
 import hashlib
+import heapq
+import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from core.data import Dataset, image_hash
 from core.errors import DataError
 from distributed.methods.method import Method
 from distributed.methods.rows import ERROR
 from distributed.store.plan import Plan
 
-__all__ = ["Verified", "Verifier"]
+__all__ = ["Verified", "Verifier", "changed_images"]
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,19 @@ class Verifier:
         example_ids: of the whole split.
         sigmas: of an example's rows; `(None,)` for one row of any level.
         method: that made the rows.
+
+    Raises:
+        DataError: for a plan that does not hold every example once.
     """
 
     def __init__(self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None], method: Method) -> None:
+        whole = np.array_equal(np.sort(plan.order), np.arange(len(example_ids)))
+        if not whole or plan.rows_per_example != len(sigmas):
+            raise DataError(
+                f"the plan is for {len(plan.order)} places and {plan.rows_per_example} rows of each, expected each of "
+                f"the {len(example_ids)} examples once and {len(sigmas)} rows: it is not the plan that this run wrote; "
+                "put it back, or make the rows anew in another --out"
+            )
         self._plan, self._ids, self._method = plan, example_ids, method
         self._levels = None if list(sigmas) == [None] else np.asarray(sigmas, np.float64)
         self._rows = self._error_rows = self._non_finite = 0
@@ -79,6 +92,17 @@ class Verifier:
                 f"{where!r} does not hold its rows exactly once, the first is {odd!r}; remove the file and start the "
                 "job again: it makes the file anew"
             )
+        kinds = {each.partition(":")[0].partition(" ")[0] for each in device.split(", ")}
+        if kinds != {self._plan.device}:
+            raise DataError(
+                f"{where!r} was made on {device!r}, the plan is for {self._plan.device!r}, with other noise; remove "
+                "the file and start the job again: it makes the file anew"
+            )
+        if torn := _torn(table):
+            raise DataError(
+                f"{where!r} has rows of {torn!r} that were computed from different images: it has changed meanwhile; "
+                "remove the file and start the job again: it makes the file anew"
+            )
         self._sha256[name] = hashlib.sha256(content).hexdigest()
         self._devices |= set(device.split(", "))
         self._rows += table.num_rows
@@ -95,6 +119,41 @@ class Verifier:
         """Of all files so far."""
         sha256 = dict(sorted(self._sha256.items()))
         return Verified(self._rows, self._error_rows, sha256, tuple(sorted(self._devices)), self._non_finite)
+
+
+def _torn(table: pa.Table) -> str | None:
+    """The first example with rows from different images."""
+    count = table.group_by("example_id").aggregate([("image_hash", "count_distinct")])
+    odd = count.filter(pc.greater(count.column("image_hash_count_distinct"), 1)).column("example_id")
+    return min(odd.to_pylist(), default=None)
+
+
+def changed_images(tables: Iterable[pa.Table], data: Dataset, num: int) -> Iterator[str]:
+    """Look at `num` images that rows were computed from, chosen afresh, and say which are others now.
+
+    Where a share s of the images has changed, all of that is missed with probability (1 - s)^num.
+
+    Args:
+        tables: of `example_id` and `image_hash`; rows without a hash are passed over.
+        data: the split as it is now.
+        num: images that are read.
+
+    Raises:
+        DataError: for an image that can no longer be read.
+    """
+    place = {example_id: index for index, example_id in enumerate(data.example_ids)}
+    chance = random.SystemRandom()
+    keyed = (
+        (chance.random(), example_id, stored)
+        for table in tables
+        for example_id, stored in set(
+            zip(*(table.column(name).to_pylist() for name in ("example_id", "image_hash")), strict=True)
+        )
+        if stored is not None and example_id in place
+    )
+    for _, example_id, stored in heapq.nsmallest(num, keyed):
+        if (found := image_hash(data.image(place[example_id]))) != stored:
+            yield f"{example_id}: its image has changed (hash {found}) since its row was computed (from {stored})"
 
 
 def _first_odd(table: pa.Table, ids: Sequence[str], levels: NDArray[np.float64] | None) -> str | None:

@@ -11,6 +11,7 @@ from typing import Final, Literal
 from core.config import Config, ReportConfig
 from core.errors import ConfigError
 from distributed.execution.launch import work_of
+from distributed.store.origin import origin_of
 from distributed.store.plan import Plan
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
@@ -95,13 +96,14 @@ def _adopt_rows(target: RunDirectory, source: RunDirectory, step: SharedStep) ->
             f"{step} of {str(source.folder)!r} was made with other base models than {str(target.folder)!r}"
         )
     data = target.data(work.split)
-    if (there := source.manifest["data"][work.split]["digest"]) != data.digest():
+    if not data.matches(there := source.manifest["data"][work.split]["digest"]):
         raise ConfigError(
             f"{step} of {str(source.folder)!r} was made from another data set: fingerprint {there} there, "
             f"{data.digest()} now"
         )
-    origin = {"fingerprint": target.config.fingerprint(), "models": hashes}
-    own = Plan(plan.order, plan.bounds, work.rows_per_example, origin, plan.device, plan.batch_size)
+    origin = origin_of(target.config, hashes, target.manifest["data"][work.split]["digest"], begun=plan)
+    settings = target.config.identity()
+    own = Plan(plan.order, plan.bounds, work.rows_per_example, origin, plan.device, plan.batch_size, settings)
     rows.write_plan(own, data.example_ids)
     rows.copy_from(whole, work.config.sigmas)
     verified = rows.verify(own, data.example_ids, work.levels)
@@ -114,6 +116,7 @@ def _adopt_rows(target: RunDirectory, source: RunDirectory, step: SharedStep) ->
         "retries": 0,
         "devices": list(verified.devices),
         "batch_size": own.batch_size,
+        "plan": own.digest,
         "duration_s": 0.0,
         "sha256": dict(verified.sha256),
         "taken_from": source.folder.uri,

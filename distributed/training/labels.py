@@ -31,13 +31,14 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
     Votes, by far the most of a file, do not leave the worker (or the file's turn) that reads it.
 
     Raises:
-        DataError: when the dataset does not hold exactly the training split.
+        DataError: when the dataset does not hold exactly the training split, or a file is not of this run.
     """
     config, store = directory.config, ShardStore(directory.folder, "dataset")
     files = store.files()
     if not files:
         raise DataError(f"no shards in {str(store.folder)!r}: the job that writes them has not run")
     if config.compute.train_workers:
+        store.check_files()  # Ray Data reads past the store
         parts = _by_ray_data(config, store, files)
     else:
         parts = [_radii(config, store.read_file(name)) for name in files]

@@ -298,10 +298,10 @@ def _worker(given: Mapping[str, Any]) -> None:
     if compute.train_device == "cpu":
         settle(compute.train_threads)
     data = load_dataset(lesson.config.dataset, "train")
-    if (found := data.digest()) != lesson.data_digest:
+    if not data.matches(lesson.data_digest):
         raise ConfigError(
-            f"dataset: this machine holds another training split than the driver (fingerprint {found}, expected "
-            f"{lesson.data_digest}); give all machines the same files"
+            f"dataset: this machine holds another training split than the driver (fingerprint {data.digest()}, "
+            f"expected {lesson.data_digest}); give all machines the same files"
         )
     device = str(ray.train.torch.get_device())
     model = load_model(lesson.folder.fetch(f"{_START}.safetensors", given["start"])).to(device)

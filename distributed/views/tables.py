@@ -50,15 +50,17 @@ def report_data(
     alpha, full = certify.alpha, certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
     terms = Terms.of(config, Sampling(certify.num_selection, certify.num_estimation, alpha), certify.budget)
-    table = ShardStore(root, f"certificates/standard{ending}").read()
+    table = _read(ShardStore(root, f"certificates/standard{ending}"), config)
     standard = _standard_rows(table, config.sigmas)
     baseline_store = ShardStore(root, "certificates/standard-base")
-    baseline = _standard_rows(baseline_store.read(), config.sigmas) if baseline_store.committed() and not ending else ()
+    baseline: tuple[StandardRows, ...] = ()
+    if baseline_store.committed() and not ending:
+        baseline = _standard_rows(_read(baseline_store, config), config.sigmas)
     failed, shown = _failed(table), dict[str, MethodRows]()
     for name in METHODS:
         store = ShardStore(root, f"certificates/{name}{ending}")
         if name != "standard" and store.committed():
-            rows = store.read()
+            rows = _read(store, config)
             failed |= _failed(rows)
             _check_same_examples(rows, table, config.sigmas, store.name)
             shown[name] = method_named(name).shown(rows, terms)
@@ -87,9 +89,44 @@ def report_data(
     )
 
 
+def _read(store: ShardStore, config: Config) -> pa.Table:
+    """The rows of a store.
+
+    Raises:
+        DataError: for rows that were not certified under the settings of the configuration, which a report states.
+    """
+    rows, name = store.read(), store.name
+    certify, made = config.certify, rows.filter(pc.not_equal(rows.column("status"), ERROR))
+    stated = {"alpha": certify.alpha, "num_selection": certify.num_selection}
+    if certify.budget == "fixed":
+        stated["num_estimation"] = certify.num_estimation
+    if "sigma_e" in made.column_names:
+        stated["sigma_e"] = config.estimator_sigma
+    for column, value in stated.items():
+        found = set(made.column(column).to_pylist())
+        if column == "num_estimation" and "sigma_e" in made.column_names:
+            found.discard(0)  # the classifier was not run
+        if found - {value}:
+            raise DataError(
+                f"{name}: {column} is {min(found - {value})!r} in rows, the configuration says {value!r}: one of them "
+                "was changed (jobs.audit says more); put it back"
+            )
+    if odd := set(made.column("sigma").to_pylist()) - {None, *config.sigmas}:
+        raise DataError(f"{name}: rows at sigma {min(odd):g}, which is none of sigmas = {list(config.sigmas)}")
+    return rows
+
+
 def _check_same_examples(rows: pa.Table, standard: pa.Table, sigmas: Sequence[float], name: str) -> None:
-    if rows.column("example_id").to_pylist() != grid(standard, "example_id", sigmas)[:, 0].tolist():
+    ids = rows.column("example_id").to_pylist()
+    if ids != grid(standard, "example_id", sigmas)[:, 0].tolist():
         raise DataError(f"certificates/standard and {name} cover different examples")
+    pairs = zip(ids, rows.column("image_hash").to_pylist(), grid(standard, "image_hash", sigmas), strict=True)
+    for example_id, one, others in pairs:
+        if one is not None and {one, *others} - {one, None}:
+            raise DataError(
+                f"certificates/standard and {name} were computed from different images of {example_id!r}: it has "
+                "changed in between; make one of them anew in another --out"
+            )
 
 
 def _failed(table: pa.Table) -> set[str]:

@@ -6,6 +6,7 @@ from scipy import stats
 
 from core.machine.noise import GaussianNoise
 from core.machine.noise_key import chunk_key
+from core.procedures.confidence import noise_scale
 from core.records import Phase
 
 
@@ -58,3 +59,14 @@ def test_fill_writes_into_a_slice_like_into_a_whole_tensor() -> None:
     assert torch.equal(big[100:200], chunk())
     assert not big[:100].any()
     assert not big[200:].any()
+
+
+def test_corrupt_scales_with_the_float32_and_radii_speak_of_no_more() -> None:
+    """0.12 is scaled with 0.1199999973: without an image and with draws of 2^k the product shows the factor itself."""
+    for sigma in (0.12, 0.1, 0.25, 0.5, 0.7, 1.0):
+        noise, out = GaussianNoise(0), torch.empty(100, 1, 8, 8)
+        noise.fill = lambda out, *key: out.fill_(8.0)  # type: ignore[method-assign]
+        noise.corrupt(out, torch.zeros(1, 8, 8), "a", Phase.ESTIMATION, sigma, 0)
+        applied = set((out.double() / 8.0).flatten().tolist())
+        assert len(applied) == 1
+        assert float(noise_scale(sigma)) == min(sigma, *applied)

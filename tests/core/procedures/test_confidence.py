@@ -16,6 +16,8 @@ from core.procedures.confidence import (
     draws_needed,
     largest_radius,
     log_e_value,
+    noise_scale,
+    probability_missed,
     top_two,
 )
 
@@ -32,6 +34,11 @@ def exact_tail(n: int, k: int, p: mpmath.mpf) -> mpmath.mpf:
     return total
 
 
+def looseness(bound: mpmath.mpf) -> mpmath.mpf:
+    """By which share of it a bound may at most be too low."""
+    return mpmath.mpf(10) ** (-11 if bound > 0.5 else -8)
+
+
 CASES = [
     (k, n, alpha)
     for n in (1, 10, 100, 1000, 10_000, 100_000)
@@ -45,14 +52,64 @@ def test_clopper_pearson_lower_against_forty_digits_is_valid_and_tight(k: int, n
     with mpmath.workdps(40):
         bound = mpmath.mpf(float(clopper_pearson_lower(k, n, alpha)))
         assert exact_tail(n, k, bound) <= mpmath.mpf(alpha)
-        assert exact_tail(n, k, bound * (1 + mpmath.mpf(10) ** -11)) > mpmath.mpf(alpha)
+        assert exact_tail(n, k, bound * (1 + looseness(bound))) > mpmath.mpf(alpha)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "alpha", "above"),
+    [  # where SciPy's quantile, less 2^-44 of it, lay above the bound, and by which share of it
+        (1996, 10_000, 1e-6, 4e-14),
+        (100_000, 1_000_000, 1e-6, 9e-13),
+        (100_000, 1_000_000, 1e-20, 1e-12),
+        (163_369, 1_000_000, 1e-80, 2e-12),
+        (90, 100, 1e-20, 5e-15),
+    ],
+)
+def test_clopper_pearson_lower_up_to_one_half_is_never_above_fifty_digits(
+    k: int, n: int, alpha: float, above: float
+) -> None:
+    with mpmath.workdps(50):
+        bound, before = (mpmath.mpf(float(clopper_pearson_lower(k, n, alpha, version))) for version in (2, 1))
+        assert before <= 0.5
+        assert exact_tail(n, k, before * (1 - mpmath.mpf(above))) > mpmath.mpf(alpha), "the case shows nothing"
+        assert exact_tail(n, k, bound) < mpmath.mpf(alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 1e-4, 1e-12, 1e-19, 1e-40, 1e-100])
+def test_clopper_pearson_lower_and_upper_of_random_counts_are_safe_at_any_alpha(alpha: float) -> None:
+    random = np.random.default_rng(0)
+    with mpmath.workdps(50):
+        for n in (9, 200, 3000):
+            for k in random.integers(1, n + 1, 6).tolist():
+                lower, upper = (f(k, n, alpha) for f in (clopper_pearson_lower, clopper_pearson_upper))
+                assert exact_tail(n, k, mpmath.mpf(float(lower))) < mpmath.mpf(alpha)
+                assert upper == 1.0 or exact_tail(n, n - k, 1 - mpmath.mpf(float(upper))) < mpmath.mpf(alpha)
+
+
+def test_bounds_above_one_half_are_those_of_the_first_arithmetic() -> None:
+    """Nothing that certifies has moved but by the noise level, and that only where float32 is smaller."""
+    one, two = (clopper_pearson_lower(np.arange(1001), 1000, 0.001, version) for version in (1, 2))
+    assert np.array_equal(one[one > 0.5], two[one > 0.5])
+    assert np.all(two[1:] <= one[1:])
+    assert np.all(two > one * (1 - 1e-9) - 1e-300)
+    assert [float(noise_scale(sigma)) for sigma in (0.12, 0.1, 0.25)] == [float(np.float32(0.12)), 0.1, 0.25]
+    assert float(noise_scale(0.12, 1)) == 0.12
+    assert 0.0 < 1 - float(certified_radius(0.9, 0.12) / certified_radius(0.9, 0.12, 1)) < 3e-8
+    assert float(certified_radius(0.9, 0.1)) == float(certified_radius(0.9, 0.1, 1))
+
+
+@pytest.mark.parametrize(("total", "odd", "drawn"), [(10, 1, 3), (100, 10, 20), (10, 8, 3), (5, 0, 5), (1_000, 7, 300)])
+def test_probability_missed_equals_the_ratio_of_binomials(total: int, odd: int, drawn: int) -> None:
+    exact = math.comb(total - odd, drawn) / math.comb(total, drawn)
+    assert probability_missed(total, odd, drawn) == pytest.approx(exact, rel=1e-9)
 
 
 @pytest.mark.parametrize("sigma", [0.12, 0.25, 1.0])
 @pytest.mark.parametrize("p", [0.5000001, 0.6, 0.9, 0.999, 1 - 1e-9])
 def test_certified_radius_against_forty_digits_is_never_above(p: float, sigma: float) -> None:
     with mpmath.workdps(40):
-        exact = mpmath.mpf(sigma) * mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(p) - 1)
+        applied = min(mpmath.mpf(sigma), mpmath.mpf(float(np.float32(sigma))))  # what noise is scaled with, at most
+        exact = applied * mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(p) - 1)
         radius = mpmath.mpf(float(certified_radius(p, sigma)))
         assert exact * (1 - mpmath.mpf(10) ** -12) < radius < exact
 
@@ -75,7 +132,7 @@ def test_clopper_pearson_upper_against_forty_digits_is_valid_and_tight(k: int, n
         bound = mpmath.mpf(float(clopper_pearson_upper(k - 1, n, alpha)))
         # P[Bin(n, p) <= k - 1] = P[Bin(n, 1 - p) >= n - k + 1]
         assert exact_tail(n, n - k + 1, 1 - bound) <= mpmath.mpf(alpha)
-        slightly_less = (1 - bound) * (1 + mpmath.mpf(10) ** -11) + mpmath.mpf(10) ** -15
+        slightly_less = (1 - bound) * (1 + looseness(1 - bound)) + mpmath.mpf(10) ** -15
         assert exact_tail(n, n - k + 1, slightly_less) > mpmath.mpf(alpha)
     assert clopper_pearson_upper(n, n, alpha) == 1.0
 
@@ -112,7 +169,9 @@ def test_binomial_p_value_without_draws_is_one() -> None:
     assert binomial_p_value(0, 0) == 1.0
 
 
-@pytest.mark.parametrize(("k", "n", "alpha"), [(-1, 10, 0.1), (11, 10, 0.1), (0, 0, 0.1), (1, 2, 0.0), (1, 2, 1.0)])
+@pytest.mark.parametrize(
+    ("k", "n", "alpha"), [(-1, 10, 0.1), (11, 10, 0.1), (0, 0, 0.1), (1, 2, 0.0), (1, 2, 1e-101), (1, 2, 1.0)]
+)
 def test_clopper_pearson_lower_out_of_range_raises(k: int, n: int, alpha: float) -> None:
     with pytest.raises(ConfigError):
         clopper_pearson_lower(k, n, alpha)

@@ -259,7 +259,7 @@ def test_false_claims_finds_alpha_spent_on_each_level(monkeypatch: pytest.Monkey
 
 
 def test_false_claims_finds_a_level_above_that_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiscale, "_radius_of_others", lambda level, last: math.inf)
+    monkeypatch.setattr(multiscale, "_radius_of_others", lambda level, last, arithmetic: math.inf)
     assert false_claims(HARD["another class above at 1/2, three classes"], 0.22) > 0.6
 
 
@@ -274,7 +274,7 @@ def test_false_claims_finds_bounds_above_that_spend_the_share_of_their_own_level
     monkeypatch.setattr(
         multiscale,
         "_radius_of_others",
-        lambda level, last: real(level, replace(last, alpha=level.alpha)),
+        lambda level, last, *rest: real(level, replace(last, alpha=level.alpha), *rest),
     )
     assert false_claims(truth, alpha, shares) > 1.7 * alpha
 
@@ -361,7 +361,7 @@ def test_multiscale_slabs_never_exceed_the_exact_radius_beyond_alpha(
     assert min(decided.count(0.12), decided.count(0.5)) > 50
     if name == "a level above that cuts the ball":
         assert sum(r.sigma == 0.12 and r.sigma_bound == 0.5 for r in results) > 40  # an upper bound binds
-        monkeypatch.setattr(multiscale, "_radius_of_others", lambda level, last: math.inf)
+        monkeypatch.setattr(multiscale, "_radius_of_others", lambda level, last, arithmetic: math.inf)
         assert false_certificates(experts, num)[0] > allowed, "the planted error is not seen"
 
 

@@ -90,7 +90,7 @@ def test_plan_divides_examples_into_shards_each_once_the_last_ones_smaller(num: 
 
 def test_plan_of_other_inputs_is_refused(tmp_path: Path) -> None:
     plan = Plan.divide(7, 3, 2, {"seed": 0, "models": {"classifier": "a"}})
-    with pytest.raises(ConfigError, match=r"made from other inputs \(models differ\)"):
+    with pytest.raises(ConfigError, match=r"made from other inputs \(models.classifier is 'a', expected 'b'\)"):
         ShardStore(tmp_path, "dataset").check_origin(plan, {"seed": 0, "models": {"classifier": "b"}})
 
 
@@ -98,7 +98,7 @@ def test_plan_lost_beside_shards_is_refused(tmp_path: Path) -> None:
     store = store_with_rows(tmp_path, Plan.divide(7, 3, 2, {}))
     Path(store.plan_file).unlink()
     with pytest.raises(ConfigError, match="holds shards without a plan"):
-        store.read_plan()
+        ShardStore(tmp_path, "dataset").read_plan()
 
 
 def test_plan_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_finish_reads_each_file_once_and_returns_what_verify_finds_afterwards(
 ) -> None:
     plan = Plan.divide(7, 2, 2, {})
     store = store_with_rows(tmp_path, plan)
-    store.commit(1, rows_of(plan, 1), CERTIFICATE_SCHEMA, "cuda: B")
+    store.commit(1, rows_of(plan, 1), CERTIFICATE_SCHEMA, "cpu (micro-batch 2 of 4)")
     read, real = [], Folder.read
 
     def spied(self: Folder, name: str) -> bytes:
@@ -179,7 +179,7 @@ def test_finish_reads_each_file_once_and_returns_what_verify_finds_afterwards(
         found = store.finish(plan, IDS, SIGMAS, part_rows=12)  # three shards to a part, the last one alone
     assert sorted(read) == [f"shard-00000{i}.parquet" for i in range(4)]
     assert list(found.sha256) == store.files() == ["part-000000-000002.parquet", "shard-000003.parquet"]
-    assert found.devices == ("cpu", "cuda: B")
+    assert found.devices == ("cpu", "cpu (micro-batch 2 of 4)")
     assert found == store.verify(plan, IDS, SIGMAS)
     assert found == store.finish(plan, IDS, SIGMAS, part_rows=12)
 
@@ -187,14 +187,14 @@ def test_finish_reads_each_file_once_and_returns_what_verify_finds_afterwards(
 def test_finish_does_not_join_what_is_not_whole_and_keeps_foreign_files(tmp_path: Path) -> None:
     plan = Plan.divide(7, 2, 2, {})
     store = store_with_rows(tmp_path, plan)
-    (tmp_path / "dataset" / "shard-notes.parquet").write_bytes(b"mine")
+    (tmp_path / "dataset" / "notes.txt").write_bytes(b"mine")
     store.commit(1, rows_of(plan, 1)[1:], CERTIFICATE_SCHEMA, "cpu")
     with pytest.raises(DataError, match=r"shard-000001.* exactly once, the first is 'e2'"):
         store.finish(plan, IDS, SIGMAS, part_rows=8)
     assert {f"shard-00000{i}.parquet" for i in range(4)} <= {file.name for file in (tmp_path / "dataset").iterdir()}
     store.commit(1, rows_of(plan, 1), CERTIFICATE_SCHEMA, "cpu")
     store.finish(plan, IDS, SIGMAS, part_rows=8)
-    assert (tmp_path / "dataset" / "shard-notes.parquet").read_bytes() == b"mine"
+    assert (tmp_path / "dataset" / "notes.txt").read_bytes() == b"mine"
 
 
 def test_finish_that_was_cut_off_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
