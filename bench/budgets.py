@@ -21,7 +21,7 @@ from core.procedures.sequential import Budget, dual_procedure, standard_procedur
 from core.records import Rule, Sampling
 from distributed.execution.launch import work_of
 from distributed.execution.work import build_engine, make_task
-from distributed.store.datasets import load_dataset
+from distributed.files.datasets import load_dataset
 from distributed.store.run_directory import RunDirectory
 from jobs import build_dataset, train_base, train_estimator
 

@@ -29,10 +29,10 @@ from core.config import parse_config
 from core.models.checkpoints import build_denoiser
 from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
-from distributed.execution.cluster import connected
+from distributed.cluster.cluster import connected
 from distributed.execution.launch import certify_store, work_of
 from distributed.execution.work import Work, build_engine, make_task
-from distributed.store.datasets import load_dataset
+from distributed.files.datasets import load_dataset
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 

@@ -24,13 +24,13 @@ from bench.timing import Line, spread
 from core.config import parse_config
 from core.procedures.smoothing import certificate
 from core.records import Sampling
-from distributed.execution.cluster import connected
+from distributed.cluster.cluster import connected
 from distributed.execution.replica import Replica, _OpenShard
 from distributed.execution.scheduler import run_work
 from distributed.execution.work import Work
+from distributed.files.storage import Folder
 from distributed.methods.rows import certificate_row
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 
 __all__ = ["scheduler"]
 

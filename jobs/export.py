@@ -21,8 +21,8 @@ def main() -> int:
         from core.errors import DataError
         from core.evaluation.metrics import certified_accuracy
         from distributed.execution.launch import stores
+        from distributed.files.storage import Folder
         from distributed.store.shards import ShardStore
-        from distributed.store.storage import Folder
         from distributed.views.exchange import export_logs
 
         directory = open_run(args)

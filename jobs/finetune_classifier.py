@@ -16,7 +16,7 @@ def run(directory: RunDirectory) -> None:
     reads = (*config.classifiers, "denoiser", "estimator")
     if directory.is_done("finetune_classifier", reads, writes=[finetuned(role) for role in config.classifiers]):
         return
-    from distributed.execution.cluster import train_cluster
+    from distributed.cluster.cluster import train_cluster
 
     with train_cluster(config.compute):
         _finetune(directory, reads)

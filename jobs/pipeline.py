@@ -48,7 +48,7 @@ def run(directory: RunDirectory) -> None:
     steps = steps_of(config)
     with ExitStack() as stack:
         if config.compute.executor == "ray":
-            from distributed.execution.cluster import connected
+            from distributed.cluster.cluster import connected
 
             stack.enter_context(connected(config.compute))  # once for all steps
         _run_steps(directory, steps, start)

@@ -91,7 +91,7 @@ def compare(runs: Sequence[str], out: str, overrides: Sequence[str]) -> None:
     require_matplotlib()
     from core.config import parse_config
     from core.report.compare import format_comparison, write_comparison
-    from distributed.store.storage import Folder
+    from distributed.files.storage import Folder
     from distributed.views.tables import report_data
 
     found = {}

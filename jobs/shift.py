@@ -24,7 +24,7 @@ def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | No
     from contextlib import ExitStack
 
     from distributed.checks.preflight import check, refuse
-    from distributed.execution.cluster import connected
+    from distributed.cluster.cluster import connected
     from distributed.execution.launch import certify_store
     from distributed.studies.shift import METHODS, open_set, shifted_config
 

@@ -56,7 +56,7 @@ def main() -> int:
     def run(args: argparse.Namespace) -> None:
         from core.config import load_sweep
         from core.errors import ConfigError, DataError
-        from distributed.store.storage import Folder
+        from distributed.files.storage import Folder
 
         if args.price is not None and not (args.dry_run and 0 <= args.price < float("inf")):
             raise ConfigError("--price: goes with --dry-run, and is a number of at least 0")

@@ -23,7 +23,7 @@ def run(directory: RunDirectory) -> None:
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.models.classifiers import ImageClassifier
     from core.training.base import train_classifier, train_denoiser
-    from distributed.execution.cluster import train_device
+    from distributed.cluster.cluster import train_device
 
     settle(config.compute.train_threads)
     # With training workers the driver need not have a GPU.

@@ -16,7 +16,7 @@ def run(directory: RunDirectory) -> None:
     done = directory.is_done("train_estimator", reads, writes=("estimator",))
     if done and directory.manifest["steps"]["train_estimator"].get("dataset") == dataset:
         return
-    from distributed.execution.cluster import train_cluster
+    from distributed.cluster.cluster import train_cluster
 
     with train_cluster(config.compute):
         _train(directory, reads, dataset)

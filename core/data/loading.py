@@ -23,7 +23,7 @@ _DIGITS, _CIFAR = ("digits", "digits-c"), ("cifar10", "cifar10-c")
 
 
 class ParquetReader(NamedTuple):
-    """What `distributed.store.parquet_images` adds.
+    """What `distributed.files.parquet_images` adds.
 
     Attributes:
         read: a split of the data set of this name.
@@ -53,7 +53,7 @@ def load_dataset(
 ) -> Dataset:
     """Load one split of the configured data set, or the part of it that the configuration asks for.
 
-    Jobs call `distributed.store.datasets.load_dataset`, which adds Parquet files and object stores to what is here:
+    Jobs call `distributed.files.datasets.load_dataset`, which adds Parquet files and object stores to what is here:
     digits, CIFAR-10's pickles, NumPy arrays and folders of images on this machine.
 
     Args:
@@ -91,7 +91,7 @@ def _whole(
     if _is_parquet(config, split):
         files = _parquet_part(of_split, part, split, place)
         if parquet is None:
-            raise ConfigError(f"{place.location!r} holds Parquet: load it with distributed.store.datasets.load_dataset")
+            raise ConfigError(f"{place.location!r} holds Parquet: load it with distributed.files.datasets.load_dataset")
         _check_parquet(files, split, place)
         if config.corruption is not None:  # ImageNet-C's folders have other names for the classes than the hub's files
             return parquet.read(of_split.name, files)

@@ -1,4 +1,4 @@
-"""Where the files of a data set lie: a folder here; `distributed.store.datasets` adds object stores."""
+"""Where the files of a data set lie: a folder here; `distributed.files.datasets` adds object stores."""
 
 import os
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class LocalStorage:
 
     def __init__(self, root: str) -> None:
         if "://" in root:
-            raise DataError(f"{root!r} is not a local path: load it with distributed.store.datasets.load_dataset")
+            raise DataError(f"{root!r} is not a local path: load it with distributed.files.datasets.load_dataset")
         self.root = root
         self._root = Path(root)
         self._twins: dict[str, str] = {}

@@ -16,9 +16,9 @@ from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from distributed.checks.estimate import Part, count_parts, format_parts, size
 from distributed.checks.steps import steps_of
-from distributed.execution.cluster import check_gpus, replicas_here, train_device, training_place
-from distributed.execution.joining import check_cluster
-from distributed.execution.upload import check_upload
+from distributed.cluster.cluster import check_gpus, replicas_here, train_device, training_place
+from distributed.cluster.joining import check_cluster
+from distributed.cluster.upload import check_upload
 from distributed.store.lock import read_lock
 from distributed.store.run_directory import RunDirectory
 from distributed.views.exchange import imported_rows

@@ -7,8 +7,8 @@ from core.errors import DataError
 from core.records import ESTIMATOR, Sampling
 from distributed.execution.scheduler import run_work
 from distributed.execution.work import Work
+from distributed.files.datasets import absolute
 from distributed.methods import METHODS, method_of
-from distributed.store.datasets import absolute
 from distributed.store.origin import origin_of, step_of
 from distributed.store.run_directory import RunDirectory, finetuned
 from distributed.store.shards import ShardStore

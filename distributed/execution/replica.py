@@ -35,10 +35,10 @@ from distributed.execution.work import (
     make_task,
     warm_up,
 )
+from distributed.files.datasets import load_dataset
+from distributed.files.storage import Folder
 from distributed.methods.rows import OK
-from distributed.store.datasets import load_dataset
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 
 __all__ = ["Facts", "Replica", "is_device_error", "retired"]
 

@@ -238,7 +238,7 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
 @contextmanager
 def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     """Ray Data feeds shard numbers to a pool of replica actors; each commits its shards itself and returns facts."""
-    from distributed.execution.cluster import connected, quiet_ray_data, replica_pool
+    from distributed.cluster.cluster import connected, quiet_ray_data, replica_pool
 
     with connected(work.config.compute):
         import ray.data  # not before: `connected` decides how Ray authenticates

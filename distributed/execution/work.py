@@ -31,12 +31,12 @@ from core.records import (
     Phase,
     Sampling,
 )
+from distributed.files.datasets import load_dataset
+from distributed.files.storage import Folder
 from distributed.methods import method_of
 from distributed.methods.method import Method, Terms
-from distributed.store.datasets import load_dataset
 from distributed.store.origin import arithmetic_of
 from distributed.store.plan import Plan
-from distributed.store.storage import Folder
 
 __all__ = [
     "Rows",

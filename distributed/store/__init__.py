@@ -1,4 +1,4 @@
-"""Owns what is on disk: folders and object stores, the lock, the manifest, plans and shards, data sets read from there.
+"""Owns a run directory: its lock, its manifest, plans and shards, and the proof that they are whole and its own.
 
-May import `core` and `distributed.methods` (whose rows a shard holds).
+May import `core`, `distributed.methods` (whose rows a shard holds) and `distributed.files`.
 """

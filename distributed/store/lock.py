@@ -20,7 +20,7 @@ from typing import Any, Self
 import psutil
 
 from core.errors import ConfigError
-from distributed.store.storage import Folder
+from distributed.files.storage import Folder
 
 __all__ = ["RunLock", "read_lock"]
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from core.errors import DataError
-from distributed.store.parquet import from_bytes, to_bytes
+from distributed.files.parquet import from_bytes, to_bytes
 
 __all__ = ["Plan"]
 

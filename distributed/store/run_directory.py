@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import core
 from core.config import Config, parse_config
 from core.errors import ConfigError, DataError
+from distributed.files.storage import Folder
 from distributed.store.plan import Plan
-from distributed.store.storage import Folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -241,7 +241,7 @@ class RunDirectory:
             ConfigError: as `check_data`, and for a split that the configuration does not describe.
             DataError: for files that are missing or are not what they should be.
         """
-        from distributed.store.datasets import load_dataset
+        from distributed.files.datasets import load_dataset
 
         data = self._data[split][0] if split in self._data else load_dataset(self.config.dataset, split)
         self.check_data(split, data)

@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import ConfigError, DataError
+from distributed.files.parquet import from_bytes, metadata_of_file, to_bytes
+from distributed.files.storage import Folder
 from distributed.methods import method_of
 from distributed.methods.rows import ERROR_SCHEMA
 from distributed.store.names import odd_names, part_name, shard_name, shards_of
 from distributed.store.origin import against_manifest, check_file, differences, metadata_of
-from distributed.store.parquet import from_bytes, metadata_of_file, to_bytes
 from distributed.store.plan import Plan
-from distributed.store.storage import Folder
 from distributed.store.verify import Verified, Verifier
 
 __all__ = ["ShardStore"]
@@ -34,8 +34,8 @@ class ShardStore:
     shard-NNNNNN.parquet           rows of shard N of the plan
     part-NNNNNN-MMMMMM.parquet     rows of the shards N to M, written when all are there (`finish`)
 
-    Each file names what it was made from (`origin`). Whatever reads one here compares that with the plan, and `read` the
-    plan with the manifest.
+    Each file names what it was made from (`origin`). Whatever reads one here compares that with the plan, and `read`
+    the plan with the manifest.
 
     Args:
         root: the run directory.

@@ -29,10 +29,10 @@ from core.progress import Progress
 from core.records import ABSTAIN, Certificate, DualCertificate, DualPrediction, Prediction, Sampling
 from distributed.execution.launch import work_of
 from distributed.execution.work import Work, build_engine
-from distributed.store.datasets import class_names, open_storage
-from distributed.store.parquet_images import read_unlabelled
+from distributed.files.datasets import class_names, open_storage
+from distributed.files.parquet_images import read_unlabelled
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
-from distributed.store.storage import Folder
 
 _log = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from core.config import Config
 from core.errors import ConfigError
 from core.records import AlphaSplit, Sampling
 from core.report import ReportData
+from distributed.files.storage import Folder
 from distributed.methods import METHODS, method_named, method_of
 from distributed.methods.method import Terms
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 from distributed.views.tables import report_data
 
 __all__ = ["Change", "recertify"]

@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 
 from core.config import Config
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory, finetuned
-from distributed.store.storage import Folder
 
 __all__ = ["begin_round", "broken_links", "round_config", "rounds_there"]
 

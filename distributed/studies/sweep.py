@@ -21,10 +21,10 @@ from typing import Any
 
 from core.config import Config, Setting, Sweep
 from core.progress import clock
-from distributed.execution.cluster import connected, replica_pool
+from distributed.cluster.cluster import connected, replica_pool
+from distributed.files.storage import Folder, file_system
 from distributed.store.lock import RunLock
 from distributed.store.run_directory import RunDirectory
-from distributed.store.storage import Folder, file_system
 from distributed.studies.adopt import SHARED, SharedStep, adopt, shared_config
 
 __all__ = [

@@ -10,9 +10,9 @@ from core.errors import DualRSError
 from distributed.checks.estimate import Part, format_parts
 from distributed.checks.measure import measure_parts
 from distributed.checks.preflight import Found, check, count_found, refuse
-from distributed.execution.cluster import replicas_here
+from distributed.cluster.cluster import replicas_here
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
-from distributed.store.storage import Folder
 from distributed.studies.sweep import is_finished, own_steps, setting_folder, shared_runs, shared_steps
 
 __all__ = ["check_sweep", "dry_run_sweep"]

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 
 from core.config import Setting, Sweep
 from core.report.ablation import AblationSetting, ablation_row, format_ablation
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
-from distributed.store.storage import Folder
 from distributed.studies.sweep import read_times, setting_folder
 from distributed.views.tables import report_data
 

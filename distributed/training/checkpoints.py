@@ -16,7 +16,7 @@ from torch import nn
 
 from core.errors import DataError
 from core.training.loop import Record
-from distributed.store.storage import Folder
+from distributed.files.storage import Folder
 
 __all__ = ["EVERY_S", "Checkpoints", "Curves", "identity_of"]
 

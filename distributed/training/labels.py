@@ -10,12 +10,12 @@ from core.config import Config
 from core.data import Dataset
 from core.errors import DataError
 from core.training.estimator import label_radii
-from distributed.execution.cluster import quiet_ray_data, train_cluster
+from distributed.cluster.cluster import quiet_ray_data, train_cluster
+from distributed.files.storage import file_system
 from distributed.methods.rows import ERROR
 from distributed.methods.standard import grid, stacked
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.store.storage import file_system
 
 __all__ = ["training_radii"]
 

@@ -18,11 +18,11 @@ from core.machine.engine import Engine, Task
 from core.machine.noise import make_noise
 from core.progress import Progress
 from core.training.finetune import choose_sigma
-from distributed.execution.cluster import quiet_ray_data, train_cluster, train_device, train_resources
+from distributed.cluster.cluster import quiet_ray_data, train_cluster, train_device, train_resources
 from distributed.execution.work import build_network, check_visible, make_task
-from distributed.store.datasets import absolute, load_dataset
+from distributed.files.datasets import absolute, load_dataset
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
-from distributed.store.storage import Folder
 
 __all__ = ["forget_sigmas", "training_sigmas"]
 

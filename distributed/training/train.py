@@ -26,13 +26,13 @@ from core.progress import Progress
 from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
 from core.training.loop import Objective, Record, Training
-from distributed.execution.cluster import train_cluster, train_device, train_resources
-from distributed.execution.joining import joins
+from distributed.cluster.cluster import train_cluster, train_device, train_resources
+from distributed.cluster.joining import joins
 from distributed.execution.metrics import TrainingMetrics
 from distributed.execution.work import check_visible
-from distributed.store.datasets import absolute, load_dataset
+from distributed.files.datasets import absolute, load_dataset
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
-from distributed.store.storage import Folder
 from distributed.training.checkpoints import Checkpoints, Curves, identity_of
 
 __all__ = ["Lesson", "forget", "train"]

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from core.errors import ConfigError, DataError
 from core.evaluation.exchange import CertifyLog, format_log, parse_log
 from core.report import ImportedRows
+from distributed.files.storage import Folder
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 
 __all__ = ["export_logs", "import_log", "imported_rows"]
 

@@ -13,12 +13,12 @@ from core.errors import DataError
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from core.records import Sampling
 from core.report import DualRows, MethodRows, ReportData, StandardRows
+from distributed.files.storage import Folder
 from distributed.methods import METHODS, method_named
 from distributed.methods.method import Terms, common_columns
 from distributed.methods.rows import ERROR
 from distributed.methods.standard import grid
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 from distributed.views.exchange import imported_rows
 
 __all__ = ["report_data"]

@@ -96,15 +96,16 @@ def pipeline() -> Figure:
 
 def rooms() -> Figure:
     """Floors and rooms; each may use what is below it, rooms of one row do not know one another."""
-    figure = new(7.6, 5.2)
+    figure = new(7.6, 5.8)
     axes = figure.subplots()
     rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("jobs", (("jobs", "parse, build, run, exit code"),)),
         ("distributed", (("studies", "runs made of runs"),)),
-        ("", (("checks", "before, during, after"), ("training", "from shards"), ("views", "rows for people"))),
-        ("", (("execution", "cluster, replicas, scheduler: from a plan to committed shards"),)),
-        ("", (("store", "run directory, plan, shards, lock, data sets: what is on disk"),)),
-        ("", (("methods", "what a certification method is: its draws, its rows, their proof"),)),
+        ("", (("checks", "before, during and after a run"),)),
+        ("", (("training", "what is learned from shards"), ("views", "rows for people"))),
+        ("", (("execution", "replicas, scheduler: from a plan to committed shards"),)),
+        ("", (("cluster", "joining or starting Ray"), ("store", "run directory, plan, shards, lock"))),
+        ("", (("files", "disks, object stores, data sets"), ("methods", "draws, rows and their proof"))),
         ("core", (("smoothed", "the Python API"), ("report", "tables, plots, page"), ("training", "losses, loop"))),
         ("", (("evaluation", "metrics, logs"), ("models", "networks, checkpoints"), ("data", "images, labels"))),
         ("", (("config", "validated settings"),)),

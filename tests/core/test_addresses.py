@@ -5,8 +5,8 @@ import pytest
 from core.addresses import check_address, shown
 from core.config import parse_config
 from core.errors import ConfigError
-from distributed.store.storage import Folder, file_system
-from distributed.store.stores import endpoint
+from distributed.files.storage import Folder, file_system
+from distributed.files.stores import endpoint
 
 MINIMAL = {"sigmas": [0.5], "report": {"radii": [0]}}
 HUSHS = [

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
+from distributed.files.storage import Folder
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 from tests.helpers.s3 import FlakyProxy
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from core.models.resnet_cifar import ResNetCifar
 from tests.core.data.test_data_cifar import BATCHES, python2_pickle, write_cifar10, write_cifar10_c
 from tests.core.data.test_data_folders import encoded, picture
 from tests.core.models.test_classifiers import TINY, hf_vit
-from tests.distributed.store.test_data_parquet import table
+from tests.distributed.files.test_data_parquet import table
 from tests.helpers.openai_reference import CIFAR, IMAGENET, randomised
 
 ROOT = Path(__file__).parents[2]

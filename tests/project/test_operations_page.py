@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from core.config import ComputeConfig
-from distributed.execution import joining
-from distributed.store import lock, storage
+from distributed.cluster import joining
+from distributed.files import storage
+from distributed.store import lock
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")

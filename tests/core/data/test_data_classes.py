@@ -14,7 +14,7 @@ from core.config import DatasetConfig, SplitConfig, parse_config
 from core.data import Dataset, Split
 from core.data.classes import in_order, numbers_of
 from core.errors import ConfigError, DataError
-from distributed.store.datasets import class_names, load_dataset
+from distributed.files.datasets import class_names, load_dataset
 from distributed.store.run_directory import RunDirectory
 from distributed.studies.shift import shifted_config
 from tests.core.data.test_data_folders import encoded, picture

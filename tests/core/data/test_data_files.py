@@ -15,7 +15,7 @@ from core.data.folders import image_files
 from core.data.parquet_files import files_of_split
 from core.data.storage import LocalStorage, hidden
 from core.errors import DataError
-from distributed.store.datasets import load_dataset, open_storage
+from distributed.files.datasets import load_dataset, open_storage
 from distributed.store.run_directory import RunDirectory
 from distributed.studies.predict import open_images
 from tests.core.data.test_data_folders import encoded, picture

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from core.config import DatasetConfig, SplitConfig
 from core.data import Dataset, Preparation
 from core.errors import ConfigError, DataError
-from distributed.store.datasets import load_dataset
+from distributed.files.datasets import load_dataset
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:

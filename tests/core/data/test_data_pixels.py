@@ -18,7 +18,7 @@ from core.config import DatasetConfig
 from core.data import Preparation
 from core.data.formats import ENDINGS, check_header
 from core.errors import DataError
-from distributed.store.datasets import load_dataset
+from distributed.files.datasets import load_dataset
 from tests.core.data.test_data_folders import encoded, picture
 
 

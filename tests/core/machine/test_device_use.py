@@ -28,7 +28,7 @@ from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
 from distributed.checks.audit import audit, replay
 from distributed.execution.replica import Replica
 from distributed.execution.work import build_engine, probe_batch_size
-from distributed.store.datasets import load_dataset
+from distributed.files.datasets import load_dataset
 from distributed.store.plan import Plan
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore

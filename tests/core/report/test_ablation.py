@@ -12,7 +12,7 @@ from core.report import DualRows, ReportData, StandardRows
 from core.report.ablation import AblationSetting, ablation_row, format_ablation
 from core.report.ablation_plots import ablation_figure, swept_numbers
 from core.report.plots import to_bytes
-from distributed.store.storage import Folder
+from distributed.files.storage import Folder
 from distributed.studies.sweep_results import write_results
 
 RADIUS = np.array([[0.3, 0.5], [0.2, 0.0], [0.4, 0.1], [0.0, 0.0]])

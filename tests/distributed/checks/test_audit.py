@@ -15,7 +15,7 @@ from core.files import file_sha256
 from core.report.multiscale import MultiscaleRows
 from distributed.checks.audit import audit, replay
 from distributed.execution.launch import work_of
-from distributed.store.parquet import from_bytes, to_bytes
+from distributed.files.parquet import from_bytes, to_bytes
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.recertify import Change, recertify

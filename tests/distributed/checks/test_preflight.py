@@ -36,12 +36,12 @@ from distributed.checks.measure import measure_parts
 from distributed.checks.preflight import check, dry_run, refuse
 from distributed.execution.launch import certify_store, outline, work_of
 from distributed.execution.replica import Replica
+from distributed.files.datasets import absolute, load_dataset
+from distributed.files.storage import Folder
 from distributed.methods.dual import Dual, dual_copies
 from distributed.methods.rows import certificate_row
-from distributed.store.datasets import absolute, load_dataset
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 from jobs import pipeline
 from tests.helpers.s3 import s3_server, uri
 from tests.helpers.tiny import PLAIN, tiny_run

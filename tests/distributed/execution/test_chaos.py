@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from distributed.checks.audit import audit
-from distributed.store.datasets import load_dataset
+from distributed.files.datasets import load_dataset
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from jobs import build_dataset

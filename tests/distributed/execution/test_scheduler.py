@@ -28,8 +28,8 @@ from core.records import Sampling
 from distributed.checks.audit import audit
 from distributed.execution.replica import Replica, retired
 from distributed.execution.work import Work, make_task
+from distributed.files.datasets import load_dataset
 from distributed.methods.standard import Standard
-from distributed.store.datasets import load_dataset
 from distributed.store.plan import Plan
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore

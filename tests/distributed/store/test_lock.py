@@ -12,14 +12,14 @@ import pytest
 
 import distributed.store.lock as lock_module
 from core.errors import ConfigError
+from distributed.files.storage import Folder
 from distributed.store.lock import RunLock, read_lock
-from distributed.store.storage import Folder
 from tests.helpers.tiny import tiny_run
 
 HOLD = (
     "import sys, time\n"
     "from distributed.store.lock import RunLock\n"
-    "from distributed.store.storage import Folder\n"
+    "from distributed.files.storage import Folder\n"
     "with RunLock(Folder(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"

@@ -20,8 +20,8 @@ from core.files import file_sha256
 from core.procedures.confidence import certified_radius
 from distributed.checks.audit import Replayed, audit, replay
 from distributed.execution.launch import work_of
+from distributed.files.parquet import from_bytes, to_bytes
 from distributed.store.origin import origin_of
-from distributed.store.parquet import from_bytes, to_bytes
 from distributed.store.plan import Plan
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
@@ -223,7 +223,7 @@ def test_run_directory_manifest_that_was_edited_is_refused(
     edit(run, change)
     for mode in ("write", "dry", "look"):
         with pytest.raises(ConfigError, match=message):
-            RunDirectory(run, None, mode)  # type: ignore[arg-type]
+            RunDirectory(run, None, mode)
     for job in (report_job, audit_job):
         assert run_main(job, "--out", str(run)) == 2
     assert "was edited" in capsys.readouterr().err

@@ -12,12 +12,12 @@ from core.errors import ConfigError, DataError
 from core.files import file_sha256
 from core.procedures.smoothing import certificate
 from core.records import Bound, Certificate, DualCertificate, Sampling
+from distributed.files.storage import Folder
 from distributed.methods.dual import Dual
 from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
 from distributed.methods.standard import grid
 from distributed.store.plan import Plan
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 
 IDS = tuple(f"e{i}" for i in range(7))
 

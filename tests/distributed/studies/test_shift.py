@@ -20,9 +20,9 @@ from core.report import StandardRows
 from core.report.render import write_report
 from core.report.shift import Shifted, shift_section
 from distributed.checks import preflight
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 from distributed.studies.shift import sets_there, shifted_config
 from jobs import audit, certify, shift, status
 from jobs import report as report_job

@@ -13,9 +13,9 @@ import pytest
 from core.config import Sweep, load_sweep
 from core.errors import DualRSError
 from distributed.checks.audit import audit
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 from distributed.studies.sweep import is_finished, own_steps, run_setting, setting_folder, shared_runs
 from distributed.studies.sweep_check import check_sweep, dry_run_sweep
 from jobs.sweep import STEPS

@@ -14,8 +14,8 @@ from core.data import Dataset
 from core.errors import DataError
 from core.models.checkpoints import load_model
 from core.training.loop import Training
+from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
-from distributed.store.storage import Folder
 from distributed.training import checkpoints
 from distributed.training.labels import training_radii
 from jobs import build_dataset, finetune_classifier, train_estimator

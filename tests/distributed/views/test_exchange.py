@@ -17,11 +17,11 @@ from core.procedures.smoothing import certificate
 from core.records import Certificate, Sampling
 from core.report.render import write_report
 from distributed.checks.preflight import check
+from distributed.files.storage import Folder
 from distributed.methods.multiscale import Multiscale
 from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder
 from distributed.views.exchange import export_logs, import_log, imported_rows
 from jobs import import_tsv
 from tests.core.report.test_report import report

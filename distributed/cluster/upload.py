@@ -11,7 +11,7 @@ from typing import Any, Final
 from core.addresses import is_address
 from core.config import Config
 from core.errors import ConfigError
-from distributed.store.storage import Folder
+from distributed.files.storage import Folder
 
 __all__ = ["check_upload", "job_runtime_env"]
 

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from core.errors import ConfigError
-from distributed.execution.joining import check_cluster, joins, runtime_env
+from distributed.cluster.joining import check_cluster, joins, runtime_env
 from tests.helpers.s3 import free_port
 
 ROOT = Path(__file__).parents[3]
@@ -83,7 +83,7 @@ def test_check_cluster_somebody_who_is_no_head_is_refused_in_time(
 
 
 def test_job_with_a_dead_head_ends_before_anything_else_with_the_reason(tmp_path: Path) -> None:
-    code = "import distributed.execution.joining as j, sys; j.check_cluster.__defaults__ = (1.0,)\n"
+    code = "import distributed.cluster.joining as j, sys; j.check_cluster.__defaults__ = (1.0,)\n"
     code += "from jobs.certify import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "--method=dual", "--config=configs/digits.yaml", f"--out={tmp_path}"]
     environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
@@ -98,7 +98,7 @@ def test_connected_joins_a_cluster_whose_workers_learn_the_endpoint() -> None:
     code = """
 import os, ray
 from core.config import ComputeConfig
-from distributed.execution.cluster import connected
+from distributed.cluster.cluster import connected
 with connected(ComputeConfig()):
     print(ray.get(ray.remote(lambda: os.environ.get("AWS_ENDPOINT_URL_S3")).remote()))
 """

@@ -6,8 +6,8 @@ import torch
 
 from core.config import ComputeConfig, parse_config
 from core.errors import ConfigError
-from distributed.execution import cluster
-from distributed.execution.cluster import Pool, check_gpus, replica_pool, replicas_here, train_device
+from distributed.cluster import cluster
+from distributed.cluster.cluster import Pool, check_gpus, replica_pool, replicas_here, train_device
 
 
 def pool(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], *overrides: str) -> Pool:

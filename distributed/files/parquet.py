@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from core.errors import DataError
-from distributed.store.storage import Folder
+from distributed.files.storage import Folder
 
 __all__ = ["from_bytes", "metadata_of_file", "to_bytes"]
 

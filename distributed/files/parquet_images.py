@@ -15,7 +15,7 @@ from core.data import Dataset, StoredImages
 from core.data.classes import canonical, check_numbers, numbers_of
 from core.data.parquet_files import ParquetPart
 from core.errors import ConfigError, DataError
-from distributed.store.storage import file_system
+from distributed.files.storage import file_system
 
 __all__ = ["read_class_names", "read_parquet", "read_unlabelled"]
 

@@ -9,8 +9,8 @@ import yaml
 
 from core.config import parse_config
 from core.errors import ConfigError
-from distributed.execution.upload import LEFT_OUT, check_upload
-from distributed.store.storage import Folder
+from distributed.cluster.upload import LEFT_OUT, check_upload
+from distributed.files.storage import Folder
 from jobs import build_dataset
 from tests.helpers.tiny import PLAIN, run_main
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from core.config import ComputeConfig
 from core.errors import ConfigError
-from distributed.execution.joining import check_cluster, joins, runtime_env
+from distributed.cluster.joining import check_cluster, joins, runtime_env
 
 __all__ = [
     "Pool",

@@ -7,8 +7,8 @@ from functools import cache
 
 from core.addresses import shown
 from core.errors import ConfigError
-from distributed.execution.upload import job_runtime_env
-from distributed.store.stores import store_environment
+from distributed.cluster.upload import job_runtime_env
+from distributed.files.stores import store_environment
 
 __all__ = ["check_cluster", "joins", "runtime_env"]
 

@@ -14,8 +14,8 @@ from core.data.loading import ParquetReader
 from core.data.loading import class_names as local_class_names
 from core.data.storage import hidden
 from core.errors import DataError
-from distributed.store.parquet_images import read_class_names, read_parquet
-from distributed.store.storage import file_system
+from distributed.files.parquet_images import read_class_names, read_parquet
+from distributed.files.storage import file_system
 
 __all__ = ["ArrowStorage", "absolute", "class_names", "load_dataset", "open_storage"]
 

@@ -12,7 +12,7 @@ from core.config import DatasetConfig, SplitConfig
 from core.data import Dataset, Split
 from core.data import load_dataset as load_local
 from core.errors import ConfigError, DataError
-from distributed.store.datasets import load_dataset
+from distributed.files.datasets import load_dataset
 from tests.core.data.test_data_cifar import cifar10, write_cifar10
 from tests.core.data.test_data_folders import encoded, picture
 

@@ -11,9 +11,9 @@ import pytest
 
 from core.errors import ConfigError, DataError
 from distributed.checks.audit import audit
+from distributed.files.storage import Folder, file_system
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.store.storage import Folder, file_system
 from distributed.studies.rounds import begin_round, rounds_there
 from distributed.studies.shift import open_set, sets_there, shifted_config
 from jobs import build_dataset, certify

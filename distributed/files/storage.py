@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 from core.addresses import check_address, is_address
 from core.errors import ConfigError, DataError
 from core.files import file_sha256, known_sha256, write_whole
-from distributed.store.stores import endpoint, file_system
+from distributed.files.stores import endpoint, file_system
 
 __all__ = ["Folder", "Stored", "file_system"]
 

@@ -13,10 +13,10 @@ import fsspec
 import pytest
 
 from core.errors import ConfigError, DataError
-from distributed.store import storage, stores
-from distributed.store.datasets import open_storage
-from distributed.store.storage import Folder
-from distributed.store.stores import endpoint, store_environment
+from distributed.files import storage, stores
+from distributed.files.datasets import open_storage
+from distributed.files.storage import Folder
+from distributed.files.stores import endpoint, store_environment
 from tests.helpers.s3 import FlakyProxy, free_port, s3_server
 
 VARIABLES = (
