@@ -264,7 +264,8 @@ def test_replay_votes_that_other_noise_gave_are_found(run: RunDirectory) -> None
     def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
         for row in rows:
             row["counts_estimation"] = row["counts_estimation"][1:] + row["counts_estimation"][:1]
-            row |= certificate_row(row["example_id"], row["label"], standard_from_row(row, terms))
+            certificate = standard_from_row(row, terms)
+            row |= certificate_row(row["example_id"], row["label"], certificate, row["image_hash"])
         return rows
 
     for _ in range(1):

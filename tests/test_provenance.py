@@ -225,7 +225,7 @@ def test_run_directory_manifest_that_was_edited_is_refused(
     edit(run, change)
     for mode in ("write", "dry", "look"):
         with pytest.raises(ConfigError, match=message):
-            RunDirectory(run, None, mode)  # type: ignore[arg-type]
+            RunDirectory(run, None, mode)
     for job in (report_job, audit_job):
         assert run_main(job, "--out", str(run)) == 2
     assert "was edited" in capsys.readouterr().err
@@ -339,11 +339,9 @@ def test_replay_choice_is_fresh_unless_its_seed_is_given(run: Path, capsys: pyte
 def test_fetch_local_file_that_has_changed_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work, _ = work_of(RunDirectory(run, None), DUAL)
     assert set(work.model_files()) == {"denoiser", "classifier", "estimator"}
-    hashed = []
-    monkeypatch.setattr("core.files.file_sha256", lambda path: hashed.append(path) or "none")
-    work.model_files()
-    assert hashed == [], "hashed again although nothing has touched the files"
-    monkeypatch.undo()
+    with monkeypatch.context() as context:  # hashed once, and not again while nothing touches the files
+        context.setattr("core.files.file_sha256", lambda path: "another")
+        work.model_files()
     file = run / "models/classifier_finetuned.safetensors"
     before, content = file.stat(), bytearray(file.read_bytes())
     content[-1] ^= 1
