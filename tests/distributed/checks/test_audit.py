@@ -262,7 +262,7 @@ def test_replay_votes_that_other_noise_gave_are_found(run: RunDirectory) -> None
     def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
         for row in rows:
             row["counts_estimation"] = row["counts_estimation"][1:] + row["counts_estimation"][:1]
-            row |= method.row(row["example_id"], row["label"], method.recompute(row, terms))
+            row |= method.again(row, terms)
         return rows
 
     for _ in range(1):
