@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.agreement_records import AgreementCertificate, AgreementVotes, Router, StageVotes
 from core.procedures.agreement import Agreement, agreement_certify
-from core.records import ESTIMATOR, Answer, Counts, Draws, Phase, Sampling, Stop
+from core.records import CLASSIFIER, ESTIMATOR, Answer, Counts, Draws, Phase, Sampling, Stop
 from tests.helpers.lattice import Floats, counts
 from tests.helpers.oracles import drive
 
@@ -50,7 +50,7 @@ class Routed:
     def stay(self, c: int) -> Floats:
         """R_j: the expert of level j, smoothed, answers c within it."""
         p = np.array(self.p)
-        return np.maximum(np.array(self.sigmas) * special.ndtri(p if c else 1 - p), 0.0)
+        return np.asarray(np.maximum(np.array(self.sigmas) * special.ndtri(p if c else 1 - p), 0.0))
 
     def radius(self, chosen: int, c: int, router: Router = "median") -> float:
         """T, by the statement."""
@@ -181,4 +181,37 @@ def routed_classes(
     answers = np.stack(
         [np.where(z[:, axis] > at, beyond, 1 - beyond) for _, (axis, at, beyond) in sorted(planes.items())], axis=1
     )
-    return answers[np.arange(len(z)), level]
+    return np.asarray(answers[np.arange(len(z)), level])
+
+
+@dataclass
+class Stream:
+    """Fixed sequences of draws for every head, level and phase, so that several procedures see the same ones.
+
+    Outputs are numbers of classes or levels; the last one of each head votes for nothing.
+    """
+
+    draws: Mapping[tuple[str, float, Phase], Counts]
+    widths: Mapping[str, int]
+    asked: list[Draws] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, routed: Routed, sampling: Sampling, random: np.random.Generator) -> "Stream":
+        """As the truth has it: two classes, and the router's shares."""
+        blind, made = max(0.0, 1 - math.fsum(routed.shares)), {}
+        for phase, num in ((Phase.SELECTION, sampling.num_selection), (Phase.ESTIMATION, sampling.num_estimation)):
+            share = np.array([*routed.shares, blind])
+            made[ESTIMATOR, routed.sigma_e, phase] = random.choice(len(share), num, p=share / share.sum())
+            for sigma, p in zip(routed.sigmas, routed.p, strict=True):
+                made[CLASSIFIER, sigma, phase] = (random.random(num) < p).astype(np.int64)
+        return cls(made, {ESTIMATOR: len(routed.sigmas), CLASSIFIER: 2})
+
+    def __call__(self, draws: Draws) -> Answer:
+        self.asked.append(draws)
+        return {
+            head: np.bincount(
+                self.draws[head, draws.sigma, draws.phase][draws.start : draws.start + draws.num],
+                minlength=self.widths[head] + 1,
+            )[: self.widths[head]].astype(np.int64)
+            for head in draws.heads
+        }

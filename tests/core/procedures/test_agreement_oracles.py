@@ -108,9 +108,11 @@ def test_dual_smoothed_classifier_agreement_on_closed_forms(rule: Router, sigma_
     z = np.random.default_rng(3).uniform((-0.5, -0.1), (0.5, 0.5), (num, 2))
     images = images_at(z)
     shares = SlabRouter(cuts).shares(z[:, 0], sigma_e)
-    terms = {"num_estimation": 1000, "alpha": alpha, "example_ids": [str(i) for i in range(num)]}
-    results = model.certify_many(images, claim="agreement", router=rule, **terms)  # type: ignore[call-overload]
-    published = model.certify_many(images, **terms)  # type: ignore[arg-type]
+    ids = [str(place) for place in range(num)]
+    results = model.certify_many(
+        images, claim="agreement", router=rule, num_estimation=1000, alpha=alpha, example_ids=ids
+    )
+    published = model.certify_many(images, num_estimation=1000, alpha=alpha, example_ids=ids)
     exact, gained = [], 0
     for place, (result, other) in enumerate(zip(results, published, strict=True)):
         p = tuple(special.ndtr((z[place, 1] - at) / s * (1 if one else -1)) for s, (_, at, one) in planes.items())
