@@ -12,7 +12,8 @@ from core import DualSmoothedClassifier
 from core.agreement_records import Router
 from core.errors import ConfigError
 from core.procedures.agreement import Agreement, agreement_certify, agreement_predict
-from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, Answer, Counts, Draws, Phase, Sampling
+from core.procedures.sequential import Budget
+from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, Answer, Counts, Draws, Rule, Sampling
 from tests.helpers.lattice import Floats, counts
 from tests.helpers.oracles import HalfSpace, Negated, axis, drive
 from tests.helpers.routed import Routed, SlabRouter, is_false, outcomes_of
@@ -148,22 +149,26 @@ def test_dual_smoothed_classifier_agreement_needs_halves_ascending_sigmas_and_kn
 
 
 @pytest.mark.slow
-def test_agreement_20_000_certificates_are_false_with_at_most_alpha() -> None:
+@pytest.mark.parametrize(("budget", "num"), [("fixed", 20_000), ("sequential", 5000), ("grid", 5000)])
+def test_agreement_many_certificates_are_false_with_at_most_alpha(budget: Budget, num: int) -> None:
     """Slabs and half-spaces at random, with draws simulated from their probabilities, selection included."""
-    random, num, alpha = np.random.default_rng(4), 20_000, 0.1
+    random, alpha = np.random.default_rng(4), 0.1
     false, standing = 0, 0
-    terms = Agreement(SIGMAS, 1.0, Sampling(20, 400, alpha))
+    radii = (0.0, 0.1, 0.2, 0.3, 0.5) if budget == "grid" else ()
+    terms = Agreement(SIGMAS, 1.0, Sampling(20, 400, alpha), "median", budget, Rule(40, 0.3), radii)
     for _ in range(num):
         cuts = np.sort(random.normal(0, 0.7, 2))
         shares = SlabRouter(tuple(cuts.tolist())).shares(np.zeros(1), 1.0)[0]
         p = special.ndtr(random.uniform(-0.1, 0.6, 3) / np.array(SIGMAS))
         truth = Routed(SIGMAS, 1.0, tuple(shares.tolist()), tuple(p.tolist()))
-        votes = {phase: random.multinomial(n, shares) for phase, n in ((Phase.SELECTION, 20), (Phase.ESTIMATION, 400))}
 
-        def answer(draws: Draws, votes: Mapping[Phase, Counts] = votes, p: Floats = p) -> Answer:
+        def answer(draws: Draws, shares: Floats = shares, p: Floats = p) -> Answer:
             ones = int(random.binomial(draws.num, p[SIGMAS.index(draws.sigma)]))
-            known = {ESTIMATOR: votes[draws.phase], CLASSIFIER: counts(draws.num - ones, ones)}
-            return {head: known[head] for head in draws.heads}
+            votes = {
+                ESTIMATOR: random.multinomial(draws.num, shares),
+                CLASSIFIER: counts(draws.num - ones, ones),
+            }
+            return {head: votes[head] for head in draws.heads}
 
         result = drive(agreement_certify(terms), answer)
         standing += not result.abstained
