@@ -14,18 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from core.agreement_records import AgreementCertificate
     from core.records import ABSTAIN, Certificate, DualCertificate
     from core.smoothed import DualSmoothedClassifier, SmoothedClassifier
 
 _HOMES = {
     "ABSTAIN": "core.records",
+    "AgreementCertificate": "core.agreement_records",
     "Certificate": "core.records",
     "DualCertificate": "core.records",
     "DualSmoothedClassifier": "core.smoothed",
     "SmoothedClassifier": "core.smoothed",
 }
 
-__all__ = ["ABSTAIN", "Certificate", "DualCertificate", "DualSmoothedClassifier", "SmoothedClassifier"]
+__all__ = [
+    "ABSTAIN",
+    "AgreementCertificate",
+    "Certificate",
+    "DualCertificate",
+    "DualSmoothedClassifier",
+    "SmoothedClassifier",
+]
 
 
 def _version() -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "Phase",
     "Prediction",
     "Procedure",
+    "Record",
     "Rule",
     "Sampling",
     "Stop",
@@ -176,7 +177,7 @@ class Rule:
             raise ConfigError(f"futility_z must be positive, got {self.futility_z!r}")
 
 
-class _Record:
+class Record:
     """Equality for records that hold arrays."""
 
     __slots__ = ()
@@ -193,7 +194,7 @@ class _Record:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Certificate(_Record):
+class Certificate(Record):
     """The outcome of CERTIFY (Cohen et al. 2019) for one input at one noise level.
 
     With probability at least 1 - alpha over the noise, the prediction (if it is not ABSTAIN) is the class of the
@@ -249,7 +250,7 @@ class Certificate(_Record):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DualCertificate(_Record):
+class DualCertificate(Record):
     """The outcome of Dual RS for one input (arXiv 2512.01782, theorem 4.2).
 
     With probability at least 1 - alpha over the noise of both stages, if the prediction is not ABSTAIN, then for every
@@ -310,7 +311,7 @@ class DualCertificate(_Record):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MultiscaleCertificate(_Record):
+class MultiscaleCertificate(Record):
     """The outcome of Multiscale (Jeong & Shin 2023) for one input, made rigorous: see `core.procedures.multiscale`.
 
     With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
@@ -349,7 +350,7 @@ class MultiscaleCertificate(_Record):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prediction(_Record):
+class Prediction(Record):
     """The outcome of PREDICT (Cohen et al. 2019): the smoothed classifier's class at the input, without a radius.
 
     With probability at least 1 - alpha over the noise, the prediction is the smoothed class or ABSTAIN.
@@ -364,7 +365,7 @@ class Prediction(_Record):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DualPrediction(_Record):
+class DualPrediction(Record):
     """PREDICT in both stages of Dual RS, alpha / 2 each. `class_stage` is None when the estimator abstained."""
 
     prediction: int

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypedDict, TypeVar, Unpack, get_args, overload
 
 import numpy as np
 import PIL.Image
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.agreement_records import AgreementCertificate, Claim, Router
 from core.data import as_image
 from core.errors import ConfigError, DataError
 from core.machine.engine import Engine, Task
@@ -18,6 +19,7 @@ from core.machine.exact_noise import grid_integers
 from core.machine.network import Denoiser, Head, Module, Network
 from core.machine.noise import make_noise
 from core.machine.user_modules import direct_module
+from core.procedures.agreement import Agreement, agreement_certify
 from core.procedures.dual import dual_predict
 from core.procedures.sequential import Budget, dual_procedure, standard_procedure
 from core.procedures.smoothing import predict
@@ -30,6 +32,24 @@ Image = Tensor | NDArray[np.generic] | PIL.Image.Image
 Images = Tensor | NDArray[np.generic] | Sequence[Image]
 NoiseKind = Literal["gaussian", "exact"]
 DEFAULT_RULE = Rule()
+
+
+class _Terms(TypedDict, total=False):
+    """Keyword arguments of `DualSmoothedClassifier.certify` that do not say what is returned."""
+
+    num_selection: int
+    num_estimation: int
+    alpha: float
+    batch_size: int
+    budget: Budget
+    radii: Sequence[float]
+    rule: Rule
+    alpha_split: AlphaSplit
+    router: Router
+
+
+class _Many(_Terms, total=False):
+    example_ids: Sequence[str] | None
 
 
 class _Smoothed:
@@ -306,37 +326,42 @@ class DualSmoothedClassifier(_Smoothed):
             f"num_classes={self.num_classes}, seed={self.seed})"
         )
 
+    @overload
     def certify(
-        self,
-        x: Image,
-        *,
-        num_selection: int = 100,
-        num_estimation: int = 10_000,
-        alpha: float = 0.001,
-        batch_size: int = 1000,
-        example_id: str | None = None,
-        budget: Budget = "fixed",
-        radii: Sequence[float] = (),
-        rule: Rule = DEFAULT_RULE,
-        alpha_split: AlphaSplit = "halves",
-    ) -> DualCertificate:
+        self, x: Image, *, claim: Literal["constant"] = ..., example_id: str | None = ..., **terms: Unpack[_Terms]
+    ) -> DualCertificate: ...
+
+    @overload
+    def certify(
+        self, x: Image, *, claim: Literal["agreement"], example_id: str | None = ..., **terms: Unpack[_Terms]
+    ) -> AgreementCertificate: ...
+
+    def certify(
+        self, x: Image, *, claim: Claim = "constant", example_id: str | None = None, **terms: Unpack[_Terms]
+    ) -> DualCertificate | AgreementCertificate:
         """DUAL-CERTIFY one image; arguments and errors as for `SmoothedClassifier.certify`, draws of each stage.
 
-        `alpha_split` says how alpha is spent on the stages, see `core.records.AlphaSplit`.
+        Args:
+            x: ``(C, H, W)``, floating in [0, 1] or uint8.
+            claim: `constant`, as published: level and class stay within the radius. `agreement`: the class stays,
+                whatever the level (`AgreementCertificate`); never a smaller radius from the same votes.
+            example_id: names the image in the noise key; by default a hash of its pixels.
+            **terms: of `certify_many`, with its defaults.
         """
         ids = None if example_id is None else [example_id]
-        return self.certify_many(
-            [x],
-            num_selection=num_selection,
-            num_estimation=num_estimation,
-            alpha=alpha,
-            batch_size=batch_size,
-            example_ids=ids,
-            budget=budget,
-            radii=radii,
-            rule=rule,
-            alpha_split=alpha_split,
-        )[0]
+        if claim == "agreement":
+            return self.certify_many([x], claim=claim, example_ids=ids, **terms)[0]
+        return self.certify_many([x], claim=claim, example_ids=ids, **terms)[0]
+
+    @overload
+    def certify_many(
+        self, images: Images, *, claim: Literal["constant"] = ..., **terms: Unpack[_Many]
+    ) -> list[DualCertificate]: ...
+
+    @overload
+    def certify_many(
+        self, images: Images, *, claim: Literal["agreement"], **terms: Unpack[_Many]
+    ) -> list[AgreementCertificate]: ...
 
     def certify_many(
         self,
@@ -351,9 +376,22 @@ class DualSmoothedClassifier(_Smoothed):
         radii: Sequence[float] = (),
         rule: Rule = DEFAULT_RULE,
         alpha_split: AlphaSplit = "halves",
-    ) -> list[DualCertificate]:
-        """DUAL-CERTIFY many images at once; see `SmoothedClassifier.certify_many`."""
+        claim: Claim = "constant",
+        router: Router = "median",
+    ) -> list[DualCertificate] | list[AgreementCertificate]:
+        """DUAL-CERTIFY many images at once; see `SmoothedClassifier.certify_many`.
+
+        `alpha_split` says how alpha is spent on the stages, see `core.records.AlphaSplit`; `claim` what is certified,
+        see `certify`; `router`, for the claim `agreement`, how the estimator's votes pick a level.
+        """
         sampling = Sampling(num_selection, num_estimation, alpha)
+        if claim not in get_args(Claim):
+            raise ConfigError(f"claim must be one of {get_args(Claim)}, got {claim!r}")
+        if claim == "agreement":
+            if alpha_split != "halves":
+                raise ConfigError(f"claim 'agreement' needs alpha_split 'halves', got {alpha_split!r}")
+            terms = Agreement(self.sigmas, self.sigma_e, sampling, router, budget, rule, tuple(radii))
+            return self._run(images, example_ids, batch_size, lambda: agreement_certify(terms))
         return self._run(
             images,
             example_ids,

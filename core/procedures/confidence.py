@@ -29,6 +29,7 @@ __all__ = [
     "noise_scale",
     "probability_missed",
     "probability_of_radius",
+    "radius_of_two_bounds",
     "top_two",
 ]
 
@@ -124,6 +125,25 @@ def bound_and_radius(
     """`clopper_pearson_lower` and the `certified_radius` of it; cached, for with few draws the same votes recur."""
     p_lower = float(clopper_pearson_lower(successes, num, alpha, arithmetic))
     return p_lower, float(certified_radius(p_lower, sigma, arithmetic))
+
+
+def radius_of_two_bounds(one: int, other: int, num: int, alpha: float, sigma: float) -> float:
+    """Sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)) of Cohen et al. 2019 (theorem 1), with a bound of either at `alpha`.
+
+    Args:
+        one: of `num` draws those in A; p_A is bounded from below.
+        other: those outside B; p_B is bounded from above by one less their lower bound.
+        num: draws.
+        alpha: failure probability of each bound.
+        sigma: noise level.
+
+    Returns:
+        The radius, rounded towards zero; 0.0 where nothing is certified. At one = other it is `certified_radius`.
+    """
+    a, b = (float(special.ndtri(bound)) for bound in clopper_pearson_lower([one, other], num, alpha))
+    if not one or not other:
+        return 0.0  # no bound: the quantile is infinite
+    return max(0.0, sigma / 2 * (a + b - SLACK * (abs(a) + abs(b))))
 
 
 def largest_radius(sigma: float, num: int, alpha: float) -> float:

@@ -8,7 +8,6 @@ In Dual RS the radius is min(R_sigma, R_c). The stage that looks tighter on its 
 and all of its alpha in one look; the other one has only to show the same radius.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -16,8 +15,8 @@ import numpy as np
 from scipy import special
 
 from core.errors import ConfigError
-from core.procedures.confidence import certified_radius, log_e_value, lower_bounds, probability_of_radius
 from core.procedures.dual import dual_certify, join_stages, selection_heads
+from core.procedures.ladder import Ladder, sample
 from core.procedures.smoothing import certify
 from core.records import (
     ABSTAIN,
@@ -39,6 +38,7 @@ from core.records import (
 
 __all__ = [
     "Budget",
+    "ascending_grid",
     "beyond",
     "certify_grid",
     "certify_sequential",
@@ -46,7 +46,6 @@ __all__ = [
     "conclude",
     "dual_certify_sequential",
     "dual_procedure",
-    "final_alpha",
     "second_targets",
     "skipped",
     "stage_order",
@@ -55,9 +54,6 @@ __all__ = [
 ]
 
 Budget = Literal["fixed", "sequential", "grid"]
-
-_E_SLACK = 1e-6
-"""Added to the log threshold of the e-process: far above the rounding of its terms at a million draws."""
 
 
 def beyond(radii: Sequence[float]) -> tuple[float, ...]:
@@ -102,27 +98,15 @@ def climb(
         A `Certificate`.
     """
     top_class, most = int(selection.argmax()), sampling.num_estimation
-    ladder = _Ladder(sigma, tuple(targets), sampling, rule.early_share)
-    estimation, num, stop = np.zeros_like(selection), 0, Stop.FULL
-    waiting = list(reversed(given))
-    while num < most and stop is Stop.FULL:
-        step = min(rule.look_every, most - num)
-        if waiting:
-            votes = waiting.pop()
-        else:
-            answer = yield Draws(sigma, step, ask or (head,), Phase.ESTIMATION, start=num)
-            votes = answer[head]
-            if others is not None:
-                others.append(next(answer[name] for name in answer if name != head))
-        estimation, num = estimation + votes, num + step
-        successes, left = int(estimation[top_class]), most - num
-        if targets and ladder.shown_early(successes, num) == len(targets):
-            stop = Stop.REACHED
-        elif left and grid:
-            stop = ladder.give_up(successes, num, rule.futility_z)
-        elif left and successes + left < ladder.certifying:
-            stop = Stop.FUTILE
-    return conclude(sigma, targets, selection, estimation, num, sampling, rule.early_share, stop, grid=grid)
+    ladder = Ladder(sigma, tuple(targets), sampling, rule.early_share, grid=grid)
+
+    def verdict(votes: Counts, num: int) -> Stop:
+        return ladder.verdict(int(votes[top_class]), num, rule.futility_z)
+
+    ended = yield from sample(
+        sigma, most, rule.look_every, head, verdict, ask=ask or (head,), given=given, others=others
+    )
+    return conclude(sigma, targets, selection, *ended[:2], sampling, rule.early_share, ended[2], grid=grid)
 
 
 def conclude(
@@ -141,20 +125,9 @@ def conclude(
 
     A function of the final votes alone, so that stored counts are enough to check a certificate.
     """
-    top_class, most = int(selection.argmax()), sampling.num_estimation
-    ladder = _Ladder(sigma, tuple(targets), sampling, early_share)
-    successes = int(estimation[top_class])
-    shown = ladder.shown_early(successes, num)
-    p_lower, radius, target = 0.0, 0.0, None if grid or not targets else targets[-1]
-    if grid:
-        shown = max(shown, ladder.shown_at_the_end(successes)) if num == most else shown
-        if shown:
-            p_lower, radius, target = float(ladder.p_targets[shown - 1]), targets[shown - 1], targets[shown - 1]
-    elif targets and shown == len(targets):
-        p_lower, radius = float(ladder.p_targets[-1]), targets[-1]
-    else:
-        p_lower = float(ladder.bounds[successes]) if num == most else ladder.lower_bound_early(successes, num)
-        radius = min(float(certified_radius(p_lower, sigma, sampling.arithmetic)), *targets, math.inf)
+    top_class = int(selection.argmax())
+    ladder = Ladder(sigma, tuple(targets), sampling, early_share, grid=grid)
+    p_lower, radius, target = ladder.result(int(estimation[top_class]), num)
     return Certificate(
         prediction=top_class if radius > 0.0 else ABSTAIN,
         radius=radius,
@@ -169,67 +142,6 @@ def conclude(
         alpha_early=ladder.alpha_early,
         target=target,
     )
-
-
-class _Ladder:
-    """What votes show of ascending target radii, with alpha split between early looks and the last one."""
-
-    def __init__(self, sigma: float, targets: tuple[float, ...], sampling: Sampling, early_share: float) -> None:
-        self.most = sampling.num_estimation
-        self.alpha_early = sampling.alpha * early_share if targets else 0.0
-        self.bounds = lower_bounds(self.most, final_alpha(sampling.alpha, self.alpha_early), sampling.arithmetic)
-        self.p_targets = probability_of_radius(np.asarray(targets, np.float64), sigma, sampling.arithmetic)
-        # Votes at the last draw that show each target, and that certify anything.
-        self.needed = np.searchsorted(self.bounds, self.p_targets, side="left")
-        self.certifying = int(np.searchsorted(self.bounds, 0.5, side="right"))
-
-    def shown_early(self, successes: int, num: int) -> int:
-        """How many targets, from the bottom and without a gap, the e-process shows."""
-        shown = 0
-        while shown < len(self.p_targets) and self._crosses(successes, num, shown):
-            shown += 1
-        return shown
-
-    def lower_bound_early(self, successes: int, num: int) -> float:
-        """The largest p0 (to within 1e-9) that the e-process shows; 0.0 if it does not show 1/2.
-
-        Needs no target: the votes of a run that stopped for another alpha's sake certify what they certify.
-        """
-        if not self.alpha_early or not num or not self._shows(successes, num, 0.5):
-            return 0.0
-        low, high = 0.5, successes / num  # evidence against p0 falls as p0 rises, and is none at the share of votes
-        while high - low > 1e-9:
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._shows(successes, num, middle) else (low, middle)
-        return low
-
-    def shown_at_the_end(self, successes: int) -> int:
-        """How many targets the Clopper-Pearson look at the last draw shows."""
-        return int((self.needed <= successes).sum())
-
-    def give_up(self, successes: int, num: int, z: float) -> Stop:
-        """Whether the next target is out of reach, or so unlikely that the rule gives up; FULL to go on."""
-        following, left = self.shown_early(successes, num), self.most - num
-        at_best, needed = successes + left, int(self.needed[following])
-        if at_best < needed and not self._crosses(at_best, self.most, following):
-            return Stop.FUTILE
-        # Normal approximation of the votes to come, a beta-binomial given those that came.
-        p = (successes + 0.5) / (num + 1)
-        deviation = math.sqrt(left * p * (1 - p) * (1 + left / num))
-        return Stop.UNLIKELY if needed - (successes + left * p) > z * deviation else Stop.FULL
-
-    def _crosses(self, successes: int, num: int, index: int) -> bool:
-        """Whether the e-process shows p > p_targets[index]; one that rounds to 1 cannot be shown."""
-        p0 = float(self.p_targets[index])
-        return p0 < 1.0 and self._shows(successes, num, p0)
-
-    def _shows(self, successes: int, num: int, p0: float) -> bool:
-        return bool(log_e_value(successes, num, p0) >= math.log(1.0 / self.alpha_early) + _E_SLACK)
-
-
-def final_alpha(alpha: float, alpha_early: float) -> float:
-    """What is left for the look at the last draw; the sum of both never exceeds alpha."""
-    return math.nextafter(alpha - alpha_early, 0.0) if alpha_early else alpha
 
 
 def certify_sequential(sigma: float, sampling: Sampling, rule: Rule, head: str = CLASSIFIER) -> Procedure[Certificate]:
@@ -350,7 +262,7 @@ def standard_procedure(
         return certify(sigma, sampling)
     if budget == "sequential":
         return certify_sequential(sigma, sampling, rule)
-    return certify_grid(sigma, _grid(radii), sampling, rule)
+    return certify_grid(sigma, ascending_grid(radii), sampling, rule)
 
 
 def dual_procedure(
@@ -365,10 +277,13 @@ def dual_procedure(
     """DUAL-CERTIFY with the budget that a configuration names; `radii` is the grid of `grid`."""
     if budget == "fixed":
         return dual_certify(sigmas, sigma_e, sampling, split)
-    return dual_certify_sequential(sigmas, sigma_e, sampling, rule, _grid(radii) if budget == "grid" else (), split)
+    return dual_certify_sequential(
+        sigmas, sigma_e, sampling, rule, ascending_grid(radii) if budget == "grid" else (), split
+    )
 
 
-def _grid(radii: Sequence[float]) -> Sequence[float]:
+def ascending_grid(radii: Sequence[float]) -> Sequence[float]:
+    """The grid of the budget `grid`; raises ConfigError where it is none."""
     ascending = sorted({float(radius) for radius in radii})
     if not ascending or ascending != [float(radius) for radius in radii] or ascending[0] < 0.0:
         raise ConfigError(f"budget 'grid' needs ascending radii >= 0, got {list(radii)}")

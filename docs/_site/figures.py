@@ -67,6 +67,33 @@ def dual() -> Figure:
     return figure
 
 
+def agreement() -> Figure:
+    """Two inputs, level by level: how far the router is from it, how far the class stays at it; the least one binds."""
+    figure = new(7.6, 2.9)
+    sigmas, cases = (
+        (0.25, 0.5, 1.0),
+        (
+            ("the neighbour agrees: it costs nothing", (0.82, 0.0, 0.28), (0.41, 0.66, 0.90)),
+            ("it does not: its reach binds", (0.82, 0.0, 0.28), (0.41, 0.66, 0.0)),
+        ),
+    )
+    for axes, (title, reach, stay) in zip(figure.subplots(1, 2, sharey=True), cases, strict=True):
+        place = np.arange(len(sigmas))
+        held = np.maximum(reach, stay)
+        axes.barh(place + 0.17, reach, 0.3, color=BLUE, label="E: the router does not pick it")
+        axes.barh(place - 0.17, stay, 0.3, color=RED, label="R: the class stays at it")
+        axes.plot(held, place, "k|", markersize=30, markeredgewidth=1.2)
+        published = min(*(each for each in reach if each), max(stay[j] for j in place if not reach[j]))
+        axes.axvline(published, color=GREY, linestyle=":", label="Dual RS")
+        axes.axvline(held.min(), color="black", linestyle="--", label="agreement")
+        axes.set(xlabel="radius", xlim=(0, 1.3), yticks=place, title=title)
+        axes.set_yticklabels(
+            [f"$\\sigma$ = {s:g}" + ("\n(picked)" if not e else "") for s, e in zip(sigmas, reach, strict=True)]
+        )
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside lower center", ncols=4)
+    return figure
+
+
 def pipeline() -> Figure:
     """The steps, and what passes from one to the next."""
     figure = new(7.6, 2.2)
@@ -139,7 +166,7 @@ def new(width_in: float, height_in: float) -> Figure:
 
 if __name__ == "__main__":
     with rc_context(STYLE):
-        for make in (radius, dual, pipeline, rooms):
+        for make in (radius, dual, agreement, pipeline, rooms):
             file = ROOT / "docs" / "figures" / f"{make.__name__}.svg"
             make().savefig(file, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
             text = re.sub(r"<metadata>.*?</metadata>", "", file.read_text(), flags=re.DOTALL)

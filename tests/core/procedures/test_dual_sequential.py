@@ -12,13 +12,13 @@ from scipy import stats
 from core.errors import ConfigError
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from core.procedures.dual import dual_certify
+from core.procedures.ladder import final_alpha
 from core.procedures.sequential import (
     beyond,
     certify_grid,
     certify_sequential,
     dual_certify_sequential,
     dual_procedure,
-    final_alpha,
     second_targets,
     stage_order,
     standard_procedure,

@@ -18,7 +18,7 @@ from tests.helpers.lattice import (
 )
 
 SLACK = 1e-6
-"""What `core.procedures.sequential` adds to the log threshold; here it also bounds the error of `log_e_value`."""
+"""What `core.procedures.ladder` adds to the log threshold; here it also bounds the error of `log_e_value`."""
 
 
 def exact_log_e_value(successes: int, num: int, p0: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-import core.procedures.sequential
+import core.procedures.ladder
 from core.procedures.confidence import certified_radius, clopper_pearson_lower, log_e_value
 from core.procedures.smoothing import certificate, certify
 from core.records import ABSTAIN, CLASSIFIER, Answer, Certificate, Counts, Draws, Phase, Procedure, Rule, Sampling
@@ -147,7 +147,7 @@ def test_excess_of_early_claims_finds_a_climb_whose_threshold_is_for_twice_alpha
 ) -> None:
     real = excess_of_early_claims()
     assert real <= 1, f"climb spends {real:.3f} of its early share"
-    monkeypatch.setattr(core.procedures.sequential, "log_e_value", lambda *args: log_e_value(*args) + math.log(2))
+    monkeypatch.setattr(core.procedures.ladder, "log_e_value", lambda *args: log_e_value(*args) + math.log(2))
     planted = excess_of_early_claims()
     assert planted > 1.2, f"the planted climb spends {planted:.3f} of its early share"
 
@@ -172,7 +172,7 @@ def test_excess_of_climb_finds_a_last_look_that_spends_alpha_again(
 ) -> None:
     real = excess_of_climb()
     assert real <= 1, f"climb errs with {real:.3f} alpha"
-    monkeypatch.setattr(core.procedures.sequential, "final_alpha", planted_share)
+    monkeypatch.setattr(core.procedures.ladder, "final_alpha", planted_share)
     planted = excess_of_climb()
     assert planted > 1, f"the planted climb errs with {planted:.3f} alpha"
 

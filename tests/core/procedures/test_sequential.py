@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from core.procedures.confidence import certified_radius, clopper_pearson_lower, log_e_value
+from core.procedures.ladder import final_alpha
 from core.procedures.sequential import (
     beyond,
     climb,
     conclude,
-    final_alpha,
 )
 from core.records import (
     ABSTAIN,

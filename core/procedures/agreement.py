@@ -1,0 +1,344 @@
+"""The agreement certificate: the class stays throughout a ball, whatever level the router picks in it.
+
+Dual RS wants the level to stay. The class needs less: a level matters at a distance only if the router can pick it
+within that distance, and then only if the classifier at that level would answer otherwise. So each level j has
+
+    E_j, within which the router does not pick it, and
+    R_j, within which the classifier smoothed at it answers c,
+
+and the radius is min over j of max(E_j, R_j). docs/guarantees.md holds the theorem, its proof, and why alpha needs no
+correction for the number of levels. Levels are counted from 0 here.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+import numpy as np
+
+from core.agreement_records import (
+    AgreementCertificate,
+    AgreementLevel,
+    AgreementPrediction,
+    AgreementVotes,
+    Router,
+    StageVotes,
+)
+from core.errors import ConfigError
+from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
+from core.procedures.dual import selection_heads
+from core.procedures.ladder import Ladder, sample
+from core.procedures.sequential import Budget, ascending_grid, beyond, second_targets
+from core.procedures.smoothing import predict
+from core.records import (
+    ABSTAIN,
+    CLASSIFIER,
+    ESTIMATOR,
+    Counts,
+    Draws,
+    Phase,
+    Prediction,
+    Procedure,
+    Rule,
+    Sampling,
+    Stop,
+    stage_sampling,
+)
+
+__all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The terms of an agreement certificate.
+
+    Attributes:
+        sigmas: Sigma, in the order of the estimator's outputs; ascending for the median router.
+        sigma_e: noise level of the estimator; any.
+        sampling: draws of each stage at most; alpha is the total failure probability, half of it for the router and
+            half for the class.
+        router: how the estimator's votes pick a level.
+        budget: `fixed`, all draws of every stage that is asked; `sequential`, stop where nothing more is to be gained;
+            `grid`, decide only which of `radii` the radius exceeds. The plurality router takes all of its draws.
+        rule: when a budget other than `fixed` looks and gives up.
+        radii: the grid, ascending.
+
+    Raises:
+        ConfigError: for a router or a budget that there is not, levels that are not ascending under the median router,
+            or a grid that is none.
+    """
+
+    sigmas: tuple[float, ...]
+    sigma_e: float
+    sampling: Sampling
+    router: Router = "median"
+    budget: Budget = "fixed"
+    rule: Rule = field(default_factory=Rule)
+    radii: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, known in (("router", get_args(Router)), ("budget", get_args(Budget))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.router == "median" and list(self.sigmas) != sorted(set(self.sigmas)):
+            raise ConfigError(
+                f"the median router needs ascending sigmas, got {self.sigmas}; sort them, and the estimator's outputs "
+                "with them, or use router 'plurality'"
+            )
+        if self.budget == "grid":
+            ascending_grid(self.radii)
+
+    @property
+    def stage(self) -> Sampling:
+        """What the router may spend, and what the class may."""
+        return stage_sampling(self.sampling, "halves")
+
+    def targets(self, reached: float, useful: float) -> tuple[float, ...]:
+        """Radii that a stage may show early: it has only to show what was reached, beyond what is known anyway."""
+        if self.budget == "fixed":
+            return ()
+        radii = self.radii if self.budget == "grid" else ()
+        return tuple(target for target in second_targets(radii, reached) if target > useful)
+
+    def ladder(self, sigma: float, targets: tuple[float, ...], useful: float = 0.0) -> Ladder:
+        """What the votes of a stage show of the targets."""
+        grid = self.budget == "grid"
+        return Ladder(sigma, targets, self.stage, self.rule.early_share, grid=grid, useful=useful)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage whose estimation votes are wanted: the classifier's at a level, or the router's (`place` is None)."""
+
+    place: int | None
+    verdict: Callable[[Counts, int], Stop]
+
+
+def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
+    """CERTIFY the routed classifier; see `AgreementCertificate` for what is promised.
+
+    Where the chosen level is sigma_e itself, both heads read the same (denoised) copies, as in DUAL-CERTIFY.
+    """
+    sigmas, sigma_e, num = terms.sigmas, terms.sigma_e, terms.sampling.num_selection
+    heads = selection_heads(sigmas, sigma_e)
+    selection = yield Draws(sigma_e, num, heads, Phase.SELECTION)
+    level = _choose(selection[ESTIMATOR], terms.router)
+    shared = sigmas[level] == sigma_e
+    if not shared:
+        selection = {**selection, **(yield Draws(sigmas[level], num, (CLASSIFIER,), Phase.SELECTION))}
+    others: list[Counts] | None = [] if shared else None
+
+    statement = _statement(terms, selection[ESTIMATOR], selection[CLASSIFIER])
+    stage, look_every = next(statement), terms.rule.look_every
+    while True:
+        head, sigma = (ESTIMATOR, sigma_e) if stage.place is None else (CLASSIFIER, sigmas[stage.place])
+        both = shared and stage.place == level
+        votes = yield from sample(
+            sigma,
+            terms.sampling.num_estimation,
+            terms.sampling.num_estimation if terms.budget == "fixed" else look_every,
+            head,
+            stage.verdict,
+            ask=heads if both else (head,),
+            given=others if others and stage.place is None else (),
+            others=others if both else None,
+        )
+        try:
+            stage = statement.send(StageVotes(*votes))
+        except StopIteration as end:
+            certificate: AgreementCertificate = end.value
+            return certificate
+
+
+def agreement_from_votes(terms: Agreement, votes: AgreementVotes) -> AgreementCertificate:
+    """The certificate that stored votes give under `terms`, whatever terms they were drawn for.
+
+    A stage that these terms ask for and that was not drawn shows nothing; one that they do not ask for is not used.
+    """
+    statement = _statement(terms, votes.router_selection, votes.class_selection)
+    stage = next(statement)
+    while True:
+        known = votes.router if stage.place is None else votes.classes[stage.place]
+        try:
+            stage = statement.send(known or _nothing(votes.class_selection))
+        except StopIteration as end:
+            certificate: AgreementCertificate = end.value
+            return certificate
+
+
+def _statement(
+    terms: Agreement, router_selection: Counts, class_selection: Counts
+) -> Generator[_Stage, StageVotes, AgreementCertificate]:
+    """The statement: asks for the votes of one stage after the other, and says what they show together.
+
+    Another level is asked only where the router may pick it within the radius reached so far, and has only to show that
+    radius. In which order does not matter for a fixed budget; the nearest one first saves draws.
+    """
+    chosen, c = _choose(router_selection, terms.router), int(class_selection.argmax())
+    num_levels, grid = len(terms.sigmas), terms.budget == "grid"
+    classes: list[StageVotes | None] = [None] * num_levels
+    bounds, radii = [0.0] * num_levels, [0.0] * num_levels
+
+    def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
+        ladder = terms.ladder(terms.sigmas[place], targets, useful)
+        z = terms.rule.futility_z
+        votes = yield _Stage(place, lambda counts, num: ladder.verdict(_agreeing(counts, c), num, z))
+        classes[place] = votes
+        bounds[place], radii[place], _ = ladder.result(_agreeing(votes.counts, c), votes.num)
+
+    yield from ask(chosen, beyond(terms.radii) if grid else ())
+    router, excluded, constant = _nothing(router_selection), [0.0] * num_levels, 0.0
+    if radii[chosen]:
+        reach = _Reach(terms, chosen, terms.targets(radii[chosen], 0.0))
+        router = yield _Stage(None, reach.verdict)
+        excluded, constant = reach.radii(router)
+
+    seen = [chosen]
+    for place in sorted(_others(chosen, num_levels), key=excluded.__getitem__):
+        reached = _joint(excluded, radii, seen)
+        if excluded[place] < reached:
+            yield from ask(place, terms.targets(reached, excluded[place]), excluded[place])
+        seen.append(place)
+    radius = _joint(excluded, radii, seen)
+    return AgreementCertificate(
+        prediction=c if radius > 0.0 else ABSTAIN,
+        radius=radius,
+        radius_constant=min(constant, radii[chosen]),
+        level=chosen,
+        binding=next(j for j in seen if max(excluded[j], radii[j]) == radius) if radius > 0.0 else None,
+        levels=tuple(map(AgreementLevel, terms.sigmas, excluded, radii, bounds)),
+        router=terms.router,
+        sigma_e=terms.sigma_e,
+        alpha=terms.sampling.alpha,
+        alpha_router=terms.stage.alpha,
+        alpha_class=terms.stage.alpha,
+        num_selection=terms.sampling.num_selection,
+        num_shared=_num_shared(terms, chosen, router, classes),
+        votes=AgreementVotes(router_selection, class_selection, router, tuple(classes)),
+    )
+
+
+def _choose(votes: Counts, router: Router) -> int:
+    """The level that selection votes name: the router's own rule, on those that are finite."""
+    if router == "plurality":
+        return int(votes.argmax())
+    return int(np.searchsorted(2 * votes.cumsum(), votes.sum()))
+
+
+def _others(chosen: int, num_levels: int) -> list[int]:
+    return [place for place in range(num_levels) if place != chosen]
+
+
+def _agreeing(votes: Counts, c: int) -> int:
+    """Votes of any level for the one class that is certified."""
+    return int(votes[c])
+
+
+def _joint(excluded: Sequence[float], radii: Sequence[float], places: Sequence[int]) -> float:
+    """The radius within which each of these levels is out of the router's reach or answers c."""
+    return min(max(excluded[place], radii[place]) for place in places)
+
+
+def _against(votes: Counts, chosen: int, place: int) -> int:
+    """Votes that keep the median router off level `place`: below it, or above it, on the side of the chosen level.
+
+    A draw without a vote is on neither side.
+    """
+    return int(votes[:place].sum() if chosen < place else votes[place + 1 :].sum())
+
+
+class _Reach:
+    """How far the router cannot reach each level, from one stream of votes."""
+
+    def __init__(self, terms: Agreement, chosen: int, targets: tuple[float, ...]) -> None:
+        self.terms, self.chosen, self.targets = terms, chosen, targets
+        self.others = _others(chosen, len(terms.sigmas))
+        self.ladder = terms.ladder(terms.sigma_e, targets)
+
+    def verdict(self, votes: Counts, num: int) -> Stop:
+        """FULL as long as it is for one level."""
+        if self.terms.router == "plurality":
+            return Stop.FULL
+        z = self.terms.rule.futility_z
+        seen = {self.ladder.verdict(_against(votes, self.chosen, place), num, z) for place in self.others}
+        order = (Stop.FULL, Stop.UNLIKELY, Stop.FUTILE)
+        return next((stop for stop in order if stop in seen), Stop.REACHED if self.targets else Stop.FULL)
+
+    def radii(self, router: StageVotes) -> tuple[list[float], float]:
+        """E of every level (0.0 for the chosen one), and within what the chosen one does not change."""
+        shown = self._median if self.terms.router == "median" else self._plurality
+        excluded = [0.0] * len(self.terms.sigmas)
+        for place in self.others:
+            excluded[place] = shown(router, place)
+        return excluded, shown(router, self.chosen)
+
+    def _median(self, router: StageVotes, place: int) -> float:
+        votes = router.counts
+        successes = int(votes[place]) if place == self.chosen else _against(votes, self.chosen, place)
+        return self.ladder.result(successes, router.num)[1]
+
+    def _plurality(self, router: StageVotes, place: int) -> float:
+        """sigma_e / 2 (Phi^-1(q_m) - Phi^-1(q_j)), half of the router's alpha each; a draw without a vote is one for j.
+
+        For the chosen level: as if all others were one, which is no more than any of them alone.
+        """
+        votes, num, alpha = router.counts, router.num, self.terms.stage.alpha / 2
+        if num < self.terms.sampling.num_estimation:
+            return 0.0  # no bound may be looked at before the last draw
+        own = int(votes[self.chosen])
+        off = own if place == self.chosen else int(votes.sum() - votes[place])
+        radius = radius_of_two_bounds(own, off, num, alpha, self.terms.sigma_e)
+        if self.terms.budget == "grid":
+            return max((target for target in self.targets if target <= radius), default=0.0)
+        return radius
+
+
+def _num_shared(terms: Agreement, chosen: int, router: StageVotes, classes: Sequence[StageVotes | None]) -> int:
+    own = classes[chosen]
+    if terms.sigmas[chosen] != terms.sigma_e or own is None:
+        return 0
+    return terms.sampling.num_selection + min(router.num, own.num)
+
+
+def _nothing(like: Counts) -> StageVotes:
+    """The votes of a stage that was not asked."""
+    return StageVotes(np.zeros_like(like), 0, Stop.SKIPPED)
+
+
+def agreement_predict(
+    sigmas: Sequence[float], sigma_e: float, num: int, alpha: float, router: Router = "median"
+) -> Procedure[AgreementPrediction]:
+    """PREDICT the routed classifier's class at the input; another class with probability at most alpha.
+
+    The level need not be certain: every level that the router's votes do not exclude there is asked, and all must
+    predict the same class. That is wrong only if the level that the router truly picks was excluded (alpha / 2: one of
+    the two boundaries beside it was misjudged, alpha / 4 each), or if PREDICT at it erred (alpha / 2).
+
+    Args:
+        sigmas: Sigma, in the order of the estimator's outputs; ascending for the median router.
+        sigma_e: noise level of the estimator.
+        num: noisy copies of each stage.
+        alpha: probability of returning another class.
+        router: how the estimator's votes pick a level. Plurality excludes all levels but one, or none.
+    """
+    terms = Agreement(tuple(sigmas), sigma_e, Sampling(1, num, alpha), router)
+    places = range(len(sigmas))
+    if router == "median":
+        votes = (yield Draws(sigma_e, num, (ESTIMATOR,), Phase.PREDICTION))[ESTIMATOR]
+        candidates = [
+            place
+            for place in places
+            if not any(
+                2 * beside > num and binomial_p_value(beside, num) <= terms.stage.alpha
+                for beside in (int(votes[:place].sum()), int(votes[place + 1 :].sum()))
+            )
+        ]
+    else:
+        level = yield from predict(sigma_e, num, terms.stage.alpha, head=ESTIMATOR)
+        votes, candidates = level.counts, [*places] if level.prediction == ABSTAIN else [level.prediction]
+    stages: list[Prediction] = []
+    for place in candidates:
+        stages.append((yield from predict(sigmas[place], num, terms.stage.alpha, head=CLASSIFIER)))
+        if stages[-1].prediction == ABSTAIN or stages[-1].prediction != stages[0].prediction:
+            return AgreementPrediction(ABSTAIN, alpha, votes, tuple(candidates), tuple(stages))
+    return AgreementPrediction(stages[0].prediction, alpha, votes, tuple(candidates), tuple(stages))
