@@ -171,6 +171,7 @@ class Replica:
         examples = len(self._plan.members(shard.number))
         fresh = len(shard.rows) > len(shard.done)
         if fresh:
+            check_visible(self.work.root)  # writing would make a folder anew that somebody has taken away
             shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
             self._store.commit(shard.number, shard.rows, self.work.schema, self._made_on(), shard.errors)
         draws = sum(row["num_draws"] for row in shard.rows) if fresh else 0

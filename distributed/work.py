@@ -229,8 +229,8 @@ def check_visible(root: Folder) -> None:
     """
     if not root.exists("manifest.json"):
         raise ConfigError(
-            f"{str(root)!r} cannot be seen on {socket.gethostname()}: replicas and training workers on other "
-            "machines need a run directory on a shared file system or an object store (s3://, gs://)"
+            f"{str(root)!r} cannot be seen on {socket.gethostname()}, or its manifest.json is gone: replicas and "
+            "training workers on other machines need a run directory on a shared file system or an object store (s3://, gs://)"
         )
 
 

@@ -13,16 +13,18 @@ import torch
 from torch import nn
 
 from core.data import Dataset
-from core.errors import ModelError
+from core.errors import ConfigError, ModelError
 from core.files import file_sha256
 from core.models.checkpoints import build_denoiser, load_model, save_model
 from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
 from distributed.launch import certify_store
+from distributed.replica import Facts, Replica
 from distributed.shards import ShardStore
+from jobs import report
 from jobs.train_base import clean_accuracy
 from tests import miniatures
-from tests.tiny import tiny_run
+from tests.tiny import run_main, tiny_run
 
 
 @pytest.fixture
@@ -225,3 +227,28 @@ def test_clean_accuracy_counts_non_finite_logits_as_wrong(capsys: pytest.Capture
     data = Dataset("x", tuple("abcd"), np.zeros((4, 1, 2, 2), np.uint8), np.zeros(4, np.int64), 2)
     assert clean_accuracy("classifier", Lost(1, 1), data, 4) == 0.5
     assert "50.0% of 4 clean test images; 2 have non-finite logits, which count as wrong" in capsys.readouterr().out
+
+
+def test_certify_store_folder_that_is_taken_away_is_not_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path / "run", "compute.executor=local", "dataset.train.first=3", "compute.shard_examples=1")
+    commit = Replica.commit
+
+    def taken_away(self: Replica, shard: Any) -> Facts:
+        shutil.rmtree(run.path, ignore_errors=True)
+        return commit(self, shard)
+
+    monkeypatch.setattr(Replica, "commit", taken_away)
+    with pytest.raises(ConfigError, match=r"run' cannot be seen on .*, or its manifest.json is gone"):
+        certify_store(run, "dataset")
+    assert not run.path.exists()
+
+
+def test_report_folder_that_cannot_be_written_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path)
+    (run.path / "report").touch()  # rights would not stop root
+    assert run_main(report, "--out", str(run.path)) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write to '{run.path}/report'")
