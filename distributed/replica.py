@@ -36,6 +36,9 @@ __all__ = ["Facts", "Replica", "is_device_error", "retired"]
 
 _log = logging.getLogger(__name__)
 
+CLOSE_S = 10.0
+"""How long `Replica.close` waits for a certificate."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -196,11 +199,14 @@ class Replica:
         return self._device if rows == most else f"{self._device} (micro-batch {rows} of {most})"
 
     def close(self) -> None:
-        """End the engine's thread after the certificate at hand; shards that are not finished are given up."""
+        """End the engine's thread after the certificate at hand; shards that are not finished are given up.
+
+        A network that hangs keeps nobody: after `CLOSE_S` seconds the thread is left to end with the process.
+        """
         if self._thread is not None:
             self._closing.set()
             self._inbox.put(None)
-            self._thread.join()
+            self._thread.join(CLOSE_S)
 
     def _serve(self) -> None:
         """The engine's thread: run tasks of whatever shards arrive, complete their futures."""

@@ -2,9 +2,13 @@
 
 import os
 import shutil
+import signal
+import time
+from _thread import interrupt_main
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+import distributed.replica as replica_module
 from core.data import Dataset
+from core.engine import Engine
 from core.errors import ConfigError, ModelError
 from core.files import file_sha256
 from core.models.checkpoints import build_denoiser, load_model, save_model
@@ -21,7 +27,7 @@ from core.models.small import SmallConvNet
 from distributed.launch import certify_store
 from distributed.replica import Facts, Replica
 from distributed.shards import ShardStore
-from jobs import report
+from jobs import build_dataset, report
 from jobs.train_base import clean_accuracy
 from tests import miniatures
 from tests.tiny import run_main, tiny_run
@@ -252,3 +258,30 @@ def test_report_folder_that_cannot_be_written_is_a_usage_error(
     (run.path / "report").touch()  # rights would not stop root
     assert run_main(report, "--out", str(run.path)) == 2
     assert capsys.readouterr().err.startswith(f"error: cannot write to '{run.path}/report'")
+
+
+def test_build_dataset_network_that_hangs_ends_with_one_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, hangs, end = tiny_run(tmp_path, "compute.executor=local", "dataset.train.first=3"), Event(), Event()
+    vote = Engine.run
+
+    def hang(self: Engine, tasks: Any) -> Any:
+        hangs.set()
+        end.wait(30)
+        yield from vote(self, tasks)
+
+    def interrupt() -> None:
+        hangs.wait()
+        interrupt_main(signal.SIGTERM)
+
+    monkeypatch.setattr(Engine, "run", hang)
+    monkeypatch.setattr(replica_module, "CLOSE_S", 0.2)
+    Thread(target=interrupt, daemon=True).start()
+    begun = time.monotonic()
+    try:
+        assert run_main(build_dataset, "--out", str(run.path)) == 130
+        assert time.monotonic() - begun < 20
+    finally:
+        end.set()
+    assert not (run.path / "lock.json").exists()
