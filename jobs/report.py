@@ -35,6 +35,8 @@ def require_matplotlib() -> None:
 def run(directory: RunDirectory) -> None:
     """Write report/ anew and print the tables and where the plot and the page are."""
     require_matplotlib()
+    folder = directory.folder / "report"
+    folder.check_writable()
     from core.report.render import best_method_sentence, format_table, write_report
     from distributed.views.tables import report_data
 
@@ -48,7 +50,6 @@ def run(directory: RunDirectory) -> None:
         else:
             data = replace(data, gallery=images)
     shown = sections(directory, data)
-    folder = directory.folder / "report"
     with folder.staged() as local:
         write_report(data, local, shown)
     print(format_table(data))
@@ -94,6 +95,8 @@ def compare(runs: Sequence[str], out: str, overrides: Sequence[str]) -> None:
     from distributed.files.storage import Folder
     from distributed.views.tables import report_data
 
+    folder = Folder(out)
+    folder.check_writable()
     found = {}
     shown = None
     for where, name in zip(runs, distinct_names(runs), strict=True):
@@ -105,7 +108,6 @@ def compare(runs: Sequence[str], out: str, overrides: Sequence[str]) -> None:
             ).report
         config = config.model_copy(update={"report": shown})
         found[name] = report_data(config, directory.folder, directory.manifest)
-    folder = Folder(out)
     with folder.staged() as local:
         write_comparison(found, local)
     print(format_comparison(found))

@@ -24,6 +24,7 @@ def run(directory: RunDirectory) -> None:
     from core.models.classifiers import ImageClassifier
     from core.training.base import train_classifier, train_denoiser
     from distributed.cluster.cluster import train_device
+    from distributed.execution.work import check_weights
 
     settle(config.compute.train_threads)
     # With training workers the driver need not have a GPU.
@@ -38,6 +39,7 @@ def run(directory: RunDirectory) -> None:
     else:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
+    check_weights(f"denoiser ({base.denoiser or f'trained here, base.denoiser_lr={base.denoiser_lr:g}'})", denoiser)
     wrote = {"denoiser": directory.save_model("denoiser", denoiser)}
     accuracy = {}
     for role in config.classifiers:
@@ -50,6 +52,8 @@ def run(directory: RunDirectory) -> None:
         else:
             with Progress(base.classifier_epochs, role, "epochs", interval_s=interval) as progress:
                 classifier = train_classifier(train, denoiser, config.training_of(role), config.seed + 1, progress)
+        trained = f"trained here, base.classifier_lr={base.classifier_lr:g}"
+        check_weights(f"{role} ({(own.checkpoint or own.arch) if own else trained})", classifier)
         accuracy[role] = clean_accuracy(role, classifier.to(device), test, config.compute.training_batch_size)
         wrote[role] = directory.save_model(role, classifier)
     for role, facts in taken.items():
@@ -66,7 +70,7 @@ def clean_accuracy(role: str, classifier: "nn.Module", test: "Dataset", batch_si
     """
     import torch
 
-    right = total = 0
+    right = total = unsound = 0
     for start in range(0, len(test), batch_size):
         pixels, places = test.readable_pixels(range(len(test))[start : start + batch_size])
         with torch.inference_mode():
@@ -75,11 +79,14 @@ def clean_accuracy(role: str, classifier: "nn.Module", test: "Dataset", batch_si
             raise ModelError(
                 f"the {role} returns {tuple(logits.shape)[1:]} logits, expected {test.num_classes} classes"
             )
-        right += int((logits.argmax(dim=1) == torch.from_numpy(test.labels[places])).sum())
+        finite = logits.isfinite().all(dim=1)
+        unsound += int((~finite).sum())
+        right += int(((logits.argmax(dim=1) == torch.from_numpy(test.labels[places])) & finite).sum())
         total += len(places)
     unread = f" ({len(test) - total} cannot be read)" if total < len(test) else ""
+    wrong = f"; {unsound} have non-finite logits, which count as wrong" if unsound else ""
     accuracy = right / max(total, 1)
-    print(f"{role}: {100 * accuracy:.1f}% of {total} clean test images{unread}")
+    print(f"{role}: {100 * accuracy:.1f}% of {total} clean test images{unread}{wrong}")
     return accuracy
 
 

@@ -200,7 +200,10 @@ def _check_split(directory: RunDirectory, split: Split, found: Found) -> Dataset
     if not len(data):
         raise DataError(f"dataset.{split}: the {split} split of {data.name} is empty; look at its part and its path")
     if data.num_classes < 2:
-        raise DataError(f"dataset.{split}: {data.name} has one class, expected two or more; name all in class_file")
+        raise DataError(
+            f"dataset.{split}: {data.name} has {data.num_classes} class, expected at least 2 (every certificate would "
+            "be right of itself); look at its path, or name all classes in dataset.class_file"
+        )
     broken: list[DataError] = []
     places = sorted({0, len(data) // 2, len(data) - 1})
     for index in places:
@@ -233,6 +236,11 @@ def _check_pair(data: Mapping[Split, Dataset]) -> None:
         raise DataError(
             f"images of the training split have shape {train.shape}, those of the test split {test.shape}; set "
             "dataset.resize and dataset.crop, or look at the splits' paths"
+        )
+    if shared := set(train.example_ids) & set(test.example_ids):
+        raise DataError(
+            f"the splits of {train.name} share {len(shared):,} example ids, {min(shared)!r} for one, and so the noise: "
+            "the networks would learn from the draws that certify them; use other ids (or no dataset.id_column)"
         )
 
 

@@ -44,6 +44,9 @@ __all__ = ["Facts", "Replica", "is_device_error", "retired"]
 
 _log = logging.getLogger(__name__)
 
+CLOSE_S = 10.0
+"""How long `Replica.close` waits for a certificate."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -182,6 +185,7 @@ class Replica:
         examples = len(self._plan.members(shard.number))
         fresh = len(shard.rows) > len(shard.done)
         if fresh:
+            check_visible(self.work.root)  # writing would make a folder anew that somebody has taken away
             shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
             self._store.commit(shard.number, shard.rows, self.work.method.schema, self._made_on(), shard.errors)
         draws = sum(row["num_draws"] for row in shard.rows) if fresh else 0
@@ -206,11 +210,14 @@ class Replica:
         return self._device if rows == most else f"{self._device} (micro-batch {rows} of {most})"
 
     def close(self) -> None:
-        """End the engine's thread after the certificate at hand; shards that are not finished are given up."""
+        """End the engine's thread after the certificate at hand; shards that are not finished are given up.
+
+        A network that hangs keeps nobody: after `CLOSE_S` seconds the thread is left to end with the process.
+        """
         if self._thread is not None:
             self._closing.set()
             self._inbox.put(None)
-            self._thread.join()
+            self._thread.join(CLOSE_S)
 
     def _serve(self) -> None:
         """The engine's thread: run tasks of whatever shards arrive, complete their futures."""

@@ -136,7 +136,8 @@ class RunLock:
         while not self._released.wait(BEAT_S):
             try:
                 if not self._still_mine():
-                    _log.error("another driver has taken over %s", self._folder)
+                    gone = read_lock(self._folder) is None
+                    _log.error("the lock is gone from %s" if gone else "another driver has taken over %s", self._folder)
                     # In a shell's background SIGINT is ignored; the jobs' SIGTERM is not.
                     _thread.interrupt_main(
                         signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT

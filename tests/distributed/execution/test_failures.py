@@ -2,17 +2,35 @@
 
 import os
 import shutil
+import signal
+import time
+from _thread import interrupt_main
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import distributed.execution.replica as replica_module
+from core.data import Dataset
+from core.errors import ConfigError, ModelError
+from core.files import file_sha256
+from core.machine.engine import Engine
+from core.models.checkpoints import build_denoiser, load_model, save_model
+from core.models.denoiser import small_unet_config
 from core.models.small import SmallConvNet
+from distributed.execution.launch import certify_store
+from distributed.execution.replica import Facts, Replica
 from distributed.store.shards import ShardStore
+from jobs import build_dataset, report
+from jobs.train_base import clean_accuracy
 from tests.helpers import miniatures
+from tests.helpers.tiny import run_main, tiny_run
 
 
 @pytest.fixture
@@ -151,3 +169,119 @@ def test_certify_model_file_that_was_changed_is_refused_and_nothing_is_lost(
     (run / "models" / "classifier.safetensors").write_bytes(good)
     assert ShardStore(run, "dataset").read().equals(before)
     assert job("certify", run, "--method", "standard", "--classifier", "base", **given)[0] == 0
+
+
+def _spoil(file: Path, value: float) -> None:
+    network = load_model(file)
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[0] = value
+    save_model(network, file)
+
+
+@pytest.mark.parametrize(
+    ("role", "value", "message"),
+    [
+        ("denoiser", float("nan"), "error: denoiser ({tmp}/spoilt.safetensors): 1 of the 216 weights in 'unet.conv_in"),
+        ("classifier", float("inf"), "error: classifier ({tmp}/spoilt.safetensors): 1 of the 216 weights in 'layers.0"),
+    ],
+)
+def test_train_base_weights_that_are_not_finite_are_one_message(
+    role: str, value: float, message: str, given: dict[str, Any], job: Any, tmp_path: Path
+) -> None:
+    network = SmallConvNet(3, 32, 10, 8) if role == "classifier" else build_denoiser(small_unet_config(3, 32))
+    save_model(network, tmp_path / "spoilt.safetensors")
+    _spoil(tmp_path / "spoilt.safetensors", value)
+    spoilt = str(tmp_path / "spoilt.safetensors")
+    given[f"base__{role}"] = spoilt if role == "denoiser" else {"checkpoint": spoilt}
+    code, said = job("train_base", tmp_path / "run", **given)
+    assert (code, said.count("error: "), "Traceback" in said) == (3, 1, False)
+    assert message.format(tmp=tmp_path) in said
+
+
+def test_certify_store_estimator_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "compute.executor=local")
+    _spoil(run.model("estimator"), float("nan"))
+    run.finish("train_estimator", read={}, wrote={"estimator": file_sha256(run.model("estimator"))}, facts={})
+    with pytest.raises(ModelError, match=r"estimator \(.*\.safetensors\): 1 of the \d+ weights in .* not finite"):
+        certify_store(run, "certificates/dual-base")
+
+
+def test_certify_store_logits_that_overflow_are_counted_in_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path, "compute.executor=local", "dataset.train.first=3")
+    network = load_model(run.model("classifier"))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1e30)
+    save_model(network, run.model("classifier"))
+    run.finish(
+        "train_base", read={}, wrote={n: file_sha256(run.model(n)) for n in ("denoiser", "classifier")}, facts={}
+    )
+    certify_store(run, "dataset")
+    said = capsys.readouterr().out
+    assert "dataset: 480 of 480 votes (100%) had non-finite logits; they count against every class (networks: " in said
+
+
+def test_clean_accuracy_counts_non_finite_logits_as_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    class Lost(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = torch.eye(2)[[0] * len(x)]
+            logits[1::2] = torch.nan  # whose largest is said to be the first
+            return logits
+
+    data = Dataset("x", tuple("abcd"), np.zeros((4, 1, 2, 2), np.uint8), np.zeros(4, np.int64), 2)
+    assert clean_accuracy("classifier", Lost(1, 1), data, 4) == 0.5
+    assert "50.0% of 4 clean test images; 2 have non-finite logits, which count as wrong" in capsys.readouterr().out
+
+
+def test_certify_store_folder_that_is_taken_away_is_not_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path / "run", "compute.executor=local", "dataset.train.first=3", "compute.shard_examples=1")
+    commit = Replica.commit
+
+    def taken_away(self: Replica, shard: Any) -> Facts:
+        shutil.rmtree(run.path, ignore_errors=True)
+        return commit(self, shard)
+
+    monkeypatch.setattr(Replica, "commit", taken_away)
+    with pytest.raises(ConfigError, match=r"run' cannot be seen on .*, or its manifest.json is gone"):
+        certify_store(run, "dataset")
+    assert not run.path.exists()
+
+
+def test_report_folder_that_cannot_be_written_is_a_usage_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path)
+    (run.path / "report").touch()  # rights would not stop root
+    assert run_main(report, "--out", str(run.path)) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot write to '{run.path}/report'")
+
+
+def test_build_dataset_network_that_hangs_ends_with_one_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, hangs, end = tiny_run(tmp_path, "compute.executor=local", "dataset.train.first=3"), Event(), Event()
+    vote = Engine.run
+
+    def hang(self: Engine, tasks: Any) -> Any:
+        hangs.set()
+        end.wait(30)
+        yield from vote(self, tasks)
+
+    def interrupt() -> None:
+        hangs.wait()
+        interrupt_main(signal.SIGTERM)
+
+    monkeypatch.setattr(Engine, "run", hang)
+    monkeypatch.setattr(replica_module, "CLOSE_S", 0.2)
+    Thread(target=interrupt, daemon=True).start()
+    begun = time.monotonic()
+    try:
+        assert run_main(build_dataset, "--out", str(run.path)) == 130
+        assert time.monotonic() - begun < 20
+    finally:
+        end.set()
+    assert not (run.path / "lock.json").exists()

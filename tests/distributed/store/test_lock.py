@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,18 +85,25 @@ def test_lock_of_another_machine_that_lives_is_respected(tmp_path: Path) -> None
         pass
 
 
-def test_lock_that_was_taken_over_interrupts_its_owner_even_in_the_background(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["taken over", "removed"])
+def test_lock_that_is_lost_interrupts_its_owner_even_in_the_background(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `nohup ... &` leaves it
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, as the jobs do
     try:
-        with pytest.raises(KeyboardInterrupt), RunLock(Folder(tmp_path)):  # noqa: PT012
-            foreign(tmp_path, 1)
+        with pytest.raises(KeyboardInterrupt), RunLock(Folder(run)):  # noqa: PT012
+            foreign(run, 1) if how == "taken over" else shutil.rmtree(run)
             time.sleep(5)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert read_lock(Folder(tmp_path)) is not None  # the other's lock stays
+    assert (read_lock(Folder(run)) is not None) == (how == "taken over")  # the other's lock stays
+    assert run.exists() == (how == "taken over")  # nothing is made anew
+    said = f"another driver has taken over {run}" if how == "taken over" else f"the lock is gone from {run}"
+    assert said in caplog.text
 
 
 def test_lock_garbage_in_the_file_is_stale(tmp_path: Path) -> None:
