@@ -300,10 +300,12 @@ class Mixing(nn.Module):
         return self.function(images)
 
 
-@pytest.mark.parametrize("batch_size", [2, 8, 33, 100, 1000])
+@pytest.mark.parametrize("batch_size", [2, 33, 1000])
 @pytest.mark.parametrize("kind", [lambda function: function, Mixing], ids=["function", "module"])
 @pytest.mark.parametrize(
-    "mixes", [shifted, neighbour, halves, by_place, first_row, last_row, int8, norm_then_linear()], ids=str
+    "mixes",
+    [shifted, neighbour, halves, by_place, first_row, last_row, int8, norm_then_linear()],
+    ids=lambda each: getattr(each, "__name__", type(each).__name__),
 )
 def test_certify_a_network_that_mixes_rows_is_refused(mixes: Any, kind: Any, batch_size: int) -> None:
     if mixes is halves and batch_size == 33 and kind is not Mixing:
