@@ -329,7 +329,10 @@ class ShardStore:
         files = self._named(plan)
         missing = sorted(set(range(len(plan))) - {shard for name in files for shard in shards_of(name)})
         if missing:
-            raise DataError(f"{len(missing)} shards of {self.name} are missing, the first is {missing[0]}: start the job again, it makes them")
+            raise DataError(
+                f"{len(missing)} shards of {self.name} are missing, the first is {missing[0]}; start the job again: it "
+                "makes them"
+            )
         return files
 
     def _checked(self, name: str, verifier: Verifier) -> tuple[pa.Table, dict[str, str]]:
