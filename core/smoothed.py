@@ -1,41 +1,38 @@
 """The public face: smoothed classifiers over any torch module, in the manner of Cohen's `Smooth`."""
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, TypedDict, TypeVar, Unpack, get_args, overload
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
-import PIL.Image
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from core.agreement_records import AgreementCertificate, Claim, Router
-from core.data import as_image
-from core.errors import ConfigError, DataError
-from core.machine.engine import Engine, Task
-from core.machine.exact_noise import grid_integers
-from core.machine.network import Denoiser, Head, Module, Network
-from core.machine.noise import make_noise
-from core.machine.user_modules import direct_module
-from core.procedures.agreement import Agreement, agreement_certify
+from core.agreement_records import AgreementCertificate, AgreementPrediction, Claim, Router
+from core.errors import ConfigError
+from core.machine.network import Denoiser, Head, Module
+from core.procedures.agreement import Agreement, agreement_certify, agreement_predict
 from core.procedures.dual import dual_predict
 from core.procedures.sequential import Budget, dual_procedure, standard_procedure
 from core.procedures.smoothing import predict
-from core.records import CLASSIFIER, ESTIMATOR, AlphaSplit, Certificate, DualCertificate, Procedure, Rule, Sampling
+from core.records import (
+    CLASSIFIER,
+    ESTIMATOR,
+    AlphaSplit,
+    Certificate,
+    DualCertificate,
+    DualPrediction,
+    Procedure,
+    Rule,
+    Sampling,
+)
+from core.running import Image, Images, NoiseKind, Smoothed
 
 __all__ = ["DualSmoothedClassifier", "SmoothedClassifier"]
 
-R = TypeVar("R")
-Image = Tensor | NDArray[np.generic] | PIL.Image.Image
-Images = Tensor | NDArray[np.generic] | Sequence[Image]
-NoiseKind = Literal["gaussian", "exact"]
 DEFAULT_RULE = Rule()
 
 
 class _Terms(TypedDict, total=False):
-    """Keyword arguments of `DualSmoothedClassifier.certify` that do not say what is returned."""
+    """Keyword arguments of `SmoothedClassifier.certify`: those of `certify_many`, with its defaults."""
 
     num_selection: int
     num_estimation: int
@@ -44,102 +41,33 @@ class _Terms(TypedDict, total=False):
     budget: Budget
     radii: Sequence[float]
     rule: Rule
+
+
+class _DualTerms(_Terms, total=False):
+    """Those of `DualSmoothedClassifier.certify` that do not say what is returned."""
+
     alpha_split: AlphaSplit
     router: Router
 
 
-class _Many(_Terms, total=False):
+class _ManyTerms(_DualTerms, total=False):
     example_ids: Sequence[str] | None
 
 
-class _Smoothed:
-    """What both classifiers share: a network, a seed, and running procedures over images."""
+class _Asked(TypedDict, total=False):
+    """Keyword arguments of `predict`: those of `predict_many`, with its defaults."""
 
-    def __init__(
-        self,
-        heads: Mapping[str, Head],
-        denoiser: Denoiser | None,
-        seed: int,
-        device: str | torch.device | None,
-        chunk_size: int,
-        noise: NoiseKind,
-    ):
-        if noise not in get_args(NoiseKind):
-            raise ConfigError(f"noise must be one of {get_args(NoiseKind)}, got {noise!r}")
-        calls = [(name, each) for name in (CLASSIFIER, *heads) for each in _networks(heads[name])]
-        self.device = _device_of([*calls, ("denoiser", denoiser)], device)
-        self.seed = seed
-        self.chunk_size = chunk_size
-        self.noise = noise
-        self._network = Network(heads, denoiser, self.device)
-
-    def _run(
-        self,
-        images: Images,
-        example_ids: Sequence[str] | None,
-        batch_size: int,
-        procedure: Callable[[], Procedure[R]],
-    ) -> list[R]:
-        if isinstance(images, PIL.Image.Image):
-            raise DataError("got one PIL image, expected a sequence of images: pass [image], or use certify or predict")
-        if example_ids is not None and len(example_ids) != len(images):
-            raise ConfigError(f"got {len(images)} images but {len(example_ids)} example_ids")
-        names = example_ids if example_ids is not None else [f"image {index}" for index in range(len(images))]
-        tensors = [as_image(image, str(name)) for image, name in zip(images, names, strict=True)]
-        for tensor, name in zip(tensors, names, strict=True):  # here, where the caller's names are known
-            if tensor.shape != tensors[0].shape:
-                raise DataError(
-                    f"example {str(name)!r} has shape {tuple(tensor.shape)}, {str(names[0])!r} has "
-                    f"{tuple(tensors[0].shape)}: all images of a call must have one shape"
-                )
-            if self.noise == "exact":
-                grid_integers(tensor, str(name))
-        ids = list(map(str, example_ids)) if example_ids is not None else list(_content_ids(tensors))
-
-        def tasks() -> Iterator[Task[R]]:
-            for index, (example_id, image) in enumerate(zip(ids, tensors, strict=True)):
-                yield Task(index, example_id, image, procedure())
-
-        noise = make_noise(self.noise, self.seed, self.chunk_size)
-        engine = Engine(self._network, noise, batch_size=batch_size)
-        results = {finished.key: finished.result for finished in engine.run(tasks())}
-        return [results[index] for index in range(len(ids))]
+    num: int
+    alpha: float
+    batch_size: int
 
 
-def _networks(head: Head) -> list[Module]:
-    return list(head.module.values()) if isinstance(head.module, Mapping) else [head.module]
+class _DualAsked(_Asked, total=False):
+    claim: Claim
+    router: Router
 
 
-def _device_of(calls: Sequence[tuple[str, object]], device: str | torch.device | None) -> torch.device:
-    """Where all modules are; the CPU where there is none.
-
-    Raises:
-        ConfigError: for one that is elsewhere, or not where the caller wants to run: it is the caller's to move.
-    """
-    wanted = None if device is None else torch.empty(0, device=device).device  # "cuda" with its number
-    for name, call in calls:
-        module = direct_module(call)
-        for tensor in (*module.parameters(), *module.buffers()) if module is not None else ():
-            wanted = wanted or tensor.device
-            if tensor.device != wanted:
-                raise ConfigError(
-                    f"the {name} is on {tensor.device}, expected all networks on {wanted}: move it yourself, "
-                    f"model.to({str(wanted)!r}), or pass another device; networks are not moved here"
-                )
-    return wanted or torch.device("cpu")
-
-
-def _content_ids(images: Sequence[Tensor]) -> Iterator[str]:
-    """Name images by their content, so that the noise does not depend on their order; repeated ones get a number."""
-    seen: Counter[str] = Counter()
-    for image in images:
-        content = image.numpy()
-        digest = hashlib.blake2b(repr(content.shape).encode() + content.tobytes(), digest_size=16).hexdigest()
-        yield f"{digest}#{seen[digest]}"
-        seen[digest] += 1
-
-
-class SmoothedClassifier(_Smoothed):
+class SmoothedClassifier(Smoothed):
     """A base classifier smoothed with Gaussian noise of one level (Cohen et al. 2019, arXiv 1902.02918).
 
     The noise is a pure function of (seed, example id, phase, sigma): the same question gets the same answer. For an
@@ -181,51 +109,15 @@ class SmoothedClassifier(_Smoothed):
     def __repr__(self) -> str:
         return f"SmoothedClassifier(num_classes={self.num_classes}, sigma={self.sigma}, seed={self.seed})"
 
-    def certify(
-        self,
-        x: Image,
-        *,
-        num_selection: int = 100,
-        num_estimation: int = 10_000,
-        alpha: float = 0.001,
-        batch_size: int = 1000,
-        example_id: str | None = None,
-        budget: Budget = "fixed",
-        radii: Sequence[float] = (),
-        rule: Rule = DEFAULT_RULE,
-    ) -> Certificate:
+    def certify(self, x: Image, *, example_id: str | None = None, **terms: Unpack[_Terms]) -> Certificate:
         """CERTIFY one image; see `Certificate` for what is promised.
 
         Args:
             x: ``(C, H, W)``, floating in [0, 1] or uint8, or a PIL image of mode RGB or L.
-            num_selection: draws that choose the class (n0).
-            num_estimation: fresh draws that bound its probability (n).
-            alpha: failure probability, in (0, 1).
-            batch_size: rows of every forward pass; the last batch is padded to it.
             example_id: names the image in the noise key; by default a hash of its pixels.
-            budget: `fixed`, all draws; `sequential`, stop as soon as nothing more can be certified; `grid`, decide only
-                which of `radii` the radius exceeds.
-            radii: the grid, ascending.
-            rule: when a budget other than `fixed` looks and gives up.
-
-        Raises:
-            DataError: for an image of another shape, dtype, mode or range.
-            ConfigError: for draws below 1 or an alpha outside (0, 1).
-            ModelError: when the logits have another shape, or the network is random or mixes rows ("Your network" in
-                docs/guarantees.md; looked at in the first call).
+            **terms: of `certify_many`, with its defaults; errors too.
         """
-        ids = None if example_id is None else [example_id]
-        return self.certify_many(
-            [x],
-            num_selection=num_selection,
-            num_estimation=num_estimation,
-            alpha=alpha,
-            batch_size=batch_size,
-            example_ids=ids,
-            budget=budget,
-            radii=radii,
-            rule=rule,
-        )[0]
+        return self.certify_many([x], example_ids=_ids(example_id), **terms)[0]
 
     def certify_many(
         self,
@@ -244,18 +136,33 @@ class SmoothedClassifier(_Smoothed):
 
         Each certificate equals that of `certify`, and holds with probability 1 - alpha on its own (no joint claim).
         A repeated image gets fresh noise at each repetition, unless `example_ids` say otherwise.
+
+        Args:
+            images: of one shape, each as for `certify`.
+            num_selection: draws that choose the class (n0).
+            num_estimation: fresh draws that bound its probability (n).
+            alpha: failure probability, in (0, 1).
+            batch_size: rows of every forward pass; the last batch is padded to it.
+            example_ids: name the images in the noise key; by default a hash of their pixels.
+            budget: `fixed`, all draws; `sequential`, stop as soon as nothing more can be certified; `grid`, decide only
+                which of `radii` the radius exceeds.
+            radii: the grid, ascending.
+            rule: when a budget other than `fixed` looks and gives up.
+
+        Raises:
+            DataError: for an image of another shape, dtype, mode or range.
+            ConfigError: for draws below 1 or an alpha outside (0, 1).
+            ModelError: when the logits have another shape, or the network is random or mixes rows ("Your network" in
+                docs/guarantees.md; looked at in the first call).
         """
         sampling = Sampling(num_selection, num_estimation, alpha)
         return self._run(
             images, example_ids, batch_size, lambda: standard_procedure(budget, self.sigma, sampling, rule, radii)
         )
 
-    def predict(
-        self, x: Image, *, num: int = 1000, alpha: float = 0.001, batch_size: int = 1000, example_id: str | None = None
-    ) -> int:
+    def predict(self, x: Image, *, example_id: str | None = None, **asked: Unpack[_Asked]) -> int:
         """PREDICT one image: the smoothed classifier's class, or ABSTAIN; another class with probability <= alpha."""
-        ids = None if example_id is None else [example_id]
-        return self.predict_many([x], num=num, alpha=alpha, batch_size=batch_size, example_ids=ids)[0]
+        return self.predict_many([x], example_ids=_ids(example_id), **asked)[0]
 
     def predict_many(
         self,
@@ -271,7 +178,7 @@ class SmoothedClassifier(_Smoothed):
         return [result.prediction for result in results]
 
 
-class DualSmoothedClassifier(_Smoothed):
+class DualSmoothedClassifier(Smoothed):
     """Dual randomized smoothing (arXiv 2512.01782): each input is smoothed at a noise level of its own.
 
     Args:
@@ -328,16 +235,16 @@ class DualSmoothedClassifier(_Smoothed):
 
     @overload
     def certify(
-        self, x: Image, *, claim: Literal["constant"] = ..., example_id: str | None = ..., **terms: Unpack[_Terms]
+        self, x: Image, *, claim: Literal["constant"] = ..., example_id: str | None = ..., **terms: Unpack[_DualTerms]
     ) -> DualCertificate: ...
 
     @overload
     def certify(
-        self, x: Image, *, claim: Literal["agreement"], example_id: str | None = ..., **terms: Unpack[_Terms]
+        self, x: Image, *, claim: Literal["agreement"], example_id: str | None = ..., **terms: Unpack[_DualTerms]
     ) -> AgreementCertificate: ...
 
     def certify(
-        self, x: Image, *, claim: Claim = "constant", example_id: str | None = None, **terms: Unpack[_Terms]
+        self, x: Image, *, claim: Claim = "constant", example_id: str | None = None, **terms: Unpack[_DualTerms]
     ) -> DualCertificate | AgreementCertificate:
         """DUAL-CERTIFY one image; arguments and errors as for `SmoothedClassifier.certify`, draws of each stage.
 
@@ -348,19 +255,18 @@ class DualSmoothedClassifier(_Smoothed):
             example_id: names the image in the noise key; by default a hash of its pixels.
             **terms: of `certify_many`, with its defaults.
         """
-        ids = None if example_id is None else [example_id]
         if claim == "agreement":
-            return self.certify_many([x], claim=claim, example_ids=ids, **terms)[0]
-        return self.certify_many([x], claim=claim, example_ids=ids, **terms)[0]
+            return self.certify_many([x], claim=claim, example_ids=_ids(example_id), **terms)[0]
+        return self.certify_many([x], claim=claim, example_ids=_ids(example_id), **terms)[0]
 
     @overload
     def certify_many(
-        self, images: Images, *, claim: Literal["constant"] = ..., **terms: Unpack[_Many]
+        self, images: Images, *, claim: Literal["constant"] = ..., **terms: Unpack[_ManyTerms]
     ) -> list[DualCertificate]: ...
 
     @overload
     def certify_many(
-        self, images: Images, *, claim: Literal["agreement"], **terms: Unpack[_Many]
+        self, images: Images, *, claim: Literal["agreement"], **terms: Unpack[_ManyTerms]
     ) -> list[AgreementCertificate]: ...
 
     def certify_many(
@@ -385,8 +291,7 @@ class DualSmoothedClassifier(_Smoothed):
         see `certify`; `router`, for the claim `agreement`, how the estimator's votes pick a level.
         """
         sampling = Sampling(num_selection, num_estimation, alpha)
-        if claim not in get_args(Claim):
-            raise ConfigError(f"claim must be one of {get_args(Claim)}, got {claim!r}")
+        _check_claim(claim)
         if claim == "agreement":
             if alpha_split != "halves":
                 raise ConfigError(f"claim 'agreement' needs alpha_split 'halves', got {alpha_split!r}")
@@ -399,12 +304,9 @@ class DualSmoothedClassifier(_Smoothed):
             lambda: dual_procedure(budget, self.sigmas, self.sigma_e, sampling, rule, radii, alpha_split),
         )
 
-    def predict(
-        self, x: Image, *, num: int = 1000, alpha: float = 0.001, batch_size: int = 1000, example_id: str | None = None
-    ) -> int:
+    def predict(self, x: Image, *, example_id: str | None = None, **asked: Unpack[_DualAsked]) -> int:
         """DUAL-PREDICT one image: the class, or ABSTAIN; another class with probability <= alpha."""
-        ids = None if example_id is None else [example_id]
-        return self.predict_many([x], num=num, alpha=alpha, batch_size=batch_size, example_ids=ids)[0]
+        return self.predict_many([x], example_ids=_ids(example_id), **asked)[0]
 
     def predict_many(
         self,
@@ -414,12 +316,31 @@ class DualSmoothedClassifier(_Smoothed):
         alpha: float = 0.001,
         batch_size: int = 1000,
         example_ids: Sequence[str] | None = None,
+        claim: Claim = "constant",
+        router: Router = "median",
     ) -> list[int]:
-        """DUAL-PREDICT many images at once, in order."""
-        results = self._run(
-            images, example_ids, batch_size, lambda: dual_predict(self.sigmas, self.sigma_e, num, alpha)
-        )
-        return [result.prediction for result in results]
+        """DUAL-PREDICT many images at once, in order.
+
+        `claim` says whose class it is, as in `certify`: at the level that most noisy copies vote for, or (`agreement`)
+        at the level that `router` picks.
+        """
+        _check_claim(claim)
+
+        def procedure() -> Procedure[DualPrediction | AgreementPrediction]:
+            if claim == "agreement":
+                return (yield from agreement_predict(self.sigmas, self.sigma_e, num, alpha, router))
+            return (yield from dual_predict(self.sigmas, self.sigma_e, num, alpha))
+
+        return [result.prediction for result in self._run(images, example_ids, batch_size, procedure)]
+
+
+def _ids(example_id: str | None) -> list[str] | None:
+    return None if example_id is None else [example_id]
+
+
+def _check_claim(claim: Claim) -> None:
+    if claim not in get_args(Claim):
+        raise ConfigError(f"claim must be one of {get_args(Claim)}, got {claim!r}")
 
 
 def _check_sigma(name: str, sigma: float) -> float:

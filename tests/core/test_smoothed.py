@@ -240,3 +240,16 @@ def test_dual_certify_light_estimator_reads_the_noisy_image() -> None:
     assert behind.prediction == light.prediction == 0
     assert light.num_shared == 1100
     assert light.num_draws == 1100
+
+
+def test_dual_predict_claim_agreement_answers_where_the_level_is_in_doubt() -> None:
+    """The image lies on the router's boundary, so that no level is certain; both levels' experts see one class."""
+    router, plane = HalfSpace(axis(16, 0), 0.5), HalfSpace(axis(16, 3), -2.0)
+    image = torch.full((1, 4, 4), 0.5)
+    dual = DualSmoothedClassifier(router, plane, (0.25, 0.5), 0.5, 2)
+    assert dual.predict(image, num=400, alpha=0.05) == ABSTAIN
+    assert dual.predict(image, num=400, alpha=0.05, claim="agreement") == 1
+    apart = DualSmoothedClassifier(router, {0.25: plane, 0.5: Negated(plane)}, (0.25, 0.5), 0.5, 2)
+    assert apart.predict(image, num=400, alpha=0.05, claim="agreement") == ABSTAIN
+    with pytest.raises(ConfigError, match="claim must be one of"):
+        dual.predict(image, claim="published")  # type: ignore[typeddict-item]
