@@ -9,12 +9,14 @@ from scipy import stats
 
 from core.confidence import (
     binomial_p_value,
+    bound_and_radius,
     certified_radius,
     clopper_pearson_lower,
     clopper_pearson_upper,
     draws_needed,
     largest_radius,
     log_e_value,
+    lower_bounds,
     top_two,
 )
 from core.errors import ConfigError
@@ -95,7 +97,17 @@ def test_certified_radius_is_linear_in_sigma_and_zero_up_to_one_half(p: float, s
     assert (radius > 0) == (p > 0.5)
 
 
-@pytest.mark.parametrize(("radius", "sigma", "alpha"), [(1.0, 0.5, 0.0005), (0.0, 1.0, 0.001), (3.0, 1.0, 0.001)])
+def test_certified_radius_without_a_bound_above_one_half_is_zero() -> None:
+    radii = certified_radius([0.0, 0.3, 0.5, math.nan], 0.25)
+    assert radii.tolist() == [0.0] * 4
+    assert not np.signbit(radii).any()
+    assert certified_radius(math.nextafter(0.5, 1.0), 0.25) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("radius", "sigma", "alpha"),
+    [(1.0, 0.5, 0.0005), (0.0, 1.0, 0.001), (3.0, 1.0, 0.001), (0.6, 0.5, 0.001), (2.0, 0.5, 0.001), (0.3, 0.12, 0.1)],
+)
 def test_draws_needed_is_the_fewest_that_reach_the_radius(radius: float, sigma: float, alpha: float) -> None:
     n = draws_needed(radius, sigma, alpha)
     assert largest_radius(sigma, n, alpha) > radius
@@ -131,3 +143,25 @@ def test_log_e_value_falls_as_the_null_rises_where_it_counts(n: int, share: floa
     larger = float(log_e_value(successes, n, two))
     if larger >= math.log(1 / 0.49):
         assert float(log_e_value(successes, n, one)) >= larger - 1e-9 * max(1.0, larger)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1e-5])
+def test_lower_bounds_and_bound_and_radius_are_the_beta_quantile_for_every_number_of_successes(alpha: float) -> None:
+    expected = [0.0, *stats.beta.ppf(alpha, np.arange(1, 31), 31 - np.arange(1, 31)).tolist()]
+    bounds = lower_bounds(30, alpha)
+    np.testing.assert_allclose(bounds, expected, rtol=1e-8)
+    with pytest.raises(ValueError, match="read-only"):
+        bounds[0] = 1.0
+    for k, p in enumerate(expected):
+        p_lower, radius = bound_and_radius(k, 30, alpha, 0.25)
+        assert p_lower == bounds[k]
+        assert radius == pytest.approx(0.25 * stats.norm.ppf(p) if p > 0.5 else 0.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.001])
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+def test_largest_radius_is_that_of_the_quantile_of_unanimous_draws(sigma: float, alpha: float) -> None:
+    for num in (1, 2, 50, 1000):
+        p = alpha ** (1 / num)  # P[Bin(num, p) = num] = alpha
+        expected = sigma * stats.norm.ppf(p) if p > 0.5 else 0.0
+        assert largest_radius(sigma, num, alpha) == pytest.approx(expected, rel=1e-9)

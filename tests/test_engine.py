@@ -198,3 +198,49 @@ def test_run_source_that_pauses_is_asked_again() -> None:
 
     engine = Engine(Network({CLASSIFIER: Head(HalfSpace(axis(16, 2), 0.4), 2)}), GaussianNoise(3), batch_size=64)
     assert {f.key: f.result for f in engine.run(paused())} == run(HalfSpace(axis(16, 2), 0.4), 64, num=3)
+
+
+class Numbered:
+    """Noise that writes each copy's number into it, and lets a scattered third of the copies vote."""
+
+    def __init__(self, chunk_size: int, masked_chunks: int) -> None:
+        self.chunk_size = chunk_size
+        self.masked_chunks = masked_chunks
+
+    def may_vote(self, numbers: Tensor) -> Tensor:
+        spared = (numbers // self.chunk_size) % self.masked_chunks != 0
+        return spared | ((numbers * 7919) % 101 % 3 == 0)
+
+    def corrupt(
+        self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
+    ) -> Tensor | None:
+        assert len(out) % self.chunk_size == 0
+        numbers = chunk * self.chunk_size + torch.arange(len(out))
+        out.copy_(image + numbers[:, None, None, None])
+        mask = self.may_vote(numbers)
+        return None if mask.all() else mask
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size"), [(1, 4), (7, 4), (10, 4), (23, 10), (64, 10), (1000, 10)])
+@pytest.mark.parametrize("masked_chunks", [1, 3])
+def test_run_votes_are_those_of_the_copies_that_may_vote(batch_size: int, chunk_size: int, masked_chunks: int) -> None:
+    noise = Numbered(chunk_size, masked_chunks)
+    windows = [(0, 57), (3, 41), (20, 20), (19, 1), (100, 63), (8, 12)]
+
+    def module(noisy: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(noisy[:, 0, 0, 0].long() % 5, 5).float()
+
+    def procedure(windows: list[tuple[int, int]]) -> Generator[Draws, Answer, list[list[int]]]:
+        votes = []
+        for start, num in windows:
+            answer = yield Draws(0.5, num, (CLASSIFIER,), Phase.ESTIMATION, start)
+            votes.append(answer[CLASSIFIER].tolist())
+        return votes
+
+    engine = Engine(Network({CLASSIFIER: Head(module, 5)}), noise, batch_size=batch_size)
+    tasks = [Task(i, f"e{i}", torch.zeros(1, 1, 1), procedure(windows[i:] + windows[:i])) for i in range(6)]
+    done = {finished.key: finished.result for finished in engine.run(tasks)}
+    for i in range(6):
+        for (start, num), votes in zip(windows[i:] + windows[:i], done[i], strict=True):
+            voters = [n for n in range(start, start + num) if noise.may_vote(torch.tensor([n])).item()]
+            assert votes == [sum(n % 5 == c for n in voters) for c in range(5)]

@@ -1,10 +1,12 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
-from core.noise import GaussianNoise
+from core.exact_noise import ExactNoise
+from core.noise import GaussianNoise, make_noise
 from core.noise_key import chunk_key
 from core.records import Phase
 
@@ -58,3 +60,22 @@ def test_fill_writes_into_a_slice_like_into_a_whole_tensor() -> None:
     assert torch.equal(big[100:200], chunk())
     assert not big[:100].any()
     assert not big[200:].any()
+
+
+def test_corrupt_is_the_image_plus_sigma_times_the_normal_draws_of_the_key() -> None:
+    image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = torch.full((200, 3, 8, 8), torch.nan)
+    assert GaussianNoise(5).corrupt(out, image, "a", Phase.ESTIMATION, 0.12, 3) is None
+    for number, copies in ((3, out[:100]), (4, out[100:])):
+        seed = int.from_bytes(chunk_key(5, "a", Phase.ESTIMATION, 0.12, number), "little")
+        normal = np.random.Generator(np.random.SFC64(seed)).standard_normal((100, 3, 8, 8), np.float32)
+        expected = image.double() + 0.12 * torch.from_numpy(normal).double()
+        torch.testing.assert_close(copies.double(), expected, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("gaussian", GaussianNoise), ("exact", ExactNoise)])
+def test_make_noise_is_the_one_that_is_named(kind: str, expected: type) -> None:
+    noise = make_noise(kind, 7, 30)
+    assert type(noise) is expected
+    assert repr(noise) == f"{expected.__name__}(seed=7, chunk_size=30)"
+    assert repr(expected(7)) == f"{expected.__name__}(seed=7, chunk_size=100)"

@@ -280,6 +280,18 @@ def test_climb_one_target_certifies_what_the_last_look_does_up_to_the_target(nam
         assert (result.radius == 0.0) == (result.prediction == ABSTAIN)
 
 
+@pytest.mark.parametrize(("margin", "shown"), [(-1e-9, False), (0.9e-6, False), (1.1e-6, True)])
+def test_conclude_early_claim_needs_the_evidence_and_the_error_of_its_evaluation(margin: float, shown: bool) -> None:
+    """`log_e_value` is right to within 1e-7 (tests/test_e_process.py): evidence that is less than 1e-6 above ln(1 / alpha)
+    proves nothing."""
+    target, sampling, votes = 0.4, Sampling(10, 1000, 0.5), counts(3, 57)
+    p0 = float(special.ndtr(target / 0.5))
+    early_share = math.exp(margin - float(log_e_value(57, 60, p0))) / sampling.alpha
+    result = conclude(0.5, (target,), counts(0, 10), votes, 60, sampling, early_share, Stop.REACHED)
+    assert (result.radius == target) == shown
+    assert target - 1e-5 < result.radius <= target
+
+
 def test_climb_looks_at_the_votes_every_so_many_draws_and_at_the_last() -> None:
     asked: list[Draws] = []
 

@@ -77,6 +77,34 @@ def test_predict_returns_the_class_only_when_the_test_tells_it_apart(votes: tupl
     assert result.counts.tolist() == list(votes)
 
 
+def test_certify_bound_of_exactly_one_half_abstains() -> None:
+    alpha = 0.5 * (1 + 2.0**-44)  # one draw that agrees: the bound is alpha itself, less the step towards zero
+    result = certificate(counts(0, 1), counts(0, 1), 0.5, Sampling(1, 1, alpha))
+    assert (result.p_lower, result.prediction, result.radius) == (0.5, ABSTAIN, 0.0)
+    assert certificate(counts(0, 1), counts(0, 1), 0.5, Sampling(1, 1, 0.5 + 2.0**-40)).prediction == 1
+
+
+def test_predict_p_value_of_exactly_alpha_is_enough() -> None:
+    def of_five(alpha: float) -> int:
+        return drive(predict(0.5, 5, alpha), lambda d: {CLASSIFIER: counts(0, 5)}).prediction
+
+    assert of_five(2 * 0.5**5) == 1  # both tails: all five for one class, or for the other
+    assert of_five(math.nextafter(2 * 0.5**5, 0.0)) == ABSTAIN
+
+
+def test_predict_asks_for_draws_of_its_own_phase_and_reports_what_it_used() -> None:
+    asked: list[Draws] = []
+
+    def votes(draws: Draws) -> Answer:
+        asked.append(draws)
+        return {"a head": counts(3, 60, 37)}
+
+    result = drive(predict(0.5, 101, 0.01, "a head"), votes)
+    assert asked == [Draws(0.5, 101, ("a head",), Phase.PREDICTION)]
+    assert result.p_value == pytest.approx(stats.binomtest(60, 97, 0.5).pvalue)
+    assert (result.sigma, result.num, result.alpha, result.prediction) == (0.5, 101, 0.01, ABSTAIN)
+
+
 def test_predict_wrong_class_probability_by_exact_sum_is_at_most_alpha() -> None:
     n, alpha, p = 60, 0.1, 0.5 + 1e-9  # class 1 is the smoothed class, by a hair
     wrong = 0.0

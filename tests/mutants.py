@@ -1,0 +1,230 @@
+"""Plants small faults in the modules that certificates rest on, and counts those that no test finds: `make mutants`.
+
+The faults are mutmut's (its operators, on whole modules: its own runner leaves out constants and functions with a
+decorator, and half of what matters here is one of these). Each is planted in a fork of a process that has imported the
+libraries, and meets the test files of its module alone, fast tests first. What a message says is not mutated.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import libcst as cst
+import libcst.matchers as m
+import pytest
+import yaml
+from mutmut.mutation import mutators
+
+TESTS = {
+    "core/confidence.py": "confidence e_process",
+    "core/smoothing.py": "smoothing",
+    "core/dual.py": "smoothing dual_sequential properties",
+    "core/sequential.py": "sequential dual_sequential",
+    "core/multiscale.py": "multiscale",
+    "core/engine.py": "engine exact_noise device_use",
+    "core/noise.py": "noise engine",
+    "core/exact_noise.py": "exact_noise",
+    "distributed/lock.py": "lock",
+    "distributed/shards.py": "shards",
+    "distributed/verify.py": "shards",
+    "distributed/audit.py": "audit",
+}
+"""The modules, and the test files that each one's mutants meet."""
+
+ACCEPTED = Path("tests/mutants.yaml")
+"""Mutants that may survive, by file: `was`, `becomes` and `why`."""
+
+_LIBRARIES = ("torch", "scipy.stats", "mpmath", "hypothesis", "pyarrow.parquet", "pyarrow.fs", "diffusers", "timm")
+_MESSAGES = m.Raise() | m.Call(func=m.Attribute(value=m.Name("_log") | m.Name("error"))) | m.Call(func=m.Name("print"))
+_NOT_RUN = m.Annotation() | m.Decorator() | m.Import() | m.ImportFrom() | m.FormattedString() | m.Expr(m.SimpleString())
+_BY_VALUE = (mutators.operator_number, mutators.operator_swap_op)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A module with one fault.
+
+    Attributes:
+        was, becomes: the lines that differ.
+        line: where.
+        source: the whole module.
+    """
+
+    was: str
+    becomes: str
+    line: int
+    source: str
+
+
+class _Nodes(cst.CSTVisitor):
+    """What may be mutated, and whether it is run at each call (or once, on import)."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[cst.CSTNode, bool]] = []
+        self._functions = 0
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if m.matches(node, _MESSAGES | _NOT_RUN):
+            return False
+        self.found.append((node, self._functions > 0))
+        self._functions += isinstance(node, cst.FunctionDef)
+        return True
+
+    def on_leave(self, node: cst.CSTNode) -> None:
+        self._functions -= isinstance(node, cst.FunctionDef)
+
+
+def mutants_of(source: str) -> list[Mutant]:
+    """All of them, in the order of the file; on import only numbers and operators are changed."""
+    module, nodes = cst.parse_module(source), _Nodes()
+    module.visit(nodes)
+    made: dict[str, Mutant] = {}
+    for node, called in nodes.found:
+        for kind, operator in mutators.mutation_operators:
+            if isinstance(node, kind) and (called or operator in _BY_VALUE):
+                variants = list(operator(node))
+                for new in variants[:1] if operator is mutators.operator_string else variants:
+                    changed = module.deep_replace(node, new).code  # type: ignore[arg-type]
+                    if changed != source:
+                        made.setdefault(changed, _mutant(source, changed))
+    return sorted(made.values(), key=lambda mutant: mutant.line)
+
+
+def _mutant(source: str, changed: str) -> Mutant:
+    old, new = source.splitlines(), changed.splitlines()
+    first = next(i for i in range(len(old)) if old[i] != new[i])
+    same = next(i for i in range(1, len(old)) if old[-i] != new[-i]) - 1  # at the end
+    was, becomes = (" ".join(map(str.strip, lines[first : len(lines) - same])) for lines in (old, new))
+    return Mutant(was, becomes, first + 1, changed)
+
+
+class _Planted(importlib.machinery.SourceFileLoader, importlib.abc.MetaPathFinder):
+    """Imports one module from a text instead of its file."""
+
+    def __init__(self, file: str, source: str) -> None:
+        super().__init__(file.removesuffix(".py").replace("/", "."), str(Path(file).resolve()))
+        self.planted = source
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.planted, self.path, "exec")
+
+
+class _FastFirst:
+    """Plugin that runs tests by what they took before, and notes what they take."""
+
+    def __init__(self, took: dict[str, float]) -> None:
+        self.took = took
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: self.took.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
+
+
+def _run_tests(file: str, source: str, took: dict[str, float], note: str | None) -> None:
+    """In a process of its own: exit code 0 where the tests pass."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2) if note is None else ():
+        os.dup2(null, stream)
+    sys.meta_path.insert(0, _Planted(file, source))
+    plugin = _FastFirst(dict(took))
+    names = [f"tests/test_{name}.py" for name in TESTS[file].split()]
+    options = "-x -q --tb=short -p no:cacheprovider -p no:xdist -W ignore::pytest.PytestAssertRewriteWarning"
+    code = pytest.main([*options.split(), *names], [plugin])
+    if note is not None:
+        Path(note).write_text(json.dumps(plugin.took))
+    os._exit(int(code))
+
+
+def try_mutant(file: str, source: str, took: dict[str, float], limit_s: float, note: str | None = None) -> str:
+    """What becomes of a module's tests: `survived`, `killed` or `timeout`."""
+    process = get_context("fork").Process(target=_run_tests, args=(file, source, took, note))
+    process.start()
+    process.join(limit_s)
+    assert process.pid is not None
+    ended = process.exitcode is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # and whatever the tests left behind
+    process.join()
+    return "timeout" if not ended else "survived" if process.exitcode == 0 else "killed"
+
+
+def _accepted(file: str) -> set[tuple[str, str]]:
+    entries = (yaml.safe_load(ACCEPTED.read_text()) or {}).get(file, [])
+    return {(entry["was"], entry["becomes"]) for entry in entries}
+
+
+def run_module(file: str, chosen: Sequence[Mutant], workers: int) -> Iterator[tuple[Mutant, str]]:
+    """Each mutant and what became of it; fails where the tests do without one."""
+    source = Path(file).read_text()
+    with tempfile.NamedTemporaryFile(suffix=".json") as note:
+        start = time.monotonic()
+        if try_mutant(file, source, {}, 1200.0, note.name) != "survived":
+            sys.exit(f"{file}: its tests fail without a mutant")
+        limit_s = 5.0 * (time.monotonic() - start) + 30.0
+        took = json.loads(Path(note.name).read_text())
+    accepted = _accepted(file)
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda mutant: try_mutant(file, mutant.source, took, limit_s), chosen)
+        for mutant, result in zip(chosen, results, strict=True):
+            known = result == "survived" and (mutant.was, mutant.becomes) in accepted
+            yield mutant, "accepted" if known else result
+
+
+def main() -> int:
+    """Returns 1 where a mutant survived that is not accepted."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], prog="make mutants")
+    parser.add_argument("files", nargs="*", default=list(TESTS), help="modules; all of the table unless given")
+    parser.add_argument("--sample", type=int, default=100, help="mutants of a module, drawn with seed 0; 0 for all")
+    parser.add_argument("--workers", type=int, default=1, help="at a time")
+    parser.add_argument("--only", default="", help="regular expression that the changed line must match")
+    args = parser.parse_args()
+    if unknown := set(args.files) - TESTS.keys():
+        parser.error(f"no test files are known for {', '.join(sorted(unknown))}; expected {', '.join(TESTS)}")
+    os.environ["OMP_NUM_THREADS"] = "1"  # no threads: they do not survive a fork
+    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    rows, left = [], 0
+    for file in args.files:
+        every = [mutant for mutant in mutants_of(Path(file).read_text()) if re.search(args.only, mutant.was)]
+        chosen = random.Random(0).sample(every, args.sample) if 0 < args.sample < len(every) else every  # noqa: S311
+        counts = dict.fromkeys(("killed", "timeout", "accepted", "survived"), 0)
+        for mutant, result in run_module(file, chosen, args.workers):
+            counts[result] += 1
+            if result not in ("killed", "accepted"):
+                print(f"{file}:{mutant.line}: {result}\n    - {mutant.was}\n    + {mutant.becomes}", flush=True)
+        left += counts["survived"]
+        score = 1.0 - (counts["accepted"] + counts["survived"]) / max(1, len(chosen))
+        rows.append((file, len(every), len(chosen), *counts.values(), f"{score:.1%}"))
+        print(f"{file}: {counts}", flush=True)
+    print("\n| module | mutants | tried | killed | timeout | accepted | survived | score |\n|---|" + "---:|" * 7)
+    print("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
