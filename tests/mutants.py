@@ -7,14 +7,16 @@ libraries, and meets the test files of its module alone, fast tests first. What 
 
 import argparse
 import contextlib
+import functools
+import gc
+import hashlib
 import importlib
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,10 +24,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from multiprocessing import get_context
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import libcst as cst
 import libcst.matchers as m
@@ -102,7 +105,7 @@ def mutants_of(source: str) -> list[Mutant]:
             if isinstance(node, kind) and (called or operator in _BY_VALUE):
                 variants = list(operator(node))
                 for new in variants[:1] if operator is mutators.operator_string else variants:
-                    changed = module.deep_replace(node, new).code  # type: ignore[arg-type]
+                    changed = cast(cst.Module, module.deep_replace(node, new)).code
                     if changed != source:
                         made.setdefault(changed, _mutant(source, changed))
     return sorted(made.values(), key=lambda mutant: mutant.line)
@@ -116,52 +119,64 @@ def _mutant(source: str, changed: str) -> Mutant:
     return Mutant(was, becomes, first + 1, changed)
 
 
-class _Planted(importlib.machinery.SourceFileLoader, importlib.abc.MetaPathFinder):
+class _Planted(SourceFileLoader):
     """Imports one module from a text instead of its file."""
 
     def __init__(self, file: str, source: str) -> None:
         super().__init__(file.removesuffix(".py").replace("/", "."), str(Path(file).resolve()))
         self.planted = source
 
-    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
 
     def get_code(self, fullname: str) -> CodeType:
         return compile(self.planted, self.path, "exec")
 
 
-class _FastFirst:
-    """Plugin that runs tests by what they took before, and notes what they take."""
+class _Plugin:
+    """Runs tests by what they took before, and notes what they take.
 
-    def __init__(self, took: dict[str, float]) -> None:
-        self.took = took
+    `tests.test_audit.finished_run` makes a run in half a minute: one that the tests made without a mutant is copied.
+    """
+
+    def __init__(self, took: dict[str, float], runs: Path) -> None:
+        self.took, self.runs = took, runs
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: self.took.get(item.nodeid, 0.0))
+        if audit := sys.modules.get("tests.test_audit"):
+            audit.finished_run = functools.partial(self._finished_run, audit.finished_run)  # type: ignore[attr-defined]
+
+    def _finished_run(self, make: Any, path: Path, *overrides: str, **options: Any) -> Any:
+        kept = self.runs / hashlib.sha256(repr((overrides, options)).encode()).hexdigest()
+        if not kept.exists():
+            shutil.copytree(make(path, *overrides, **options).path, kept)
+            return make.__globals__["RunDirectory"](path, None)
+        return make.__globals__["RunDirectory"](shutil.copytree(kept, path, dirs_exist_ok=True), None)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
 
 
-def _run_tests(file: str, source: str, took: dict[str, float], note: str | None) -> None:
-    """In a process of its own: exit code 0 where the tests pass."""
+def _run_tests(file: str, source: str, folder: Path, first: bool) -> None:
+    """In a process of its own: exit code 0 where the tests pass. The first time notes what they take."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
-    for stream in (1, 2) if note is None else ():
+    for stream in () if first else (1, 2):
         os.dup2(null, stream)
     sys.meta_path.insert(0, _Planted(file, source))
-    plugin = _FastFirst(dict(took))
+    note = folder / "took.json"
+    plugin = _Plugin({} if first else json.loads(note.read_text()), folder)
     names = [f"tests/test_{name}.py" for name in TESTS[file].split()]
-    options = "-x -q --tb=short -p no:cacheprovider -p no:xdist -W ignore::pytest.PytestAssertRewriteWarning"
-    code = pytest.main([*options.split(), *names], [plugin])
-    if note is not None:
-        Path(note).write_text(json.dumps(plugin.took))
+    code = pytest.main(["-x", "-q", "--tb=short", "--assert=plain", "-p", "no:cacheprovider", *names], [plugin])
+    if first:
+        note.write_text(json.dumps(plugin.took))
     os._exit(int(code))
 
 
-def try_mutant(file: str, source: str, took: dict[str, float], limit_s: float, note: str | None = None) -> str:
-    """What becomes of a module's tests: `survived`, `killed` or `timeout`."""
-    process = get_context("fork").Process(target=_run_tests, args=(file, source, took, note))
+def try_mutant(file: str, source: str, folder: Path, limit_s: float, first: bool = False) -> str:
+    """What becomes of a module's tests: `survived`, `killed` or `timeout`; `folder` keeps what the first run found."""
+    process = get_context("fork").Process(target=_run_tests, args=(file, source, folder, first))
     process.start()
     process.join(limit_s)
     assert process.pid is not None
@@ -178,17 +193,14 @@ def _accepted(file: str) -> set[tuple[str, str]]:
 
 
 def run_module(file: str, chosen: Sequence[Mutant], workers: int) -> Iterator[tuple[Mutant, str]]:
-    """Each mutant and what became of it; fails where the tests do without one."""
-    source = Path(file).read_text()
-    with tempfile.NamedTemporaryFile(suffix=".json") as note:
-        start = time.monotonic()
-        if try_mutant(file, source, {}, 1200.0, note.name) != "survived":
+    """Each mutant and what became of it; exits where the tests fail without one."""
+    accepted = _accepted(file)
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(workers) as pool:
+        folder, start = Path(name), time.monotonic()
+        if try_mutant(file, Path(file).read_text(), folder, 1200.0, first=True) != "survived":
             sys.exit(f"{file}: its tests fail without a mutant")
         limit_s = 5.0 * (time.monotonic() - start) + 30.0
-        took = json.loads(Path(note.name).read_text())
-    accepted = _accepted(file)
-    with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda mutant: try_mutant(file, mutant.source, took, limit_s), chosen)
+        results = pool.map(lambda mutant: try_mutant(file, mutant.source, folder, limit_s), chosen)
         for mutant, result in zip(chosen, results, strict=True):
             known = result == "survived" and (mutant.was, mutant.becomes) in accepted
             yield mutant, "accepted" if known else result
@@ -206,12 +218,15 @@ def main() -> int:
         parser.error(f"no test files are known for {', '.join(sorted(unknown))}; expected {', '.join(TESTS)}")
     os.environ["OMP_NUM_THREADS"] = "1"  # no threads: they do not survive a fork
     os.environ["HYPOTHESIS_PROFILE"] = "mutants"
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     for name in _LIBRARIES:
         importlib.import_module(name)
-    rows, left = [], 0
+    gc.freeze()  # pytest collects garbage twice in each fork: not among the libraries' objects
+    rows: list[tuple[object, ...]] = []
+    left = 0
     for file in args.files:
         every = [mutant for mutant in mutants_of(Path(file).read_text()) if re.search(args.only, mutant.was)]
-        chosen = random.Random(0).sample(every, args.sample) if 0 < args.sample < len(every) else every  # noqa: S311
+        chosen = random.Random(0).sample(every, args.sample) if 0 < args.sample < len(every) else every
         counts = dict.fromkeys(("killed", "timeout", "accepted", "survived"), 0)
         for mutant, result in run_module(file, chosen, args.workers):
             counts[result] += 1
@@ -223,6 +238,7 @@ def main() -> int:
         print(f"{file}: {counts}", flush=True)
     print("\n| module | mutants | tried | killed | timeout | accepted | survived | score |\n|---|" + "---:|" * 7)
     print("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
+    gc.unfreeze()
     return 1 if left else 0
 
 

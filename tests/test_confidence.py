@@ -17,6 +17,7 @@ from core.confidence import (
     largest_radius,
     log_e_value,
     lower_bounds,
+    probability_of_radius,
     top_two,
 )
 from core.errors import ConfigError
@@ -133,6 +134,8 @@ def test_clopper_pearson_lower_out_of_range_raises(k: int, n: int, alpha: float)
 def test_top_two_ties_go_to_the_smaller_index() -> None:
     assert top_two(np.array([3, 7, 7])) == (1, 7, 7)
     assert top_two(np.array([5])) == (0, 5, 0)
+    assert top_two(np.array([3, 7])) == (1, 7, 3)
+    assert top_two(np.array([4, 4])) == (0, 4, 4)
 
 
 @given(n=st.integers(1, 20_000), share=st.floats(0.5, 1), low=st.floats(0, 1), high=st.floats(0, 1))
@@ -145,9 +148,17 @@ def test_log_e_value_falls_as_the_null_rises_where_it_counts(n: int, share: floa
         assert float(log_e_value(successes, n, one)) >= larger - 1e-9 * max(1.0, larger)
 
 
+def test_radii_and_probabilities_of_float32_arguments_are_float64() -> None:
+    narrow = np.array([0.6, 0.7, 0.99], np.float32)
+    for function in (certified_radius, probability_of_radius):
+        assert function(narrow, 0.25).dtype == np.float64
+        assert function(narrow, 0.25).tolist() == [float(function(float(value), 0.25)) for value in narrow]
+    assert certified_radius(0.7, narrow).tolist() == [float(certified_radius(0.7, float(sigma))) for sigma in narrow]
+
+
 @pytest.mark.parametrize("alpha", [0.3, 1e-5])
 def test_lower_bounds_and_bound_and_radius_are_the_beta_quantile_for_every_number_of_successes(alpha: float) -> None:
-    expected = [0.0, *stats.beta.ppf(alpha, np.arange(1, 31), 31 - np.arange(1, 31)).tolist()]
+    expected = [0.0, *np.asarray(stats.beta.ppf(alpha, np.arange(1, 31), 31 - np.arange(1, 31))).tolist()]
     bounds = lower_bounds(30, alpha)
     np.testing.assert_allclose(bounds, expected, rtol=1e-8)
     with pytest.raises(ValueError, match="read-only"):

@@ -1,3 +1,4 @@
+import _thread
 import calendar
 import json
 import os
@@ -39,8 +40,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What was slept, on a clock that sleeping moves."""
     record: list[float] = []
-    monkeypatch.setattr(lock_module.time, "sleep", record.append)
-    monkeypatch.setattr(lock_module.time, "monotonic", lambda: sum(record))
+    monkeypatch.setattr(time, "sleep", record.append)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(record))
     monkeypatch.setattr(lock_module, "BEAT_S", 60.0)
     return record
 
@@ -310,8 +311,8 @@ def test_lock_that_was_taken_over_interrupts_with_the_signal_that_is_handled(
     terminate: Any, slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
-    monkeypatch.setattr(lock_module._thread, "interrupt_main", sent.append)
-    monkeypatch.setattr(lock_module.signal, "getsignal", {signal.SIGTERM: terminate}.__getitem__)
+    monkeypatch.setattr(_thread, "interrupt_main", sent.append)
+    monkeypatch.setattr(signal, "getsignal", {signal.SIGTERM: terminate}.__getitem__)
     monkeypatch.setattr(lock_module, "BEAT_S", 0.05)
     shelf = Shelf()
     shelf.local = Path("shelf")

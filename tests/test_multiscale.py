@@ -107,7 +107,8 @@ def test_multiscale_two_classes_in_doubt_above_end_it_without_another_draw() -> 
 
 
 @pytest.mark.parametrize(
-    ("shares", "asked"), [((0.8, 0.2), 2), ((0.2, 0.8), 1), ((0.8, 0.1, 0.1), 3), ((0.1, 0.8, 0.1), 2), ((0.2, 0.2, 0.6), 1)]
+    ("shares", "asked"),
+    [((0.8, 0.2), 2), ((0.2, 0.8), 1), ((0.8, 0.1, 0.1), 3), ((0.1, 0.8, 0.1), 2), ((0.2, 0.2, 0.6), 1)],
 )
 def test_multiscale_goes_on_where_the_best_share_below_leaves_one_class_in_doubt(
     shares: tuple[float, ...], asked: int

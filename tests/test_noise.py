@@ -11,6 +11,12 @@ from core.noise_key import chunk_key
 from core.records import Phase
 
 
+class OnDevice(GaussianNoise):
+    """Draws on the CPU by the code that serves an accelerator."""
+
+    _fill_on_host = GaussianNoise._fill_on_device
+
+
 def chunk(seed: int = 0, example: str = "a", phase: Phase = Phase.SELECTION, sigma: float = 0.5, number: int = 0):  # type: ignore[no-untyped-def]
     out = torch.empty(100, 3, 8, 8)
     GaussianNoise(seed).fill(out, example, phase, sigma, number)
@@ -74,8 +80,23 @@ def test_corrupt_is_the_image_plus_sigma_times_the_normal_draws_of_the_key() -> 
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("gaussian", GaussianNoise), ("exact", ExactNoise)])
-def test_make_noise_is_the_one_that_is_named(kind: str, expected: type) -> None:
+def test_make_noise_is_the_one_that_is_named(kind: str, expected: type[GaussianNoise | ExactNoise]) -> None:
     noise = make_noise(kind, 7, 30)
     assert type(noise) is expected
     assert repr(noise) == f"{expected.__name__}(seed=7, chunk_size=30)"
     assert repr(expected(7)) == f"{expected.__name__}(seed=7, chunk_size=100)"
+
+
+def test_fill_on_a_device_seeds_its_one_generator_with_63_bits_of_the_key() -> None:
+    noise, state = OnDevice(5, chunk_size=20), torch.get_rng_state()
+    out = torch.empty(60, 1, 4, 4)
+    generators = []
+    for sigma in (0.25, 0.5):
+        noise.fill(out, "a", Phase.ESTIMATION, sigma, 3)
+        for number, copies in ((3, out[:20]), (4, out[20:40]), (5, out[40:])):
+            seed = int.from_bytes(chunk_key(5, "a", Phase.ESTIMATION, sigma, number), "little") % 2**63
+            expected = torch.empty(20, 1, 4, 4).normal_(generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(copies, expected)
+        generators.append(noise._generators[torch.device("cpu")])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert generators[0] is generators[1]

@@ -282,7 +282,7 @@ def test_climb_one_target_certifies_what_the_last_look_does_up_to_the_target(nam
 
 @pytest.mark.parametrize(("margin", "shown"), [(-1e-9, False), (0.9e-6, False), (1.1e-6, True)])
 def test_conclude_early_claim_needs_the_evidence_and_the_error_of_its_evaluation(margin: float, shown: bool) -> None:
-    """`log_e_value` is right to within 1e-7 (tests/test_e_process.py): evidence that is less than 1e-6 above ln(1 / alpha)
+    """`log_e_value` is right to within 1e-7 (tests/test_e_process.py): evidence less than 1e-6 above ln(1 / alpha)
     proves nothing."""
     target, sampling, votes = 0.4, Sampling(10, 1000, 0.5), counts(3, 57)
     p0 = float(special.ndtr(target / 0.5))

@@ -115,6 +115,10 @@ def test_predict_wrong_class_probability_by_exact_sum_is_at_most_alpha() -> None
     assert 0 < wrong <= alpha / 2 + 1e-9
 
 
+def test_predict_one_draw_tells_nothing_apart() -> None:
+    assert drive(predict(0.5, 1, 0.999), lambda d: {CLASSIFIER: counts(0, 1)}).prediction == ABSTAIN
+
+
 @pytest.mark.parametrize("bad", [(0, 0.1), (10, 0.0), (10, 1.0)])
 def test_predict_bad_arguments_raise(bad: tuple[int, float]) -> None:
     with pytest.raises(ConfigError):
