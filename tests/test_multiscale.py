@@ -136,6 +136,7 @@ def test_is_hopeless_bound_of_exactly_one_half_is_in_doubt() -> None:
 def test_multiscale_no_level_decides_abstains() -> None:
     result = run_on(votes_at(counts(34, 33, 33), counts(40, 30, 30)), Sampling(9, 100, 0.02))
     assert (result.prediction, result.radius, result.radius_above, len(result.levels)) == (ABSTAIN, 0.0, 0.0, 2)
+    assert (result.sigma, result.sigma_bound) == (None, None)
 
 
 def test_multiscale_level_without_votes_certifies_nothing() -> None:

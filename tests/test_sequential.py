@@ -251,6 +251,33 @@ def test_climb_is_futile_exactly_where_nothing_more_can_be_certified(name: str) 
     assert went_on > 10 or setting.grid
 
 
+@pytest.mark.parametrize("z", [1.0, 2.33])
+@pytest.mark.parametrize("num", [20, 100, 300])
+def test_climb_grid_gives_up_where_the_beta_binomial_of_the_votes_to_come_lies_z_deviations_below(
+    num: int, z: float
+) -> None:
+    """Against the exact moments under Jeffreys' posterior, which the normal approximation meets to within 2%."""
+    setting, most = SETTINGS["grid"], 400
+    alpha = setting.sampling.alpha
+    bounds = stats.beta.ppf(0.9 * alpha, np.arange(1, most + 1), most - np.arange(1, most + 1) + 1)
+    seen = {True: 0, False: 0}
+    for k in range(num + 1):
+        early = [
+            float(log_e_value(k, num, special.ndtr(target / 0.5))) >= math.log(10 / alpha) for target in setting.targets
+        ]
+        if all(early):
+            continue
+        target = setting.targets[early.index(False)]
+        missing = 1 + int(np.searchsorted(bounds, stats.norm.cdf(target / 0.5))) - k
+        to_come = stats.betabinom(most - num, k + 0.5, num - k + 0.5)
+        distance = (missing - to_come.mean()) / to_come.std()
+        if missing <= most - num and abs(distance - z) > 0.02 * z + 0.01:
+            result = first_step(setting, Rule(20, futility_z=z), k, num)
+            assert (result is not None and result.stop == Stop.UNLIKELY) == (distance > z)
+            seen[distance > z] += 1
+    assert min(seen.values()) > 2
+
+
 @pytest.mark.parametrize("p", [0.55, 0.7, 0.85, 0.93, 0.98])
 def test_climb_grid_giving_up_sooner_costs_radius_on_average_and_saves_draws(p: float) -> None:
     means = []
