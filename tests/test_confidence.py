@@ -107,12 +107,31 @@ def test_certified_radius_without_a_bound_above_one_half_is_zero() -> None:
 
 @pytest.mark.parametrize(
     ("radius", "sigma", "alpha"),
-    [(1.0, 0.5, 0.0005), (0.0, 1.0, 0.001), (3.0, 1.0, 0.001), (0.6, 0.5, 0.001), (2.0, 0.5, 0.001), (0.3, 0.12, 0.1)],
+    [
+        (1.0, 0.5, 0.0005),
+        (0.0, 1.0, 0.001),
+        (3.0, 1.0, 0.001),
+        (0.6, 0.5, 0.001),
+        (2.0, 0.5, 0.001),
+        (0.3, 0.12, 0.1),
+        (3.0, 2.0, 0.001),
+    ],
 )
 def test_draws_needed_is_the_fewest_that_reach_the_radius(radius: float, sigma: float, alpha: float) -> None:
     n = draws_needed(radius, sigma, alpha)
     assert largest_radius(sigma, n, alpha) > radius
     assert n == 1 or largest_radius(sigma, n - 1, alpha) <= radius
+
+
+@pytest.mark.parametrize("num", [12, 20, 300])
+def test_draws_needed_for_just_what_so_many_reach_is_one_more(num: int) -> None:
+    assert draws_needed(largest_radius(0.5, num, 0.001), 0.5, 0.001) == num + 1
+
+
+def test_draws_needed_beyond_a_million_is_the_formula() -> None:
+    expected = math.log(0.001) / stats.norm.logcdf(5.0)  # Phi(5)^n = alpha
+    assert expected > 1e7
+    assert draws_needed(2.5, 0.5, 0.001) == pytest.approx(expected, abs=2)
 
 
 @given(n=st.integers(1, 3000), share=st.floats(0, 1))
