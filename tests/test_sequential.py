@@ -207,6 +207,7 @@ def test_climb_grid_radius_is_a_target_and_everything_below_is_shown_by_the_last
         assert all(shown[:level])
         assert (result.prediction == ABSTAIN) == (level == 0)
         assert result.target == (result.radius if level else None)
+        assert result.p_lower == pytest.approx(special.ndtr(result.radius / setting.sigma) if level else 0.0, rel=1e-12)
         if result.stop == Stop.FULL:
             assert not all(shown[: level + 1])  # and it is the highest
 
