@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from core.dual import dual_certify, dual_predict
+from core.dual import dual_certify, dual_predict, join_stages
 from core.errors import ConfigError
 from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, AlphaSplit, Answer, Bound, Counts, Draws, Phase, Sampling
 from core.smoothing import certificate, certify, predict
@@ -167,6 +167,22 @@ def test_dual_certify_estimator_undecided_abstains_without_asking_the_classifier
     assert result.num_draws == 200 == sum(d.num for d in asked)
 
 
+def test_dual_certify_classifier_with_the_smaller_radius_bounds() -> None:
+    result = drive(dual_certify(SIGMAS, 1.0, Sampling(100, 100, 0.02)), dual_votes((1, 99), (0, 70, 30), []))
+    assert 0.0 < result.radius == result.radius_class < result.radius_sigma
+    assert (result.prediction, result.bounded_by, result.num_shared) == (1, Bound.CLASS, 0)
+
+
+def test_join_stages_of_unequal_shares_of_alpha_keeps_both() -> None:
+    level = certificate(counts(0, 9), counts(5, 95), 1.0, Sampling(9, 100, 0.005))
+    label = certificate(counts(9, 0), counts(90, 10), 0.5, Sampling(9, 100, 0.015))
+    result = join_stages(level, label, SIGMAS, 0.02)
+    assert (result.alpha, result.alpha_sigma, result.alpha_class) == (0.02, 0.005, 0.015)
+    assert (result.prediction, result.sigma, result.sigma_stage, result.class_stage) == (0, 0.5, level, label)
+    alone = join_stages(level, None, SIGMAS, 0.02)
+    assert (alone.alpha_sigma, alone.alpha_class, alone.radius_class) == (0.005, 0.005, 0.0)
+
+
 def test_dual_certify_classifier_undecided_abstains() -> None:
     result = drive(dual_certify(SIGMAS, 1.0, Sampling(100, 100, 0.02)), dual_votes((80, 20), (50, 50, 0), []))
     assert (result.prediction, result.radius, result.sigma) == (ABSTAIN, 0.0, 0.25)
@@ -180,7 +196,10 @@ def test_dual_predict_spends_half_of_alpha_on_each_stage() -> None:
     assert (result.prediction, result.sigma) == (1, 0.5)
     assert result.class_stage is not None
     assert result.sigma_stage.alpha == result.class_stage.alpha == 0.01
-    assert drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((50, 50), (0, 95, 5), [])).prediction == ABSTAIN
+    undecided = drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((50, 50), (0, 95, 5), asked := []))
+    assert (undecided.prediction, undecided.sigma, undecided.alpha, len(asked)) == (ABSTAIN, None, 0.02, 1)
+    assert undecided.sigma_stage.counts.tolist() == [50, 50]
+    assert undecided.class_stage is None
 
 
 @pytest.mark.parametrize("split", ["halves", "full"])
