@@ -15,7 +15,7 @@ from core.errors import ConfigError
 from core.files import file_sha256
 from distributed.audit import audit, replay
 from distributed.recertify import Change, recertify
-from distributed.rows import CERTIFICATE_SCHEMA, error_row
+from distributed.rows import CERTIFICATE_SCHEMA, DUAL_SCHEMA, error_row
 from distributed.run_directory import RunDirectory
 from distributed.shards import ShardStore
 from jobs import build_dataset, certify
@@ -399,6 +399,15 @@ def test_audit_error_row_that_claims_something_is_found(run: RunDirectory, claim
     assert len(found) == len(claim)
     for column in claim:
         assert f"{column} is " in found[0]
+
+
+def test_audit_error_row_of_dual_that_names_a_level_is_found(run: RunDirectory) -> None:
+    def failed(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = error_row(DUAL_SCHEMA, rows[0]["example_id"], rows[0]["label"], None, 0.01)
+        return [{**row, "sigma": 0.25}, *rows[1:]]
+
+    rewrite(run, "certificates/dual", failed, True)
+    assert [problem for problem in problems(run) if "sigma is 0.25, its votes give None" in problem]
 
 
 @pytest.mark.parametrize(
