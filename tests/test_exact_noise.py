@@ -268,6 +268,14 @@ def test_corrupt_copies_with_an_ambiguous_pixel_may_not_vote(kind: type[Planted]
     assert mask.tolist() == [False, True, False, True]
 
 
+def test_corrupt_on_a_device_uses_one_generator() -> None:
+    noise, generators = OnDevice(0, chunk_size=2), []
+    for chunk in range(2):
+        integers(noise, 0.25, shape=(1, 2, 2), chunk=chunk)
+        generators.append(noise._generators[torch.device("cpu")])
+    assert generators[0] is generators[1]
+
+
 @PLANTED
 def test_corrupt_chunks_of_one_copy_are_masked_too(kind: type[Planted]) -> None:
     noise = kind(0, chunk_size=1)
