@@ -315,3 +315,12 @@ def test_copy_from_takes_the_rows_of_some_levels_and_their_errors(tmp_path: Path
         expected = [row for row in source.read().to_pylist() if row["sigma"] == sigma]
         assert store.read().to_pylist() == expected
         assert store.read_errors().column("message").to_pylist() == errors
+
+
+def test_verify_names_the_first_example_that_is_odd(tmp_path: Path) -> None:
+    plan = Plan.divide(7, 3, 2, {})
+    store = store_with_rows(tmp_path, plan)
+    rows = [{**row, "example_id": "foreign"} if row["example_id"] == "e5" else row for row in rows_of(plan, 1)]
+    store.commit(1, rows, CERTIFICATE_SCHEMA, "cpu")
+    with pytest.raises(DataError, match="the first is 'e5'"):
+        store.verify(plan, IDS, SIGMAS)
