@@ -432,3 +432,13 @@ def test_audit_file_that_the_manifest_does_not_name_is_found(run: RunDirectory) 
     del manifest["steps"]["certify-dual"]["sha256"][name]
     path.write_text(json.dumps(manifest))
     assert [problem for problem in problems(run) if name in problem and "manifest" in problem]
+
+
+def test_audit_step_that_is_not_finished_is_looked_at_and_named(run: RunDirectory) -> None:
+    path = run.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["steps"]["certify-dual"]
+    path.write_text(json.dumps(manifest))
+    findings, checked = audit(RunDirectory(run.path, None))
+    assert {finding.store for finding in findings} == {"certificates/dual"}
+    assert set(checked) == {"certificates/standard", "certificates/dual"}
