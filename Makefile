@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu chaos bench check docs docs-test wheel format clean
+.PHONY: help demo test test-slow test-gpu chaos mutants bench check docs docs-test wheel format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,9 @@ test-gpu: $(VENV)/.installed  ## tests that need a CUDA device
 
 chaos: $(VENV)/.installed  ## a run with 30 and more faults, compared with an undisturbed one
 	$(BIN)/python -m pytest -m chaos -s
+
+mutants: $(VENV)/.installed  ## small faults that tests must find; FILES="core/machine/noise.py ..." chooses, ALL=1: not only a sample
+	$(BIN)/python -m tests.mutants $(FILES) $(if $(ALL),--sample 0) $(MUTANTS)
 
 bench: $(VENV)/.installed  ## speed beside its floor and beside what people run now; PARTS=engine,labels chooses
 	$(BIN)/python -m bench $(if $(PARTS),--parts $(PARTS)) $(BENCH)

@@ -85,17 +85,20 @@ class GaussianNoise:
             sigma: the level that it will be scaled to.
             chunk: number of the first chunk, from 0.
         """
-        size, host = self.chunk_size, out.numpy() if out.device.type == "cpu" else None
+        size, fill = self.chunk_size, self._fill_on_host if out.device.type == "cpu" else self._fill_on_device
         for first in range(0, len(out), size):
-            key = chunk_key(self.seed, example_id, phase, sigma, chunk + first // size)
-            if host is not None:
-                fill_normal(host[first : first + size], key)
-                continue
-            generator = self._generators.get(out.device)
-            if generator is None:
-                generator = self._generators[out.device] = torch.Generator(out.device)
-            generator.manual_seed(int.from_bytes(key, "little") & (2**63 - 1))
-            out[first : first + size].normal_(generator=generator)
+            fill(out[first : first + size], chunk_key(self.seed, example_id, phase, sigma, chunk + first // size))
+
+    def _fill_on_host(self, out: Tensor, key: bytes) -> None:
+        fill_normal(out.numpy(), key)
+
+    def _fill_on_device(self, out: Tensor, key: bytes) -> None:
+        """Overwrite a chunk from the device's own generator."""
+        generator = self._generators.get(out.device)
+        if generator is None:
+            generator = self._generators[out.device] = torch.Generator(out.device)
+        generator.manual_seed(int.from_bytes(key, "little") & (2**63 - 1))
+        out.normal_(generator=generator)
 
 
 def fill_normal(out: NDArray[np.float32], key: bytes) -> None:

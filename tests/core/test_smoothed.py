@@ -252,4 +252,4 @@ def test_dual_predict_claim_agreement_answers_where_the_level_is_in_doubt() -> N
     apart = DualSmoothedClassifier(router, {0.25: plane, 0.5: Negated(plane)}, (0.25, 0.5), 0.5, 2)
     assert apart.predict(image, num=400, alpha=0.05, claim="agreement") == ABSTAIN
     with pytest.raises(ConfigError, match="claim must be one of"):
-        dual.predict(image, claim="published")  # type: ignore[typeddict-item]
+        dual.predict(image, claim="published")  # type: ignore[arg-type]

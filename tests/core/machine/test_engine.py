@@ -199,3 +199,104 @@ def test_run_source_that_pauses_is_asked_again() -> None:
 
     engine = Engine(Network({CLASSIFIER: Head(HalfSpace(axis(16, 2), 0.4), 2)}), GaussianNoise(3), batch_size=64)
     assert {f.key: f.result for f in engine.run(paused())} == run(HalfSpace(axis(16, 2), 0.4), 64, num=3)
+
+
+class Numbered:
+    """Noise that writes each copy's number into it, and lets a scattered third of the copies vote."""
+
+    def __init__(self, chunk_size: int, masked_chunks: int) -> None:
+        self.chunk_size = chunk_size
+        self.masked_chunks = masked_chunks
+
+    def may_vote(self, numbers: Tensor) -> Tensor:
+        spared = (numbers // self.chunk_size) % self.masked_chunks != 0
+        return spared | ((numbers * 7919) % 101 % 3 == 0)
+
+    def corrupt(
+        self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
+    ) -> Tensor | None:
+        assert len(out) % self.chunk_size == 0
+        numbers = chunk * self.chunk_size + torch.arange(len(out))
+        out.copy_(image + numbers[:, None, None, None])
+        mask = self.may_vote(numbers)
+        return None if mask.all() else mask
+
+
+@pytest.mark.parametrize(("batch_size", "chunk_size"), [(1, 4), (7, 4), (10, 4), (23, 10), (64, 10), (1000, 10)])
+@pytest.mark.parametrize("masked_chunks", [1, 3])
+def test_run_votes_are_those_of_the_copies_that_may_vote(batch_size: int, chunk_size: int, masked_chunks: int) -> None:
+    noise = Numbered(chunk_size, masked_chunks)
+    windows = [(0, 57), (3, 41), (20, 20), (19, 1), (100, 63), (8, 12)]
+
+    def module(noisy: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(noisy[:, 0, 0, 0].long() % 5, 5).float()
+
+    def procedure(windows: list[tuple[int, int]]) -> Generator[Draws, Answer, list[list[int]]]:
+        votes = []
+        for start, num in windows:
+            answer = yield Draws(0.5, num, (CLASSIFIER,), Phase.ESTIMATION, start)
+            votes.append(answer[CLASSIFIER].tolist())
+        return votes
+
+    engine = Engine(Network({CLASSIFIER: Head(module, 5)}), noise, batch_size=batch_size)
+    tasks = [Task(i, f"e{i}", torch.zeros(1, 1, 1), procedure(windows[i:] + windows[:i])) for i in range(6)]
+    done = {finished.key: finished.result for finished in engine.run(tasks)}
+    for i in range(6):
+        for (start, num), votes in zip(windows[i:] + windows[:i], done[i], strict=True):
+            voters = [n for n in range(start, start + num) if noise.may_vote(torch.tensor([n])).item()]
+            assert votes == [sum(n % 5 == c for n in voters) for c in range(5)]
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_run_denoiser_gets_the_level_of_each_row_and_a_valid_one_for_padding(batch_size: int) -> None:
+    class Level:
+        """Copies that are their noise level."""
+
+        chunk_size = 10
+
+        def corrupt(self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int) -> None:
+            out.fill_(sigma)
+
+    passes: list[Tensor] = []
+
+    def denoiser(noisy: Tensor, sigma: Tensor) -> Tensor:
+        padding = sigma != noisy[:, 0, 0, 0]
+        assert sigma.dtype == torch.float32
+        assert sigma[padding].tolist() == [1.0] * int(padding.sum())
+        passes.append(sigma)
+        return noisy
+
+    network = Network({CLASSIFIER: Head(lambda x: torch.zeros(len(x), 2), 2)}, denoiser=denoiser)
+    engine = Engine(network, Level(), batch_size=batch_size)
+    assert engine.rows_run == 0
+    list(engine.run(tasks(1)))
+    assert engine.rows_run == sum(len(sigma) for sigma in passes)
+    assert [sum(int((sigma == level).sum()) for sigma in passes) for level in (0.25, 0.5)] == [350, 350]
+
+
+@pytest.mark.parametrize(("batch_size", "max_live"), [(0, 1), (1, 0), (-1, 5)])
+def test_engine_without_room_is_refused(batch_size: int, max_live: int) -> None:
+    network = Network({CLASSIFIER: Head(HalfSpace(axis(16, 0), 0.5), 2)})
+    with pytest.raises(ConfigError, match="at least 1"):
+        Engine(network, GaussianNoise(0), batch_size=batch_size, max_live=max_live)
+    assert len(run(HalfSpace(axis(16, 2), 0.4), 1, num=1, max_live=1)) == 2
+
+
+def test_warm_up_runs_each_kind_of_request_at_the_batch_shape_and_leaves_no_trace() -> None:
+    shapes: dict[float, list[tuple[int, ...]]] = {0.25: [], 0.5: []}
+
+    def expert(sigma: float):  # type: ignore[no-untyped-def]
+        def module(noisy: Tensor) -> Tensor:
+            assert torch.is_inference_mode_enabled()
+            shapes[sigma].append(tuple(noisy.shape))
+            return HalfSpace(axis(16, 2), 0.4)(noisy)
+
+        return module
+
+    network = Network({CLASSIFIER: Head({s: expert(s) for s in shapes}, 2)})
+    engine = Engine(network, GaussianNoise(3), batch_size=64)
+    seconds = engine.warm_up((1, 4, 4), [Draws(s, 1, (CLASSIFIER,), Phase.SELECTION) for s in shapes])
+    assert 0.0 < seconds < 60.0
+    assert all(seen and set(seen) == {(64, 1, 4, 4)} for seen in shapes.values())
+    assert (network.rows, engine.rows_run) == ({}, 0)
+    assert {f.key: f.result for f in engine.run(tasks(6))} == run(HalfSpace(axis(16, 2), 0.4), 64)

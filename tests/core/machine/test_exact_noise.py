@@ -268,6 +268,31 @@ def test_corrupt_copies_with_an_ambiguous_pixel_may_not_vote(kind: type[Planted]
     assert mask.tolist() == [False, True, False, True]
 
 
+def test_corrupt_on_a_device_uses_one_generator() -> None:
+    noise, generators = OnDevice(0, chunk_size=2), []
+    for chunk in range(2):
+        integers(noise, 0.25, shape=(1, 2, 2), chunk=chunk)
+        generators.append(noise._generators[torch.device("cpu")])
+    assert generators[0] is generators[1]
+
+
+@PLANTED
+def test_corrupt_chunks_of_one_copy_are_masked_too(kind: type[Planted]) -> None:
+    noise = kind(0, chunk_size=1)
+    noise.planted = exact_table(0.25).floors[500:501].copy()
+    mask = noise.corrupt(torch.empty(2, 1, 1, 2), pixels(7, (1, 1, 2)), "a", Phase.SELECTION, 0.25, 0)
+    assert mask is not None
+    assert mask.tolist() == [False, False]
+
+
+@pytest.mark.parametrize(("value", "off"), [(7.3, "0.3"), (-0.25, "0.25"), (300.0, "45")])
+def test_corrupt_pixel_off_the_grid_is_refused_with_its_distance(value: float, off: str) -> None:
+    image = pixels(7, (1, 2, 2))
+    image[0, 1, 0] = value / 255
+    with pytest.raises(DataError, match=rf"example 'a'.* one is {off}/255 off"):
+        ExactNoise(0, 4).corrupt(torch.empty(4, 1, 2, 2), image, "a", Phase.SELECTION, 0.25, 0)
+
+
 @PATHS
 def test_corrupt_several_chunks_at_once_gives_what_each_gives_alone(kind: type[ExactNoise]) -> None:
     many, image = torch.empty(12, 1, 2, 2), pixels(7, (1, 2, 2))

@@ -1,13 +1,21 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from scipy import stats
 
-from core.machine.noise import GaussianNoise
+from core.machine.exact_noise import ExactNoise
+from core.machine.noise import GaussianNoise, make_noise
 from core.machine.noise_key import chunk_key
 from core.procedures.confidence import noise_scale
 from core.records import Phase
+
+
+class OnDevice(GaussianNoise):
+    """Draws on the CPU by the code that serves an accelerator."""
+
+    _fill_on_host = GaussianNoise._fill_on_device
 
 
 def chunk(seed: int = 0, example: str = "a", phase: Phase = Phase.SELECTION, sigma: float = 0.5, number: int = 0):  # type: ignore[no-untyped-def]
@@ -70,3 +78,37 @@ def test_corrupt_scales_with_the_float32_and_radii_speak_of_no_more() -> None:
         applied = set((out.double() / 8.0).flatten().tolist())
         assert len(applied) == 1
         assert float(noise_scale(sigma)) == min(sigma, *applied)
+
+
+def test_corrupt_is_the_image_plus_sigma_times_the_normal_draws_of_the_key() -> None:
+    image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = torch.full((200, 3, 8, 8), torch.nan)
+    assert GaussianNoise(5).corrupt(out, image, "a", Phase.ESTIMATION, 0.12, 3) is None
+    for number, copies in ((3, out[:100]), (4, out[100:])):
+        seed = int.from_bytes(chunk_key(5, "a", Phase.ESTIMATION, 0.12, number), "little")
+        normal = np.random.Generator(np.random.SFC64(seed)).standard_normal((100, 3, 8, 8), np.float32)
+        expected = image.double() + 0.12 * torch.from_numpy(normal).double()
+        torch.testing.assert_close(copies.double(), expected, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("gaussian", GaussianNoise), ("exact", ExactNoise)])
+def test_make_noise_is_the_one_that_is_named(kind: str, expected: type[GaussianNoise | ExactNoise]) -> None:
+    noise = make_noise(kind, 7, 30)
+    assert type(noise) is expected
+    assert repr(noise) == f"{expected.__name__}(seed=7, chunk_size=30)"
+    assert repr(expected(7)) == f"{expected.__name__}(seed=7, chunk_size=100)"
+
+
+def test_fill_on_a_device_seeds_its_one_generator_with_63_bits_of_the_key() -> None:
+    noise, state = OnDevice(5, chunk_size=20), torch.get_rng_state()
+    out = torch.empty(60, 1, 4, 4)
+    generators = []
+    for sigma in (0.25, 0.5):
+        noise.fill(out, "a", Phase.ESTIMATION, sigma, 3)
+        for number, copies in ((3, out[:20]), (4, out[20:40]), (5, out[40:])):
+            seed = int.from_bytes(chunk_key(5, "a", Phase.ESTIMATION, sigma, number), "little") % 2**63
+            expected = torch.empty(20, 1, 4, 4).normal_(generator=torch.Generator().manual_seed(seed))
+            assert torch.equal(copies, expected)
+        generators.append(noise._generators[torch.device("cpu")])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert generators[0] is generators[1]

@@ -10,14 +10,17 @@ from scipy import stats
 from core.errors import ConfigError
 from core.procedures.confidence import (
     binomial_p_value,
+    bound_and_radius,
     certified_radius,
     clopper_pearson_lower,
     clopper_pearson_upper,
     draws_needed,
     largest_radius,
     log_e_value,
+    lower_bounds,
     noise_scale,
     probability_missed,
+    probability_of_radius,
     top_two,
 )
 
@@ -152,11 +155,40 @@ def test_certified_radius_is_linear_in_sigma_and_zero_up_to_one_half(p: float, s
     assert (radius > 0) == (p > 0.5)
 
 
-@pytest.mark.parametrize(("radius", "sigma", "alpha"), [(1.0, 0.5, 0.0005), (0.0, 1.0, 0.001), (3.0, 1.0, 0.001)])
+def test_certified_radius_without_a_bound_above_one_half_is_zero() -> None:
+    radii = certified_radius([0.0, 0.3, 0.5, math.nan], 0.25)
+    assert radii.tolist() == [0.0] * 4
+    assert not np.signbit(radii).any()
+    assert certified_radius(math.nextafter(0.5, 1.0), 0.25) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("radius", "sigma", "alpha"),
+    [
+        (1.0, 0.5, 0.0005),
+        (0.0, 1.0, 0.001),
+        (3.0, 1.0, 0.001),
+        (0.6, 0.5, 0.001),
+        (2.0, 0.5, 0.001),
+        (0.3, 0.12, 0.1),
+        (3.0, 2.0, 0.001),
+    ],
+)
 def test_draws_needed_is_the_fewest_that_reach_the_radius(radius: float, sigma: float, alpha: float) -> None:
     n = draws_needed(radius, sigma, alpha)
     assert largest_radius(sigma, n, alpha) > radius
     assert n == 1 or largest_radius(sigma, n - 1, alpha) <= radius
+
+
+@pytest.mark.parametrize("num", [12, 20, 300])
+def test_draws_needed_for_just_what_so_many_reach_is_one_more(num: int) -> None:
+    assert draws_needed(largest_radius(0.5, num, 0.001), 0.5, 0.001) == num + 1
+
+
+def test_draws_needed_beyond_a_million_is_the_formula() -> None:
+    expected = math.log(0.001) / stats.norm.logcdf(5.0)  # Phi(5)^n = alpha
+    assert expected > 1e7
+    assert draws_needed(2.5, 0.5, 0.001) == pytest.approx(expected, abs=2)
 
 
 @given(n=st.integers(1, 3000), share=st.floats(0, 1))
@@ -180,6 +212,8 @@ def test_clopper_pearson_lower_out_of_range_raises(k: int, n: int, alpha: float)
 def test_top_two_ties_go_to_the_smaller_index() -> None:
     assert top_two(np.array([3, 7, 7])) == (1, 7, 7)
     assert top_two(np.array([5])) == (0, 5, 0)
+    assert top_two(np.array([3, 7])) == (1, 7, 3)
+    assert top_two(np.array([4, 4])) == (0, 4, 4)
 
 
 @given(n=st.integers(1, 20_000), share=st.floats(0.5, 1), low=st.floats(0, 1), high=st.floats(0, 1))
@@ -190,3 +224,33 @@ def test_log_e_value_falls_as_the_null_rises_where_it_counts(n: int, share: floa
     larger = float(log_e_value(successes, n, two))
     if larger >= math.log(1 / 0.49):
         assert float(log_e_value(successes, n, one)) >= larger - 1e-9 * max(1.0, larger)
+
+
+def test_radii_and_probabilities_of_float32_arguments_are_float64() -> None:
+    narrow = np.array([0.6, 0.7, 0.99], np.float32)
+    for function in (certified_radius, probability_of_radius):
+        assert function(narrow, 0.25).dtype == np.float64
+        assert function(narrow, 0.25).tolist() == [float(function(float(value), 0.25)) for value in narrow]
+    assert certified_radius(0.7, narrow).tolist() == [float(certified_radius(0.7, float(sigma))) for sigma in narrow]
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1e-5])
+def test_lower_bounds_and_bound_and_radius_are_the_beta_quantile_for_every_number_of_successes(alpha: float) -> None:
+    expected = [0.0, *np.asarray(stats.beta.ppf(alpha, np.arange(1, 31), 31 - np.arange(1, 31))).tolist()]
+    bounds = lower_bounds(30, alpha)
+    np.testing.assert_allclose(bounds, expected, rtol=1e-8)
+    with pytest.raises(ValueError, match="read-only"):
+        bounds[0] = 1.0
+    for k, p in enumerate(expected):
+        p_lower, radius = bound_and_radius(k, 30, alpha, 0.25)
+        assert p_lower == bounds[k]
+        assert radius == pytest.approx(0.25 * stats.norm.ppf(p) if p > 0.5 else 0.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.001])
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+def test_largest_radius_is_that_of_the_quantile_of_unanimous_draws(sigma: float, alpha: float) -> None:
+    for num in (1, 2, 50, 1000):
+        p = alpha ** (1 / num)  # P[Bin(num, p) = num] = alpha
+        expected = sigma * stats.norm.ppf(p) if p > 0.5 else 0.0
+        assert largest_radius(sigma, num, alpha) == pytest.approx(expected, rel=1e-9)

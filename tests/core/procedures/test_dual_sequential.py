@@ -264,6 +264,16 @@ def test_dual_certify_sequential_splits_alpha_over_the_stages_and_the_looks() ->
     assert result.bounded_by == Bound.CLASS
 
 
+def test_dual_certify_sequential_equal_radii_are_bounded_by_the_stage_that_went_first() -> None:
+    def both(draws: Draws) -> Answer:
+        right = {ESTIMATOR: draws.num * 4 // 5, CLASSIFIER: draws.num}  # the estimator is the tighter one
+        return {head: counts(draws.num - right[head], right[head]) for head in draws.heads}
+
+    result = drive(dual_certify_sequential((0.25, 1.0), 1.0, Sampling(100, 1000, 0.01), Rule()), both)
+    assert result.radius == result.radius_sigma == result.radius_class > 0.0
+    assert result.bounded_by == Bound.SIGMA
+
+
 def test_stage_order_tie_starts_with_the_estimator() -> None:
     votes = {CLASSIFIER: counts(1, 9), ESTIMATOR: counts(9, 1)}
     assert stage_order(votes, {CLASSIFIER: 0.5, ESTIMATOR: 0.5}) == (ESTIMATOR, CLASSIFIER)

@@ -17,7 +17,7 @@ from core.machine.network import Head, Module, Network
 from core.machine.noise import GaussianNoise
 from core.procedures import multiscale
 from core.procedures.multiscale import level_alphas, multiscale_certify
-from core.procedures.smoothing import certify
+from core.procedures.smoothing import certificate, certify
 from core.records import (
     ABSTAIN,
     CLASSIFIER,
@@ -106,9 +106,37 @@ def test_multiscale_two_classes_in_doubt_above_end_it_without_another_draw() -> 
     assert (result.prediction, result.radius, result.sigma, result.num_draws) == (ABSTAIN, 0.0, None, 109)
 
 
+@pytest.mark.parametrize(
+    ("shares", "asked"),
+    [((0.8, 0.2), 2), ((0.2, 0.8), 1), ((0.8, 0.1, 0.1), 3), ((0.1, 0.8, 0.1), 2), ((0.2, 0.2, 0.6), 1)],
+)
+def test_multiscale_goes_on_where_the_best_share_below_leaves_one_class_in_doubt(
+    shares: tuple[float, ...], asked: int
+) -> None:
+    """40, 40 and 20 of 100 votes above: at least 60 of 100 for others, which is as rare as P[Bin(100, 1/2) >= 60]."""
+    assert 0.01 < stats.binom.sf(59, 100, 0.5) < 0.04
+    levels = [0.1, 0.2, 0.4][: len(shares)]
+    votes: dict[tuple[float, Phase], Counts] = {}
+    for sigma in levels:
+        decides = sigma == levels[0]
+        votes[sigma, Phase.SELECTION] = counts(0, 9, 0)
+        votes[sigma, Phase.ESTIMATION] = counts(0, 100, 0) if decides else counts(40, 40, 20)
+    result = run_on(votes, Sampling(9, 100, 0.05), shares)
+    assert len(result.levels) == asked
+    assert result.abstained == (asked == 1 or shares[0] < 0.5)
+
+
+def test_is_hopeless_bound_of_exactly_one_half_is_in_doubt() -> None:
+    alpha = 0.5 * (1 + 2.0**-44)  # the bound of one draw is alpha itself, less the step towards zero
+    level = certificate(counts(1, 0, 0), counts(0, 0, 1), LARGE, Sampling(1, 1, alpha))
+    assert multiscale._is_hopeless([level], alpha)
+    assert not multiscale._is_hopeless([level], 0.51)
+
+
 def test_multiscale_no_level_decides_abstains() -> None:
     result = run_on(votes_at(counts(34, 33, 33), counts(40, 30, 30)), Sampling(9, 100, 0.02))
     assert (result.prediction, result.radius, result.radius_above, len(result.levels)) == (ABSTAIN, 0.0, 0.0, 2)
+    assert (result.sigma, result.sigma_bound) == (None, None)
 
 
 def test_multiscale_level_without_votes_certifies_nothing() -> None:

@@ -207,6 +207,7 @@ def test_climb_grid_radius_is_a_target_and_everything_below_is_shown_by_the_last
         assert all(shown[:level])
         assert (result.prediction == ABSTAIN) == (level == 0)
         assert result.target == (result.radius if level else None)
+        assert result.p_lower == pytest.approx(special.ndtr(result.radius / setting.sigma) if level else 0.0, rel=1e-12)
         if result.stop == Stop.FULL:
             assert not all(shown[: level + 1])  # and it is the highest
 
@@ -251,6 +252,33 @@ def test_climb_is_futile_exactly_where_nothing_more_can_be_certified(name: str) 
     assert went_on > 10 or setting.grid
 
 
+@pytest.mark.parametrize("z", [1.0, 2.33])
+@pytest.mark.parametrize("num", [20, 100, 300])
+def test_climb_grid_gives_up_where_the_beta_binomial_of_the_votes_to_come_lies_z_deviations_below(
+    num: int, z: float
+) -> None:
+    """Against the exact moments under Jeffreys' posterior, which the normal approximation meets to within 2%."""
+    setting, most = SETTINGS["grid"], 400
+    alpha = setting.sampling.alpha
+    bounds = stats.beta.ppf(0.9 * alpha, np.arange(1, most + 1), most - np.arange(1, most + 1) + 1)
+    seen = {True: 0, False: 0}
+    for k in range(num + 1):
+        early = [
+            float(log_e_value(k, num, special.ndtr(target / 0.5))) >= math.log(10 / alpha) for target in setting.targets
+        ]
+        if all(early):
+            continue
+        target = setting.targets[early.index(False)]
+        missing = 1 + int(np.searchsorted(bounds, stats.norm.cdf(target / 0.5))) - k
+        to_come = stats.betabinom(most - num, k + 0.5, num - k + 0.5)
+        distance = (missing - to_come.mean()) / to_come.std()
+        if missing <= most - num and abs(distance - z) > 0.02 * z + 0.01:
+            result = first_step(setting, Rule(20, futility_z=z), k, num)
+            assert (result is not None and result.stop == Stop.UNLIKELY) == (distance > z)
+            seen[distance > z] += 1
+    assert min(seen.values()) > 2
+
+
 @pytest.mark.parametrize("p", [0.55, 0.7, 0.85, 0.93, 0.98])
 def test_climb_grid_giving_up_sooner_costs_radius_on_average_and_saves_draws(p: float) -> None:
     means = []
@@ -278,6 +306,17 @@ def test_climb_one_target_certifies_what_the_last_look_does_up_to_the_target(nam
         assert result.radius >= fixed or result.stop == Stop.REACHED
         assert result.target == target
         assert (result.radius == 0.0) == (result.prediction == ABSTAIN)
+
+
+@pytest.mark.parametrize(("margin", "shown"), [(-1e-9, False), (0.9e-6, False), (1.1e-6, True)])
+def test_conclude_early_claim_needs_the_evidence_and_the_error_of_its_evaluation(margin: float, shown: bool) -> None:
+    """`log_e_value` is right to within 1e-7 (test_e_process.py): less than 1e-6 above ln(1 / alpha) proves nothing."""
+    target, sampling, votes = 0.4, Sampling(10, 1000, 0.5), counts(3, 57)
+    p0 = float(special.ndtr(target / 0.5))
+    early_share = math.exp(margin - float(log_e_value(57, 60, p0))) / sampling.alpha
+    result = conclude(0.5, (target,), counts(0, 10), votes, 60, sampling, early_share, Stop.REACHED)
+    assert (result.radius == target) == shown
+    assert target - 1e-5 < result.radius <= target
 
 
 def test_climb_looks_at_the_votes_every_so_many_draws_and_at_the_last() -> None:

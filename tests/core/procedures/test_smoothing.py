@@ -6,7 +6,7 @@ import pytest
 from scipy import special, stats
 
 from core.errors import ConfigError
-from core.procedures.dual import dual_certify, dual_predict
+from core.procedures.dual import dual_certify, dual_predict, join_stages
 from core.procedures.smoothing import certificate, certify, predict
 from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, AlphaSplit, Answer, Bound, Counts, Draws, Phase, Sampling
 from tests.helpers.oracles import drive
@@ -77,6 +77,34 @@ def test_predict_returns_the_class_only_when_the_test_tells_it_apart(votes: tupl
     assert result.counts.tolist() == list(votes)
 
 
+def test_certify_bound_of_exactly_one_half_abstains() -> None:
+    alpha = 0.5 * (1 + 2.0**-44)  # one draw that agrees: the bound is alpha itself, less the step towards zero
+    result = certificate(counts(0, 1), counts(0, 1), 0.5, Sampling(1, 1, alpha))
+    assert (result.p_lower, result.prediction, result.radius) == (0.5, ABSTAIN, 0.0)
+    assert certificate(counts(0, 1), counts(0, 1), 0.5, Sampling(1, 1, 0.5 + 2.0**-40)).prediction == 1
+
+
+def test_predict_p_value_of_exactly_alpha_is_enough() -> None:
+    def of_five(alpha: float) -> int:
+        return drive(predict(0.5, 5, alpha), lambda d: {CLASSIFIER: counts(0, 5)}).prediction
+
+    assert of_five(2 * 0.5**5) == 1  # both tails: all five for one class, or for the other
+    assert of_five(math.nextafter(2 * 0.5**5, 0.0)) == ABSTAIN
+
+
+def test_predict_asks_for_draws_of_its_own_phase_and_reports_what_it_used() -> None:
+    asked: list[Draws] = []
+
+    def votes(draws: Draws) -> Answer:
+        asked.append(draws)
+        return {"a head": counts(3, 60, 37)}
+
+    result = drive(predict(0.5, 101, 0.01, "a head"), votes)
+    assert asked == [Draws(0.5, 101, ("a head",), Phase.PREDICTION)]
+    assert result.p_value == pytest.approx(stats.binomtest(60, 97, 0.5).pvalue)
+    assert (result.sigma, result.num, result.alpha, result.prediction) == (0.5, 101, 0.01, ABSTAIN)
+
+
 def test_predict_wrong_class_probability_by_exact_sum_is_at_most_alpha() -> None:
     n, alpha, p = 60, 0.1, 0.5 + 1e-9  # class 1 is the smoothed class, by a hair
     wrong = 0.0
@@ -85,6 +113,10 @@ def test_predict_wrong_class_probability_by_exact_sum_is_at_most_alpha() -> None
         if drive(predict(1.0, n, alpha), by_phase(votes, votes)).prediction == 0:
             wrong += float(stats.binom.pmf(k, n, p))
     assert 0 < wrong <= alpha / 2 + 1e-9
+
+
+def test_predict_one_draw_tells_nothing_apart() -> None:
+    assert drive(predict(0.5, 1, 0.999), lambda d: {CLASSIFIER: counts(0, 1)}).prediction == ABSTAIN
 
 
 @pytest.mark.parametrize("bad", [(0, 0.1), (10, 0.0), (10, 1.0)])
@@ -135,6 +167,22 @@ def test_dual_certify_estimator_undecided_abstains_without_asking_the_classifier
     assert result.num_draws == 200 == sum(d.num for d in asked)
 
 
+def test_dual_certify_classifier_with_the_smaller_radius_bounds() -> None:
+    result = drive(dual_certify(SIGMAS, 1.0, Sampling(100, 100, 0.02)), dual_votes((1, 99), (0, 70, 30), []))
+    assert 0.0 < result.radius == result.radius_class < result.radius_sigma
+    assert (result.prediction, result.bounded_by, result.num_shared) == (1, Bound.CLASS, 0)
+
+
+def test_join_stages_of_unequal_shares_of_alpha_keeps_both() -> None:
+    level = certificate(counts(0, 9), counts(5, 95), 1.0, Sampling(9, 100, 0.005))
+    label = certificate(counts(9, 0), counts(90, 10), 0.5, Sampling(9, 100, 0.015))
+    result = join_stages(level, label, SIGMAS, 0.02)
+    assert (result.alpha, result.alpha_sigma, result.alpha_class) == (0.02, 0.005, 0.015)
+    assert (result.prediction, result.sigma, result.sigma_stage, result.class_stage) == (0, 0.5, level, label)
+    alone = join_stages(level, None, SIGMAS, 0.02)
+    assert (alone.alpha_sigma, alone.alpha_class, alone.radius_class) == (0.005, 0.005, 0.0)
+
+
 def test_dual_certify_classifier_undecided_abstains() -> None:
     result = drive(dual_certify(SIGMAS, 1.0, Sampling(100, 100, 0.02)), dual_votes((80, 20), (50, 50, 0), []))
     assert (result.prediction, result.radius, result.sigma) == (ABSTAIN, 0.0, 0.25)
@@ -148,7 +196,10 @@ def test_dual_predict_spends_half_of_alpha_on_each_stage() -> None:
     assert (result.prediction, result.sigma) == (1, 0.5)
     assert result.class_stage is not None
     assert result.sigma_stage.alpha == result.class_stage.alpha == 0.01
-    assert drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((50, 50), (0, 95, 5), [])).prediction == ABSTAIN
+    undecided = drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((50, 50), (0, 95, 5), asked := []))
+    assert (undecided.prediction, undecided.sigma, undecided.alpha, len(asked)) == (ABSTAIN, None, 0.02, 1)
+    assert undecided.sigma_stage.counts.tolist() == [50, 50]
+    assert undecided.class_stage is None
 
 
 @pytest.mark.parametrize("split", ["halves", "full"])

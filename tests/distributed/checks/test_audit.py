@@ -16,6 +16,8 @@ from core.report.multiscale import MultiscaleRows
 from distributed.checks.audit import audit, replay
 from distributed.execution.launch import work_of
 from distributed.files.parquet import from_bytes, to_bytes
+from distributed.methods.dual import Dual
+from distributed.methods.rows import CERTIFICATE_SCHEMA, error_row
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.recertify import Change, recertify
@@ -373,3 +375,66 @@ def test_build_dataset_is_audited_too(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, "compute.executor=local", "dataset.test_size=1700")
     build_dataset.run(run)
     assert problems(run) == []
+
+
+def first_row_becomes(run: RunDirectory, change: Callable[[dict], dict]) -> list[str]:  # type: ignore[type-arg]
+    """What the audit finds after the first row of the standard certificates was replaced, hashes and all."""
+    rewrite(run, "certificates/standard", lambda rows: [change(rows[0]), *rows[1:]], True)
+    return problems(run)
+
+
+@pytest.mark.parametrize(
+    "claim", [{}, {"radius": 0.5}, {"prediction": 3}, {"counts_estimation": [100]}, {"alpha": 0.5}]
+)
+def test_audit_error_row_that_claims_something_is_found(run: RunDirectory, claim: dict[str, object]) -> None:
+    def failed(row: dict) -> dict:  # type: ignore[type-arg]
+        empty = error_row(CERTIFICATE_SCHEMA, {}, row["example_id"], row["label"], row["sigma"], 0.01)
+        return {**row, **empty, **claim}
+
+    found = first_row_becomes(run, failed)
+    assert len(found) == len(claim)
+    for column in claim:
+        assert f"{column} is " in found[0]
+
+
+def test_audit_error_row_of_dual_that_names_a_level_is_found(run: RunDirectory) -> None:
+    def failed(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = error_row(Dual.schema, Dual.empty, rows[0]["example_id"], rows[0]["label"], None, 0.01)
+        return [{**row, "sigma": 0.25}, *rows[1:]]
+
+    rewrite(run, "certificates/dual", failed, True)
+    assert [problem for problem in problems(run) if "sigma is 0.25, its votes give None" in problem]
+
+
+@pytest.mark.parametrize(
+    ("stop", "drawn", "odd"),
+    [
+        ("full", 99, True),
+        ("futile", 100, True),
+        ("unlikely", 100, True),
+        ("reached", 100, False),
+        ("futile", 99, False),
+    ],
+)
+def test_audit_reason_that_does_not_fit_the_draws_is_found(run: RunDirectory, stop: str, drawn: int, odd: bool) -> None:
+    found = first_row_becomes(run, lambda row: {**row, "stop_reason": stop, "num_estimation": drawn})
+    assert any(f"stopped as '{stop}' after {drawn} of 100 draws" in problem for problem in found) == odd
+
+
+def test_audit_file_that_the_manifest_does_not_name_is_found(run: RunDirectory) -> None:
+    path = run.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    name = sorted(manifest["steps"]["certify-dual"]["sha256"])[0]
+    del manifest["steps"]["certify-dual"]["sha256"][name]
+    path.write_text(json.dumps(manifest))
+    assert [problem for problem in problems(run) if name in problem and "manifest" in problem]
+
+
+def test_audit_step_that_is_not_finished_is_looked_at_and_named(run: RunDirectory) -> None:
+    path = run.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["steps"]["certify-dual"]
+    path.write_text(json.dumps(manifest))
+    findings, checked = audit(RunDirectory(run.path, None))
+    assert {finding.store for finding in findings} == {"certificates/dual"}
+    assert set(checked) == {"certificates/standard", "certificates/dual"}
