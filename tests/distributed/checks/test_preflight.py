@@ -123,12 +123,6 @@ def test_check_good_input_finds_facts_and_no_problems(data: Path, models: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_check_a_set_of_one_class_is_refused(tmp_path: Path) -> None:
-    root = images(images(tmp_path / "data", "train", ("cat",)), "test", ("cat",))
-    found = check(dry(tmp_path / "run", folder_config(root)), ALL)
-    assert "DataError: dataset.train: folder has one class, expected two or more" in texts(found.problems)
-
-
 def test_check_all_problems_at_once_each_with_key_and_remedy(data: Path, models: Path, tmp_path: Path) -> None:
     (data / "test" / "dog" / "1.png").write_bytes(b"not a picture")
     config = folder_config(

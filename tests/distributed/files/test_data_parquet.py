@@ -192,7 +192,7 @@ def test_parquet_file_that_is_none_is_named(hub: tuple[Path, list[Any]]) -> None
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"train-00001-of-00002\.parquet' cannot be read as Parquet"):
         load_dataset(own(root, num_classes=3), "train")
-    with pytest.raises(ConfigError, match=r"holds Parquet: load it with distributed\.store\.datasets\.load_dataset"):
+    with pytest.raises(ConfigError, match=r"holds Parquet: load it with distributed\.files\.datasets\.load_dataset"):
         load_local(own(root, num_classes=3), "test")
     with pytest.raises(ConfigError, match=r"cannot open 'nope://x': .*expected a local path or an address"):
         load_dataset(own("nope://x"), "test")
