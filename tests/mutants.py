@@ -163,8 +163,8 @@ class _Plugin:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         chosen = [item for item in items if self.words[item.path.name] in item.name]
         items[:] = sorted(chosen, key=lambda item: self.took.get(item.nodeid, 0.0))
-        if audit := sys.modules.get("tests.distributed.checks.test_audit"):
-            audit.finished_run = functools.partial(self._finished_run, audit.finished_run)  # type: ignore[attr-defined]
+        if runs := sys.modules.get("tests.helpers.runs"):
+            runs.finished_run = functools.partial(self._finished_run, runs.finished_run)  # type: ignore[attr-defined]
 
     def _finished_run(self, make: Any, path: Path, *overrides: str, **options: Any) -> Any:
         kept = self.runs / hashlib.sha256(repr((overrides, options)).encode()).hexdigest()

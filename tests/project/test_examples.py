@@ -17,7 +17,7 @@ from distributed.views.exchange import export_logs
 from distributed.views.tables import report_data
 from examples.new_procedure import two_sided
 from jobs import certify
-from tests.distributed.checks.test_audit import finished_run
+from tests.helpers.runs import finished_run
 
 SIGMA, SAMPLING = 0.5, Sampling(10, 40, 0.05)
 

@@ -10,7 +10,7 @@ from core.records import Phase
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.views.gallery import gallery
-from tests.distributed.checks.test_audit import finished_run
+from tests.helpers.runs import finished_run
 
 
 @pytest.fixture(scope="module")
