@@ -268,7 +268,8 @@ def test_audit_error_row_that_claims_something_is_found(run: RunDirectory, claim
         empty = error_row(CERTIFICATE_SCHEMA, {}, row["example_id"], row["label"], row["sigma"], 0.01)
         return {**row, **empty, **claim}
 
-    found = first_row_becomes(run, failed)
+    facts, *found = first_row_becomes(run, failed)
+    assert "error_rows is 0, plan and files say 1" in facts
     assert len(found) == len(claim)
     for column in claim:
         assert f"{column} is " in found[0]
