@@ -183,7 +183,7 @@ def test_cifar10_wrong_files_say_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere' is not there; set dataset\.path"):
         cifar10(tmp_path / "nowhere")
     with pytest.raises(
-        DataError, match=r"'s3://bucket/cifar' is not a local path: load it with distributed\.store\.datasets"
+        DataError, match=r"'s3://bucket/cifar' is not a local path: load it with distributed\.files\.datasets"
     ):
         load_dataset(DatasetConfig(name="cifar10", path="s3://bucket/cifar"), "test")
 

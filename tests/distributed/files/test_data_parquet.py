@@ -192,7 +192,7 @@ def test_parquet_file_that_is_none_is_named(hub: tuple[Path, list[Any]]) -> None
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"train-00001-of-00002\.parquet' cannot be read as Parquet"):
         load_dataset(own(root, num_classes=3), "train")
-    with pytest.raises(ConfigError, match=r"holds Parquet: load it with distributed\.store\.datasets\.load_dataset"):
+    with pytest.raises(ConfigError, match=r"holds Parquet: load it with distributed\.files\.datasets\.load_dataset"):
         load_local(own(root, num_classes=3), "test")
     with pytest.raises(ConfigError, match=r"cannot open 'nope://x': .*expected a local path or an address"):
         load_dataset(own("nope://x"), "test")
@@ -207,7 +207,7 @@ def test_parquet_bad_rows_are_named(tmp_path: Path) -> None:
     data = load_dataset(own(tmp_path, num_classes=2), "test")
     with pytest.raises(DataError, match=r"-00000001': cannot read '.*test\.parquet' row 1: .*empty \(null\)"):
         data.image(1)
-    with pytest.raises(DataError, match=r"-00000002': cannot decode '.*test\.parquet' row 2 \(Unidentified"):
+    with pytest.raises(DataError, match=r"-00000002': cannot decode '.*test\.parquet' row 2 \(.*4 bytes .*junk"):
         data.image(2)
     check(data, pixels, [0, 3])
     pq.write_table(table(content, [0, None, 0, 1]), tmp_path / "test.parquet")
