@@ -61,6 +61,8 @@ class Preparation:
                 no background, or smaller than the crop.
             Exception: whatever Pillow's decoders raise for bytes that are not a whole image.
         """
+        if not encoded:
+            raise ValueError("the image is empty; of a null in Parquet, a path beside it is not followed")
         try:
             opened = Image.open(io.BytesIO(encoded))
         except UnidentifiedImageError:  # its words hold an address, and would differ from run to run

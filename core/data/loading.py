@@ -70,6 +70,10 @@ def load_dataset(
     """
     part: SplitConfig = getattr(config, split)
     whole = _whole(config, part, split, open_storage, parquet)
+    if not len(whole):
+        raise DataError(
+            f"dataset.{split}: this split of {whole.name} holds no example; set dataset.{split}.path or .split"
+        )
     return choose(replace(whole, notes=whole.notes + _without_images(whole)), part, f"dataset.{split}")
 
 

@@ -161,14 +161,12 @@ class _Images:
         return number, place - int(self._starts[number])
 
     def fetch(self, place: int) -> bytes:
-        """Encoded bytes; OSError or ValueError when there are none."""
+        """Encoded bytes, none of a null; OSError when they cannot be read."""
         number, row = self._find(place)
         starts = self._files[number].starts
         group = int(np.searchsorted(starts, row, side="right")) - 1
         value = self._group(number, group)[row - int(starts[group])].as_py()
-        if value is None:
-            raise ValueError("the image is empty (null); a path beside it is not followed")
-        return bytes(value)
+        return bytes(value or b"")
 
     def describe(self, place: int) -> str:
         """File and row."""

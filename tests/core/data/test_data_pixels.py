@@ -286,7 +286,7 @@ def test_preparation_orientation_that_is_none_is_upright_without_a_word(orientat
     assert as_image(image, "a").shape == (1, 2, 3)
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>"])
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"<!DOCTYPE html><html>"])
 def test_preparation_of_no_image_says_the_same_every_time(content: bytes) -> None:
     """The words are kept with the rows."""
     with pytest.raises(ValueError, match=rf"^no image: {len(content)} bytes that begin with {content[:16]!r}$"):
