@@ -405,7 +405,7 @@ def test_run_whose_splits_share_examples_is_refused(tmp_path: Path, kind: str) -
             part = {"train": {"path": str(tmp_path), "split": "train"}, "test": {"path": f"{tmp_path}/b"}}
             part["test"]["split"], message = "train", "share 4 example ids"
     run = RunDirectory(
-        tmp_path / "run", parse_config({**PLAIN, "dataset": {"name": "folder", "path": str(tmp_path), **part}})
+        tmp_path / "run", parse_config({**PLAIN, "dataset": part | {"name": "folder", "path": str(tmp_path)}})
     )
     run.data("train")
     with pytest.raises(ConfigError, match=rf"dataset\.test: the training and the test split {message}"):
@@ -419,6 +419,6 @@ def test_run_whose_splits_are_parts_of_one_is_no_error(tmp_path: Path) -> None:
         (tmp_path / key).write_text("".join(f"all/{name}.png\n" for name in names))
         parts[key] = {"split": "all", "ids_file": str(tmp_path / key)}
     run = RunDirectory(
-        tmp_path / "run", parse_config({**PLAIN, "dataset": {"name": "folder", "path": str(tmp_path), **parts}})
+        tmp_path / "run", parse_config({**PLAIN, "dataset": parts | {"name": "folder", "path": str(tmp_path)}})
     )
     assert not set(run.data("train").example_ids) & set(run.data("test").example_ids)
