@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.data.formats import orientation
 from core.data.images import StoredImages
 from core.errors import DataError
 
@@ -182,8 +182,7 @@ class Dataset:
         digest = hashlib.sha256(f"{self.num_classes}\n".encode())
         for example_id, label in zip(self.example_ids, self.labels.tolist(), strict=True):
             digest.update(f"{example_id}\0{label}\n".encode())
-        spread = np.unique(np.linspace(0, len(self) - 1, _DIGEST_IMAGES).astype(int)).tolist() if len(self) else []
-        for index in range(len(self)) if whole else spread:
+        for index in range(len(self)) if whole else self._spread():
             stored = self._stored(index)
             digest.update(len(stored).to_bytes(8, "big") + stored)
         return digest.hexdigest()[: 32 if whole else 16]
@@ -191,6 +190,19 @@ class Dataset:
     def matches(self, digest: str) -> bool:
         """Whether this is the data set of a `digest`; one of 16 digits is compared by its 32 images."""
         return self.digest(sample=len(digest) == 16) == digest
+
+    def shared(self, other: "Dataset") -> str | None:
+        """In words, what two splits share that no example of both may: an id; or labels, and the images of a sample.
+
+        Raises:
+            DataError: when an image that it looks at cannot be read.
+        """
+        if both := set(self.example_ids) & set(other.example_ids):
+            return f"{len(both):,} example ids ({min(both)!r}), which would draw the same noise in both"
+        alike = len(self) > 0 and np.array_equal(self.labels, other.labels)
+        if alike and all(self._stored(index) == other._stored(index) for index in self._spread()):
+            return f"all {len(self):,} images, as {self.example_ids[0]!r} and {other.example_ids[0]!r}"
+        return None
 
     def take(self, places: Sequence[int] | NDArray[np.integer]) -> "Dataset":
         """The examples at these places, in this order."""
@@ -201,6 +213,10 @@ class Dataset:
             images=self.images[chosen] if isinstance(self.images, np.ndarray) else self.images.take(chosen),
             labels=self.labels[chosen],
         )
+
+    def _spread(self) -> list[int]:
+        """Places of at most 32 images, evenly spread."""
+        return np.unique(np.linspace(0, len(self) - 1, _DIGEST_IMAGES).astype(int)).tolist() if len(self) else []
 
     def _decode(self, index: int) -> NDArray[np.uint8]:
         if isinstance(self.images, np.ndarray):
@@ -234,9 +250,10 @@ def as_image(image: Tensor | NDArray[np.generic] | PIL.Image.Image, name: str) -
     if isinstance(image, PIL.Image.Image):
         image = _pixels_of(image, name)
     try:
-        tensor = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
-    except TypeError as error:
+        tensor = image.detach().cpu().to_dense() if isinstance(image, Tensor) else _tensor_of(image)
+    except (TypeError, RuntimeError) as error:
         kind = type(image).__name__ if not isinstance(image, np.ndarray) else f"an array of {image.dtype}"
+        kind += " with masked values" * np.ma.is_masked(image)
         raise DataError(f"example {name!r}: expected an image as uint8 or floating pixels, got {kind}") from error
     if tensor.ndim != 3 or not tensor.numel():
         raise DataError(f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}")
@@ -260,19 +277,32 @@ def as_image(image: Tensor | NDArray[np.generic] | PIL.Image.Image, name: str) -
     return tensor.float()
 
 
+def _tensor_of(array: NDArray[np.generic]) -> Tensor:
+    """The same values in the machine's byte order; TypeError for what no tensor can hold, or hidden values."""
+    if np.ma.is_masked(array):
+        raise TypeError("masked values")
+    plain = np.ascontiguousarray(array)
+    return torch.from_numpy(plain.astype(plain.dtype.newbyteorder("="), copy=False))
+
+
 def _pixels_of(image: PIL.Image.Image, name: str) -> NDArray[np.uint8]:
     """uint8 ``(C, H, W)`` of an image whose pixels need no decision.
 
     Raises:
-        DataError: for other modes than RGB and L (an alpha channel, a palette, more than 8 bits), and for an image that
-            says it lies on its side.
+        DataError: for other modes than RGB and L (an alpha channel, a palette, more than 8 bits), for transparent
+            pixels, and for an image that says it lies on its side.
     """
     if image.mode not in ("RGB", "L"):
         raise DataError(
             f"example {name!r} is a PIL image of mode {image.mode!r}, expected 'RGB' or 'L': convert it, for example "
             "image.convert('RGB') (which drops an alpha channel and all but 8 bits)"
         )
-    if (turned := image.getexif().get(PIL.ExifTags.Base.Orientation, 1)) != 1:
+    if "transparency" in image.info and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise DataError(
+            f"example {name!r} is a PIL image with transparent pixels: show them on a background, or drop "
+            "image.info['transparency']"
+        )
+    if (turned := orientation(image)) != 1:
         raise DataError(
             f"example {name!r} is a PIL image with EXIF orientation {turned}: turn it with "
             "PIL.ImageOps.exif_transpose, or pass its pixels as stored, np.asarray(image).transpose(2, 0, 1)"

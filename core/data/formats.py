@@ -35,9 +35,13 @@ def check_header(file: ImageFile, encoded: bytes) -> None:
         raise ValueError(f"pixels of {depth} bits a channel, mode {file.mode!r}, expected 8 bits of grey, RGB or CMYK")
 
 
-def orientation(file: ImageFile) -> int:
-    """EXIF orientation, 1 (upright) to 8; that of a TIFF belongs to the format, and Pillow has always applied it."""
-    return 1 if file.format == "TIFF" else int(file.getexif().get(_ORIENTATION, 1))
+def orientation(file: Image.Image) -> int:
+    """EXIF orientation, 1 (upright, also where the number is none of EXIF's) to 8.
+
+    That of a TIFF belongs to the format, and Pillow has always applied it.
+    """
+    stated = 1 if file.format == "TIFF" else file.getexif().get(_ORIENTATION, 1)
+    return stated if stated in range(1, 9) else 1
 
 
 def _depth(file: ImageFile, encoded: bytes) -> int:

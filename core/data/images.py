@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from core.data.formats import check_header, orientation
@@ -61,7 +61,13 @@ class Preparation:
                 no background, or smaller than the crop.
             Exception: whatever Pillow's decoders raise for bytes that are not a whole image.
         """
-        with Image.open(io.BytesIO(encoded)) as file:
+        if not encoded:
+            raise ValueError("the image is empty; of a null in Parquet, a path beside it is not followed")
+        try:
+            opened = Image.open(io.BytesIO(encoded))
+        except UnidentifiedImageError:  # its words hold an address, and would differ from run to run
+            raise ValueError(f"no image: {len(encoded):,} bytes that begin with {encoded[:16]!r}") from None
+        with opened as file:
             check_header(file, encoded)
             upright: Image.Image = file
             if self.exif == "apply":

@@ -1,6 +1,7 @@
 """From the configuration to a data set: which layout, where, which part of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from core.config import DatasetConfig, SplitConfig
@@ -68,7 +69,12 @@ def load_dataset(
             no error before somebody asks for it.
     """
     part: SplitConfig = getattr(config, split)
-    return choose(_whole(config, part, split, open_storage, parquet), part, f"dataset.{split}")
+    whole = _whole(config, part, split, open_storage, parquet)
+    if not len(whole):
+        raise DataError(
+            f"dataset.{split}: this split of {whole.name} holds no example; set dataset.{split}.path or .split"
+        )
+    return choose(replace(whole, notes=whole.notes + _without_images(whole)), part, f"dataset.{split}")
 
 
 def _whole(
@@ -107,6 +113,13 @@ def _whole(
     _check_folders(config, split, place)
     classes = class_names(config, open_storage=open_storage, parquet=parquet) or ()
     return read_folders(of_split.name, place.storage, place.folder, place.label, classes, preparation(of_split))
+
+
+def _without_images(data: Dataset) -> tuple[str, ...]:
+    """A note of classes that the split has no image of: a folder may be empty, a line of `class_file` no class."""
+    absent = sorted(set(range(data.num_classes)) - set(data.labels.tolist())) if data.class_names else []
+    names = [data.class_names[number] for number in absent] if data.class_names else []
+    return (f"no image of {len(names):,} of its {data.num_classes:,} classes: {shown(names)}",) if names else ()
 
 
 def _of_split(config: DatasetConfig, split: Split) -> DatasetConfig:

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core.data.classes import shown
 from core.data.images import Preparation
@@ -15,6 +15,9 @@ __all__ = ["ParquetPart", "check_whole", "files_of_split", "parquet_files"]
 _NUMBERED = r"([-_.]?\d+([-_]of[-_]\d+)?([-_][0-9a-f]+)?)?(\.\w+)?\.parquet"
 """What follows the split's name: `-00000-of-00014.parquet`, `_3.parquet`, `.snappy.parquet`."""
 _PART_OF = re.compile(r"(.*?)[-_.]?(\d+)[-_]of[-_](\d+)(?:[-_][0-9a-f]+)?(?:\.\w+)?\.parquet")
+_ONE_OF = re.compile(r"(.*?)(?:([-_.]?)\d+(?:[-_]of[-_]\d+)?(?:[-_][0-9a-f]+)?)?(\.\w+)?\.parquet")
+"""Its groups: the name, what stands between it and the number (None: there is no number), a second ending."""
+_SPLITS = ("train", "test", "validation", "val")
 
 
 class ParquetPart(NamedTuple):
@@ -65,7 +68,7 @@ def check_whole(files: Sequence[str], location: str, key: str) -> None:
         key: of the configuration, for messages: `dataset.test`.
 
     Raises:
-        DataError: for files of two folders or families, or a part that is missing.
+        DataError: for files of two folders, families or splits, or a part that is missing.
     """
     folders = sorted({path.rpartition("/")[0] for path in files})
     if len(folders) > 1:
@@ -78,10 +81,20 @@ def check_whole(files: Sequence[str], location: str, key: str) -> None:
     for path in files:
         if found := _PART_OF.fullmatch(path):
             families[found[1], found[3]].add(int(found[2]))
-    if len(families) > 1 or (families and sum(map(len, families.values())) != len(files)):
+    ways = defaultdict[str, set[Any]](set)  # of writing a name: `test.parquet`, `test-1.parquet`, `test.snappy.parquet`
+    for path in files:
+        if found := _ONE_OF.fullmatch(path):
+            ways[found[1]].add((found[2], found[3]))
+    if (
+        len(families) > 1
+        or (families and sum(map(len, families.values())) != len(files))
+        or any(len(each) > 1 for each in ways.values())
+        or sum(bool(files_of_split([path.rpartition("/")[2] for path in files], split)) for split in _SPLITS) > 1
+    ):
         raise DataError(
             f"{key}: the Parquet files of this split in {location!r} are not the parts of one set: "
-            f"{shown(_firsts(files))}; set {key}.split to how the right ones begin, or move the others away"
+            f"{shown(_firsts(files))}; set {key}.split to how the right ones begin, or {key}.path to one file, or move "
+            "the others away"
         )
     for (_, total), parts in families.items():
         if missing := sorted(set(range(int(total))) - parts):

@@ -48,7 +48,7 @@ def read_lines(path: str, key: str, *, distinct: bool = True) -> list[str]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key}: cannot read {path!r}: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]  # not where else Unicode ends a line
     if not lines:
         raise DataError(f"{key}: {path!r} is empty, expected one name per line")
     if distinct and len(set(lines)) != len(lines):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from core.data import Dataset, StoredImages
-from core.data.classes import canonical, check_numbers, numbers_of
+from core.data.classes import canonical, check_numbers, numbers_of, shown
 from core.data.parquet_files import ParquetPart
 from core.errors import ConfigError, DataError
 from distributed.files.storage import file_system
@@ -36,7 +36,8 @@ def read_parquet(name: str, part: ParquetPart) -> Dataset:
         ConfigError: when the number of classes, or their names, are needed and not known.
     """
     files = [_File(part, file) for file in part.files]
-    labels = np.concatenate([_numbers(file, part) for file in files])
+    described = next((names for file in files if (names := file.class_names(part.columns[1]))), ())
+    labels = np.concatenate([_numbers(file, part, described) for file in files])
     if part.num_classes is None:
         raise ConfigError(
             f"{part.location!r} does not say how many classes there are; set dataset.num_classes (labels there: "
@@ -160,14 +161,12 @@ class _Images:
         return number, place - int(self._starts[number])
 
     def fetch(self, place: int) -> bytes:
-        """Encoded bytes; OSError or ValueError when there are none."""
+        """Encoded bytes, none of a null; OSError when they cannot be read."""
         number, row = self._find(place)
         starts = self._files[number].starts
         group = int(np.searchsorted(starts, row, side="right")) - 1
         value = self._group(number, group)[row - int(starts[group])].as_py()
-        if value is None:
-            raise ValueError("the image is empty (null); a path beside it is not followed")
-        return bytes(value)
+        return bytes(value or b"")
 
     def describe(self, place: int) -> str:
         """File and row."""
@@ -175,19 +174,27 @@ class _Images:
         return f"{self._files[number].name!r} row {row}"
 
 
-def _numbers(file: _File, part: ParquetPart) -> NDArray[np.int64]:
-    """Labels as numbers in the run's list of classes: by their names, wherever the file has names."""
+def _numbers(file: _File, part: ParquetPart, described: tuple[str, ...]) -> NDArray[np.int64]:
+    """Labels as numbers in the run's list of classes: by name, where a file of the split has names (`described`)."""
     column = part.columns[1]
     values, names = file.column(column), file.class_names(column)
     odd = next((value for value in values if type(value) is not int), None)
     if odd is None:
-        labels = np.array(values, np.int64)
+        if described and not names:
+            raise DataError(
+                f"{file.name!r} does not name the classes of its labels, and another file of its split does "
+                f"({shown(described)}); write both with the same description"
+            )
+        try:
+            labels = np.array(values, np.int64)
+        except OverflowError as error:
+            raise DataError(f"{file.name!r}: a label in column {column!r} is beyond 64 bits") from error
         if names and part.classes is not None and names != part.classes:
             check_numbers(labels, names, repr(file.name))
             return numbers_of(names, part.classes, repr(file.name))[labels]
         return labels
     if not all(isinstance(value, str) for value in values):
-        raise DataError(f"{file.name!r}: label {odd!r} in column {column!r}, expected integers or class names")
+        raise DataError(f"{file.name!r}: label {odd!r:.60} in column {column!r}, expected integers or class names")
     if part.classes is None:
         raise ConfigError(
             f"{file.name!r}: labels in column {column!r} are names ({odd!r}); list all of them in "

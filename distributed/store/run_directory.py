@@ -250,11 +250,19 @@ class RunDirectory:
     def check_data(self, split: "Split", data: "Dataset") -> None:
         """Refuse another data set than the one that this run began with, or other classes; at first use, note them.
 
+        Where both splits are loaded, as the first step does, refuse two that are not apart.
+
         Raises:
-            ConfigError: says what is another one.
+            ConfigError: says what is another one, or what the splits share.
             DataError: when one of the images that `Dataset.digest` looks at cannot be read, or none can be decoded.
         """
         if split not in self._data or self._data[split][0] is not data:
+            other: Split = "test" if split == "train" else "train"
+            if other in self._data and (shared := data.shared(self._data[other][0])):
+                raise ConfigError(
+                    f"dataset.{split}: the training and the test split share {shared}; set path, split or ids_file of "
+                    "dataset.train and dataset.test so that they are apart"
+                )
             self._data[split] = data, data.digest()
             for note in data.notes:
                 _log.warning("dataset.%s: %s", split, note)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,11 +135,15 @@ def predict_images(directory: RunDirectory, images: Images, question: Question, 
     Raises:
         ConfigError: for a question out of range, or a run without the networks that it needs.
         ModelError: from the networks, which all images share.
+        DataError: for two images of one name.
     """
     config = directory.config
     work = _work(directory, question, device)
     shape, num_classes, classes = _expected(directory)
     names, stored = images
+    if len(set(names)) < len(names):
+        repeated, times = Counter(names).most_common(1)[0]
+        raise DataError(f"{repeated!r} names {times} images, expected one each; name another --id-column")
     procedure, rows = _procedure(work, question), dict[int, Row]()
     engine = build_engine(work, num_classes, config.compute.training_batch_size)
 

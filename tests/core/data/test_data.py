@@ -188,9 +188,22 @@ def test_as_image_is_on_the_cpu_and_wants_no_gradient() -> None:
     assert as_image(torch.zeros(30, 1, 1), "a").shape == (30, 1, 1)
 
 
+def test_as_image_of_another_byte_order_or_layout_has_the_same_pixels() -> None:
+    pixels = np.linspace(0, 1, 32, dtype=np.float32).reshape(2, 4, 4)
+    for same in (pixels.astype(">f4"), torch.from_numpy(pixels).to_sparse(), np.ma.masked_array(pixels, mask=False)):
+        assert np.array_equal(as_image(same, "a").numpy(), pixels)
+
+
 def turned() -> PIL.Image.Image:
     image = PIL.Image.fromarray(colours())
     image.getexif()[0x0112] = 6
+    return image
+
+
+def keyed() -> PIL.Image.Image:
+    """Its first pixel has the colour that stands for transparent."""
+    image = PIL.Image.fromarray(colours())
+    image.info["transparency"] = image.getpixel((0, 0))
     return image
 
 
@@ -210,6 +223,9 @@ def turned() -> PIL.Image.Image:
         (np.zeros((1, 4, 4), np.uint16), "expected uint8 or floating pixels, got torch.uint16"),
         (np.zeros((1, 4, 4), bool), "got torch.bool"),
         (np.zeros((1, 4, 4), object), "got an array of object"),
+        (np.ma.masked_array(np.zeros((1, 4, 4)), mask=True), "got an array of float64 with masked values"),
+        (torch.zeros(1, 4, 4, device="meta"), "got Tensor"),
+        (keyed(), "transparent pixels: show them on a background"),
         ("cat.png", "got str"),
         (None, "got NoneType"),
         (np.full((1, 4, 4), 1 + 2e-7), r"pixels span \[1\.0000002, 1\.0000002\], expected \[0, 1\]; clamp"),

@@ -338,3 +338,87 @@ def test_corrupted_set_of_other_classes_than_the_run_that_lends_its_networks_is_
     assert shifted("fog").data("test").class_names == ("n01", "n02")
     with pytest.raises(ConfigError, match="number 1 is 'n02' there, 'n03' now"):
         shifted("snow").data("test")
+
+
+def test_parquet_part_without_names_beside_a_named_one_is_refused(tmp_path: Path) -> None:
+    """By number it would contradict its neighbour, whose labels go by name."""
+    hub(tmp_path, "train", ["bee", "cat"], [0, 1])
+    for part, names in enumerate((["cat", "bee"], None)):
+        hub(tmp_path / "x", "test", names, [0, 1])
+        (tmp_path / "x" / "test-00000-of-00001.parquet").rename(tmp_path / f"test-{part:05d}-of-00002.parquet")
+    with pytest.raises(DataError, match=r"test-00001-of-00002\.parquet' does not name the classes .*'cat', 'bee'"):
+        load_dataset(parquet(tmp_path), "test")
+
+
+def test_parquet_label_beyond_64_bits_is_refused(tmp_path: Path) -> None:
+    hub(tmp_path, "test", None, pa.array([0, 2**64 - 1], pa.uint64()))
+    with pytest.raises(DataError, match=r"test-00000-of-00001\.parquet': a label in column 'label' is beyond 64 bits"):
+        load_dataset(DatasetConfig(name="parquet", num_classes=2, test=SplitConfig(path=str(tmp_path))), "test")
+
+
+def test_class_without_any_image_is_named(tmp_path: Path) -> None:
+    """An empty folder, or a comment in a class file, moves the numbers of the others."""
+    write(tmp_path / "test", "bee", "cat")
+    (tmp_path / "test" / "ant").mkdir()
+    data = load_dataset(folder(tmp_path, num_classes=3), "test")
+    assert data.labels.tolist() == [1, 2]
+    assert data.notes == ("no image of 1 of its 3 classes: 'ant'",)
+    file = tmp_path / "classes.txt"
+    file.write_text("# classes\nant\nbee\ncat\n")
+    data = load_dataset(folder(tmp_path, class_file=str(file)), "test")
+    assert data.notes == ("no image of 2 of its 4 classes: '# classes', 'ant'",)
+
+
+def test_class_file_line_ends_where_files_end_lines_and_nowhere_else(tmp_path: Path) -> None:
+    write(tmp_path / "test", "bee", "c\u2028at")
+    file = tmp_path / "classes.txt"
+    file.write_bytes("bee\r\nc\u2028at\r\n".encode())
+    assert load_dataset(folder(tmp_path, class_file=str(file)), "test").class_names == ("bee", "c\u2028at")
+
+
+def split(root: Path, name: str, seed: int) -> Path:
+    """Two classes of two images."""
+    for number, kind in enumerate(("bee", "bee", "cat", "cat")):
+        (root / name / kind).mkdir(parents=True, exist_ok=True)
+        (root / name / kind / f"{number}.png").write_bytes(encoded(picture(seed + number, (8, 8))))
+    return root / name
+
+
+@pytest.mark.parametrize("kind", ["the same split", "path", "link", "copy", "two sets of one name"])
+def test_run_whose_splits_share_examples_is_refused(tmp_path: Path, kind: str) -> None:
+    """The same images would be certified that the networks learnt, or with the noise that they learnt from."""
+    train, test = split(tmp_path, "train", 0), tmp_path / "test"
+    part: dict[str, Any] = {}
+    match kind:
+        case "the same split":
+            part, message = {"test": {"split": "train"}}, r"share 4 example ids \('train/bee/0\.png'\), .* same noise"
+        case "path":
+            part, message = {"test": {"path": f"{train}/"}}, r"share all 4 images, as 'test/bee/0\.png' and 'train/bee/"
+        case "link":
+            test.symlink_to(train)
+            message = "share all 4 images"
+        case "copy":
+            split(tmp_path, "test", 0)
+            message = "share all 4 images"
+        case _:
+            split(tmp_path / "b", "train", 50)
+            part = {"train": {"path": str(tmp_path), "split": "train"}, "test": {"path": f"{tmp_path}/b"}}
+            part["test"]["split"], message = "train", "share 4 example ids"
+    run = RunDirectory(
+        tmp_path / "run", parse_config({**PLAIN, "dataset": part | {"name": "folder", "path": str(tmp_path)}})
+    )
+    run.data("train")
+    with pytest.raises(ConfigError, match=rf"dataset\.test: the training and the test split {message}"):
+        run.data("test")
+
+
+def test_run_whose_splits_are_parts_of_one_is_no_error(tmp_path: Path) -> None:
+    split(tmp_path, "all", 0)
+    parts: dict[str, Any] = {}
+    for key, names in (("train", ("bee/0", "cat/2")), ("test", ("bee/1", "cat/3"))):
+        (tmp_path / key).write_text("".join(f"all/{name}.png\n" for name in names))
+        parts[key] = {"split": "all", "ids_file": str(tmp_path / key)}
+    run = RunDirectory(
+        tmp_path / "run", parse_config({**PLAIN, "dataset": parts | {"name": "folder", "path": str(tmp_path)}})
+    )
+    assert not set(run.data("train").example_ids) & set(run.data("test").example_ids)

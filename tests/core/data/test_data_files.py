@@ -237,6 +237,11 @@ def test_parquet_split_that_begins_like_another_is_left_out_and_named(tmp_path: 
         (("test-00000-of-00002.parquet", "test-00000-of-00003.parquet"), "not the parts of one set"),
         (("test-00000-of-00001.parquet", "test.parquet"), "not the parts of one set"),
         (("test-00000-of-00001-aa.parquet", "test-00000-of-00001-bb.parquet"), "not the parts of one set"),
+        (("test.parquet", "test-1.parquet"), "not the parts of one set"),
+        (("test.parquet", "test.snappy.parquet"), "not the parts of one set"),
+        (("test2017.parquet", "test.parquet"), "not the parts of one set"),
+        (("test_0.parquet", "test-1.parquet"), "not the parts of one set"),
+        (("test/train.parquet", "test/test.parquet"), "not the parts of one set"),
         (("test-00000-of-00003.parquet", "test-00002-of-00003.parquet"), r"1 of the 3 parts .* the first is number 1"),
     ],
 )
@@ -273,6 +278,25 @@ def test_parquet_images_by_path_alone_are_refused(tmp_path: Path) -> None:
     rows = pa.array([{"bytes": None, "path": "a.png"}, {"bytes": IMAGE, "path": None}], typed)
     pq.write_table(pa.table({"image": rows, "label": [0, 1]}), tmp_path / "test.parquet")
     data = parquet(tmp_path)
-    with pytest.raises(DataError, match=r"row 0: the image is empty \(null\); a path beside it is not followed"):
+    with pytest.raises(DataError, match=r"row 0 \(.*the image is empty; .* a path beside it is not followed"):
         data.image(0)
     assert data.image(1).shape == (3, 8, 8)
+    assert data.digest() == parquet(tmp_path).digest()  # a run begins without it
+    pq.write_table(pa.table({"image": rows, "label": [0, 1]}).slice(0, 0), tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"^dataset\.test: this split of parquet holds no example"):
+        parquet(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("test-0.parquet", "test-1.parquet", "test-10.parquet"),
+        ("test/part-00000-0a9f-c000.snappy.parquet", "test/part-00001-0a9f-c000.snappy.parquet"),
+        ("test/0000.parquet", "test/0001.parquet"),
+        ("test-00000-of-00002-aa.parquet", "test-00001-of-00002-bb.parquet"),
+        ("test/a.parquet", "test/b.parquet"),
+    ],
+)
+def test_parquet_files_of_one_writer_are_one_set(tmp_path: Path, names: tuple[str, ...]) -> None:
+    write(tmp_path, *names)
+    assert len(parquet(tmp_path)) == len(names)

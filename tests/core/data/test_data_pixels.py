@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from PIL.ImageFile import ImageFile
 
 from core.config import DatasetConfig
-from core.data import Preparation
+from core.data import Preparation, as_image
 from core.data.formats import ENDINGS, check_header
 from core.errors import DataError
 from distributed.files.datasets import load_dataset
@@ -273,3 +273,21 @@ def test_preparation_cmyk_and_colour_profiles_are_pillows_plain_conversion() -> 
 def test_endings_are_those_of_static_images() -> None:
     assert {".gif", ".jfif", ".jpe", ".jpg", ".jpeg", ".png", ".tif", ".webp", ".bmp", ".ppm"} <= set(ENDINGS)
     assert not {".pdf", ".mpg", ".eps", ".psd", ".h5", ".txt", ".npy"} & set(ENDINGS)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_preparation_orientation_that_is_none_is_upright_without_a_word(orientation: int) -> None:
+    """Cameras that do not know write 0."""
+    for exif in ("ignore", "apply"):
+        said: list[str] = []
+        assert Preparation("grey", exif=exif)(turned(orientation, "PNG"), said.append)[0].tolist() == UPRIGHT[1]
+        assert not said
+    image = Image.open(io.BytesIO(turned(orientation, "PNG")))
+    assert as_image(image, "a").shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"<!DOCTYPE html><html>"])
+def test_preparation_of_no_image_says_the_same_every_time(content: bytes) -> None:
+    """The words are kept with the rows."""
+    with pytest.raises(ValueError, match=rf"^no image: {len(content)} bytes that begin with {content[:16]!r}$"):
+        Preparation()(content)

@@ -41,7 +41,7 @@ def images(root: Path, split: str, classes: tuple[str, ...] = ("cat", "dog"), si
         folder = root / split / class_name
         folder.mkdir(parents=True)
         for number in range(2):
-            random = np.random.default_rng([number, len(class_name), ord(class_name[0])])
+            random = np.random.default_rng([number, len(class_name), ord(class_name[0]), len(split)])
             Image.fromarray(random.integers(0, 255, (size, size, 3), np.uint8)).save(folder / f"{number}.png")
     return root
 

@@ -18,7 +18,7 @@ from scipy import stats
 
 from core import DualSmoothedClassifier, SmoothedClassifier
 from core.data.digits import read_digits
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
 from core.models.checkpoints import load_model
 from core.procedures.dual import dual_predict
 from core.procedures.smoothing import predict
@@ -167,6 +167,9 @@ def test_predict_job_folder_and_parquet_of_the_same_images_give_the_same_rows(
     one = answers(run, folder, question())
     assert [row["class"] for row in from_parquet] == [one[name]["class"] for name in names]
     assert "row 2" in from_parquet[2]["error"]
+    twice = (("a", "b", "a"), images[1])  # they would draw the same noise, and nobody could tell their rows apart
+    with pytest.raises(DataError, match="'a' names 2 images, expected one each; name another --id-column"):
+        predict_images(run, twice, question(), "cpu")
 
     flags = ("--classifier", "base", "--num", "60", "--alpha", "0.1", "compute.device=cpu")
     asked = ("--out", str(run.path), "--images", str(folder), *flags)
