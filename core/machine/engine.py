@@ -249,9 +249,7 @@ class Engine:
 
     @torch.inference_mode()
     def _launch(self, lane_key: Hashable) -> tuple[Tensor, Tensor, dict[str, Tensor], int]:
-        """Fill one batch from a lane, run it and add up its votes; returns batch, levels (on the host), logits, and rows
-        in use.
-        """
+        """Fill one batch from a lane, run it, add up its votes; returns batch, levels (host), logits, rows in use."""
         lane, noisy = self._lanes[lane_key], self._noisy
         assert noisy is not None
         cells = np.zeros(self.batch_size, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0

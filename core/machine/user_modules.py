@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from core.errors import ModelError
 
@@ -150,7 +150,9 @@ def is_materialised(call: object) -> bool:
     """Whether all parameters have values: none of a lazy module's before its first pass, none on the meta device."""
     module = direct_module(call)
     tensors = () if module is None else (*module.parameters(), *module.buffers())
-    return not any(tensor.is_meta or isinstance(tensor, UninitializedTensorMixin) for tensor in tensors)
+    return not any(
+        tensor.is_meta or isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in tensors
+    )
 
 
 def takes_any_batch(call: object) -> bool:

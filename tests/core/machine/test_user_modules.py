@@ -580,7 +580,7 @@ def test_certify_what_a_network_keeps_and_derives_is_as_outside() -> None:
 
     model = Table()
     assert certified(model) == certified(purified) == certified(PLANE)
-    model(IMAGE[None]).sum().backward()  # type: ignore[no-untyped-call]
+    model(IMAGE[None]).sum().backward()
     assert model.weight.grad is not None
 
 
@@ -596,7 +596,7 @@ def test_constructors_modules_without_weights_are_refused_and_stay_so() -> None:
 
 def test_constructors_a_class_instead_of_a_network_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"the classifier is the class Flatten, expected an instance: Flatten\(...\)"):
-        SmoothedClassifier(nn.Flatten, 2, 0.5)
+        SmoothedClassifier(nn.Flatten, 2, 0.5)  # type: ignore[arg-type]
 
 
 def test_constructors_what_cannot_be_called_is_refused() -> None:
