@@ -249,12 +249,12 @@ class Engine:
 
     @torch.inference_mode()
     def _launch(self, lane_key: Hashable) -> tuple[Tensor, Tensor, dict[str, Tensor], int]:
-        """Fill one batch from a lane, run it and add up its votes; returns batch, levels, logits, and rows in use."""
+        """Fill one batch from a lane, run it, add up its votes; returns batch, levels (host), logits, rows in use."""
         lane, noisy = self._lanes[lane_key], self._noisy
         assert noisy is not None
         cells = np.zeros(self.batch_size, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0
         masks: list[tuple[int, Tensor]] = []
-        sigmas = np.ones(self.batch_size, np.float32)  # padding rows: any valid level, their votes go to slot 0
+        sigmas = np.empty(self.batch_size, np.float32)
         completed: list[_Request] = []
         row = 0
         while row < self.batch_size and lane.queue:
@@ -270,12 +270,13 @@ class Engine:
             lane.rows -= row - first
             if request.next_row == request.end:
                 completed.append(lane.queue.popleft())
+        sigmas[row:] = sigmas[0]  # padding: a level that is asked for anyway; its votes go to slot 0
         self.rows_run += self.batch_size
         cell_of_row = self._to_device(torch.from_numpy(cells))
         for first, mask in masks:  # on the device: reading the masks here would wait for all that is queued there
             cell_of_row[first : first + len(mask)] *= mask
-        levels = self._to_device(torch.from_numpy(sigmas))
-        logits = self._logits(lane_key, noisy, levels)
+        levels = torch.from_numpy(sigmas)
+        logits = self._logits(lane_key, noisy, self._to_device(levels))
         for name, values in logits.items():
             cell = self._votes_of(values).add_(cell_of_row).add_(self._head_index[name] * self._width)
             self._votes.view(-1).scatter_add_(0, cell, self._ones)

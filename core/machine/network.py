@@ -1,5 +1,6 @@
 """What the engine runs: one denoiser (or none) and the heads that vote on its output."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,9 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from core.errors import ConfigError
-from core.machine.row_check import FEW, check_rows
-from core.machine.user_modules import evaluating, input_dtype, only_tensor, submodules, takes_any_batch
+from core.errors import ConfigError, ModelError
+from core.machine.row_check import FEW, check_levels, check_rows
+from core.machine.user_modules import (
+    evaluating,
+    input_dtype,
+    is_materialised,
+    only_tensor,
+    submodules,
+    takes_any_batch,
+)
 from core.records import ESTIMATOR, Draws
 
 __all__ = ["Compile", "Denoiser", "Forward", "Head", "Module", "Network", "Precision", "set_tf32"]
@@ -67,6 +75,7 @@ class Forward:
     compile: Compile = False
 
 
+_log = logging.getLogger(__name__)
 _DENOISER = "denoiser"
 _AS_THEY_ARE = (torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 """Types of logits that are compared as they are; half precision and bool are made float32."""
@@ -112,6 +121,10 @@ class Network:
         for (name, _), call in self._calls.items():
             if not callable(call):
                 raise ConfigError(f"the {name} is a {type(call).__name__}, expected a torch module or a function")
+            if isinstance(call, type):
+                raise ConfigError(
+                    f"the {name} is the class {call.__name__}, expected an instance: {call.__name__}(...)"
+                )
             if isinstance(call, nn.Module):
                 call.to(self.device)
                 if self.forward.channels_last:
@@ -121,15 +134,28 @@ class Network:
         self._checked: set[tuple[str, float | None]] = set()
         self._compiled: dict[int, Callable[..., Any]] = {}
         """Compiled modules by the id of the original, which `heads` and `denoiser` keep alive."""
+        self._modules: list[nn.Module] = []
         self.look()
 
     def look(self) -> None:
         """Find anew the torch modules inside the networks, and the types that these take.
 
-        A function's own may have been replaced since. Those that cannot be seen (`user_modules.submodules`) keep
-        their mode; if that is training mode, `check` refuses what they do.
+        A function's own may have been replaced since, and are then checked anew. Those that cannot be seen
+        (`user_modules.submodules`) keep their mode; if that is training mode, `check` refuses what they do.
+
+        Raises:
+            ConfigError: for a module without weights.
         """
-        self._modules = submodules(*self._calls.values())
+        modules = submodules(*self._calls.values())
+        if set(map(id, modules)) != set(map(id, self._modules)):
+            self._checked.clear()
+        self._modules = modules
+        for (name, _), call in self._calls.items():
+            if not is_materialised(call):
+                raise ConfigError(
+                    f"the {name} has parameters without values (a lazy module, or the meta device): run it once, or "
+                    "load its weights, before"
+                )
         self._dtypes = {id(call): input_dtype(call) for call in self._calls.values()}
 
     def lane(self, draws: Draws) -> Hashable:
@@ -176,14 +202,15 @@ class Network:
     def check(
         self, lane: Hashable, noisy: Tensor, sigma: Tensor, logits: Mapping[str, Tensor], num: int, shape: int
     ) -> None:
-        """Once for each network, on the first batch that it votes on: is it a function of each row alone?
+        """Once for each network, on the first batch that it votes on: is it a function of each row alone? And once more
+        for the denoiser, on the first batch of several noise levels.
 
         Takes two passes of a few rows, or of `shape` rows where a network may know no other shape.
 
         Args:
             lane: of the batch.
             noisy: ``(B, C, H, W)``.
-            sigma: ``(B,)``.
+            sigma: ``(B,)``, on the host.
             logits: what this network returned for them.
             num: of the rows hold noisy images; the others are padding.
             shape: rows of a pass.
@@ -193,25 +220,52 @@ class Network:
         """
         assert isinstance(lane, Lane)
         asked = {(name, self._expert(name, lane)) for name in lane.heads}
+        if self._denoises(lane) and bool((sigma != sigma[0]).any()):
+            asked.add((_DENOISER, None))
         if asked <= self._checked:
             return
         keys = asked | {(_DENOISER, None)}
         if not self.forward.compile and all(takes_any_batch(call) for key, call in self._calls.items() if key in keys):
-            shape = min(shape, FEW)
+            try:
+                self._checked |= self._check(lane, noisy, sigma, logits, num, min(shape, FEW), asked)
+                return
+            except ModelError:
+                raise
+            except Exception as error:  # its code may know one shape after all; otherwise it fails below as well
+                if shape <= FEW:
+                    raise
+                _log.debug("a pass of %d rows failed (%s): checking with %d", FEW, error, shape)
+        self._checked |= self._check(lane, noisy, sigma, logits, num, shape, asked)
+
+    def _check(
+        self,
+        lane: Lane,
+        noisy: Tensor,
+        sigma: Tensor,
+        logits: Mapping[str, Tensor],
+        num: int,
+        shape: int,
+        asked: set[tuple[str, float | None]],
+    ) -> set[tuple[str, float | None]]:
+        """`check` with passes of `shape` rows; returns what of `asked` has been looked at."""
         if whole := shape >= len(noisy):
-            rows = torch.arange(len(noisy), device=noisy.device)
+            rows = torch.arange(len(noisy))
         else:
-            rows, num = torch.linspace(0, num - 1, shape, device=noisy.device).long(), shape
-        votes = {name: values[rows] for name, values in logits.items()}
-        check_rows(
-            lambda images, levels: self._outputs(lane, images, levels),
-            noisy[rows],
-            sigma[rows],
-            num,
-            votes,
-            same_batch=whole,
-        )
-        self._checked |= asked
+            rows, num = torch.linspace(0, num - 1, shape).long(), shape
+        levels, places = sigma[rows], rows.to(noisy.device)
+        votes = {name: values[places] for name, values in logits.items()}
+
+        def ask(images: Tensor, levels: Tensor) -> dict[str, Tensor]:
+            return self._outputs(lane, images, levels)
+
+        check_rows(ask, noisy[places], levels.to(noisy.device), num, votes, same_batch=whole)
+        if (_DENOISER, None) not in asked or bool((levels == levels[0]).all()):
+            return asked - {(_DENOISER, None)}
+        check_levels(ask, noisy[places], levels.to(noisy.device))
+        return asked
+
+    def _denoises(self, lane: Lane) -> bool:
+        return self.denoiser is not None and any(self.heads[name].denoise for name in lane.heads)
 
     def _outputs(self, lane: Lane, noisy: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         """Denoised images, where there are any, and the logits of each head of the lane."""
@@ -221,11 +275,14 @@ class Network:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         half = _HALF.get(self.forward.precision)
         # Switched off too where it is not wanted: what is recorded is what was run, whatever surrounds the call.
-        with evaluating(self._modules), torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+        autocast = torch.autocast(self.device.type, dtype=half, enabled=half is not None)
+        # Not in inference mode: what a network keeps (a table of positions) could not be trained with afterwards, and
+        # a function that wants a gradient of its own (purification) could not get one.
+        with evaluating(self._modules), autocast, torch.inference_mode(False), torch.no_grad():
             if self.forward.channels_last:
                 noisy = noisy.contiguous(memory_format=torch.channels_last)
             outputs, images = {}, noisy
-            if self.denoiser is not None and any(self.heads[name].denoise for name in lane.heads):
+            if self.denoiser is not None and self._denoises(lane):
                 shape = tuple(noisy.shape)
                 denoised = self._ask(_DENOISER, self.denoiser, "sample", shape, noisy, sigma.clone())
                 outputs[_DENOISER] = images = denoised.to(self.device, torch.float32)

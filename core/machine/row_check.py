@@ -7,13 +7,16 @@ from torch import Tensor
 
 from core.errors import ModelError
 
-__all__ = ["FEW", "check_rows"]
+__all__ = ["FEW", "check_levels", "check_rows"]
 
 FEW = 32
 """Rows of the check's passes, where a network takes any number of them."""
 
 NOTHING = 1e-3
 """What moves by less than this share of its size has not moved."""
+
+OFFSET = 0.01
+"""Of the size of logits that have something in common (minus a squared distance): what they differ by is no less."""
 
 NEAR_TIE = 0.1
 """No order of summation moves logits this far, in any precision."""
@@ -87,6 +90,30 @@ def check_rows(ask: Ask, noisy: Tensor, sigma: Tensor, num: int, votes: Outputs,
             )
 
 
+def check_levels(ask: Ask, noisy: Tensor, sigma: Tensor) -> None:
+    """Run a batch of several noise levels again as if all rows were of one, and refuse a denoiser whose answers to the
+    rows of that level move: it takes a row's level from another row.
+
+    Args:
+        ask: outputs by name, the denoiser's first.
+        noisy: ``(B, C, H, W)``.
+        sigma: ``(B,)`` noise levels, not all of them equal.
+
+    Raises:
+        ModelError: names the denoiser.
+    """
+    several = {name: _thinned(values).clone() for name, values in ask(noisy, sigma).items()}
+    for level in (sigma.min(), sigma.max()):
+        alone = ask(noisy, torch.full_like(sigma, level.item()))
+        for name, values in several.items():
+            if _moves(values, _thinned(alone[name]))[sigma == level].max().item() > NOTHING:
+                raise ModelError(
+                    f"the {name} mixes the noise levels of a batch: its output for an image at {level.item():g} moved "
+                    "when the levels of the others changed (is only the first level, or one for all, taken?); sigma "
+                    "holds a level for each image: use each row's own"
+                )
+
+
 def _order(same: Tensor, replaced: Tensor) -> Tensor:
     """All rows in another order, with replaced ones first and last: there a network may look for a reference."""
     rows = len(same) + len(replaced)
@@ -105,6 +132,8 @@ def _thinned(values: Tensor) -> Tensor:
 def _moves(one: Tensor, other: Tensor) -> Tensor:
     """The largest difference in each row as a share of the values' size; infinite where only one of the two is finite.
 
+    What all values of a row have in common decides no vote and is no part of their size, but for `OFFSET` of it.
+
     Args:
         one: ``(N, D)``.
         other: likewise.
@@ -114,7 +143,9 @@ def _moves(one: Tensor, other: Tensor) -> Tensor:
     """
     one, other = one.double(), other.double()
     finite, too = (values.isfinite().all(dim=1) for values in (one, other))
-    size = one[finite].abs().amax(dim=1).mean()  # NaN where no row is finite
+    known = one[finite]
+    spread = (known - known.mean(dim=1, keepdim=True)).abs().amax(dim=1).mean()
+    size = torch.maximum(spread, OFFSET * known.abs().amax(dim=1).mean())  # NaN where no row is finite
     moved = (one - other).abs().amax(dim=1)
     moved = torch.where(moved == 0, 0.0, moved / size)
     return torch.where(finite & too, moved, torch.where(finite == too, 0.0, torch.inf))

@@ -11,10 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from core.errors import ModelError
 
-__all__ = ["direct_module", "evaluating", "input_dtype", "only_tensor", "submodules", "takes_any_batch"]
+__all__ = [
+    "direct_module",
+    "evaluating",
+    "input_dtype",
+    "is_materialised",
+    "only_tensor",
+    "submodules",
+    "takes_any_batch",
+]
 
 _LEAVES = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, np.generic, types.ModuleType)
 _LIBRARIES = frozenset({"builtins", "torch", "numpy", "torchvision", "timm", "diffusers", "transformers"})
@@ -137,6 +146,15 @@ def input_dtype(call: object) -> torch.dtype:
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
+def is_materialised(call: object) -> bool:
+    """Whether all parameters have values: none of a lazy module's before its first pass, none on the meta device."""
+    module = direct_module(call)
+    tensors = () if module is None else (*module.parameters(), *module.buffers())
+    return not any(
+        tensor.is_meta or isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in tensors
+    )
+
+
 def takes_any_batch(call: object) -> bool:
     """Whether another number of rows is known to cost nothing but the pass: a plain module, not a compiled, exported or
     scripted one, whose shape may be fixed.
@@ -175,6 +193,8 @@ def only_tensor(output: Any, name: str, key: str, shape: tuple[int, ...]) -> Ten
                 f"the {name} returned a {type(output).__name__} in which no tensor, or more than one, can be the "
                 f"{key} of shape {shape}: wrap it in a function that returns this tensor alone"
             )
+    if found.layout != torch.strided:
+        found = found.to_dense()
     if found.shape != shape or found.is_complex():
         kind = " complex" if found.is_complex() else ""
         advice = "number of classes" if key == "logits" else "output"

@@ -23,6 +23,9 @@ from core.models.weights import read_checkpoint, read_json, unwrapped
 
 __all__ = ["ClassifierFile", "check_normalisation", "outputs_by_name", "read_classifier"]
 
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Weights in a folder of the Hugging Face hub, the ones that are taken first."""
+
 
 @dataclass
 class ClassifierFile:
@@ -60,15 +63,19 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
         return found
     name, path, said = config.checkpoint, Path(config.checkpoint), dict[str, Stated]()
     plain: dict[str, Any] = {}
-    if path.is_dir():
-        if (path / "config.json").exists():
-            plain = read_json(path / "config.json")
+    if path.is_dir() or path.name in _HUB_FILES:  # what is said of such a file stands beside it
+        folder = path if path.is_dir() else path.parent
+        if (folder / "config.json").exists():
+            plain = read_json(folder / "config.json")
             said["config.json"] = by_timm(plain, str(config.arch), f"{name}, config.json")
             said["config.json of transformers"] = beside_weights(plain, f"{name}, config.json")
-        if (path / "preprocessor_config.json").exists():
-            processor = read_json(path / "preprocessor_config.json")
+        if (folder / "preprocessor_config.json").exists():
+            processor = read_json(folder / "preprocessor_config.json")
             said["preprocessor_config.json"] = by_transformers(processor, f"{name}, preprocessor_config.json")
-        files = [path / file for file in ("model.safetensors", "pytorch_model.bin")]
+    if path.is_dir():
+        files = [path / file for file in _HUB_FILES]
+        if shards := sorted(path.glob("*.index.json")) if not any(map(Path.exists, files)) else ():
+            raise ModelError(f"{name!r} has its weights in shards ({shards[0].name}): save them as {_HUB_FILES[0]}")
         path = next((file for file in files if file.exists()), files[0])
     checkpoint = read_checkpoint(path, ema=config.ema)
     said["the file"] = beside_weights(checkpoint.beside, repr(str(path)))
@@ -86,7 +93,7 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
             f"{str(path)!r} has no {own['head']}.weight, the last layer: it is no checkpoint of this architecture, or "
             f"one without a classifier; its first keys are {', '.join(list(weights)[:3])}{hint}"
         )
-    if (labels := found.said.labels) is not None and len(labels) != len(last):
+    if config.label_map is None and (labels := found.said.labels) is not None and len(labels) != len(last):
         raise ModelError(f"{name!r} names {len(labels)} classes, its last layer has {len(last)}: mend its files")
     found.weights, found.num_outputs = weights, len(last)
     facts = {

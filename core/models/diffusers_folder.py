@@ -30,6 +30,7 @@ _SCHEDULERS = frozenset(
 that they take, never in what the network was trained on."""
 _COVERED = {
     "prediction_type": "epsilon",  # the default of all of them; files of 2022 leave it out
+    "predict_epsilon": True,  # of 2022, before prediction_type
     "trained_betas": None,
     "rescale_betas_zero_snr": False,
     "timestep_type": "discrete",  # continuous: the network is given log sigma
@@ -73,9 +74,17 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     files = [unet / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
     weights = read_weights(next((file for file in files if file.exists()), files[0]))
     places = [folder, folder / "scheduler", unet, unet.parent / "scheduler"]
-    scheduler = next((p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").exists()), None)
-    schedule = None if scheduler is None else describe_schedule(read_json(scheduler), str(scheduler))
-    return unet_config(plain), {_new_name(key): value for key, value in weights.items()}, schedule
+    files = [file for file in (place / "scheduler_config.json" for place in dict.fromkeys(places)) if file.exists()]
+    schedules = [describe_schedule(read_json(file), str(file)) for file in files]
+    if any(schedule != schedules[0] for schedule in schedules):
+        raise ModelError(
+            f"{' and '.join(repr(str(file)) for file in files)} contradict each other: remove the wrong one"
+        )
+    return (
+        unet_config(plain),
+        {_new_name(key): value for key, value in weights.items()},
+        schedules[0] if schedules else None,
+    )
 
 
 def describe_schedule(plain: Mapping[str, Any], source: str) -> dict[str, Any]:

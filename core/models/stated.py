@@ -16,7 +16,12 @@ _STEPS = ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_conve
 """Of an image processor of transformers; all others would change the pixels in a way of their own."""
 _GEOMETRY = ("do_resize", "size", "do_center_crop", "crop_size", "crop_pct", "crop_mode", "resample", "interpolation")
 _BUFFERS = {"mean": "std", "_mean": "_std", "mu": "sigma", "new_mean": "new_std", "pixel_mean": "pixel_std"}
-_LABELS = ("label_names", "class_names", "classes", "id2label", "idx_to_class", "label2id", "class_to_idx")
+_LABELS = (
+    *("label_names", "class_names", "classes", "CLASSES", "categories", "id2label", "idx_to_class", "label2id"),
+    "class_to_idx",
+)
+_SECTIONS = ("hyper_parameters", "hparams", "args", "config", "meta", "dataset_meta", "normalize", "normalization")
+"""Where trainers (Lightning, timm, OpenMMLab) put all of that, beside the state dict."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,11 @@ def agreed(statements: Mapping[str, Stated], given: Stated, source: str) -> tupl
             value = getattr(stated, name)
             if value is None or value == {} or whence.get(name) == "the configuration":
                 continue
-            if name in names and _wide(found.get(name, value)) != _wide(value):
-                raise ModelError(f"{source}: {whence[name]} and {where} contradict each other about {name}: mend one")
+            if name in names and name in found:
+                if not _same(found[name], value):
+                    why = f"{whence[name]} and {where} contradict each other about {name}"
+                    raise ModelError(f"{source}: {why}: mend one")
+                continue
             found[name] = value
             whence.setdefault(name, where)
     return Stated(**found), whence
@@ -134,6 +142,7 @@ def beside_weights(beside: Mapping[str, Any], source: str) -> Stated:
     Raises:
         ModelError: for numbers or names that are none.
     """
+    beside = _with_sections(beside)
     mean, std, unsaid = _pair(beside, source)
     given = [key for key in _LABELS if isinstance(beside.get(key), Mapping | list | tuple) and beside[key]]
     labels = _names(given[0], beside[given[0]], source) if given else None
@@ -146,7 +155,7 @@ def beside_weights(beside: Mapping[str, Any], source: str) -> Stated:
 def in_buffers(weights: Mapping[str, Tensor], source: str) -> tuple[Stated, dict[str, Tensor]]:
     """The numbers of a normalising layer that keeps them in the state dict, and the weights without them.
 
-    Without numbers, on the meta device, 0 and 1 stand for them.
+    Without numbers, on the meta device, NaN stands for them.
     """
     stated, taken = Stated(), set[str]()
     for key in weights:
@@ -155,7 +164,7 @@ def in_buffers(weights: Mapping[str, Tensor], source: str) -> tuple[Stated, dict
         if other in weights and weights[key].shape == weights[other].shape and weights[key].numel() in (1, 3):
             if stated.mean is not None:  # not one layer in front of the network
                 return Stated(), dict(weights)
-            stated = Stated(_numbers(weights[key], key, source), _numbers(weights[other], other, source, 1.0))
+            stated = Stated(_numbers(weights[key], key, source), _numbers(weights[other], other, source))
             taken = {key, other}
     return stated, {key: value for key, value in weights.items() if key not in taken}
 
@@ -192,9 +201,25 @@ def label_map_of(labels: Sequence[str], classes: Sequence[str], source: str) -> 
     return tuple(named.index(plain) for plain in wanted)
 
 
-def _wide(value: Any) -> Any:
-    """A number for all channels as one for each, so that the two are equal."""
-    return value * 3 if isinstance(value, tuple) and len(value) == 1 else value
+def _same(one: Any, other: Any) -> bool:
+    """Whether two files say the same: one number or one for each channel, as text or in float32, or not known (NaN)."""
+    if not isinstance(one, tuple) or isinstance(one[0], str):
+        return bool(one == other)
+    width = max(len(one), len(other))
+    pairs = zip(*(values * width if len(values) == 1 else values for values in (one, other)), strict=False)
+    return len(one) in (1, width) and all(math.isnan(a + b) or math.isclose(a, b, rel_tol=1e-6) for a, b in pairs)
+
+
+def _with_sections(beside: Mapping[str, Any]) -> dict[str, Any]:
+    """With what is in the sections of trainers; one number there may be of anything (`std` of an initialisation)."""
+    found: dict[str, Any] = {}
+    for section in _SECTIONS:
+        if isinstance(inner := beside.get(section), Mapping):
+            inner = _with_sections(inner)
+            found |= {
+                k: v for k, v in inner.items() if k not in ("mean", "std") or isinstance(v, list | tuple | Tensor)
+            }
+    return found | dict(beside)
 
 
 def _pair(
@@ -212,11 +237,13 @@ def _plain(name: str) -> str:
     return "".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").replace("-", " ").split())
 
 
-def _numbers(value: Any, name: str, source: str, on_meta: float = 0.0) -> tuple[float, ...]:
+def _numbers(value: Any, name: str, source: str) -> tuple[float, ...]:
     if isinstance(value, Tensor):
-        value = [on_meta] * value.numel() if value.is_meta else value.flatten().tolist()
+        if value.is_meta:
+            return (math.nan,) * value.numel()
+        value = value.flatten().tolist()
     values = value if isinstance(value, list | tuple) else [value]
-    if not values or any(isinstance(each, bool) or not isinstance(each, int | float) for each in values):
+    if not values or any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
         raise ModelError(f"{source}: {name} is {value!r}, expected a number, or one for each channel")
     return tuple(float(each) for each in values)
 

@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,23 @@ def read_checkpoint(path: Path, *, ema: bool = True) -> Checkpoint:
         raise ModelError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}") from error
     if start[8:] == b"{":  # the length of a JSON header, then the header
         try:
+            with safe_open(path, framework="pt") as opened:
+                beside = {key: _plain(text) for key, text in (opened.metadata() or {}).items()}
             weights, prefix = unwrapped(read_safetensors(path))
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{str(path)!r} is truncated or not a readable safetensors file ({error}): fetch it again"
             ) from error
-        return Checkpoint(weights, prefix=prefix)
+        return Checkpoint(weights, prefix=prefix, beside=beside)
     return _state_dict(_unpickle(path, is_zip=start[:2] == b"PK"), path, ema)
+
+
+def _plain(text: str) -> Any:
+    """A value of a safetensors header, which holds texts only: as JSON where it is some."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -123,6 +133,11 @@ def _unpickle(path: Path, is_zip: bool) -> Any:
     except Exception as error:
         # What a damaged pickle raises depends on where it breaks: EOFError, OSError, RuntimeError, KeyError, ...
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "TorchScript" in reason:
+            raise ModelError(
+                f"{str(path)!r} is a TorchScript archive, which holds code: refused. If you trust its origin, give "
+                "torch.jit.load of it to the API (core.SmoothedClassifier), or save its state dict"
+            ) from None
         kind = "an archive of torch.save" if is_zip else "a pickle"
         raise ModelError(f"{str(path)!r} is {kind} that is truncated or damaged ({reason}): fetch it again") from None
 
@@ -150,11 +165,7 @@ def _state_dict(plain: Any, path: Path, ema: bool) -> Checkpoint:
 
 def _inner(plain: Mapping[Any, Any], path: Path, ema: bool) -> str | None:
     """Under which key the weights are; None where these are they."""
-    averages = [
-        key
-        for key, value in plain.items()
-        if _AVERAGES.search(str(key)) and isinstance(value, Mapping | list | tuple) and value
-    ]
+    averages = [key for key, value in plain.items() if _AVERAGES.search(str(key)) and _holds_tensors(value)]
     inside = {key: value for key, value in plain.items() if key not in averages and _holds_tensors(value)}
     raw = [key for key in inside if key in _NESTED_UNDER]
     chosen = averages if averages and (ema or not raw) else raw
@@ -162,8 +173,14 @@ def _inner(plain: Mapping[Any, Any], path: Path, ema: bool) -> str | None:
         return None
     # A second one of as many tensors (teacher, swa_state_dict, best_model) may be meant as well.
     size = len(plain[chosen[0]])
-    others = {key: value for key, value in inside.items() if key not in raw and len(value) == size}
-    rivals = chosen + [key for key, value in others.items() if all(isinstance(v, Tensor) for v in value.values())]
+    others = {key: value for key, value in inside.items() if key not in raw and isinstance(value, Mapping)}
+    rivals = chosen + [
+        key
+        for key, value in others.items()
+        if len(value) == size and all(isinstance(each, Tensor) for each in value.values())
+    ]
+    if ema and not averages:  # an average that a callback of the trainer keeps
+        rivals += [path for key, value in others.items() for path in _averages_in(value, str(key))]
     if len(rivals) > 1:
         raise ModelError(
             f"{str(path)!r} holds several networks ({', '.join(map(repr, rivals))}) and does not say which is meant: "
@@ -172,8 +189,17 @@ def _inner(plain: Mapping[Any, Any], path: Path, ema: bool) -> str | None:
     return str(chosen[0])
 
 
+def _averages_in(value: Any, path: str) -> Iterator[str]:
+    for key, inner in value.items() if isinstance(value, Mapping) else ():
+        if _AVERAGES.search(str(key)) and _holds_tensors(inner):
+            yield f"{path}.{key}"
+        else:
+            yield from _averages_in(inner, f"{path}.{key}")
+
+
 def _holds_tensors(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(isinstance(part, Tensor) or _holds_tensors(part) for part in parts)
 
 
 def unwrapped(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -246,11 +272,13 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str,
         assign: make the tensors the parameters instead of copying them: for a module on the meta device.
 
     Raises:
-        ModelError: names the first keys that are missing, unexpected or of another shape.
+        ModelError: names the first keys that are missing, unexpected or of another shape, or hold NaN.
     """
     problem = misfits(module.state_dict(), weights)
     if problem:
         raise ModelError(f"the weights in {source} do not fit their architecture: {problem}")
+    if nan := [key for key, value in weights.items() if not value.is_meta and bool(value.isnan().any())]:
+        raise ModelError(f"the weights in {source} are not numbers (NaN): {_few(nan)}: take an earlier checkpoint")
     if assign:  # a copy converts by itself
         weights = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     module.load_state_dict(weights, strict=True, assign=assign)

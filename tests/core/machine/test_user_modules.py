@@ -339,6 +339,66 @@ def test_certify_the_denoiser_is_named_where_it_mixes() -> None:
         certified(PLANE, denoiser=lambda noisy, sigma: noisy + 0.1 * torch.randn_like(noisy))
 
 
+LEVELS: dict[str, Callable[[Tensor], Any]] = {
+    "first": lambda sigma: sigma[0],
+    "last": lambda sigma: sigma[-1],
+    "mean": lambda sigma: sigma.mean(),
+    "max": lambda sigma: sigma.max(),
+    "min": lambda sigma: sigma.min(),
+}
+
+
+@pytest.mark.parametrize("taken", LEVELS.values(), ids=LEVELS.keys())
+@pytest.mark.parametrize("batch_size", [7, 100, 1000])
+def test_dual_certify_a_denoiser_that_takes_one_level_for_all_rows_is_refused(taken: Any, batch_size: int) -> None:
+    """It denoises images of another level wrongly as soon as two levels are in a batch."""
+
+    def dual(denoiser: Any) -> list[int]:
+        g = DualSmoothedClassifier(PLANE, PLANE, (0.25, 0.5), 0.6, 2, denoiser=denoiser, denoise_estimator=False)
+        images = torch.stack([torch.full((1, 4, 4), value) for value in (0.0, 1.0)])
+        results = g.certify_many(images, num_selection=50, num_estimation=150, batch_size=batch_size)
+        assert {result.sigma for result in results} == {0.25, 0.5}
+        return [result.prediction for result in results]
+
+    assert dual(lambda noisy, sigma: noisy * (1 - 0.1 * sigma.view(-1, 1, 1, 1))) == [0, 1]
+    with pytest.raises(ModelError, match="the denoiser mixes the noise levels of a batch"):
+        dual(lambda noisy, sigma: noisy * (1 - 0.1 * taken(sigma)))
+    # With a single level it is right, padding included.
+    honest = certified(PLANE, batch_size=batch_size, denoiser=lambda noisy, sigma: noisy * 0.95)
+    assert certified(PLANE, batch_size=batch_size, denoiser=lambda noisy, sigma: noisy * (1 - 0.1 * taken(sigma))) == (
+        honest
+    )
+
+
+@pytest.mark.parametrize("offset", [20.0, -200.0])
+def test_certify_what_all_logits_have_in_common_hides_no_mixing(offset: float) -> None:
+    for mixes in (norm_then_linear(), by_place):
+        with pytest.raises(ModelError, match="the classifier mixes the rows of a batch"):
+            certified(lambda x, mixes=mixes: mixes(x) + offset, 3 if isinstance(mixes, nn.Module) else 2)
+    assert certified(lambda x: PLANE(x) + offset).prediction == certified(PLANE).prediction
+
+
+def test_certify_a_network_that_was_replaced_is_looked_at_again() -> None:
+    holder: dict[str, Any] = {"net": nn.Sequential(nn.Flatten(), nn.Linear(16, 3))}
+    g = SmoothedClassifier(lambda x: holder["net"](x), 3, 0.5)
+    g.certify(IMAGE, num_estimation=100)
+    holder["net"] = norm_then_linear()
+    with pytest.raises(ModelError, match="the classifier mixes the rows of a batch"):
+        g.certify(IMAGE, num_estimation=100)
+
+
+def test_certify_a_module_that_knows_one_batch_shape_is_checked_with_that() -> None:
+    class Fixed(Mixing):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.function(images.view(100, 1, 4, 4))
+
+    assert certified(Fixed(PLANE)) == certified(PLANE)
+    with pytest.raises(ModelError, match="the classifier mixes the rows of a batch"):
+        certified(Fixed(shifted))
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        certified(Fixed(PLANE), batch_size=33)
+
+
 def test_certify_a_network_that_changes_from_pass_to_pass_is_refused() -> None:
     passes = itertools.count()
     with pytest.raises(ModelError, match="the classifier is not a function"):
@@ -401,6 +461,7 @@ OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
     "double": lambda z: z.double(),
     "integers": lambda z: torch.nn.functional.one_hot(z.argmax(1), 2),
     "bool": lambda z: z > 0,
+    "sparse": lambda z: z.to_sparse(),
     "with a gradient": lambda z: torch.zeros(1, requires_grad=True) + z.clone(),
 }
 
@@ -497,6 +558,47 @@ def test_dual_certify_one_sigma_needs_an_estimator_of_one_output() -> None:
     g = DualSmoothedClassifier(lambda x: x.flatten(1)[:, :1], PLANE, (0.5,), 0.5, 2)
     result = g.certify(torch.full((1, 4, 4), 0.9), num_estimation=500)
     assert (result.sigma, result.prediction) == (0.5, 1)
+
+
+def test_certify_what_a_network_keeps_and_derives_is_as_outside() -> None:
+    """A table made in the first pass can be trained with later; a gradient inside is there."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+            self.table: Tensor | None = None
+
+        def forward(self, images: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.ones(2)
+            return PLANE(images) * self.table * self.weight
+
+    def purified(images: Tensor) -> Tensor:
+        with torch.enable_grad():
+            images = images.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(images.square().sum() / 2, images)
+        return PLANE(images.detach() - 0.5 * (slope - images.detach()))
+
+    model = Table()
+    assert certified(model) == certified(purified) == certified(PLANE)
+    model(IMAGE[None]).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_constructors_modules_without_weights_are_refused_and_stay_so() -> None:
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    for model in (lazy, empty):
+        with pytest.raises(ConfigError, match="the classifier has parameters without values"):
+            SmoothedClassifier(model, 2, 0.5)
+    assert isinstance(lazy[1].weight, nn.UninitializedParameter)
+
+
+def test_constructors_a_class_instead_of_a_network_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the classifier is the class Flatten, expected an instance: Flatten\(...\)"):
+        SmoothedClassifier(nn.Flatten, 2, 0.5)  # type: ignore[arg-type]
 
 
 def test_constructors_what_cannot_be_called_is_refused() -> None:

@@ -410,6 +410,7 @@ def test_describe_schedule_samplers_that_are_taken_have_its_alphas(name: str) ->
         ({**LINEAR, "_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type is 'cont"),
         ({**LINEAR, "_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
         ({**LINEAR, "prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
+        ({**LINEAR, "predict_epsilon": False}, "predict_epsilon is False, one-shot denoising covers True only"),
         ({**LINEAR, "auto_map": {"x": "code.Mine"}}, "names code of its own in 'auto_map'"),
     ],
 )
@@ -419,6 +420,17 @@ def test_load_denoiser_schedulers_that_do_not_say_a_ddpm_are_refused(
     write_folder(tiny_denoiser(), tmp_path / "d")
     (tmp_path / "d" / "scheduler_config.json").write_text(json.dumps(plain))
     with pytest.raises(ModelError, match=message):
+        load_denoiser(tmp_path / "d")
+
+
+def test_load_denoiser_two_schedules_in_a_folder_are_refused_where_they_differ(tmp_path: Path) -> None:
+    write_folder(tiny_denoiser(), tmp_path / "d")
+    (tmp_path / "d" / "scheduler").mkdir()
+    second = tmp_path / "d" / "scheduler" / "scheduler_config.json"
+    second.write_bytes((tmp_path / "d" / "scheduler_config.json").read_bytes())
+    load_denoiser(tmp_path / "d")
+    second.write_text(json.dumps({**LINEAR, "beta_end": 0.5}))
+    with pytest.raises(ModelError, match=r"scheduler_config\.json' contradict each other: remove the wrong one"):
         load_denoiser(tmp_path / "d")
 
 

@@ -1,6 +1,7 @@
 """What checkpoints of the field say, or do not say, of their weights, pixels and classes."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(1)}}, "param_groups": [{"lr": 
         ({"model": RAW, "model_ema": None}, "model"),
         ({"model": RAW, "ema_decay": 0.999}, "model"),
         ({"state_dict": RAW, "model": {"depth": 3}}, "state_dict"),
+        ({"state_dict": RAW, "ema_config": {"decay": 0.999}, "callbacks": {"EMA": {"decay": 0.9}}}, "state_dict"),
     ],
 )
 def test_read_checkpoint_takes_the_average_as_timm_does_and_says_so(content: Any, under: str, tmp_path: Path) -> None:
@@ -114,6 +116,23 @@ def test_read_checkpoint_two_networks_in_a_file_are_refused(content: Any, messag
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(ModelError, match=message):
         read_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("average", [EMA, [torch.ones(1), torch.ones(2)]], ids=["state dict", "list"])
+def test_read_checkpoint_average_inside_a_callback_is_not_passed_over(average: Any, tmp_path: Path) -> None:
+    """Lightning keeps what its callbacks save under their names."""
+    torch.save({"state_dict": RAW, "callbacks": {"EMA": {"ema_state_dict": average}}}, tmp_path / "last.ckpt")
+    with pytest.raises(ModelError, match=r"several networks \('state_dict', 'callbacks.EMA.ema_state_dict'\)"):
+        read_checkpoint(tmp_path / "last.ckpt")
+    assert read_checkpoint(tmp_path / "last.ckpt", ema=False).under == ("state_dict",)
+
+
+def test_read_checkpoint_torchscript_is_refused_as_code(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "net.pt")
+    with pytest.raises(ModelError, match="is a TorchScript archive, which holds code: refused"):
+        read_checkpoint(tmp_path / "net.pt")
 
 
 @pytest.mark.parametrize(
@@ -388,3 +407,68 @@ def test_read_json_code_from_elsewhere_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="never run here: give the network to the API"):
         read_json(tmp_path / "config.json")
     assert not trap.exists()
+
+
+SAYS = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+
+
+def buffered(net: nn.Module, mean: Any = SAYS["mean"]) -> Weights:
+    """With a normalising layer in front, in float32."""
+    layer = {"norm.mean": torch.tensor(mean), "norm.std": torch.tensor(SAYS["std"])}
+    return layer | {f"net.{key}": value for key, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_build_classifier_float32_numbers_and_the_same_in_text_are_no_contradiction(
+    net: nn.Module, where: str, tmp_path: Path
+) -> None:
+    """The check before a job reads no tensor: there they are not known, and no reason to refuse."""
+    torch.save({"state_dict": buffered(net), **SAYS}, tmp_path / "both.pt")
+    beside = {key: torch.tensor(value) for key, value in SAYS.items()}
+    torch.save({"state_dict": net.state_dict(), **beside}, tmp_path / "tensors.pt")
+    for name in ("both.pt", "tensors.pt"):
+        with torch.device(where):
+            model = built(tmp_path / name)
+        if where == "cpu":
+            assert same(model, net, SAYS["mean"], SAYS["std"])
+    torch.save({"state_dict": buffered(net, [0.1, 0.2, 0.4]), **SAYS}, tmp_path / "other.pt")
+    with pytest.raises(ModelError, match="the file and its normalising layer contradict each other about mean"):
+        built(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("section", ["hyper_parameters", "args", "normalize", "meta"])
+def test_build_classifier_obeys_the_sections_of_trainers(net: nn.Module, section: str, tmp_path: Path) -> None:
+    inside = {**SAYS, "lr": 0.1, "classes": ["d", "c", "b", "a"]}
+    torch.save({"state_dict": net.state_dict(), section: inside}, tmp_path / "last.ckpt")
+    model = built(tmp_path / "last.ckpt", classes=["a", "b", "c", "d"])
+    with torch.inference_mode():
+        expected = logits(net, images(), SAYS["mean"], SAYS["std"])[:, [3, 2, 1, 0]]
+        torch.testing.assert_close(model(images()), expected, atol=1e-5, rtol=0)
+    torch.save({"state_dict": net.state_dict(), section: {"mean": 0.0, "std": 0.02}}, tmp_path / "init.ckpt")
+    assert built(tmp_path / "init.ckpt").spec["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_build_classifier_a_file_of_a_hub_folder_is_taken_as_the_folder(net: nn.Module, tmp_path: Path) -> None:
+    processor = {"image_mean": SAYS["mean"], "image_std": SAYS["std"], "rescale_factor": 1 / 255}
+    labels = {"id2label": {str(index): name for index, name in enumerate("dcba")}}
+    path = folder(tmp_path / "hub", net, preprocessor_config=processor, config=labels)
+    one, two = (built(each, classes=["a", "b", "c", "d"]) for each in (path, path / "model.safetensors"))
+    assert one.spec == two.spec
+    assert two.spec["label_map"] == [3, 2, 1, 0]
+    assert two.spec["mean"] == SAYS["mean"]
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    (path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"in shards \(model.safetensors.index.json\): save them as model.safetensors"):
+        built(path)
+
+
+def test_build_classifier_obeys_the_header_of_safetensors(net: nn.Module, tmp_path: Path) -> None:
+    said = {"format": "pt", **{key: json.dumps(value) for key, value in SAYS.items()}}
+    save_file(net.state_dict(), tmp_path / "net.safetensors", metadata=said)
+    assert same(built(tmp_path / "net.safetensors"), net, SAYS["mean"], SAYS["std"])
+
+
+def test_load_strictly_weights_of_a_diverged_training_are_refused(net: nn.Module, tmp_path: Path) -> None:
+    torch.save({**net.state_dict(), "classifier.bias": torch.tensor([0, 0, torch.nan, 0])}, tmp_path / "net.pt")
+    with pytest.raises(ModelError, match=r"are not numbers \(NaN\): classifier.bias: take an earlier checkpoint"):
+        built(tmp_path / "net.pt")
