@@ -22,9 +22,9 @@ def run(directory: RunDirectory) -> None:
     from core.machine.cpu import settle
     from core.models.checkpoints import load_classifier, load_denoiser
     from core.models.classifiers import ImageClassifier
+    from core.models.weights import check_weights
     from core.training.base import train_classifier, train_denoiser
     from distributed.cluster.cluster import train_device
-    from distributed.execution.work import check_weights
 
     settle(config.compute.train_threads)
     # With training workers the driver need not have a GPU.
@@ -39,7 +39,7 @@ def run(directory: RunDirectory) -> None:
     else:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
-    check_weights(f"denoiser ({base.denoiser or f'trained here, base.denoiser_lr={base.denoiser_lr:g}'})", denoiser)
+        check_weights(f"denoiser (trained here, base.denoiser_lr={base.denoiser_lr:g})", denoiser)
     wrote = {"denoiser": directory.save_model("denoiser", denoiser)}
     accuracy = {}
     for role in config.classifiers:
@@ -52,8 +52,7 @@ def run(directory: RunDirectory) -> None:
         else:
             with Progress(base.classifier_epochs, role, "epochs", interval_s=interval) as progress:
                 classifier = train_classifier(train, denoiser, config.training_of(role), config.seed + 1, progress)
-        trained = f"trained here, base.classifier_lr={base.classifier_lr:g}"
-        check_weights(f"{role} ({(own.checkpoint or own.arch) if own else trained})", classifier)
+            check_weights(f"{role} (trained here, base.classifier_lr={base.classifier_lr:g})", classifier)
         accuracy[role] = clean_accuracy(role, classifier.to(device), test, config.compute.training_batch_size)
         wrote[role] = directory.save_model(role, classifier)
     for role, facts in taken.items():

@@ -18,6 +18,7 @@ from core.errors import ModelError
 
 __all__ = [
     "Checkpoint",
+    "check_weights",
     "load_strictly",
     "misfits",
     "read_checkpoint",
@@ -272,13 +273,32 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str,
         assign: make the tensors the parameters instead of copying them: for a module on the meta device.
 
     Raises:
-        ModelError: names the first keys that are missing, unexpected or of another shape, or hold NaN.
+        ModelError: names the first keys that are missing, unexpected or of another shape; or as `check_weights`.
     """
     problem = misfits(module.state_dict(), weights)
     if problem:
         raise ModelError(f"the weights in {source} do not fit their architecture: {problem}")
-    if nan := [key for key, value in weights.items() if not value.is_meta and bool(value.isnan().any())]:
-        raise ModelError(f"the weights in {source} are not numbers (NaN): {_few(nan)}: take an earlier checkpoint")
     if assign:  # a copy converts by itself
         weights = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     module.load_state_dict(weights, strict=True, assign=assign)
+    check_weights(source, module)
+
+
+def check_weights(name: str, network: nn.Module) -> None:
+    """Refuse a network that a diverged training or a bad conversion has left without numbers: all its draws are wasted.
+
+    Buffers may be infinite: masks are. What is on the meta device has no numbers to look at.
+
+    Raises:
+        ModelError: names the network and its first such tensor.
+    """
+    parameters = {key for key, _ in network.named_parameters()}
+    for key, tensor in network.state_dict().items():
+        if tensor.is_meta:
+            continue
+        wrong = int((tensor.isnan() if key not in parameters else ~tensor.isfinite()).sum())
+        if wrong:
+            raise ModelError(
+                f"{name}: {wrong:,} of the {tensor.numel():,} weights in {key!r} are not finite, so that no draw would "
+                "vote for a class; give other weights, or train it in another --out with a lower learning rate"
+            )

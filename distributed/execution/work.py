@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from core.config import Config
 from core.data import Dataset, Split, image_hash
@@ -45,7 +44,6 @@ __all__ = [
     "build_engine",
     "build_network",
     "check_visible",
-    "check_weights",
     "hash_of",
     "make_task",
     "measure_rate",
@@ -132,16 +130,13 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
         device: where they go.
 
     Raises:
-        ModelError: for a file that cannot be loaded, a sigma beyond the denoiser's schedule, or as `check_weights`.
+        ModelError: for a file that cannot be loaded or a sigma beyond the denoiser's schedule.
     """
     denoiser = load_model(models["denoiser"]) if "denoiser" in models else None
     if isinstance(denoiser, OneShotDenoiser):
         for sigma in {*config.sigmas, config.estimator_sigma}:
             denoiser.timestep(sigma)
     loaded = {role: load_model(file) for role, file in models.items() if role != "denoiser"}
-    for role, network in {**loaded, "denoiser": denoiser}.items():
-        if network is not None:
-            check_weights(f"{role} ({models[role]})", network)
     heads = {}
     if CLASSIFIER in loaded:
         heads[CLASSIFIER] = Head(loaded[CLASSIFIER], num_classes)
@@ -150,24 +145,6 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
     if ESTIMATOR in loaded:
         heads[ESTIMATOR] = Head(loaded[ESTIMATOR], len(config.sigmas), config.estimator.denoiser)
     return Network(heads, cast("OneShotDenoiser | None", denoiser), device)
-
-
-def check_weights(name: str, network: nn.Module) -> None:
-    """Refuse a network that a diverged training or a bad conversion has left without numbers: all its draws are wasted.
-
-    Buffers may be infinite: masks are.
-
-    Raises:
-        ModelError: names the network and its first such tensor.
-    """
-    parameters = {key for key, _ in network.named_parameters()}
-    for key, tensor in network.state_dict().items():
-        wrong = int((tensor.isnan() if key not in parameters else ~tensor.isfinite()).sum())
-        if wrong:
-            raise ModelError(
-                f"{name}: {wrong:,} of the {tensor.numel():,} weights in {key!r} are not finite, so that no draw would "
-                "vote for a class; give other weights, or train it in another --out with a lower learning rate"
-            )
 
 
 def build_engine(work: Work, num_classes: int, batch_size: int | None = None) -> Engine:

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from tests.project.test_deploy import text
+
 KNOWN_METRICS = {
     "ray_dualrs_examples_total",
     "ray_dualrs_draws_total",
@@ -19,7 +21,6 @@ KNOWN_METRICS = {
     "ray_node_gpus_utilization",
     "ray_node_gram_used",
 }
-from tests.project.test_deploy import text
 
 
 def test_grafana_mentions_every_metric_and_no_other() -> None:

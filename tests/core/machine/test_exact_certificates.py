@@ -19,12 +19,10 @@ from core.models.small import SmallConvNet
 from core.procedures.confidence import clopper_pearson_lower
 from core.procedures.smoothing import certify
 from core.records import CLASSIFIER, Certificate, Phase, Sampling
+from tests.core.machine.test_exact_noise import Planted, pixels
 from tests.helpers.oracles import HalfSpace, axis
 
 Ints = NDArray[np.int64]
-import numpy as np
-
-from tests.core.machine.test_exact_noise import Planted, pixels
 
 
 def certify_one(

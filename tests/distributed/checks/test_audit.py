@@ -20,14 +20,12 @@ from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.recertify import Change, recertify
 from jobs import build_dataset
+from tests.helpers.runs import finished_run
 from tests.helpers.tiny import tiny_run
 
 
 def problems(run: RunDirectory) -> list[str]:
     return [str(finding) for finding in audit(RunDirectory(run.path, None))[0]]
-
-
-from tests.helpers.runs import finished_run
 
 
 def rewrite(run: RunDirectory, store: str, change: Callable[[list[dict]], list[dict]], rehash: bool) -> str:  # type: ignore[type-arg]
