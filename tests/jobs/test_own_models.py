@@ -21,7 +21,7 @@ from core.training import base as training_base
 from distributed.checks.preflight import dry_run
 from distributed.store.run_directory import RunDirectory
 from jobs import train_base, train_estimator
-from tests.core.models.test_models import tiny_denoiser
+from tests.core.models.test_diffusers_folder import tiny_denoiser
 from tests.helpers.tiny import PLAIN
 
 
