@@ -28,7 +28,7 @@ test: $(VENV)/.installed  ## the tests, two files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed  ## tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not gpu'
 
 test-gpu: $(VENV)/.installed  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
