@@ -68,7 +68,7 @@ def _inside(thing: Any) -> Iterator[object]:
     elif isinstance(thing, weakref.ref):
         yield thing()
     elif isinstance(thing, dict):
-        yield from thing.values() if len(thing) <= _MANY else ()
+        yield from list(thing.values()) if len(thing) <= _MANY else ()
     elif isinstance(thing, list | tuple | set | frozenset | deque):
         yield from thing if len(thing) <= _MANY else ()
     elif isinstance(thing, type):
@@ -76,11 +76,19 @@ def _inside(thing: Any) -> Iterator[object]:
     else:
         if isinstance(thing, nn.Module):
             yield from thing.children()  # those of TorchScript are in no attribute
-        yield from getattr(thing, "__dict__", {}).values()
+        yield from list((_stored(thing, "__dict__") or {}).values())  # at once: other threads may add to it
         yield from _inside_class(type(thing))
         for kind in type(thing).__mro__:
             names = kind.__dict__.get("__slots__", ())
-            yield from (getattr(thing, name, None) for name in ([names] if isinstance(names, str) else names))
+            yield from (_stored(thing, name) for name in ([names] if isinstance(names, str) else names))
+
+
+def _stored(thing: object, name: str) -> Any:
+    """An attribute that is there, without running code of the object's own that makes one up (or raises)."""
+    try:
+        return object.__getattribute__(thing, name)
+    except (AttributeError, TypeError):
+        return None
 
 
 def _inside_function(function: types.FunctionType) -> Iterator[object]:

@@ -237,11 +237,6 @@ def _check_pair(data: Mapping[Split, Dataset]) -> None:
             f"images of the training split have shape {train.shape}, those of the test split {test.shape}; set "
             "dataset.resize and dataset.crop, or look at the splits' paths"
         )
-    if shared := set(train.example_ids) & set(test.example_ids):
-        raise DataError(
-            f"the splits of {train.name} share {len(shared):,} example ids, {min(shared)!r} for one, and so the noise: "
-            "the networks would learn from the draws that certify them; use other ids (or no dataset.id_column)"
-        )
 
 
 def _check_models(directory: RunDirectory, found: Found) -> None:

@@ -248,7 +248,11 @@ def test_run_votes_are_those_of_the_copies_that_may_vote(batch_size: int, chunk_
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_run_denoiser_gets_the_level_of_each_row_and_a_valid_one_for_padding(batch_size: int) -> None:
+def test_run_denoiser_gets_the_level_of_each_row_and_one_of_the_batch_for_padding(
+    batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Network, "check", lambda *args: None)  # it mixes rows and levels on purpose
+
     class Level:
         """Copies that are their noise level."""
 
@@ -262,7 +266,7 @@ def test_run_denoiser_gets_the_level_of_each_row_and_a_valid_one_for_padding(bat
     def denoiser(noisy: Tensor, sigma: Tensor) -> Tensor:
         padding = sigma != noisy[:, 0, 0, 0]
         assert sigma.dtype == torch.float32
-        assert sigma[padding].tolist() == [1.0] * int(padding.sum())
+        assert set(sigma[padding].tolist()) <= set(sigma[~padding].tolist())
         passes.append(sigma)
         return noisy
 
@@ -271,7 +275,9 @@ def test_run_denoiser_gets_the_level_of_each_row_and_a_valid_one_for_padding(bat
     assert engine.rows_run == 0
     list(engine.run(tasks(1)))
     assert engine.rows_run == sum(len(sigma) for sigma in passes)
-    assert [sum(int((sigma == level).sum()) for sigma in passes) for level in (0.25, 0.5)] == [350, 350]
+    found = [sum(int((sigma == level).sum()) for sigma in passes) for level in (0.25, 0.5)]
+    assert sum(found) == engine.rows_run, "no other level, padding included"
+    assert min(found) >= 350
 
 
 @pytest.mark.parametrize(("batch_size", "max_live"), [(0, 1), (1, 0), (-1, 5)])
@@ -287,7 +293,7 @@ def test_warm_up_runs_each_kind_of_request_at_the_batch_shape_and_leaves_no_trac
 
     def expert(sigma: float):  # type: ignore[no-untyped-def]
         def module(noisy: Tensor) -> Tensor:
-            assert torch.is_inference_mode_enabled()
+            assert not torch.is_grad_enabled()
             shapes[sigma].append(tuple(noisy.shape))
             return HalfSpace(axis(16, 2), 0.4)(noisy)
 

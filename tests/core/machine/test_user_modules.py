@@ -441,3 +441,15 @@ def test_replica_of_a_network_that_mixes_rows_fails_its_shards_and_one_that_writ
     assert run("in place", lambda images: images.clone()).read().equals(expected)
     with pytest.raises(ModelError, match="the denoiser mixes the rows of a batch"):
         run("mixing", lambda images: images - 0.1 * images.mean(dim=0))
+
+
+def test_certify_a_function_beside_an_object_that_raises_when_it_is_looked_at() -> None:
+    class Touchy:
+        def __getattr__(self, name: str) -> Any:
+            raise ValueError(name)
+
+    touchy, inside = Touchy(), noisy_in_training(2)
+    object.__setattr__(touchy, "model", inside)
+    result = certified(lambda images: object.__getattribute__(touchy, "model")(images))
+    assert result == certified(inside)
+    assert inside.training

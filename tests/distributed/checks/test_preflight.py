@@ -172,7 +172,11 @@ def test_check_bad_input_is_one_problem_of_its_kind(
     ("name", "overrides", "message"),
     [
         ("one", [], "has 1 class, expected at least 2"),
-        ("data", ["dataset.test.path={tmp}/two", "dataset.test.split=train"], "share 4 example ids, 'train/cat/0.png'"),
+        (
+            "data",
+            ["dataset.test.path={tmp}/two", "dataset.test.split=train"],
+            "share 4 example ids ('train/cat/0.png')",
+        ),
     ],
 )
 def test_check_data_whose_certificates_would_mean_nothing_is_refused(
@@ -182,7 +186,9 @@ def test_check_data_whose_certificates_would_mean_nothing_is_refused(
     images(tmp_path / "two", "train")
     config = folder_config(tmp_path / name, *(override.format(tmp=tmp_path) for override in overrides))
     problems = check(dry(tmp_path / "run", config), ALL).problems
-    assert any(type(problem) is DataError and message in str(problem) for problem in problems), texts(problems)
+    assert any(isinstance(problem, DataError | ConfigError) and message in str(problem) for problem in problems), texts(
+        problems
+    )
 
 
 def test_check_step_without_the_earlier_ones_or_with_changed_models(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import time
-from _thread import interrupt_main
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -275,7 +274,7 @@ def test_build_dataset_network_that_hangs_ends_with_one_interrupt(
 
     def interrupt() -> None:
         hangs.wait()
-        interrupt_main(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Engine, "run", hang)
     monkeypatch.setattr(replica_module, "CLOSE_S", 0.2)
