@@ -30,6 +30,7 @@ from distributed.execution.scheduler import run_work
 from distributed.execution.work import Work
 from distributed.files.storage import Folder
 from distributed.methods.rows import certificate_row
+from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 
 __all__ = ["scheduler"]
@@ -134,6 +135,7 @@ def measure(folder: Path, num: int, size: int, what: str) -> dict[str, float]:
     compute = {"shard_examples": size, "progress_interval_s": 1e9, "part_rows": 1 if what == "run" else 1_000_000}
     config = parse_config({**PLAIN, "compute": compute})
     work = Work(Folder(folder), "dataset", "train", SAMPLING, "fixed", {}, config, "cpu")
+    RunDirectory(folder, config)  # replicas write only where its manifest is
     store = ShardStore(folder, "dataset")
     if what == "resume":
         (folder / "first").unlink()
