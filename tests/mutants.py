@@ -40,18 +40,20 @@ from libcst.metadata import CodeRange, WhitespaceInclusivePositionProvider
 from mutmut.mutation import mutators
 
 TESTS = {
-    "core/procedures/confidence.py": "confidence e_process",
+    "core/procedures/confidence.py": "confidence e_process agreement@two_bounds",
     "core/procedures/smoothing.py": "smoothing",
     "core/procedures/dual.py": "smoothing dual_sequential properties",
     "core/procedures/sequential.py": "sequential dual_sequential",
-    "core/procedures/multiscale.py": "multiscale",
+    "core/procedures/multiscale.py": "multiscale multiscale_closed_forms",
+    "core/procedures/ladder.py": "sequential dual_sequential",
+    "core/procedures/agreement.py": "agreement agreement_planted agreement_sequential",
     "core/machine/engine.py": "engine device_use@memory",
     "core/machine/noise.py": "noise engine",
-    "core/machine/exact_noise.py": "exact_noise",
+    "core/machine/exact_noise.py": "exact_noise exact_certificates",
     "distributed/store/lock.py": "lock",
-    "distributed/store/shards.py": "shards",
+    "distributed/store/shards.py": "shards provenance",
     "distributed/store/verify.py": "shards",
-    "distributed/checks/audit.py": "audit",
+    "distributed/checks/audit.py": "audit recertify",
 }
 """The modules, and the test files that each one's mutants meet; behind an @ what the names of tests must hold."""
 

@@ -143,7 +143,7 @@ def radius_of_two_bounds(one: int, other: int, num: int, alpha: float, sigma: fl
     a, b = (float(special.ndtri(bound)) for bound in clopper_pearson_lower([one, other], num, alpha))
     if not one or not other:
         return 0.0  # no bound: the quantile is infinite
-    return max(0.0, sigma / 2 * (a + b - SLACK * (abs(a) + abs(b))))
+    return max(0.0, float(noise_scale(sigma)) / 2 * (a + b - SLACK * (abs(a) + abs(b))))
 
 
 def largest_radius(sigma: float, num: int, alpha: float) -> float:

@@ -263,6 +263,11 @@ def test_radius_of_two_bounds_is_rounded_towards_zero_and_equals_one_bound_doubl
     for one, other in ((350, 399), (100, 399), (30, 395), (0, 400), (400, 400)):
         radius = radius_of_two_bounds(one, other, N, 0.01, 0.5)
         assert radius == pytest.approx(max(0.0, 0.25 * (phi(one, 0.01) + phi(other, 0.01))), rel=1e-8)
+    assert radius_of_two_bounds(350, 399, N, 0.01, 0.12) / radius_of_two_bounds(
+        350, 399, N, 0.01, 0.5
+    ) == pytest.approx(float(np.float32(0.12)) / 0.5, rel=1e-12), "of the noise that is added"
+    exact = special.ndtri(stats.beta.ppf(0.01, 350, 51)) + special.ndtri(stats.beta.ppf(0.01, 399, 2))
+    assert 0.0 < exact * 0.25 - radius_of_two_bounds(350, 399, N, 0.01, 0.5) < 1e-12
     bound = stats.beta.ppf(0.01, 350, 51)
     assert radius_of_two_bounds(350, 350, N, 0.01, 0.5) == pytest.approx(float(certified_radius(bound, 0.5)), rel=1e-12)
 
