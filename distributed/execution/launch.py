@@ -2,9 +2,6 @@
 
 from dataclasses import replace
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from core.data import Dataset
 from core.errors import DataError
 from core.records import ESTIMATOR, Sampling
@@ -105,16 +102,11 @@ def certify_store(directory: RunDirectory, store: str, retry_errors: bool = Fals
     retries = f", {facts['retries']} retries" if facts["retries"] else ""
     failed = f", {facts['error_rows']} with errors" if facts["error_rows"] else ""
     print(f"{store}: {facts['rows']:,} rows{failed} in {facts['shards']} shards{retries}, {facts['duration_s']} s")
+    votes = facts.pop("votes")
     if lost := facts["non_finite_draws"]:
-        every = lost + sum(_votes(shards.read_file(file)) for file in shards.files())
+        every = lost + votes
         print(
             f"{store}: {lost:,} of {every:,} votes ({100 * lost / every:.3g}%) had non-finite logits; they count "
             f"against every class (networks: {', '.join(sorted(hashes))}; compute.precision={config.compute.precision})"
         )
     directory.finish(step, read=hashes, wrote={}, facts=facts)
-
-
-def _votes(table: pa.Table) -> int:
-    """Votes for a class, in all columns of counts."""
-    columns = [table.column(name) for name in table.column_names if name.startswith("counts_")]
-    return sum(int(pc.sum(pc.list_flatten(column, recursive=True)).as_py() or 0) for column in columns)

@@ -100,6 +100,7 @@ def run_work(
         "shards": len(plan),
         "draws_this_call": done.draws,
         "non_finite_draws": verified.non_finite_draws,
+        "votes": verified.votes,
         "error_rows": verified.error_rows,
         "retries": sum(attempts.values()) - len(attempts),
         "devices": list(verified.devices),

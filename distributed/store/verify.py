@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from core.data import Dataset, image_hash
 from core.errors import DataError
-from distributed.methods.method import Method
+from distributed.methods.method import Method, num_votes
 from distributed.methods.rows import ERROR
 from distributed.store.plan import Plan
 
@@ -30,6 +30,7 @@ class Verified:
         sha256: of each file, by name.
         devices: that the shards were made on.
         non_finite_draws: draws that voted for no class.
+        votes: for a class, of all heads and phases.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class Verified:
     sha256: Mapping[str, str]
     devices: tuple[str, ...]
     non_finite_draws: int
+    votes: int
 
 
 class Verifier:
@@ -62,7 +64,7 @@ class Verifier:
             )
         self._plan, self._ids, self._method = plan, example_ids, method
         self._levels = None if list(sigmas) == [None] else np.asarray(sigmas, np.float64)
-        self._rows = self._error_rows = self._non_finite = 0
+        self._rows = self._error_rows = self._non_finite = self._votes = 0
         self._sha256: dict[str, str] = {}
         self._devices: set[str] = set()
 
@@ -108,6 +110,7 @@ class Verifier:
         self._rows += table.num_rows
         self._error_rows += int(pc.sum(pc.equal(table.column("status"), ERROR)).as_py() or 0)
         self._non_finite += self._method.non_finite(table)
+        self._votes += sum(num_votes(table, name) for name in table.column_names if name.startswith("counts_"))
 
     def joined(self, names: Sequence[str], part: str, content: bytes) -> None:
         """Files that were checked have become one, with the same rows."""
@@ -117,8 +120,8 @@ class Verifier:
 
     def result(self) -> Verified:
         """Of all files so far."""
-        sha256 = dict(sorted(self._sha256.items()))
-        return Verified(self._rows, self._error_rows, sha256, tuple(sorted(self._devices)), self._non_finite)
+        sha256, devices = dict(sorted(self._sha256.items())), tuple(sorted(self._devices))
+        return Verified(self._rows, self._error_rows, sha256, devices, self._non_finite, self._votes)
 
 
 def _torn(table: pa.Table) -> str | None:
