@@ -18,8 +18,10 @@ class SplitConfig(Section):
     path: str | None = None
     """Where this split is, if not below `dataset.path`. Not part of a run's identity: data may move."""
     split: str | None = None
-    """What the files call this split: its folder, or the names of its Parquet files before their number. `train` and
-    `test` unless given; ImageNet's test images are in `val` (folders) or `validation` (Parquet)."""
+    """What the files call this split: its folder, the names of its Parquet files before their number or of its idx
+    files before `-images` (`emnist-letters-train`), or its part of the names of NumPy arrays. `train` and `test` unless
+    given; ImageNet's test images are in `val` (folders) or `validation` (Parquet), those of idx files in `t10k`,
+    too."""
     every: Count = 1
     """Every so many-th example, from the first on (`--skip` of Cohen et al.)."""
     first: Count | None = None
@@ -36,14 +38,15 @@ _CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 # Keys of `dataset` that only some data sets have.
 _CIFAR, _IMAGENET, _DIGITS = ("cifar10", "cifar10-c"), ("imagenet", "imagenet-c"), ("digits", "digits-c")
 _CORRUPTED = ("digits-c", "cifar10-c", "imagenet-c")
-_OWN = ("folder", "parquet")
+_OWN, _ARRAYS = ("folder", "parquet"), ("idx", "npz")
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("test_size", "split_seed"), _DIGITS),
-    "path": (*_CIFAR, *_IMAGENET, *_OWN),
+    "path": (*_CIFAR, *_IMAGENET, *_OWN, *_ARRAYS),
     "layout": (*_CIFAR, *_IMAGENET),
     **dict.fromkeys(("corruption", "severity"), _CORRUPTED),
-    **dict.fromkeys(("resize", "crop", "interpolation", "num_classes", "class_file"), (*_IMAGENET, *_OWN)),
-    "color": _OWN,
+    **dict.fromkeys(("resize", "crop", "interpolation"), (*_IMAGENET, *_OWN)),
+    **dict.fromkeys(("num_classes", "class_file"), (*_IMAGENET, *_OWN, *_ARRAYS)),
+    "color": (*_OWN, "npz"),
     **dict.fromkeys(("exif", "background"), (*_CIFAR, *_IMAGENET, *_OWN)),
     **dict.fromkeys(("image_column", "label_column", "id_column"), (*_CIFAR, *_IMAGENET, "parquet")),
 }
@@ -52,12 +55,12 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 class DatasetConfig(Section):
     """Which images."""
 
-    name: Literal["digits", "digits-c", "cifar10", "cifar10-c", "imagenet", "imagenet-c", "folder", "parquet"] = (
-        "digits"
-    )
+    name: Literal[
+        "digits", "digits-c", "cifar10", "cifar10-c", "imagenet", "imagenet-c", "folder", "parquet", "idx", "npz"
+    ] = "digits"
     """`digits`: 1,797 real 8x8 grey images that scikit-learn ships, 10 classes; `digits-c`: the same, the test images
-    corrupted here; `folder` and `parquet`: a set of your own, <split>/<class>/<image> or Parquet files with an image
-    and a label column."""
+    corrupted here; `idx`: MNIST, Fashion-MNIST, KMNIST or EMNIST as published; `folder`, `parquet` and `npz`: a set of
+    your own, <split>/<class>/<image>, Parquet files with an image and a label column, or NumPy arrays."""
     path: str | None = None
     """Where it is: a folder, or an address such as s3://bucket/folder. Not part of a run's identity: data may move."""
     layout: Literal["original", "parquet"] = "original"
@@ -79,7 +82,7 @@ class DatasetConfig(Section):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Of `resize`; `bilinear` is torchvision's default and what Cohen et al. and Carlini et al. used."""
     color: Literal["rgb", "grey"] = "rgb"
-    """What images are converted to."""
+    """What images are converted to; what NumPy arrays (`npz`) must be."""
     exif: Literal["ignore", "apply"] = "ignore"
     """Whether images are turned upright as their EXIF data say; `ignore` (with a warning) is what torchvision does, and
     so the published numbers of ImageNet."""
@@ -87,7 +90,8 @@ class DatasetConfig(Section):
     """Grey level behind transparent pixels, 0 black to 255 white; unless given, an image that has such pixels is
     refused."""
     num_classes: Annotated[int, Field(ge=2)] | None = None
-    """Number of classes; otherwise known, counted (folders), or read from the Parquet files' description."""
+    """Number of classes; otherwise known, counted (folders; labels of `idx` and `npz`), or read from the Parquet files'
+    description."""
     class_file: str | None = None
     """Text file of class names (those of the folders, or of the Parquet files' labels), one per line in the order of
     the labels; otherwise they are those of the folders, or of the Parquet files' description."""
@@ -137,6 +141,11 @@ class DatasetConfig(Section):
     def known_classes(self) -> int | None:
         """Number of classes, where it is known without the data."""
         return self.num_classes or _CLASSES.get(self.name.removesuffix("-c"))
+
+    @property
+    def grey(self) -> bool:
+        """Whether images have one channel."""
+        return self.name in (*_DIGITS, "idx") or self.color == "grey"
 
     @property
     def resize_crop(self) -> tuple[int, int]:

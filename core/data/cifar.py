@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from core.data.arrays import file_of, load_array, read_file
 from core.data.dataset import Dataset, Split
 from core.data.storage import Storage
 from core.errors import DataError
@@ -32,14 +33,14 @@ def read_cifar10(name: str, storage: Storage, split: Split) -> Dataset:
     folder = "" if "test_batch" in present or "data_batch_1" in present else f"{_FOLDER}/"
     parts = []
     for batch in _BATCHES[split]:
-        file = f"{storage.root.rstrip('/')}/{folder}{batch}"
+        file = file_of(storage, folder + batch)
         if folder + batch not in present:
             packed = "; unpack cifar-10-python.tar.gz there" if "cifar-10-python.tar.gz" in present else ""
             raise DataError(
                 f"{file!r} is not there: CIFAR-10 is read from {_FOLDER}/ (data_batch_1 to 5, test_batch), or "
                 f"from Parquet files with dataset.layout=parquet; set dataset.path to their folder{packed}"
             )
-        parts.append(_batch(read_pickle(_read(storage, folder + batch, file), file), file))
+        parts.append(_batch(read_pickle(read_file(storage, folder + batch), file), file))
     images = np.concatenate([images for images, _ in parts])
     labels = np.concatenate([labels for _, labels in parts])
     ids = tuple(f"cifar10-{split}-{i:05d}" for i in range(len(images)))
@@ -59,8 +60,9 @@ def read_cifar10_c(name: str, storage: Storage, corruption: str, severity: int) 
     if corruption not in names:
         known = ", ".join(name for name in names if name != "labels") or "none"
         raise DataError(f"no {corruption}.npy in {storage.root!r} (dataset.corruption); corruptions there: {known}")
-    images, labels = (_array(storage, f"{stem}.npy") for stem in (corruption, "labels"))
-    file = f"{storage.root.rstrip('/')}/{corruption}.npy"
+    files = (f"{corruption}.npy", "labels.npy")
+    images, labels = (load_array(read_file(storage, path), file_of(storage, path)) for path in files)
+    file = file_of(storage, files[0])
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) % _SEVERITIES:
         raise DataError(
             f"{file!r} holds {images.dtype} {images.shape}, expected uint8 (5 N, H, W, 3), five severities of N images"
@@ -162,21 +164,3 @@ def _batch(plain: Any, file: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]
         return np.frombuffer(raw, np.uint8).reshape(-1, 3, 32, 32), np.array(labels, np.int64)
     except OverflowError as error:
         raise DataError(f"{file!r}: a label is beyond 64 bits, expected 0 to 9") from error
-
-
-def _read(storage: Storage, path: str, file: str) -> bytes:
-    try:
-        return storage.read(path)
-    except OSError as error:
-        raise DataError(f"cannot read {file!r}: {error}") from error
-
-
-def _array(storage: Storage, path: str) -> NDArray[Any]:
-    file = f"{storage.root.rstrip('/')}/{path}"
-    try:
-        array = np.load(io.BytesIO(_read(storage, path, file)), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{file!r} is not a whole NumPy array: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise DataError(f"{file!r} is an archive of arrays, expected one array (.npy)")
-    return array

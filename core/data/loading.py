@@ -5,13 +5,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from core.config import DatasetConfig, SplitConfig
+from core.data.arrays import Arrays, numbering
 from core.data.cifar import CLASSES, read_cifar10, read_cifar10_c
 from core.data.classes import canonical, in_order, numbers_of, shown
 from core.data.corruptions import corrupt_images
 from core.data.dataset import Dataset, Split
 from core.data.digits import read_digits
 from core.data.folders import read_folders
+from core.data.idx import read_idx
 from core.data.images import Preparation
+from core.data.npz import read_npz
 from core.data.parquet_files import ParquetPart, check_whole, files_of_split, parquet_files
 from core.data.storage import LocalStorage, OpenStorage, Storage
 from core.data.subsets import choose, read_lines
@@ -20,7 +23,7 @@ from core.errors import ConfigError, DataError
 __all__ = ["ParquetReader", "class_names", "load_dataset", "preparation"]
 
 _CLASSES = {"cifar10": 10, "imagenet": 1000, "imagenet-c": 1000}
-_DIGITS, _CIFAR = ("digits", "digits-c"), ("cifar10", "cifar10-c")
+_DIGITS, _CIFAR, _ARRAYS = ("digits", "digits-c"), ("cifar10", "cifar10-c"), ("idx", "npz")
 
 
 class ParquetReader(NamedTuple):
@@ -55,7 +58,7 @@ def load_dataset(
     """Load one split of the configured data set, or the part of it that the configuration asks for.
 
     Jobs call `distributed.files.datasets.load_dataset`, which adds Parquet files and object stores to what is here:
-    digits, CIFAR-10's pickles, NumPy arrays and folders of images on this machine.
+    digits, CIFAR-10's pickles, idx files, NumPy arrays and folders of images on this machine.
 
     Args:
         config: which data set.
@@ -85,6 +88,8 @@ def _whole(
         if config.corruption is None or config.severity is None or split == "train":
             return clean
         return corrupt_images(clean, config.name, config.corruption, config.severity)
+    if config.name in _ARRAYS:
+        return _from_arrays(config, split, open_storage)
     if config.corruption is not None and split == "train" and part.path is None:
         raise ConfigError(
             f"{config.name} has test images only; set dataset.train.path to the training images of "
@@ -113,6 +118,43 @@ def _whole(
     _check_folders(config, split, place)
     classes = class_names(config, open_storage=open_storage, parquet=parquet) or ()
     return read_folders(of_split.name, place.storage, place.folder, place.label, classes, preparation(of_split))
+
+
+def _from_arrays(config: DatasetConfig, split: Split, open_storage: OpenStorage) -> Dataset:
+    """A split whose labels are numbers: the classes are those that both splits number."""
+    names = class_names(config, open_storage=open_storage)
+    known = len(names) if names else config.num_classes
+    own, other = _arrays(config, split, open_storage), None
+    beside: Split = "test" if split == "train" else "train"
+    try:
+        if config.path is not None or getattr(config, beside).path is not None:
+            other = _arrays(config, beside, open_storage)
+    except DataError:
+        if known is None:
+            raise
+    where = " and ".join(dict.fromkeys(map(repr, _locations(config))))
+    first, num_classes = numbering([part.labels for part in (own, other) if part is not None], known, where)
+    images = own.images()
+    if (images.shape[1] == 1) != config.grey:
+        color = "grey" if images.shape[1] == 1 else "rgb"
+        raise DataError(f"{where} holds {color} images, expected {config.color}; set dataset.color={color}")
+    return Dataset(
+        name=config.name,
+        example_ids=tuple(f"{config.name}-{getattr(config, split).split or split}-{i:08d}" for i in range(len(images))),
+        images=images,
+        labels=own.labels - first,
+        num_classes=num_classes,
+        class_names=names,
+        notes=own.notes + (f"labels 1 to {num_classes} became 0 to {num_classes - 1}",) * first,
+    )
+
+
+def _arrays(config: DatasetConfig, split: Split, open_storage: OpenStorage) -> Arrays:
+    part: SplitConfig = getattr(config, split)
+    place = _locate(config, part, split, open_storage)
+    if config.name == "idx":
+        return read_idx(place.storage, split, part.split)
+    return read_npz(place.storage, split, place.label, place.alone)
 
 
 def _without_images(data: Dataset) -> tuple[str, ...]:
@@ -149,8 +191,9 @@ def _locate(config: DatasetConfig, part: SplitConfig, split: Split, open_storage
 def preparation(config: DatasetConfig) -> Preparation:
     """How images become pixels; ImageNet as published (Cohen et al. 2019): shorter side 256, centre crop 224."""
     resize, crop = config.resize_crop
-    color = "grey" if config.name in _DIGITS else config.color
-    return Preparation(color, resize, crop, config.interpolation, config.exif, config.background)
+    return Preparation(
+        "grey" if config.grey else "rgb", resize, crop, config.interpolation, config.exif, config.background
+    )
 
 
 def class_names(
@@ -159,7 +202,7 @@ def class_names(
     """Names of a run's classes in the order of their labels, the same for both splits; None where nothing tells them.
 
     They are those of `class_file`, of CIFAR-10 or the digits, or else those that the files of both splits tell: names
-    of class folders in order, or the description of the training split's Parquet files.
+    of class folders in order, or the description of the training split's Parquet files. Arrays tell none.
 
     Raises:
         ConfigError: for a `class_file` that cannot be read.
@@ -171,6 +214,8 @@ def class_names(
         return tuple("0123456789")
     if config.name in _CIFAR:
         return CLASSES
+    if config.name in _ARRAYS:
+        return None
     folders, known = not _is_parquet(config, "test"), config.num_classes or _CLASSES.get(config.name)
     train, test = (_own_names(config, split, open_storage, parquet) for split in ("train", "test"))
     where = " and ".join(dict.fromkeys(repr(path) for path in _locations(config)))

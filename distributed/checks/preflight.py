@@ -312,8 +312,7 @@ def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
 
 def _shape(config: Config, data: Dataset | None) -> tuple[int, int, int]:
     """Of the images; where they are missing, at least their channels are known."""
-    grey = config.dataset.name in ("digits", "digits-c") or config.dataset.color == "grey"
-    return data.shape if data else (1 if grey else 3, 32, 32)
+    return data.shape if data else (1 if config.dataset.grey else 3, 32, 32)
 
 
 def _check_network(config: Config, name: str, network: nn.Module, data: Dataset | None) -> None:
