@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from core.config import DatasetConfig, SplitConfig, parse_config
 from core.data import Dataset, Split
+from core.data.loading import preparation
 from core.errors import ConfigError, DataError
 from distributed.files.datasets import load_dataset
 
@@ -313,6 +314,8 @@ def test_npz_color_must_be_that_of_the_arrays(tmp_path: Path) -> None:
         npz(tmp_path, COLOR[:, 0])
     with pytest.raises(DataError, match=r"holds rgb images, expected grey; set dataset\.color=rgb"):
         npz(tmp_path, COLOR, color="grey")
+    for name, color in (("idx", "grey"), ("npz", "rgb")):  # of what jobs.predict reads for such a run
+        assert preparation(DatasetConfig(name=name, path="x")).color == color  # type: ignore[arg-type]
 
 
 def test_npz_objects_and_broken_files_are_refused(tmp_path: Path) -> None:
