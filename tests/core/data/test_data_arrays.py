@@ -17,8 +17,12 @@ from core.errors import ConfigError, DataError
 from distributed.files.datasets import load_dataset
 
 RNG = np.random.default_rng(0)
-IMAGES = {"train": RNG.integers(0, 256, (12, 5, 4), dtype=np.uint8), "test": RNG.integers(0, 256, (4, 5, 4), np.uint8)}
-LABELS = {"train": np.array([2, 0, 1, 3] * 3), "test": np.array([3, 1, 1, 0])}
+SPLITS: tuple[Split, ...] = ("train", "test")
+IMAGES: dict[str, Any] = {
+    "train": RNG.integers(0, 256, (12, 5, 4), dtype=np.uint8),
+    "test": RNG.integers(0, 256, (4, 5, 4), np.uint8),
+}
+LABELS: dict[str, Any] = {"train": np.array([2, 0, 1, 3] * 3), "test": np.array([3, 1, 1, 0])}
 
 
 def idx(array: NDArray[Any]) -> bytes:
@@ -41,7 +45,7 @@ def load(name: str, path: Path | str, split: Split = "test", **keys: Any) -> Dat
 
 
 def check(data: Dataset, split: Split, images: NDArray[Any] | None = None) -> None:
-    assert np.array_equal(data.images, IMAGES[split][:, None] if images is None else images)
+    assert np.array_equal(np.asarray(data.images), IMAGES[split][:, None] if images is None else images)
     assert data.labels.tolist() == LABELS[split].tolist()
     assert (data.num_classes, data.class_names) == (4, None)
     assert data.pixels().shape == data.images.shape
@@ -75,9 +79,9 @@ def test_idx_and_npz_on_an_object_store_read_the_same(tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", **{f"{key}_{split}": values for split in ("train", "test") for key, values in
                                       (("x", IMAGES[split]), ("y", LABELS[split]))})  # fmt: skip
     fsspec.filesystem("memory").put(str(tmp_path), "/arrays", recursive=True)
-    for split in ("train", "test"):
-        check(load("idx", "fsspec+memory://arrays/set", split), split)  # type: ignore[arg-type]
-        check(load("npz", "fsspec+memory://arrays/set.npz", split, color="grey"), split)  # type: ignore[arg-type]
+    for split in SPLITS:
+        check(load("idx", "fsspec+memory://arrays/set", split), split)
+        check(load("npz", "fsspec+memory://arrays/set.npz", split, color="grey"), split)
 
 
 def test_idx_emnist_is_turned_upright_and_letters_count_from_one(tmp_path: Path) -> None:
@@ -100,7 +104,7 @@ def test_idx_two_sets_in_one_folder_are_refused_until_split_names_one(tmp_path: 
         write_idx(tmp_path, train, test)
         with pytest.raises(DataError, match=r"several sets \('emnist-digits-test'.*set dataset\.train\.split"):
             load("idx", tmp_path)
-    parts = {key: SplitConfig(split=f"emnist-letters-{key}") for key in ("train", "test")}
+    parts: dict[str, Any] = {key: SplitConfig(split=f"emnist-letters-{key}") for key in ("train", "test")}
     data = load("idx", tmp_path, **parts)
     check(data, "test", IMAGES["test"].transpose(0, 2, 1)[:, None])
     assert data.example_ids[0] == "idx-emnist-letters-test-00000000"
@@ -108,9 +112,9 @@ def test_idx_two_sets_in_one_folder_are_refused_until_split_names_one(tmp_path: 
 
 def test_idx_mixed_splits_of_two_sets_are_refused(tmp_path: Path) -> None:
     write_idx(tmp_path, "emnist-digits-train", "t10k")
-    for split in ("train", "test"):
+    for split in SPLITS:
         with pytest.raises(DataError, match=r"several sets \('emnist-digits-train', 't10k'\)"):
-            load("idx", tmp_path, split)  # type: ignore[arg-type]
+            load("idx", tmp_path, split)
 
 
 GOOD = idx(IMAGES["test"])
@@ -208,7 +212,7 @@ def test_labels_count_from_one_only_where_the_last_class_says_so(
 )
 @pytest.mark.parametrize("archive", [True, False])
 def test_npz_names_as_people_give_them(tmp_path: Path, names: str, archive: bool) -> None:
-    arrays = {
+    arrays: dict[str, Any] = {
         name.format(split.upper() if name[0] == "X" else split): values
         for split in ("train", "test", "val")
         for name, values in zip(
@@ -225,13 +229,13 @@ def test_npz_names_as_people_give_them(tmp_path: Path, names: str, archive: bool
     check(load("npz", path, "train", color="grey"), "train")
     check(load("npz", path, color="grey"), "test")
     data = load("npz", path, color="grey", test=SplitConfig(split="val"))
-    assert np.array_equal(data.images, IMAGES["train"][::-1, None])
+    assert np.array_equal(np.asarray(data.images), IMAGES["train"][::-1, None])
     assert data.example_ids[0] == "npz-val-00000000"
 
 
 @pytest.mark.parametrize("names", [("images", "labels"), ("x", "y"), ("data", "target"), ("arr_0", "arr_1")])
 def test_npz_file_of_one_split_needs_no_name_of_it(tmp_path: Path, names: tuple[str, str]) -> None:
-    for split in ("train", "test"):
+    for split in SPLITS:
         np.savez(tmp_path / f"{split}.npz", **dict(zip(names, (IMAGES[split], LABELS[split]), strict=True)))
     parts = {split: SplitConfig(path=str(tmp_path / f"{split}.npz")) for split in ("train", "test")}
     check(load_dataset(DatasetConfig(name="npz", color="grey", **parts), "test"), "test")  # type: ignore[arg-type]
@@ -240,8 +244,8 @@ def test_npz_file_of_one_split_needs_no_name_of_it(tmp_path: Path, names: tuple[
 
 
 def test_npz_names_that_leave_a_choice_are_refused(tmp_path: Path) -> None:
-    arrays = {"x_test": IMAGES["test"], "test_images": IMAGES["test"], "y_test": LABELS["test"]}
-    np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {"x_test": IMAGES["test"], "test_images": IMAGES["test"], "y_test": LABELS["test"]}
+    np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(DataError, match=r"holds 2 arrays of images and 1 of labels .*there: 'x_test', 'test_images'"):
         load("npz", tmp_path / "a.npz")
     part = DatasetConfig(name="npz", test=SplitConfig(path=str(tmp_path / "b.npz")), color="grey")
