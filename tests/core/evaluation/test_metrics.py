@@ -219,8 +219,7 @@ def test_paired_difference_of_shares_equals_hand_count() -> None:
     """Of ten examples three are gained and one is lost: sqrt((4 / 10 - .2 ** 2) / 9)."""
     one = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
     other = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 0])
-    mean, error = paired_difference(one, other)
-    assert (float(mean), float(error)) == (pytest.approx(0.2), pytest.approx(0.2))
+    np.testing.assert_allclose(paired_difference(one, other), [0.2, 0.2])
 
 
 def test_paired_difference_one_example_has_no_error() -> None:
