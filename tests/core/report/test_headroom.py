@@ -57,14 +57,14 @@ def test_headroom_one_example_for_each_cause_equals_hand_count() -> None:
 
 def test_headroom_radii_that_other_draws_gave_keep_their_sum_and_the_signs_below_alpha() -> None:
     """The votes at the class's share are known only roughly, or the routed method drew noise of its own."""
-    level, at_share = np.full((4, 1), 0.5), np.array([0.6, 0.3, 0.45, 0.45])
-    certified, router = np.array([0.0, 0.4, 0.48, 0.7]), np.array([False, True, False, True])
-    claim = Routed(name="claim", choice=np.zeros(4, int), at_share=at_share, certified=certified, by_router=router)
+    level, at_share = np.full((5, 1), 0.5), np.array([0.6, 0.3, 0.45, 0.45, 0.45])
+    certified, router = np.array([0.0, 0.4, 0.48, 0.7, 0.4]), np.array([0, 1, 0, 1, 0], bool)
+    claim = Routed(name="claim", choice=np.zeros(5, int), at_share=at_share, certified=certified, by_router=router)
     found = parts(headroom(level, claim))
-    assert found["wrong level"].tolist() == [0, 0, 0, 0]
-    assert found["price of alpha"].tolist() == pytest.approx([0, 0.1, 0.02, -0.2])
-    assert found["capped by the router's reach"].tolist() == [0, 0, 0, 0]
-    assert found["abstained"].tolist() == [0.5, 0, 0, 0]
+    assert found["wrong level"].tolist() == [0, 0, 0, 0, 0]
+    assert found["price of alpha"].tolist() == pytest.approx([0, 0.1, 0.02, -0.2, 0.1])
+    assert found["capped by the router's reach"].tolist() == [0, 0, 0, 0, 0]
+    assert found["abstained"].tolist() == [0.5, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("change", [{"choice": np.zeros(2, int)}, {"by_class": np.zeros((3, 2), bool)}])
@@ -176,6 +176,20 @@ def test_headroom_sections_five_examples_equal_hand_count() -> None:
     assert "svg" in page.tags
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
+
+
+def test_dual_claim_certificate_of_a_wrong_class_is_none() -> None:
+    claim = dual_claim(replace(dual(), correct=np.array([False, True, True, False, False])), np.zeros((5, 2)))
+    assert claim.certified.tolist() == [0, 0.7, 0.2, 0, 0]
+    assert claim.by_router.tolist() == [False, True, False, False, False]
+
+
+def test_headroom_sections_count_radii_as_the_report_does() -> None:
+    for strict, share in ((True, 0.2), (False, 0.4)):
+        (section,) = headroom_sections(replace(report(), radii=np.array([0.6]), strict=strict))
+        lines = csv.DictReader(section.files["headroom.csv"].decode().splitlines())
+        found = [row["value"] for row in lines if (row["quantity"], row["radius"]) == ("certified", "0.6")]
+        assert [float(value) for value in found] == [share]
 
 
 def three_claims(data: ReportData) -> list[Routed]:
