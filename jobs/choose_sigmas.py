@@ -24,6 +24,7 @@ def main() -> int:
 
         from core.errors import ConfigError
         from core.evaluation.choice import choose, subsets
+        from core.evaluation.metrics import paired_difference
         from core.procedures.confidence import largest_radius
         from core.progress import Progress
         from core.report.choice import (
@@ -83,7 +84,7 @@ def main() -> int:
         print(f"winner's curse of a choice on half of the training split: {100 * choice.optimism:.2f} points")
         for places in sizes[:-1]:
             fewer, behind = choice.candidates[places[0]], choice.behind[places[0]] - choice.behind[best]
-            paired = (choice.candidates[best].values - fewer.values).std(ddof=1) / np.sqrt(len(fewer.values))
+            _, paired = paired_difference(choice.candidates[best].values, fewer.values)
             if behind <= paired:
                 names = ", ".join(f"{sigmas[level]:g}" for level in fewer.levels)
                 print(f"[{names}] alone is worth as much to this router: more levels pay only for a better one")

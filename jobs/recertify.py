@@ -17,6 +17,7 @@ def main() -> int:
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from core.config import parse_values
         from core.errors import ConfigError
+        from core.report.headroom import headroom_sections
         from core.report.render import format_table, write_report
         from distributed.studies.recertify import Change, recertify
         from jobs.report import require_matplotlib
@@ -38,7 +39,7 @@ def main() -> int:
             raise ConfigError(f"alpha and share are numbers, sigmas a list of numbers: {error}") from error
         data, folder = recertify(open_run(args), change)
         with (folder / "report").staged() as local:
-            write_report(data, local)
+            write_report(data, local, headroom_sections(data))
         print(format_table(data))
         print(f"certificates and report: {folder}")
 

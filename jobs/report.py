@@ -61,7 +61,8 @@ def run(directory: RunDirectory) -> None:
 
 
 def sections(directory: RunDirectory, data: "ReportData") -> "list[Section]":
-    """What the report says of later rounds and of corrupted sets; nothing where there are none."""
+    """What the report says of the headroom, of later rounds and of corrupted sets; nothing where there are none."""
+    from core.report.headroom import headroom_sections
     from core.report.rounds import rounds_section
     from core.report.shift import Shifted, shift_section
     from distributed.studies.rounds import rounds_there
@@ -75,7 +76,7 @@ def sections(directory: RunDirectory, data: "ReportData") -> "list[Section]":
         config = each.config.model_copy(update={"report": directory.config.report})  # one set of radii for all
         return report_data(config, each.folder, each.manifest)
 
-    found = []
+    found = headroom_sections(data)
     later = [each for each in rounds_there(directory)[1:] if certified(each)]
     if later and data.dual is not None:
         found.append(rounds_section([data, *map(table, later)]))

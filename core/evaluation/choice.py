@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from scipy import special
 
 from core.errors import DataError
+from core.evaluation.metrics import paired_difference, reached
 from core.procedures.confidence import certified_radius, lower_bounds
 
-__all__ = ["Candidate", "Choice", "Sample", "choose", "expected", "pooled", "reached", "route", "subsets"]
+__all__ = ["Candidate", "Choice", "Sample", "choose", "expected", "pooled", "route", "subsets"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -115,24 +116,12 @@ class Choice:
     def behind_error(self) -> Floats:
         """Standard error of `behind`: the scores are of the same examples, so that much of their noise is common."""
         best = self.candidates[0].values
-        return np.array([(best - each.values).std(ddof=1) / np.sqrt(best.size) for each in self.candidates])
+        return np.array([paired_difference(best, each.values)[1] for each in self.candidates])
 
 
 def subsets(num_levels: int, size: int) -> list[tuple[int, ...]]:
     """All subsets of Sigma with 1 to `size` levels."""
     return [levels for width in range(1, size + 1) for levels in itertools.combinations(range(num_levels), width)]
-
-
-def reached(radius: Floats, radii: Floats, strict: bool = True) -> Floats:
-    """Which radii are certified: 0.0 or 1.0, ``(N, K, R)``.
-
-    Args:
-        radius: ``(N, K)`` R_c(x, sigma_i), 0 where the class is wrong or nothing is certified (that counts nowhere).
-        radii: ``(R,)``.
-        strict: count radius > r, otherwise radius >= r.
-    """
-    each = radius[:, :, None]
-    return ((each > radii if strict else each >= radii) & (each > 0.0)).astype(np.float64)
 
 
 def expected(
@@ -153,7 +142,7 @@ def expected(
         radii: ``(R,)``.
         num: draws of the certificates that are predicted.
         alpha: their failure probability.
-        strict: as for `reached`.
+        strict: as for `metrics.reached`.
 
     Returns:
         float64 ``(N, R)`` in [0, 1].
@@ -317,7 +306,7 @@ def choose(
     def routed(model: _Ridge, levels: tuple[int, ...], of: Sample, where: Ints) -> Floats:
         """What Dual RS certifies with this router, ``(N, R)``."""
         picked, radius_sigma = route(model.scores(of.features[where]), model.norms, levels, sigmas, num, alpha)
-        return of.certified[where, picked] * reached(radius_sigma[:, None], radii, strict)[:, 0]
+        return of.certified[where, picked] * reached(radius_sigma, radii, strict)
 
     def best_penalty(levels: tuple[int, ...], blocks: Sequence[tuple[list[_Ridge], Ints]]) -> int:
         """The place among the penalties with the highest score on examples that the fits have not seen."""

@@ -19,6 +19,8 @@ __all__ = [
     "dataset_level_bound",
     "ecdf",
     "oracle",
+    "paired_difference",
+    "reached",
 ]
 
 Bools = NDArray[np.bool_]
@@ -49,6 +51,18 @@ def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike, 
     certified = np.sort(reach[right & (reach > 0.0)])
     missed = np.searchsorted(certified, grid, side="right" if strict else "left")
     return np.asarray((certified.size - missed) / right.size, np.float64)
+
+
+def reached(radius: Floats, radii: Floats, strict: bool = True) -> Floats:
+    """Which radii are certified, example by example: 0.0 or 1.0, of the shape of `radius` and then ``(R,)``.
+
+    Args:
+        radius: any shape, 0 where the class is wrong or nothing is certified (that counts nowhere).
+        radii: ``(R,)``.
+        strict: count radius > r, otherwise radius >= r.
+    """
+    each = radius[..., None]
+    return ((each > radii if strict else each >= radii) & (each > 0.0)).astype(np.float64)
 
 
 def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
@@ -99,6 +113,24 @@ def oracle(correct: ArrayLike, radius: ArrayLike) -> tuple[Ints, Floats]:
     right, reach = _rows(correct, radius, ndim=2)
     value = np.where(right, reach, 0.0)
     return np.asarray(value.argmax(axis=1), np.int64), np.asarray(value.max(axis=1), np.float64)
+
+
+def paired_difference(one: Floats, other: Floats) -> tuple[Floats, Floats]:
+    """Mean of one - other over the same examples, and its standard error over the draw of these.
+
+    What the two have in common, above all which examples are hard, cancels: intervals of each on its own are far wider.
+
+    Args:
+        one: ``(N, ...)``, values of each example: radii, or 0 and 1 for what is certified.
+        other: likewise.
+
+    Returns:
+        Both of the shape ``(...)``; the error is nan for a single example, which shows no spread.
+    """
+    gap = np.asarray(one, np.float64) - other
+    if len(gap) < 2:
+        return gap.mean(axis=0), np.full(gap.shape[1:], np.nan)
+    return gap.mean(axis=0), np.asarray(gap.std(axis=0, ddof=1) / math.sqrt(len(gap)))
 
 
 def dataset_level_bound(

@@ -7,7 +7,7 @@ import numpy as np
 
 from core.csv_text import csv_text
 from core.errors import DataError
-from core.evaluation.metrics import average_certified_radius
+from core.evaluation.metrics import average_certified_radius, reached
 from core.report import DualRows, Kind, Method, ReportData
 from core.report.pages import NONE, Block, Heading, Section, Table, Text, markdown_table, percent
 
@@ -104,6 +104,4 @@ def _changes(radii: np.ndarray, methods: dict[str, Method]) -> Table:
 
 def _beyond(method: Method, radii: np.ndarray) -> np.ndarray:
     """Whether each example counts at each radius, bool ``(N, R)``."""
-    reach = method.radius[:, None]
-    exceeds = reach > radii if method.strict else reach >= radii
-    return np.asarray(exceeds & (reach > 0.0) & method.correct[:, None])
+    return reached(np.where(method.correct, method.radius, 0.0), radii, method.strict) > 0.0

@@ -6,7 +6,8 @@ from numpy.typing import NDArray
 from core.config import Config
 from core.data import Dataset
 from core.errors import ConfigError, DataError
-from core.evaluation.choice import Sample, expected, pooled, reached
+from core.evaluation.choice import Sample, expected, pooled
+from core.evaluation.metrics import reached
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from distributed.methods.rows import ERROR
 from distributed.methods.standard import grid

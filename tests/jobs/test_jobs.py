@@ -206,7 +206,7 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
         "train_base", "build_dataset", "train_estimator", "finetune_classifier", "certify-standard", "certify-dual",
         "certify-multiscale",
     }  # fmt: skip
-    for name in ("report.md", "report.html", "certified_accuracy.png", "table.csv"):
+    for name in ("report.md", "report.html", "certified_accuracy.png", "table.csv", "headroom.csv"):
         assert (run.path / "report" / name).stat().st_size > 0
     stamps = {p: p.stat().st_mtime_ns for p in run.path.rglob("*.*") if "report" not in p.parts}
     pipeline.run(RunDirectory(run.path, None))
@@ -216,6 +216,7 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     audit = call("audit", "--out", str(run.path), "--replay", "5")
     assert (audit.returncode, audit.stdout.splitlines()[-1]) == (0, "nothing found")
     assert call("recertify", "--out", str(run.path), "alpha=1e-3").returncode == 0
+    assert (run.path / "recertified/alpha-0.001/report/headroom.csv").stat().st_size > 0
     wrong = call("recertify", "--out", str(run.path), "beta=1")
     assert (wrong.returncode, wrong.stderr) == (2, "error: unknown beta; known: alpha, share, sigmas, split\n")
     (run.path / "dataset" / ShardStore(run.path, "dataset").files()[0]).unlink()

@@ -5,16 +5,11 @@ import pytest
 from scipy import stats
 
 from core.errors import DataError
-from core.evaluation.choice import Sample, choose, expected, pooled, reached, route, subsets
+from core.evaluation.choice import Sample, choose, expected, pooled, route, subsets
+from core.evaluation.metrics import reached
 from core.procedures.confidence import certified_radius, clopper_pearson_lower, largest_radius
 
 SIGMAS, RADII = np.array([0.25, 0.5, 1.0]), np.array([0.1, 0.2])
-
-
-def test_reached_is_certified_accuracy_by_example() -> None:
-    radius = np.array([[0.0, 0.3], [0.25, 0.2]])
-    assert reached(radius, np.array([0.0, 0.25])).tolist() == [[[0, 0], [1, 1]], [[1, 0], [1, 0]]]
-    assert reached(radius, np.array([0.0, 0.25]), strict=False).tolist() == [[[0, 0], [1, 1]], [[1, 1], [1, 0]]]
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 5), (2, 7, 16)])

@@ -19,6 +19,8 @@ from core.evaluation.metrics import (
     dataset_level_bound,
     ecdf,
     oracle,
+    paired_difference,
+    reached,
 )
 
 # Radii on a coarse lattice, so that ties with the evaluated radii are common.
@@ -195,6 +197,36 @@ BOOLS = np.array([True, False])
 def test_metrics_bad_input_names_the_value(call: Callable[[], object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         call()
+
+
+def test_reached_is_certified_accuracy_by_example() -> None:
+    radius = np.array([[0.0, 0.3], [0.25, 0.2]])
+    assert reached(radius, np.array([0.0, 0.25])).tolist() == [[[0, 0], [1, 1]], [[1, 0], [1, 0]]]
+    assert reached(radius, np.array([0.0, 0.25]), strict=False).tolist() == [[[0, 0], [1, 1]], [[1, 1], [1, 0]]]
+    assert reached(radius[0], np.array([0.0, 0.25])).tolist() == [[0, 0], [1, 1]]
+
+
+def test_paired_difference_is_that_of_the_paired_t_test() -> None:
+    rng = np.random.default_rng(1)
+    hard = rng.random((60, 1))
+    one, other = hard + 0.1 * rng.random((60, 3)), hard + 0.1 * rng.random((60, 3))
+    mean, error = paired_difference(one, other)
+    np.testing.assert_allclose(mean / error, stats.ttest_rel(one, other).statistic)
+    assert np.all(error < stats.sem(one) / 4), "what is common does not cancel"
+
+
+def test_paired_difference_of_shares_equals_hand_count() -> None:
+    """Of ten examples three are gained and one is lost: sqrt((4 / 10 - .2 ** 2) / 9)."""
+    one = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
+    other = np.array([0, 0, 0, 1, 1, 1, 0, 0, 0, 0])
+    np.testing.assert_allclose(paired_difference(one, other), [0.2, 0.2])
+
+
+def test_paired_difference_one_example_has_no_error() -> None:
+    mean, error = paired_difference(np.ones((1, 2)), np.zeros((1, 2)))
+    assert mean.tolist() == [1, 1]
+    assert np.all(np.isnan(error))
+    assert error.shape == (2,)
 
 
 def test_import_metrics_alone_loads_nothing_heavy() -> None:

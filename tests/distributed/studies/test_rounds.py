@@ -83,7 +83,7 @@ def test_pipeline_two_rounds_interrupted_and_resumed_equal_a_run_begun_by_hand(
         assert rows(RunDirectory(second.folder, None), store) == rows(by_hand, store)
         assert rows(by_hand, store) != rows(one, store)
 
-    (section,) = report_job.sections(one, report_data(one.config, one.folder, one.manifest))
+    _, section = report_job.sections(one, report_data(one.config, one.folder, one.manifest))
     for name, run in (("Round 1", one), ("Round 2", by_hand)):
         found = ShardStore(run.folder, "certificates/dual").read().to_pandas()
         expected = [100 * np.mean(found.correct & (found.radius > radius)) for radius in (0.0, 0.2)]
