@@ -71,8 +71,8 @@ class FinetuneConfig(Section):
 
     share: Share = 1.0
     """A random share of the training split, drawn with the run's seed: fine-tuning reads no other image."""
-    epochs: Count = 15
-    """Passes over that share."""
+    epochs: Annotated[int, Field(ge=0)] = 15
+    """Passes over that share; with 0 there is no such step, and the classifier is certified as it is."""
     batch_size: Count = 128
     """Samples of each step."""
     lr: Positive = 2e-5
