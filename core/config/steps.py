@@ -41,7 +41,8 @@ class EstimatorConfig(Section):
     num_copies: Annotated[int, Field(ge=1)] = 2
     """Noisy copies of each sample in a step, m."""
     denoiser: bool = True
-    """Whether the estimator reads denoised images, as published, or the noisy ones: a denoiser-free, light one."""
+    """Whether the estimator reads denoised images, as published, or the noisy ones: a denoiser-free, light one. Without
+    `base.denoiser` it reads the noisy ones."""
     rebalance: bool = True
     """Weight samples by 1 / (share of samples with the same best sigma)."""
     epochs: Count = 90
