@@ -65,12 +65,12 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("finetune.epochs=-1", r"'finetune.epochs' is -1: input should be greater than or equal to 0"),
         (
             "base={denoiser: none, denoiser_schedule: linear-10}",
-            r"base.denoiser_schedule: .* base.denoiser, which is none",
+            r"base.denoiser_schedule: .* which is none",
         ),
         ("base={denoiser: none, denoiser_head_dim: 64}", r"base.denoiser_head_dim: says something .* which is none"),
         (
             "base={denoiser: none, denoiser_steps: 9}",
-            r"base.denoiser_steps: says something .* which is none; remove one",
+            r"base.denoiser_steps: .* which is none; remove one",
         ),
         ("base={denoiser: none, denoiser_batch: 9}", r"base.denoiser_batch: says something"),
         ("base={denoiser: none, denoiser_lr: 0.1}", r"base.denoiser_lr: says something"),
