@@ -1,20 +1,20 @@
 """Step 4: fine-tune the classifier at the noise level that the estimator picks for each training sample.
 
-An expert is fine-tuned on the samples that are routed to it.
+An expert is fine-tuned on the samples that are routed to it. With finetune.epochs=0 there is no such step.
 """
 
 import sys
 from collections.abc import Sequence
 
-from distributed.store.run_directory import RunDirectory, finetuned
+from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
 
 
 def run(directory: RunDirectory) -> None:
     """Write models/classifier_finetuned (or one for each expert), unless it is done."""
     config = directory.config
-    reads = (*config.classifiers, "denoiser", "estimator")
-    if directory.is_done("finetune_classifier", reads, writes=[finetuned(role) for role in config.classifiers]):
+    reads = (*config.base_models, "estimator")
+    if directory.is_done("finetune_classifier", reads, writes=[config.certified[role] for role in config.classifiers]):
         return
     from distributed.cluster.cluster import train_cluster
 
@@ -55,7 +55,8 @@ def _finetune(directory: RunDirectory, reads: Sequence[str]) -> None:
             history = train(directory, lesson, classifier, "fine-tuning" if level is None else f"fine-tuning {role}")
             losses[role] = [record["loss"] for record in history]
             lessons.append(lesson)
-        wrote[finetuned(role)] = directory.save_model(finetuned(role), classifier)
+        tuned = config.certified[role]
+        wrote[tuned] = directory.save_model(tuned, classifier)
     shares = {str(level): float((sigma == level).mean()) for level in config.sigmas}
     directory.finish(
         "finetune_classifier",

@@ -1,8 +1,9 @@
 """The whole pipeline: train_base, build_dataset, train_estimator, finetune_classifier, certify, report.
 
-Certifies with standard RS and Dual RS, and with Multiscale where certify.multiscale is set. With rounds=2 (or more) the
-steps from build_dataset on run again on the fine-tuned classifier, in RUN/rounds/2. Finished steps are skipped, a step
-that was interrupted goes on: run it again after any crash.
+Certifies with standard RS and Dual RS, and with Multiscale where certify.multiscale is set; finetune_classifier is left
+out with finetune.epochs=0. With rounds=2 (or more) the steps from build_dataset on run again on the fine-tuned
+classifier, in RUN/rounds/2. Finished steps are skipped, a step that was interrupted goes on: run it again after any
+crash.
 """
 
 import sys
@@ -26,7 +27,7 @@ def steps_of(config: Config) -> tuple[Step, ...]:
         ("train_base", train_base.run),
         ("build_dataset", build_dataset.run),
         ("train_estimator", train_estimator.run),
-        ("finetune_classifier", finetune_classifier.run),
+        *([("finetune_classifier", finetune_classifier.run)] if config.finetune.epochs else []),
         *((f"certify --method {method}", _certify(method)) for method in methods),
         ("report", report.run),
     )

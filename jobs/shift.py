@@ -87,8 +87,7 @@ def main() -> int:
 
     def checked(args: argparse.Namespace) -> None:
         directory = open_run(args, "dry")
-        if "finetune_classifier" not in directory.manifest["steps"]:
-            raise ConfigError(f"{str(directory.folder)!r} has no trained networks yet: run jobs.pipeline first")
+        directory.model_hashes([*directory.config.certified.values(), "estimator"])  # or nothing is begun
         sets = _sets(directory, args)
         if args.dry_run:
             _dry_run(directory, sets, args)

@@ -1,4 +1,4 @@
-"""Step 1: the denoiser and the classifier, or an expert for each sigma, trained here or taken from files."""
+"""Step 1: the denoiser (if any) and the classifier, or an expert for each sigma, trained here or taken from files."""
 
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def run(directory: RunDirectory) -> None:
-    """Write models/denoiser and models/classifier (or one for each expert), unless they are done."""
+    """Write the networks of `Config.base_models`, unless they are done."""
     config, base = directory.config, directory.config.base
-    if directory.is_done("train_base", writes=("denoiser", *config.classifiers)):
+    if directory.is_done("train_base", writes=config.base_models):
         return
     from core.machine.cpu import settle
     from core.models.checkpoints import load_classifier, load_denoiser
@@ -32,7 +32,10 @@ def run(directory: RunDirectory) -> None:
     interval = config.compute.progress_interval_s
     train, test = directory.data("train"), directory.data("test")
     taken: dict[str, dict[str, Any]] = {}
-    if base.denoiser is not None:
+    denoiser, wrote = None, {}
+    if not config.denoisers:
+        print("base.denoiser is none: the networks read the noisy images themselves")
+    elif base.denoiser is not None:
         denoiser = load_denoiser(base.denoiser, schedule=base.denoiser_schedule, head_dim=base.denoiser_head_dim)
         taken["denoiser"] = denoiser.taken
         denoiser.check_images(train.shape)
@@ -40,7 +43,8 @@ def run(directory: RunDirectory) -> None:
         with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
         check_weights(f"denoiser (trained here, base.denoiser_lr={base.denoiser_lr:g})", denoiser)
-    wrote = {"denoiser": directory.save_model("denoiser", denoiser)}
+    if denoiser is not None:
+        wrote["denoiser"] = directory.save_model("denoiser", denoiser)
     accuracy = {}
     for role in config.classifiers:
         own = config.own_classifier(role)

@@ -12,7 +12,7 @@ from jobs._cli import job_parser, run_step
 def run(directory: RunDirectory) -> None:
     """Write models/estimator, unless it is done."""
     config, dataset = directory.config, dataset_digest(directory)
-    reads = ("denoiser", *config.classifiers)  # the classifiers through the dataset
+    reads = config.base_models  # the classifiers through the dataset
     done = directory.is_done("train_estimator", reads, writes=("estimator",))
     if done and directory.manifest["steps"]["train_estimator"].get("dataset") == dataset:
         return
@@ -38,11 +38,11 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     kept = learnable(radii)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)
-        channels, size, num_sigmas, backbone = *data.shape[:2], len(config.sigmas), config.estimator.backbone
+        num_sigmas, backbone = len(config.sigmas), config.estimator.backbone
         estimator = (
-            SmallConvNet(channels, size, num_sigmas, config.base.classifier_width)
+            SmallConvNet.for_images(data.shape, num_sigmas, config.base.classifier_width)
             if backbone is None
-            else load_classifier(backbone, num_sigmas, channels, new_head=True)
+            else load_classifier(backbone, num_sigmas, data.shape[0], new_head=True)
         )
     taken = estimator.taken if backbone and isinstance(estimator, ImageClassifier) and backbone.checkpoint else None
     if getattr(estimator, "new_head", False):

@@ -6,8 +6,10 @@ from pydantic import Field, model_validator
 
 from core.config.values import Count, Positive, Section
 
-__all__ = ["BaseModelsConfig", "ClassifierConfig"]
+__all__ = ["NO_DENOISER", "BaseModelsConfig", "ClassifierConfig"]
 
+NO_DENOISER = "none"
+"""As `base.denoiser`; a folder of that name is ./none."""
 
 Width = Annotated[int, Field(ge=4, multiple_of=4)]
 """Channels of the small CNN's first layer: its normalisation takes them in groups of four."""
@@ -48,7 +50,8 @@ class BaseModelsConfig(Section):
 
     denoiser: str | None = None
     """A denoiser of your own: a diffusers folder, an OpenAI checkpoint (.pt), a file of our own format (.safetensors),
-    or a name on the Hugging Face hub. Unless given, a small one is trained."""
+    or a name on the Hugging Face hub; `none`: the networks read the noisy image itself. Unless given, a small one is
+    trained."""
     denoiser_schedule: Annotated[str, Field(pattern=r"^(linear|cosine)-[1-9]\d*$")] | None = None
     """Noise schedule that it was trained with and its number of timesteps, `linear-1000` or `cosine-4000`, where it
     does not say so itself: an OpenAI checkpoint that is none of the published ones, a folder without a scheduler."""
@@ -71,7 +74,7 @@ class BaseModelsConfig(Section):
     denoiser_ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the exponential moving average of the weights."""
     noise_range: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.05, 1.5)
-    """The denoiser sees noise levels drawn log-uniformly from this range."""
+    """What is trained here sees noise levels drawn log-uniformly from this range."""
     classifier_epochs: Count = 40
     """Passes over the training split in training the small classifier."""
     classifier_batch: Count = 128
@@ -88,6 +91,9 @@ class BaseModelsConfig(Section):
         for key in ("denoiser_schedule", "denoiser_head_dim"):
             if self.denoiser is None and getattr(self, key) is not None:
                 raise ValueError(f"{key}: says something about base.denoiser, which is not given")
+        for key, field in type(self).model_fields.items():
+            if self.denoiser == NO_DENOISER and key.startswith("denoiser_") and getattr(self, key) != field.default:
+                raise ValueError(f"{key}: says something about base.denoiser, which is none; remove one of the two")
         experts = {f"experts.{sigma}": expert for sigma, expert in (self.experts or {}).items()}
         for key, own in {"classifier": self.classifier, **experts}.items():
             if own is not None and own.checkpoint is None and not own.pretrained:

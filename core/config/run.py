@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
-from core.config.models import BaseModelsConfig, ClassifierConfig
+from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
 from core.config.values import Count, Positive, Section
 from core.errors import ConfigError
@@ -93,6 +93,11 @@ class Config(Section):
                 f"compute.train_workers: {compute.train_workers} workers need compute.executor=ray; with local, leave "
                 "it at 0"
             )
+        if self.rounds > 1 and not self.finetune.epochs:
+            raise ValueError(
+                f"rounds: {self.rounds} rounds, but finetune.epochs is 0: each begins with the classifier that the one "
+                "before has fine-tuned; raise finetune.epochs, or set rounds to 1"
+            )
         low, high = self.base.noise_range
         if low >= high:
             raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")
@@ -109,6 +114,24 @@ class Config(Section):
         if not self.has_experts:
             return {CLASSIFIER: None}
         return {f"{CLASSIFIER}-{sigma}": sigma for sigma in self.sigmas}
+
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """`denoiser`; empty where the networks read the noisy image itself."""
+        return () if self.base.denoiser == NO_DENOISER else ("denoiser",)
+
+    @property
+    def base_models(self) -> tuple[str, ...]:
+        """The networks that `jobs.train_base` writes."""
+        return (*self.denoisers, *self.classifiers)
+
+    @property
+    def certified(self) -> dict[str, str]:
+        """For each of `base_models` the network that is certified: a classifier as it was fine-tuned
+        (`classifier-0.25` -> `classifier_finetuned-0.25`), or as it was where `finetune.epochs` is 0.
+        """
+        tuned = f"{CLASSIFIER}_finetuned" if self.finetune.epochs else CLASSIFIER
+        return {role: role.replace(CLASSIFIER, tuned, 1) for role in self.base_models}
 
     def own_classifier(self, role: str) -> ClassifierConfig | None:
         """Which file or architecture a network of `classifiers` is taken from; None where it is trained here."""

@@ -41,7 +41,8 @@ class EstimatorConfig(Section):
     num_copies: Annotated[int, Field(ge=1)] = 2
     """Noisy copies of each sample in a step, m."""
     denoiser: bool = True
-    """Whether the estimator reads denoised images, as published, or the noisy ones: a denoiser-free, light one."""
+    """Whether the estimator reads denoised images, as published, or the noisy ones: a denoiser-free, light one. Without
+    `base.denoiser` it reads the noisy ones."""
     rebalance: bool = True
     """Weight samples by 1 / (share of samples with the same best sigma)."""
     epochs: Count = 90
@@ -71,8 +72,8 @@ class FinetuneConfig(Section):
 
     share: Share = 1.0
     """A random share of the training split, drawn with the run's seed: fine-tuning reads no other image."""
-    epochs: Count = 15
-    """Passes over that share."""
+    epochs: Annotated[int, Field(ge=0)] = 15
+    """Passes over that share; with 0 there is no such step, and the classifier is certified as it is."""
     batch_size: Count = 128
     """Samples of each step."""
     lr: Positive = 2e-5

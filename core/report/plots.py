@@ -149,19 +149,20 @@ def sigma_choice_figure(labels: Sequence[str], chosen: Ints, best: Ints) -> Figu
 
 
 def gallery_figure(gallery: Gallery) -> Figure:
-    """A row for each image: clean, noisy at its sigma, denoised."""
+    """A row for each image: clean, noisy at its sigma, and denoised where there is a denoiser."""
     num = len(gallery.captions)
+    shown = {"clean": gallery.clean, "noisy": gallery.noisy}
+    if gallery.denoised is not None:
+        shown["denoised"] = gallery.denoised
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH_IN, 1.5 * num), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         rows = figure.subfigures(num, 1, squeeze=False)[:, 0]
-        for row, caption, *images in zip(
-            rows, gallery.captions, gallery.clean, gallery.noisy, gallery.denoised, strict=True
-        ):
+        for row, caption, *images in zip(rows, gallery.captions, *shown.values(), strict=True):
             row.suptitle(caption, fontsize=8.5)
-            for axes, image, name in zip(row.subplots(1, 3), images, ("clean", "noisy", "denoised"), strict=True):
-                shown = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-                axes.imshow(shown, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+            for axes, image, name in zip(row.subplots(1, len(shown)), images, shown, strict=True):
+                pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+                axes.imshow(pixels, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
                 axes.set_xlabel(name, fontsize=8)
                 axes.set(xticks=[], yticks=[])
                 axes.grid(visible=False)

@@ -38,7 +38,8 @@ _CAPTIONS: Final = {
     "sigma_choice": "The estimator's choice of sigma, against the oracle's.",
     "delta_radius": "Empirical distribution of the lost radius and of the spare radius, where measured.",
     "p_lower": "Empirical distribution of the lower bound.",
-    "gallery": "From the largest certificate to the smallest: the image, one of its noisy copies, that copy denoised.",
+    "gallery": "From the largest certificate to the smallest: the image, one of its noisy copies, and, "
+    "with a denoiser, that copy denoised.",
 }
 
 

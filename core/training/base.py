@@ -65,16 +65,16 @@ def train_denoiser(data: Dataset, config: BaseModelsConfig, seed: int, progress:
 
 
 def train_classifier(
-    data: Dataset, denoiser: OneShotDenoiser, config: BaseModelsConfig, seed: int, progress: Progress
+    data: Dataset, denoiser: OneShotDenoiser | None, config: BaseModelsConfig, seed: int, progress: Progress
 ) -> SmallConvNet:
-    """Train a small classifier on clean and on denoised images, half and half.
+    """Train a small classifier on clean and on denoised images, half and half; without a denoiser on noisy ones alone.
 
-    Denoised ones carry noise log-uniform over `config.noise_range`, so that the classifier has seen what the denoiser
-    makes of them. Same seed, thread count and machine: same weights.
+    Noise levels are log-uniform over `config.noise_range`. Clean images look like what a denoiser returns; without one
+    smoothing never shows them to the classifier. Same seed, thread count and machine: same weights.
 
     Args:
         data: training images and labels.
-        denoiser: fixed.
+        denoiser: fixed; None for a classifier that reads the noisy image itself.
         config: sizes and rates.
         seed: of initialisation, batches and noise.
         progress: counts epochs.
@@ -83,7 +83,7 @@ def train_classifier(
     pixels, labels = data.pixels(), torch.from_numpy(data.labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SmallConvNet(pixels.shape[1], pixels.shape[2], data.num_classes, config.classifier_width)
+        model = SmallConvNet.for_images(pixels.shape[1:], data.num_classes, config.classifier_width)
     steps = math.ceil(len(pixels) / config.classifier_batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.classifier_lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -95,10 +95,11 @@ def train_classifier(
             images = pixels[batch]
             sigma = _log_uniform(len(images), *config.noise_range, generator)
             noise = torch.empty_like(images).normal_(generator=generator)
-            with torch.no_grad():
-                denoised = denoiser(images + sigma.view(-1, 1, 1, 1) * noise, sigma)
-            logits = model(torch.cat([images, denoised]))
-            loss = F.cross_entropy(logits, labels[batch].repeat(2))
+            seen, answers = images + sigma.view(-1, 1, 1, 1) * noise, labels[batch]
+            if denoiser is not None:
+                with torch.no_grad():
+                    seen, answers = torch.cat([images, denoiser(seen, sigma)]), answers.repeat(2)
+            loss = F.cross_entropy(model(seen), answers)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

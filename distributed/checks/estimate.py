@@ -89,11 +89,11 @@ class Part:
 
 
 def rows_of(copies: Mapping[Kind, int], config: Config) -> Counter[str]:
-    """Rows through the denoiser and through each head."""
+    """Rows through the denoiser, if any, and through each head."""
     rows: Counter[str] = Counter()
     for kind, num in copies.items():
         rows.update(dict.fromkeys(kind, num))
-        if kind != (ESTIMATOR,) or config.estimator.denoiser:
+        if config.denoisers and (kind != (ESTIMATOR,) or config.estimator.denoiser):
             rows[DENOISER] += num
     return rows
 
@@ -146,6 +146,7 @@ def count_parts(
     config, parts = directory.config, []
     workers = max(1, config.compute.train_workers)
     base, estimator, finetune = config.base, config.estimator, config.finetune
+    denoises = len(config.denoisers)
 
     def training(name: str, copies: int, model: str, exact: bool = True, share: int = 1, **rows: int) -> None:
         stored = model_bytes.get(model, 0)
@@ -159,18 +160,20 @@ def count_parts(
                 training("train_base, denoiser", copies, "denoiser", denoiser=copies)
             trained = sum(config.own_classifier(role) is None for role in config.classifiers)
             if trained:
-                copies = trained * base.classifier_epochs * num  # clean images beside them
-                training("train_base, classifier", copies, "classifier", denoiser=copies, classifier=2 * copies)
+                copies = trained * base.classifier_epochs * num
+                each = copies * (1 + denoises)  # clean images beside denoised ones
+                training("train_base, classifier", copies, "classifier", denoiser=copies * denoises, classifier=each)
         elif step == "train_estimator":  # without the samples of radius 0 at every sigma
             copies = estimator.epochs * num * estimator.num_copies
-            front = copies if estimator.denoiser else 0
+            front = copies * denoises * estimator.denoiser
             training(step, copies, "estimator", False, workers, denoiser=front, estimator=copies)
         elif step == "finetune_classifier":
             num = max(1, round(num * finetune.share)) if num else 0
             draws: Mapping[Kind, int] = {(ESTIMATOR,): num * finetune.num_sigma_draws}
             parts.append(Part(f"{step}, sigmas", num, draws, rows_of(draws, config), replicas=workers))
             copies = finetune.epochs * num
-            training(f"{step}, training", copies, "classifier", True, workers, denoiser=copies, classifier=copies)
+            front = copies * denoises
+            training(f"{step}, training", copies, "classifier", True, workers, denoiser=front, classifier=copies)
         elif step in (by_step := {step_of(store): store for store in stores()}):
             parts.append(_certifying(directory, by_step[step], data, replicas))
     return parts

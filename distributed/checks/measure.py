@@ -40,7 +40,7 @@ from distributed.execution.work import Work, build_engine, make_task, warm_up
 from distributed.methods.dual import Dual
 from distributed.methods.method import Kind
 from distributed.methods.rows import certificate_row
-from distributed.store.run_directory import RunDirectory, finetuned
+from distributed.store.run_directory import RunDirectory
 
 __all__ = ["base_classifier", "base_denoiser", "measure_parts", "new_estimator"]
 
@@ -62,7 +62,7 @@ def base_classifier(
     """A classifier that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
     named = config.own_classifier(role)
     if named is None:
-        return SmallConvNet(shape[0], shape[1], num_classes, config.training_of(role).classifier_width)
+        return SmallConvNet.for_images(shape, num_classes, config.training_of(role).classifier_width)
     return load_classifier(named, num_classes, shape[0], class_names=class_names)
 
 
@@ -70,7 +70,7 @@ def new_estimator(config: Config, shape: Sequence[int]) -> nn.Module:
     """The network that `jobs.train_estimator` trains, before its training."""
     named, outputs = config.estimator.backbone, len(config.sigmas)
     if named is None:
-        return SmallConvNet(shape[0], shape[1], outputs, config.base.classifier_width)
+        return SmallConvNet.for_images(shape, outputs, config.base.classifier_width)
     return load_classifier(named, outputs, shape[0], new_head=True)
 
 
@@ -124,12 +124,12 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
         (Path(aside) / "models").mkdir()
         written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
         makers: dict[str, Callable[[], nn.Module]] = {
-            "denoiser": partial(base_denoiser, config, shape),
+            **{name: partial(base_denoiser, config, shape) for name in config.denoisers},
             "estimator": partial(new_estimator, config, shape),
         }
         for role in config.classifiers:
             makers[role] = partial(base_classifier, config, role, shape, data.num_classes, data.class_names)
-        tuned = {finetuned(role): role for role in config.classifiers}
+        tuned = {name: role for role, name in config.certified.items() if name not in makers}
         wrote: dict[str, str] = {}
         for name in (*makers, *tuned):
             if name in written:
@@ -269,7 +269,8 @@ class _Training:
                 lambda num: train_denoiser(part, base.model_copy(update={"denoiser_steps": num}), seed, silent),
                 base.denoiser_batch,
             )
-        denoiser = cast(OneShotDenoiser, load_model(self._run.model("denoiser")))
+        loaded = [load_model(self._run.model(each)) for each in config.denoisers]
+        denoiser = cast(OneShotDenoiser, loaded[0]) if loaded else None
         if name == "train_base, classifier":
             part = self._part(base.classifier_batch)
             pool = [config.training_of(role) for role in config.classifiers]
@@ -282,7 +283,7 @@ class _Training:
             )
         return self._on_pixels(name, denoiser)
 
-    def _on_pixels(self, name: str, denoiser: OneShotDenoiser) -> float | None:
+    def _on_pixels(self, name: str, denoiser: OneShotDenoiser | None) -> float | None:
         estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma
         learns = name == "train_estimator"
         model = load_model(self._run.model("estimator" if learns else next(iter(self._run.config.classifiers))))

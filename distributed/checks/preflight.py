@@ -184,6 +184,11 @@ def _unfinished(directory: RunDirectory, steps: Sequence[str], found: Found) -> 
     plan, left = steps_of(directory.config), list[str]()
     changed: set[str] = set()
     for name in steps:
+        if name not in plan:
+            raise ConfigError(
+                f"finetune.epochs: is 0, so there is no step {name}: the classifier is certified as it is; set it in "
+                "another --out"
+            )
         record = directory.manifest["steps"].get(name)
         done = False
         if record is not None and not changed & set(plan[name].reads):
@@ -283,7 +288,7 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
 
     base, shape = config.base, _shape(config, data)
     classes = data.num_classes if data else config.dataset.known_classes
-    if data or base.denoiser:
+    if config.denoisers and (data or base.denoiser):
         with found.collect("base.denoiser"), torch.device("meta"):
             found.networks["denoiser"] = base_denoiser(config, shape)
     for role, sigma in config.classifiers.items():

@@ -6,7 +6,6 @@ from core.config import Config
 from core.data import Split
 from core.records import ESTIMATOR
 from distributed.methods import METHODS, method_named
-from distributed.store.run_directory import finetuned
 
 __all__ = ["Step", "steps_of"]
 
@@ -25,17 +24,18 @@ class Step(NamedTuple):
 
 def steps_of(config: Config) -> dict[str, Step]:
     """Every step of a configuration, by its name in the manifest."""
-    made = tuple(config.classifiers)
-    tuned = tuple(map(finetuned, made))
-    own = config.base.denoiser is None or None in map(config.own_classifier, made)
+    made, taken = config.base_models, tuple(config.certified.values())
+    own = config.base.denoiser is None or None in map(config.own_classifier, config.classifiers)
+    tuned = tuple(name for name in taken if name not in made)  # none: no such step
+    tuning = Step(("train",), (*made, "estimator"), tuned, trains=True)
     return {
-        "train_base": Step(("train", "test"), (), ("denoiser", *made), pixels=own),
-        "build_dataset": Step(("train",), ("denoiser", *made)),
-        "train_estimator": Step(("train",), ("denoiser", *made), ("estimator",), trains=True),
-        "finetune_classifier": Step(("train",), ("denoiser", *made, "estimator"), tuned, trains=True),
+        "train_base": Step(("train", "test"), (), made, pixels=own),
+        "build_dataset": Step(("train",), made),
+        "train_estimator": Step(("train",), made, ("estimator",), trains=True),
+        **({"finetune_classifier": tuning} if tuned else {}),
         **{
-            f"certify-{name}{ending}": Step(("test",), ("denoiser", *networks, *_beside(name)))
-            for ending, networks in (("", tuned), ("-base", made))
+            f"certify-{name}{ending}": Step(("test",), (*networks, *_beside(name)))
+            for ending, networks in (("", taken), ("-base", made))
             for name in METHODS
         },
     }

@@ -64,8 +64,9 @@ def _named(config: Config, steps: Collection[str]) -> dict[str, str]:
     for split, part in (("train", data.train), ("test", data.test)):
         named |= {f"dataset.{split}.path": part.path, f"dataset.{split}.ids_file": part.ids_file}
     if "train_base" in steps:
-        hub = base.denoiser and re.fullmatch(r"([\w.-]+)/[\w-]+", base.denoiser)  # or a folder, who can tell
-        named["base.denoiser"] = None if hub and hub[1] not in LEFT_OUT else base.denoiser
+        denoiser = base.denoiser if config.denoisers else None
+        hub = denoiser and re.fullmatch(r"([\w.-]+)/[\w-]+", denoiser)  # or a folder, who can tell
+        named["base.denoiser"] = None if hub and hub[1] not in LEFT_OUT else denoiser
         named["base.classifier.checkpoint"] = base.classifier.checkpoint if base.classifier else None
         named |= {f"base.experts.{sigma}.checkpoint": own.checkpoint for sigma, own in (base.experts or {}).items()}
     if "train_estimator" in steps:

@@ -10,7 +10,7 @@ from distributed.execution.work import Work
 from distributed.files.datasets import absolute
 from distributed.methods import METHODS, method_of
 from distributed.store.origin import origin_of, step_of
-from distributed.store.run_directory import RunDirectory, finetuned
+from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.store.verify import changed_images
 
@@ -52,8 +52,8 @@ def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
     """
     work = outline(directory, store)
     as_trained = store == "dataset" or store.endswith("-base")
-    roles = directory.config.classifiers
-    models = {"denoiser": "denoiser"} | {role: role if as_trained else finetuned(role) for role in roles}
+    config = directory.config
+    models = {role: role for role in config.base_models} if as_trained else config.certified
     if ESTIMATOR in work.method.heads:
         models["estimator"] = "estimator"
     hashes = directory.model_hashes(sorted(models.values()))

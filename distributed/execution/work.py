@@ -64,7 +64,7 @@ class Work:
         split: which examples.
         sampling: draws and failure probability of a certificate.
         budget: `fixed`, `sequential` or `grid`, as in `CertifyConfig`.
-        models: by role (`denoiser`, those of `Config.classifiers` and, where it is asked, `estimator`): name in models/
+        models: by role (those of `Config.base_models` and, where it is asked, `estimator`): name in models/
             and SHA-256.
         config: the run's configuration.
         device: `cpu`, `cuda` or, before the cluster has been asked, `auto`.

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from core.data import Dataset, Split
 
-__all__ = ["RunDirectory", "finetuned"]
+__all__ = ["RunDirectory"]
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "pillow", "scikit-learn")
@@ -349,11 +349,6 @@ class RunDirectory:
         if self._mode != "write":
             return
         self.folder.write(_MANIFEST, (json.dumps(self._manifest, indent=2) + "\n").encode())
-
-
-def finetuned(role: str) -> str:
-    """A classifier's, or an expert's, name after fine-tuning: `classifier-0.25` -> `classifier_finetuned-0.25`."""
-    return role.replace("classifier", "classifier_finetuned", 1)
 
 
 def _model_file(name: str) -> str:

@@ -71,7 +71,7 @@ def adopt(target: RunDirectory, source: RunDirectory, step: SharedStep) -> None:
 
 
 def _adopt_models(target: RunDirectory, source: RunDirectory) -> None:
-    names = ("denoiser", *target.config.classifiers)
+    names = target.config.base_models
     if target.is_done("train_base", writes=names):
         return
     hashes = source.model_hashes(names)

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from core.config import Config
 from distributed.files.storage import Folder
-from distributed.store.run_directory import RunDirectory, finetuned
+from distributed.store.run_directory import RunDirectory
 
 __all__ = ["begin_round", "broken_links", "round_config", "rounds_there"]
 
@@ -31,7 +31,7 @@ def begin_round(run: RunDirectory, number: int) -> RunDirectory:
         ConfigError: when the round before has no fine-tuned classifier yet, or the configuration is another one.
     """
     before = run if number == 2 else RunDirectory(_folder(run, number - 1), None, "look")
-    sources = _sources(run.config)
+    sources = run.config.certified
     hashes = before.model_hashes(sorted(sources.values()))
     given = {name: hashes[source] for name, source in sources.items()}
     directory = RunDirectory(_folder(run, number), round_config(run.config, number))
@@ -62,7 +62,7 @@ def broken_links(rounds: Sequence[RunDirectory]) -> list[tuple[str, str]]:
             {name: digest for step in each.manifest["steps"].values() for name, digest in step["wrote"].items()}
             for each in (before, directory)
         ]
-        for name, source in _sources(directory.config).items():
+        for name, source in directory.config.certified.items():
             if written[1].get(name) != written[0].get(source):
                 where = PurePosixPath("rounds", directory.folder.name)
                 found.append((str(where), f"its {name} is not the {source} of the round before"))
@@ -71,8 +71,3 @@ def broken_links(rounds: Sequence[RunDirectory]) -> list[tuple[str, str]]:
 
 def _folder(run: RunDirectory, number: int) -> Folder:
     return run.folder / f"rounds/{number}"
-
-
-def _sources(config: Config) -> dict[str, str]:
-    """What the networks that a round begins with are called in the round before."""
-    return {"denoiser": "denoiser"} | {role: finetuned(role) for role in config.classifiers}

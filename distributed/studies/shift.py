@@ -10,7 +10,7 @@ from typing import Any, Literal
 from core.config import Config, parse_config
 from core.data.corruptions import CORRUPTIONS
 from core.errors import ConfigError
-from distributed.store.run_directory import RunDirectory, finetuned
+from distributed.store.run_directory import RunDirectory
 
 __all__ = ["METHODS", "known_corruptions", "open_set", "sets_there", "shifted_config"]
 
@@ -88,11 +88,11 @@ def open_set(run: RunDirectory, config: Config, mode: Literal["write", "dry"]) -
         mode: as for `RunDirectory`.
 
     Raises:
-        ConfigError: when the run has no fine-tuned classifier and estimator yet, or the set was begun with another
+        ConfigError: when the run has not all of its networks yet, or the set was begun with another
             configuration.
     """
     directory = RunDirectory(run.folder / f"shift/{config.dataset.corruption}-{config.dataset.severity}", config, mode)
-    directory.borrow(run, ["denoiser", "estimator", *map(finetuned, config.classifiers)])
+    directory.borrow(run, [*config.certified.values(), "estimator"])
     return directory
 
 

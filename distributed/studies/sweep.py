@@ -21,6 +21,7 @@ from typing import Any
 
 from core.config import Config, Setting, Sweep
 from core.progress import clock
+from distributed.checks.steps import steps_of
 from distributed.cluster.cluster import connected, replica_pool
 from distributed.files.storage import Folder, file_system
 from distributed.store.lock import RunLock
@@ -53,11 +54,12 @@ def shared_steps(sweep: Sweep) -> tuple[SharedStep, ...]:
     return SHARED if sweep.classifier == "base" else SHARED[:2]
 
 
-def own_steps(sweep: Sweep) -> tuple[str, ...]:
-    """Steps of each setting, in their order."""
+def own_steps(sweep: Sweep, config: Config) -> tuple[str, ...]:
+    """Steps of the setting with this configuration, in their order."""
     if sweep.classifier == "base":
         return ("train_estimator", "certify-dual-base")
-    return ("train_estimator", "finetune_classifier", "certify-standard", "certify-dual")
+    steps = ("train_estimator", "finetune_classifier", "certify-standard", "certify-dual")
+    return tuple(step for step in steps if step in steps_of(config))
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def is_finished(sweep: Sweep, setting: Setting, out: Folder) -> bool:
         ConfigError: when the folder was made with another configuration.
     """
     directory = RunDirectory(setting_folder(out, setting), setting.config, "dry")
-    return all(step in directory.manifest["steps"] for step in own_steps(sweep))
+    return all(step in directory.manifest["steps"] for step in own_steps(sweep, setting.config))
 
 
 def run_sweep(sweep: Sweep, out: Folder, steps: Steps) -> dict[str, str]:
@@ -172,7 +174,7 @@ def run_setting(sweep: Sweep, setting: Setting, out: Folder, shared: Sequence[Sh
         for run in shared:
             if setting.name in run.users:
                 adopt(directory, RunDirectory(run.folder, None, "look"), run.step)
-        for step in own_steps(sweep):
+        for step in own_steps(sweep, setting.config):
             done, start = step in directory.manifest["steps"], time.monotonic()
             steps[step](directory)
             if not done:

@@ -42,7 +42,7 @@ def _pieces(sweep: Sweep, out: Folder) -> Iterator[_Piece]:
         if names & set(run.users) and run.step not in RunDirectory(run.folder, run.config, "dry").manifest["steps"]:
             yield _Piece(f"shared by {len(run.users)}", run.folder, run.config, steps, (run.step,))
     for setting in pending:
-        own = own_steps(sweep)
+        own = own_steps(sweep, setting.config)
         yield _Piece(setting.name, setting_folder(out, setting), setting.config, (*shared_steps(sweep), *own), own)
 
 

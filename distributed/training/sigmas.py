@@ -54,7 +54,7 @@ class _Choice:
             yield finished.key, finished.result
 
     def engine(self, num_classes: int, device: str) -> Engine:
-        """Estimator and denoiser on a device."""
+        """Estimator and denoiser, where there is one, on a device."""
         config = self.config
         files = {role: self.models.fetch(f"{role}.safetensors", digest) for role, digest in self.hashes.items()}
         noise = make_noise(config.noise, config.seed, config.compute.chunk_size)
@@ -90,7 +90,7 @@ def training_sigmas(
     """
     config, folder = directory.config, directory.folder / "training" / "finetune_classifier"
     config = config.model_copy(update={"dataset": absolute(config.dataset)})
-    hashes = directory.model_hashes(["denoiser", "estimator"])
+    hashes = directory.model_hashes([*config.denoisers, "estimator"])
     choice = _Choice(directory.folder, directory.models, config, hashes)
     origin = {
         "fingerprint": config.fingerprint(),

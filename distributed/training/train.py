@@ -53,7 +53,7 @@ class Lesson:
         name: of its folder in training/: that of the step, with the expert's level behind it.
         kind: which network.
         config: the run's.
-        denoiser: SHA-256 of the run's denoiser.
+        denoiser: SHA-256 of the run's denoiser, None where it has none.
         places: int64 ``(N,)``, the examples of the training split that it may use.
         values: float64; the estimator's ``(N, K)`` radii, or the classifier's ``(N,)`` noise levels.
         data_digest: `Dataset.digest` of the training split.
@@ -64,7 +64,7 @@ class Lesson:
     name: str
     kind: Literal["estimator", "classifier"]
     config: Config
-    denoiser: str
+    denoiser: str | None
     places: NDArray[np.int64] = field(repr=False)
     values: NDArray[np.float64] = field(repr=False)
     data_digest: str
@@ -85,7 +85,7 @@ class Lesson:
             name=name,
             kind=kind,
             config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
-            denoiser=directory.model_hashes(["denoiser"])["denoiser"],
+            denoiser=directory.model_hashes(directory.config.denoisers).get("denoiser"),
             places=places,
             values=values,
             data_digest=directory.manifest["data"]["train"]["digest"],
@@ -111,9 +111,9 @@ class Lesson:
     def objective(self, data: Dataset, device: str, processes: int) -> Objective:
         """Its samples and its loss, with the denoiser on `device`."""
         config = self.config
-        wanted = config.estimator.denoiser if self.kind == "estimator" else True
-        file = self.models.fetch("denoiser.safetensors", self.denoiser)
-        denoiser = load_denoiser(file).to(device) if wanted else None
+        denoiser = None
+        if self.denoiser is not None and (self.kind == "classifier" or config.estimator.denoiser):
+            denoiser = load_denoiser(self.models.fetch("denoiser.safetensors", self.denoiser)).to(device)
         if self.kind == "estimator":
             return EstimatorObjective(
                 data.take(self.places),

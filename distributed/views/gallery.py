@@ -40,7 +40,7 @@ def gallery(directory: RunDirectory, each: int) -> Gallery | str:
     sigmas = [config.sigmas[row["sigma_index"]] for row in rows]  # the choice, certified or not
     try:
         data = directory.data("test")
-        denoiser = load_denoiser(directory.model("denoiser"))
+        denoiser = load_denoiser(directory.model("denoiser")) if config.denoisers else None
         places = {example_id: place for place, example_id in enumerate(data.example_ids)}
         clean = torch.stack([torch.from_numpy(data.image(places[row["example_id"]])) for row in rows]).float() / 255
     except (DualRSError, OSError) as error:
@@ -52,11 +52,11 @@ def gallery(directory: RunDirectory, each: int) -> Gallery | str:
         noise.corrupt(copies, image, row["example_id"], Phase.ESTIMATION, sigma, 0)
         noisy[number] = copies[0]
         captions.append(_caption(row, sigma))
-    with torch.no_grad():
-        denoised = denoiser(noisy, torch.tensor(sigmas, dtype=torch.float32))
-    return Gallery(
-        captions=tuple(captions), clean=clean.numpy(), noisy=noisy.clamp(0, 1).numpy(), denoised=denoised.numpy()
-    )
+    denoised = None
+    if denoiser is not None:
+        with torch.no_grad():
+            denoised = denoiser(noisy, torch.tensor(sigmas, dtype=torch.float32)).numpy()
+    return Gallery(captions=tuple(captions), clean=clean.numpy(), noisy=noisy.clamp(0, 1).numpy(), denoised=denoised)
 
 
 def _caption(row: dict[str, Any], sigma: float) -> str:

@@ -62,6 +62,20 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("base.experts={0.25: {arch: resnet110}}", r"base.experts.0.25: resnet110 is not trained here; give experts"),
         ("base={classifier: {checkpoint: a}, experts: {0.25: {checkpoint: a}}}", r"base.experts: goes without"),
         ("finetune.share=0", r"'finetune.share' is 0: input should be greater than 0"),
+        ("finetune.epochs=-1", r"'finetune.epochs' is -1: input should be greater than or equal to 0"),
+        (
+            "base={denoiser: none, denoiser_schedule: linear-10}",
+            r"base.denoiser_schedule: .* which is none",
+        ),
+        ("base={denoiser: none, denoiser_head_dim: 64}", r"base.denoiser_head_dim: says something .* which is none"),
+        (
+            "base={denoiser: none, denoiser_steps: 9}",
+            r"base.denoiser_steps: .* which is none; remove one",
+        ),
+        ("base={denoiser: none, denoiser_batch: 9}", r"base.denoiser_batch: says something"),
+        ("base={denoiser: none, denoiser_lr: 0.1}", r"base.denoiser_lr: says something"),
+        ("base={denoiser: none, denoiser_ema: 0.5}", r"base.denoiser_ema: says something"),
+        ("base.denoiser=false", r"'base.denoiser' is False: input should be a valid string"),
     ],
 )
 def test_parse_config_bad_value_names_the_key_and_the_remedy(override: str, message: str) -> None:
@@ -112,6 +126,20 @@ def test_experts_keys_are_numbers_however_they_are_written() -> None:
     assert parse_config(one.model_dump(mode="json")) == one
     assert one.classifiers == {"classifier-0.25": 0.25, "classifier-0.5": 0.5}
     assert parse_config(MINIMAL).classifiers == {"classifier": None}
+
+
+def test_networks_of_a_configuration() -> None:
+    pool = "base.train_experts={0.25: 4, 0.5: 4}"
+    assert parse_config(MINIMAL).certified == {"denoiser": "denoiser", "classifier": "classifier_finetuned"}
+    bare = parse_config(MINIMAL, ["base.denoiser=none", pool])
+    assert bare.base_models == ("classifier-0.25", "classifier-0.5")
+    assert [*bare.certified.values()] == ["classifier_finetuned-0.25", "classifier_finetuned-0.5"]
+    assert parse_config(bare.model_dump(mode="json")) == bare
+    as_it_is = parse_config(MINIMAL, ["finetune.epochs=0"])
+    assert as_it_is.certified == {"denoiser": "denoiser", "classifier": "classifier"}
+    assert len({config.fingerprint() for config in (parse_config(MINIMAL), bare, as_it_is)}) == 3
+    with pytest.raises(ConfigError, match=r"rounds: 2 rounds, but finetune.epochs is 0"):
+        parse_config(MINIMAL, ["finetune.epochs=0", "rounds=2"])
 
 
 def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> None:

@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -88,6 +90,29 @@ def test_save_model_then_load_model_gives_the_same_outputs(kind: str, tmp_path: 
     first = file_sha256(path)
     save_model(loaded, path)
     assert file_sha256(path) == first
+
+
+def test_small_conv_net_from_24_pixels_on_halves_them_first(tmp_path: Path) -> None:
+    for size, stride, side in ((8, 1, 4), (23, 1, 12), (24, 2, 6), (28, 2, 7), (29, 2, 8)):
+        model = SmallConvNet.for_images((3, size, size), 10, 8).eval()
+        first, last = model.layers[0], model.layers[-1]
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(last, nn.Linear)
+        kernel = (3, 3) if stride == 1 else (5, 5)
+        assert (first.kernel_size, first.stride, last.in_features) == (kernel, (stride, stride), 16 * side**2)
+        assert first(torch.zeros(1, 3, size, size)).shape[-1] == math.ceil(size / stride)
+        save_model(model, tmp_path / "m.safetensors")
+        images = torch.rand(2, 3, size, size)
+        with torch.inference_mode():
+            assert torch.equal(load_model(tmp_path / "m.safetensors")(images), model(images))
+
+
+def test_save_model_small_network_of_stride_1_is_described_as_ever(tmp_path: Path) -> None:
+    """Its file's SHA-256 is in manifests: a new key with its default would change it."""
+    save_model(SmallConvNet(1, 8, 10), tmp_path / "m.safetensors")
+    with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
+        described = json.loads(file.metadata()["architecture"])
+    assert described == {"kind": "small_conv_net", "channels": 1, "size": 8, "num_outputs": 10, "width": 16}
 
 
 def test_small_unet_has_about_forty_thousand_parameters() -> None:

@@ -69,7 +69,7 @@ def test_check_upload_names_each_file_that_stayed_at_home(submitted: Path, tmp_p
     with pytest.raises(ConfigError, match=r"^base.denoiser: 'runs/a/denoiser.safetensors': not in the working dir"):
         check_upload(config, steps, out)
     check_upload(config, ["certify-dual"], out)  # from the run directory
-    for name, refused in (("google/ddpm", False), ("runs/ddpm", True), ("a/b/ddpm", True)):
+    for name, refused in (("google/ddpm", False), ("runs/ddpm", True), ("a/b/ddpm", True), ("none", False)):
         own = parse_config(PLAIN, [f"base.denoiser={name}"])
         if not refused:
             check_upload(own, steps, out)

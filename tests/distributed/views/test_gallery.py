@@ -34,6 +34,7 @@ def test_gallery_shows_the_largest_and_the_smallest_certificates_in_order(run: R
 def test_gallery_noisy_copy_is_the_first_of_the_estimation_draws(run: RunDirectory) -> None:
     images = gallery(run, 1)
     assert not isinstance(images, str)
+    assert images.denoised is not None
     data = run.data("test")
     for number, caption in enumerate(images.captions):
         example_id, sigma = caption.split(":")[0], float(caption.split()[-1])

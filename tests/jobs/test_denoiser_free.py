@@ -1,0 +1,189 @@
+"""Runs without a denoiser: experts that read the noisy image itself, through every job; and without fine-tuning."""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.config import parse_config
+from core.data import Dataset
+from core.errors import ConfigError
+from core.machine.noise_key import chunk_key
+from core.models.checkpoints import load_model
+from core.models.small import SmallConvNet
+from core.progress import Progress
+from core.records import Phase
+from core.report import render
+from core.report.plots import gallery_figure
+from core.training.base import train_classifier
+from distributed.checks import preflight
+from distributed.checks.preflight import check
+from distributed.store.run_directory import RunDirectory
+from distributed.store.shards import ShardStore
+from distributed.studies.adopt import adopt, shared_config
+from distributed.views.gallery import gallery
+from jobs import audit, choose_sigmas, finetune_classifier, pipeline, predict, shift, status, train_base
+from tests.helpers.tiny import PLAIN, run_main
+
+SMALL = (
+    "base.denoiser=none", "base.classifier_epochs=30", "base.classifier_width=4", "compute.executor=local",
+    "dataset.test_size=800", "dataset.train.first=200", "dataset.test.first=20", "estimator.epochs=2",
+    "finetune.epochs=1", "finetune.num_sigma_draws=10", "finetune.lr=1e-3", "labels.num_selection=5",
+    "labels.num_estimation=20", "certify.num_selection=5", "certify.num_estimation=20", "compute.part_rows=1",
+)  # fmt: skip
+POOL = "base.train_experts={0.25: 4, 0.5: 8}"
+EXPERTS = ("classifier-0.25", "classifier-0.5")
+
+
+def votes_of(network: nn.Module, image: np.ndarray, seed: int, example_id: str, sigma: float) -> list[int]:
+    """The 20 estimation votes of a bare network: noise from the key's definition, one copy at a time."""
+    key = int.from_bytes(chunk_key(seed, example_id, Phase.ESTIMATION, sigma, 0), "little")
+    noise = np.random.Generator(np.random.SFC64(key)).standard_normal((20, *image.shape), dtype=np.float32)
+    copies = torch.from_numpy(image.astype(np.float32) / 255 + np.float32(sigma) * noise)
+    with torch.inference_mode():
+        answers = [int(network(copy[None]).argmax()) for copy in copies]
+    return [answers.count(label) for label in range(10)]
+
+
+@pytest.mark.parametrize("epochs", [1, 0])
+def test_pipeline_of_a_pool_without_a_denoiser_votes_on_the_noisy_images_themselves(
+    tmp_path: Path, epochs: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "write_report", lambda *arguments: [])  # seconds, and nothing of it is looked at here
+    out = str(tmp_path / "run")
+    config = parse_config(PLAIN, [*SMALL, POOL, f"finetune.epochs={epochs}"])
+    pipeline.run(RunDirectory(out, config))
+    run = RunDirectory(out, None, "look")
+    steps = run.manifest["steps"]
+    written = {name for step in steps.values() for name in step["wrote"]}
+    tuned = tuple(name.replace("classifier", "classifier_finetuned") for name in EXPERTS)
+    assert written == {*EXPERTS, "estimator", *(tuned if epochs else ())}
+    assert {path.stem for path in (run.path / "models").iterdir()} == written
+    assert ("finetune_classifier" in steps) == bool(epochs)
+    certified = tuned if epochs else EXPERTS
+    assert set(steps["certify-dual"]["read"]) == {*certified, "estimator"}
+
+    images, rows = run.data("test"), ShardStore(run.folder, "certificates/standard").read().to_pylist()
+    networks = dict(zip(config.sigmas, (load_model(run.model(name)) for name in certified), strict=True))
+    for row in rows[::5]:
+        image = images.image(images.example_ids.index(row["example_id"]))
+        found = votes_of(networks[row["sigma"]], image, config.seed, row["example_id"], row["sigma"])
+        assert found == row["counts_estimation"], row["example_id"]
+    assert sum(row["correct"] for row in rows) > len(rows) / 3, "the experts have learnt something"
+    shown = gallery(run, 1)
+    assert not isinstance(shown, str)
+    assert shown.denoised is None
+    rows_of_axes = [part.axes for part in gallery_figure(shown).subfigs]
+    assert [[axes.get_xlabel() for axes in row] for row in rows_of_axes] == [["clean", "noisy"]] * 2
+
+    store = ShardStore(run.folder, "certificates/dual")
+    before = store.read()
+    (run.path / "certificates/dual" / store.files()[0]).unlink()
+    capsys.readouterr()
+    assert run_main(pipeline, "--out", out) == 0
+    assert store.read().equals(before)
+    assert ("finetune_classifier" in capsys.readouterr().out) == bool(epochs)
+    assert run_main(audit, "--out", out, "--replay", "4") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing found"
+    assert run_main(pipeline, "--out", out, "--dry-run") == 0
+    assert "everything is finished" in capsys.readouterr().out
+    if epochs:
+        return
+    assert run_main(status, "--out", out) == 0
+    assert run_main(choose_sigmas, "--out", out, "--size", "1") == 0
+    assert run_main(shift, "--out", out, "--corruptions", "gaussian_noise", "--severities", "1") == 0
+    assert run_main(finetune_classifier, "--out", out) == 2
+    assert "finetune.epochs: is 0, so there is no step finetune_classifier" in capsys.readouterr().err
+    named = tmp_path / "images" / "one.png"
+    named.parent.mkdir()
+    write_png(named, images.image(0))
+    assert run_main(predict, "--out", out, "--images", str(named.parent), "--to", str(tmp_path / "rows.csv")) == 0
+    assert (tmp_path / "rows.csv").read_text().splitlines()[1].startswith("one")
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    from PIL import Image
+
+    Image.fromarray(image[0]).save(path)
+
+
+def test_dry_run_of_a_run_without_a_denoiser_counts_no_row_through_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "dry_run", partial(preflight.dry_run, seconds=0.01))
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(PLAIN))
+    arguments = ("--config", str(config), "--out", str(tmp_path / "run"), *SMALL, POOL)
+    assert run_main(pipeline, *arguments, "--dry-run") == 0
+    lines = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    header = next(line for line in lines if line[0] == "step")
+    parts = {line[0]: dict(zip(header, line, strict=False)) for line in lines if len(line) == len(header)}
+    assert {name: part["denoiser"] for name, part in parts.items() if name != "step"} == {
+        **dict.fromkeys(("build_dataset", "train_estimator", "certify-standard", "certify-dual"), "-"),
+        **dict.fromkeys(("finetune_classifier, sigmas", "finetune_classifier, training"), "-"),
+        "train_base, classifier": "-",
+    }
+    assert parts["train_base, classifier"]["classifier"] == f"{2 * 30 * 200:,}", "noisy copies, no clean ones"
+    assert not any(line[0] == "denoiser" for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_adopt_base_models_of_a_run_without_a_denoiser(tmp_path: Path) -> None:
+    config = parse_config(PLAIN, [*SMALL, "base.classifier_epochs=1"])
+    source = RunDirectory(tmp_path / "shared", shared_config(config, "train_base", config.sigmas))
+    train_base.run(source)
+    target = RunDirectory(tmp_path / "run", config)
+    adopt(target, source, "train_base")
+    assert target.model_hashes(["classifier"]) == source.model_hashes(["classifier"])
+    assert [path.name for path in (target.path / "models").iterdir()] == ["classifier.safetensors"]
+
+
+@pytest.mark.parametrize("role", ["classifier", *EXPERTS])
+def test_train_classifier_without_a_denoiser_sees_noisy_images_at_the_levels_asked_for(
+    monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    """The level of an image of one grey value is the standard deviation of its pixels."""
+    pool = [] if role == "classifier" else [POOL]
+    small = ["base.denoiser=none", "base.classifier_epochs=2", "base.noise_range=[0.1, 0.4]"]
+    config = parse_config(PLAIN, [*small, *pool])
+    flat = Dataset("flat", tuple(map(str, range(64))), np.full((64, 1, 32, 32), 128, np.uint8), np.arange(64) % 2, 2)
+    seen: list[Tensor] = []
+    make = SmallConvNet.for_images
+
+    def watched(*arguments: object) -> nn.Module:
+        network = make(*arguments)  # type: ignore[arg-type]
+        network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        return network
+
+    monkeypatch.setattr(SmallConvNet, "for_images", watched)
+    train_classifier(flat, None, config.training_of(role), 0, Silent())
+    pixels = torch.cat(seen).flatten(1)
+    assert len(pixels) == 2 * 64
+    np.testing.assert_allclose(pixels.mean(1), 128 / 255, atol=0.08)
+    levels = np.sort(pixels.std(1).numpy())
+    if (sigma := config.classifiers[role]) is not None:
+        np.testing.assert_allclose(levels, sigma, rtol=0.12)
+    else:  # log-uniform: quantiles of the logarithm are a straight line from end to end
+        expected = np.geomspace(0.1, 0.4, len(levels))
+        np.testing.assert_allclose(levels, expected, rtol=0.3)
+
+
+class Silent(Progress):
+    def __init__(self) -> None:
+        pass
+
+    def update(self, num: int, note: str = "") -> None:
+        pass
+
+
+def test_check_says_which_networks_there_are(tmp_path: Path) -> None:
+    found = check(RunDirectory(tmp_path / "run", parse_config(PLAIN, SMALL), "dry"), ["train_base", "build_dataset"])
+    assert (found.problems, [*found.networks]) == ([], ["classifier"])
+    config = parse_config(PLAIN, [*SMALL, "finetune.epochs=0"])
+    with pytest.raises(ConfigError, match=r"finetune\.epochs: is 0"):
+        check(RunDirectory(tmp_path / "run", config, "dry"), ["finetune_classifier"])
