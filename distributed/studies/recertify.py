@@ -10,7 +10,7 @@ from core.records import AlphaSplit, Sampling
 from core.report import ReportData
 from distributed.files.storage import Folder
 from distributed.methods import METHODS, method_named, method_of
-from distributed.methods.method import Terms
+from distributed.methods.method import Terms, keyed
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.views.tables import report_data
@@ -73,13 +73,17 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     standard = ShardStore(directory.folder, "certificates/standard")
     if not standard.files():
         raise ConfigError(f"{str(standard.folder)!r} has no certificates: run jobs.certify --method standard first")
-    by_key = {(row["example_id"], row["sigma"]): row for row in standard.read().to_pylist()}
     terms = replace(terms, sigmas=sigmas, level_shares=_shares(config, sigmas))
+    stores = {name: ShardStore(directory.folder, f"certificates/{name}") for name in METHODS}
+    run = {
+        name: keyed(store.read().to_pylist(), method_named(name).per_level)
+        for name, store in stores.items()
+        if store.files()
+    }
     made: dict[str, list[dict[str, Any]]] = {}
-    for name in METHODS:
-        store = ShardStore(directory.folder, f"certificates/{name}")
-        stored = store.read().to_pylist() if store.files() else []
-        made[store.name] = list(method_named(name).rederived(stored, by_key, config.sigmas, terms))
+    for name, store in stores.items():
+        stored = list(run.get(name, {}).values())
+        made[store.name] = list(method_named(name).rederived(stored, run, config.sigmas, terms))
 
     # Only now, when nothing can be refused any more, the result of an earlier call makes room.
     root = directory.folder / f"recertified/{change.name()}"
