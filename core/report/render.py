@@ -215,7 +215,9 @@ def _dual_blocks(data: ReportData, dual: RoutedRows, pictures: Mapping[str, Pict
         f"Where some sigma certifies the right class, the estimator chose the best one for {percent(agree)} "
         "of the examples (ties count for the smaller sigma)."
     )  # fmt: skip
-    staged = [Heading("Dual RS, stage by stage"), _stage_table(dual)] if isinstance(dual, DualRows) else []
+    staged: list[Block] = []
+    if isinstance(dual, DualRows):
+        staged = [Heading("Dual RS, stage by stage"), _stage_table(dual)]
     blocks: list[Block] = [
         *staged, *dual.blocks(data),
         Heading("Choice of the noise level"), Text(said), _choice_table(data, dual),

@@ -53,11 +53,12 @@ def shared_steps(sweep: Sweep) -> tuple[SharedStep, ...]:
     return SHARED if sweep.classifier == "base" else SHARED[:2]
 
 
-def own_steps(sweep: Sweep) -> tuple[str, ...]:
-    """Steps of each setting, in their order."""
+def own_steps(sweep: Sweep, setting: Setting) -> tuple[str, ...]:
+    """Steps of a setting alone, in their order."""
+    certified = f"certify-{setting.config.certify.routed}"
     if sweep.classifier == "base":
-        return ("train_estimator", "certify-dual-base")
-    return ("train_estimator", "finetune_classifier", "certify-standard", "certify-dual")
+        return ("train_estimator", f"{certified}-base")
+    return ("train_estimator", "finetune_classifier", "certify-standard", certified)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def is_finished(sweep: Sweep, setting: Setting, out: Folder) -> bool:
         ConfigError: when the folder was made with another configuration.
     """
     directory = RunDirectory(setting_folder(out, setting), setting.config, "dry")
-    return all(step in directory.manifest["steps"] for step in own_steps(sweep))
+    return all(step in directory.manifest["steps"] for step in own_steps(sweep, setting))
 
 
 def run_sweep(sweep: Sweep, out: Folder, steps: Steps) -> dict[str, str]:
@@ -172,7 +173,7 @@ def run_setting(sweep: Sweep, setting: Setting, out: Folder, shared: Sequence[Sh
         for run in shared:
             if setting.name in run.users:
                 adopt(directory, RunDirectory(run.folder, None, "look"), run.step)
-        for step in own_steps(sweep):
+        for step in own_steps(sweep, setting):
             done, start = step in directory.manifest["steps"], time.monotonic()
             steps[step](directory)
             if not done:

@@ -42,7 +42,7 @@ def _pieces(sweep: Sweep, out: Folder) -> Iterator[_Piece]:
         if names & set(run.users) and run.step not in RunDirectory(run.folder, run.config, "dry").manifest["steps"]:
             yield _Piece(f"shared by {len(run.users)}", run.folder, run.config, steps, (run.step,))
     for setting in pending:
-        own = own_steps(sweep)
+        own = own_steps(sweep, setting)
         yield _Piece(setting.name, setting_folder(out, setting), setting.config, (*shared_steps(sweep), *own), own)
 
 
@@ -102,5 +102,5 @@ def dry_run_sweep(sweep: Sweep, out: Folder, price: float | None, seconds: float
             measure_parts(piece.directory, own, found.data, device, seconds)
         parts += [replace(part, name=f"{piece.name}: {part.name}") for part in own]
     print(f"\n{format_parts(parts, price)}\n")
-    print("<= is an upper bound: Dual RS takes less where the estimator picks sigma_e or abstains")
+    print("<= is an upper bound: Dual RS takes less where the estimator picks sigma_e, abstains, or excludes a level")
     print(f"wall: one after the other; up to {replicas} settings run at a time")

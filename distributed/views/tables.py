@@ -73,7 +73,7 @@ def report_data(
     assert dual is None or isinstance(dual, RoutedRows)
     if isinstance(dual, AgreementRows):
         dual = replace(dual, name="Dual RS")
-        shown = {"dual": replace(shown.get("dual", dual.constant_level()), name=CONSTANT)} | shown
+        shown["dual"] = replace(shown.get("dual", dual.constant_level()), name=CONSTANT)
     if failed:
         notes += (f"{len(failed)} examples could not be run and count as not certified, first {min(failed)!r}.",)
     return ReportData(
@@ -105,11 +105,13 @@ def _read(store: ShardStore, config: Config) -> pa.Table:
     """
     rows, name = store.read(), store.name
     certify, made = config.certify, rows.filter(pc.not_equal(rows.column("status"), ERROR))
-    stated = {"alpha": certify.alpha, "num_selection": certify.num_selection}
+    stated: dict[str, Any] = {"alpha": certify.alpha, "num_selection": certify.num_selection}
     if certify.budget == "fixed":
         stated["num_estimation"] = certify.num_estimation
     if "sigma_e" in made.column_names:
         stated["sigma_e"] = config.estimator_sigma
+    if "router" in made.column_names:
+        stated["router"] = certify.router
     for column, value in stated.items():
         found = set(made.column(column).to_pylist())
         if column == "num_estimation" and "sigma_e" in made.column_names:

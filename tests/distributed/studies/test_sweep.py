@@ -58,7 +58,7 @@ def test_settings_of_a_sweep_are_the_same_runs_alone_with_less_work(tmp_path: Pa
     make(sweep, out)
     setting = sweep.settings[1]
     alone = RunDirectory(tmp_path / "alone", setting.config)
-    for step in ("train_base", "build_dataset", "certify-standard-base", *own_steps(sweep)):
+    for step in ("train_base", "build_dataset", "certify-standard-base", *own_steps(sweep, setting)):
         STEPS[step](alone)
     directory = RunDirectory(setting_folder(out, setting), None, "look")
     for name in ("denoiser", "classifier", "estimator"):
@@ -78,7 +78,12 @@ def test_fine_tuned_sweep_shares_no_certificates_of_its_classifiers(tmp_path: Pa
     assert [(run.step, len(run.users)) for run in runs] == [
         ("train_base", 4), ("build_dataset", 2), ("build_dataset", 2),
     ]  # fmt: skip
-    assert own_steps(sweep) == ("train_estimator", "finetune_classifier", "certify-standard", "certify-dual")
+    assert own_steps(sweep, sweep.settings[0]) == (
+        "train_estimator",
+        "finetune_classifier",
+        "certify-standard",
+        "certify-dual",
+    )
 
 
 def test_dry_run_lists_settings_and_cost_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
