@@ -8,7 +8,6 @@ what one draw more or less changes.
 
 import functools
 import math
-import sys
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -154,7 +153,7 @@ def largest_radius(sigma: float, num: int, alpha: float) -> float:
 
 def draws_needed(radius: float, sigma: float, alpha: float) -> int:
     """The fewest draws whose `largest_radius` exceeds `radius` (beyond a million, to within a few)."""
-    certain = min(float(special.log_ndtr(radius / sigma)), -sys.float_info.min)  # it underflows 38 sigma away
+    certain = min(float(special.log_ndtr(radius / sigma)), -1e-300)  # it underflows 38 sigma away
     needed = math.floor(math.log(alpha) / certain) + 1
     while needed < 1_000_000 and largest_radius(sigma, needed, alpha) <= radius:
         needed += 1
