@@ -203,10 +203,16 @@ def _stage_table(dual: DualRows) -> Table:
 
 def _choice_table(data: ReportData, dual: RoutedRows) -> Table:
     chosen, certified, best = data.choice_counts()
-    counts = zip(data.sigmas, chosen, certified, best, strict=True)
-    rows = [(f"{s:g}", f"{c:,}", f"{d:,}", f"{o:,}") for s, c, d, o in counts]
-    rows.append(("none", "0", f"{dual.estimator_abstained.sum():,}", f"{data.num_examples - best.sum():,}"))
-    return Table(("sigma", "Chosen by the estimator", "Certified by the estimator", "Best in hindsight"), tuple(rows))
+    columns = {
+        "Chosen by the estimator": (*chosen, 0),
+        "Certified by the estimator": (*certified, dual.estimator_abstained.sum()),
+        "Best in hindsight": (*best, data.num_examples - best.sum()),
+    }
+    if not isinstance(dual, DualRows):
+        del columns["Certified by the estimator"]  # the claim is not about it
+    names = (*(f"{sigma:g}" for sigma in data.sigmas), "none")
+    counts = zip(names, *columns.values(), strict=True)
+    return Table(("sigma", *columns), tuple((name, *(f"{count:,}" for count in row)) for name, *row in counts))
 
 
 def _dual_blocks(data: ReportData, dual: RoutedRows, pictures: Mapping[str, Picture]) -> list[Block]:

@@ -68,6 +68,7 @@ def report_data(
             _check_same_examples(rows, table, config.sigmas, store.name)
         elif name == "agreement" and "dual" in tables and certify.budget == "fixed":
             tables[name] = _agreement(tables["dual"], table, terms)
+            notes += ("The agreement claim was not certified by itself: it follows from the votes of the other rows.",)
     shown = {name: method_named(name).shown(rows, terms) for name, rows in tables.items()}
     dual = shown.pop(certify.routed, None)
     assert dual is None or isinstance(dual, RoutedRows)

@@ -215,9 +215,12 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
 
     audit = call("audit", "--out", str(run.path), "--replay", "5")
     assert (audit.returncode, audit.stdout.splitlines()[-1]) == (0, "nothing found")
-    assert call("recertify", "--out", str(run.path), "alpha=1e-3").returncode == 0
+    assert call("recertify", "--out", str(run.path), "alpha=1e-3", "claim=agreement").returncode == 0
     wrong = call("recertify", "--out", str(run.path), "beta=1")
-    assert (wrong.returncode, wrong.stderr) == (2, "error: unknown beta; known: alpha, share, sigmas, split\n")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: unknown beta; known: alpha, claim, router, share, sigmas, split\n",
+    )
     (run.path / "dataset" / ShardStore(run.path, "dataset").files()[0]).unlink()
     audit = call("audit", "--out", str(run.path))
     assert audit.returncode == 3

@@ -151,10 +151,11 @@ def test_predict_images_agreement_equals_the_public_api(run: RunDirectory, folde
         predicted, certified = (answers(run, folder, each) for each in asked)
     for index, name in enumerate(names):
         image, row = torch.from_numpy(digits.image(index)), predicted[name]
-        common = {"alpha": 0.1, "batch_size": 64, "example_id": name, "claim": "agreement", "router": router}
-        assert row["class"] == smoothed.predict(image, num=60, **common)
+        common: dict[str, Any] = {"alpha": 0.1, "batch_size": 64, "example_id": name, "router": router}
+        assert row["class"] == smoothed.predict(image, num=60, claim="agreement", **common)
         assert row["sigma"] in (None, 0.25, 0.5)
-        certificate, row = smoothed.certify(image, num_selection=20, num_estimation=60, **common), certified[name]
+        row = certified[name]
+        certificate = smoothed.certify(image, claim="agreement", num_selection=20, num_estimation=60, **common)
         assert (row["class"], row["sigma"], row["radius"], row["radius_constant"]) == (
             certificate.prediction, certificate.sigma, certificate.radius, certificate.radius_constant,
         )  # fmt: skip
