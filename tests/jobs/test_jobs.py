@@ -227,6 +227,14 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     assert re.search(r"dataset: part-000000-0000\d\d.parquet: is missing", audit.stderr)
 
 
+def test_pipeline_certifies_what_is_claimed() -> None:
+    certified = [
+        [name for name in pipeline.checked_of(parse_config(PLAIN, values)) if name.startswith("certify")]
+        for values in ([], ["certify.claim=agreement"])
+    ]
+    assert certified == [["certify-standard", "certify-dual"], ["certify-standard", "certify-agreement"]]
+
+
 def test_jobs_that_only_look_leave_the_run_directory_as_it_is(tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", "compute.executor=local")
     build_dataset.run(run)

@@ -13,6 +13,7 @@ from core.report.multiscale import MultiscaleRows
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.recertify import Change, recertify
+from distributed.views.tables import report_data
 
 
 def test_recertify_smaller_alpha_equals_the_formula(run: RunDirectory) -> None:
@@ -117,3 +118,17 @@ def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDi
 def test_recertify_bad_change_raises(change: Change, run: RunDirectory) -> None:
     with pytest.raises(ConfigError):
         recertify(run, change)
+
+
+def test_report_data_states_both_claims_where_the_votes_are_there(cascade: RunDirectory) -> None:
+    made = ShardStore(cascade.path, "certificates/agreement").read().column("radius").to_pylist()
+    shutil.rmtree(cascade.path / "certificates/agreement")
+    config = cascade.config
+    data = report_data(config, cascade.folder, cascade.manifest)
+    rows = data.others[0]
+    assert isinstance(rows, AgreementRows)
+    assert (rows.name, rows.radius.tolist()) == ("Dual RS, agreement", made)
+    assert any("follows from the votes" in note for note in data.notes)
+    early = config.model_copy(update={"certify": config.certify.model_copy(update={"budget": "sequential"})})
+    data = report_data(early, cascade.folder, cascade.manifest)
+    assert [type(rows) for rows in data.others] == [MultiscaleRows]
