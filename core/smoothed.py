@@ -215,8 +215,6 @@ class DualSmoothedClassifier(Smoothed):
         self.num_classes = num_classes
         if not self.sigmas or len(set(self.sigmas)) != len(self.sigmas):
             raise ConfigError(f"sigmas must be distinct noise levels, got {self.sigmas}")
-        if self.sigma_e < max(self.sigmas):
-            raise ConfigError(f"sigma_e must be at least max(sigmas) = {max(self.sigmas)}, got {self.sigma_e}")
         if isinstance(classifier, Mapping):
             classifier = {float(sigma): module for sigma, module in classifier.items()}
             if missing := [sigma for sigma in self.sigmas if sigma not in classifier]:
@@ -291,7 +289,7 @@ class DualSmoothedClassifier(Smoothed):
         see `certify`; `router`, for the claim `agreement`, how the estimator's votes pick a level.
         """
         sampling = Sampling(num_selection, num_estimation, alpha)
-        _check_claim(claim)
+        self._check_claim(claim)
         if claim == "agreement":
             if alpha_split != "halves":
                 raise ConfigError(f"claim 'agreement' needs alpha_split 'halves', got {alpha_split!r}")
@@ -324,7 +322,7 @@ class DualSmoothedClassifier(Smoothed):
         `claim` says whose class it is, as in `certify`: at the level that most noisy copies vote for, or (`agreement`)
         at the level that `router` picks.
         """
-        _check_claim(claim)
+        self._check_claim(claim)
 
         def procedure() -> Procedure[DualPrediction | AgreementPrediction]:
             if claim == "agreement":
@@ -333,14 +331,18 @@ class DualSmoothedClassifier(Smoothed):
 
         return [result.prediction for result in self._run(images, example_ids, batch_size, procedure)]
 
+    def _check_claim(self, claim: Claim) -> None:
+        if claim not in get_args(Claim):
+            raise ConfigError(f"claim must be one of {get_args(Claim)}, got {claim!r}")
+        if claim == "constant" and self.sigma_e < max(self.sigmas):
+            raise ConfigError(
+                f"sigma_e must be at least max(sigmas) = {max(self.sigmas)} for claim 'constant', got {self.sigma_e}: "
+                "raise it or use claim='agreement'"
+            )
+
 
 def _ids(example_id: str | None) -> list[str] | None:
     return None if example_id is None else [example_id]
-
-
-def _check_claim(claim: Claim) -> None:
-    if claim not in get_args(Claim):
-        raise ConfigError(f"claim must be one of {get_args(Claim)}, got {claim!r}")
 
 
 def _check_sigma(name: str, sigma: float) -> float:

@@ -25,6 +25,7 @@ def main() -> int:
         from core.errors import ConfigError
         from core.evaluation.choice import choose, subsets
         from core.evaluation.metrics import paired_difference
+        from core.evaluation.routing import Price
         from core.procedures.confidence import largest_radius
         from core.progress import Progress
         from core.report.choice import (
@@ -67,8 +68,7 @@ def main() -> int:
                 sigmas,
                 radii,
                 args.size,
-                num=num,
-                alpha=alpha,
+                price=Price(num, alpha, config.certify.claim, config.certify.router),
                 strict=config.report.strict,
                 evaluation=test[1] if test else None,
                 seed=config.seed,

@@ -1,9 +1,9 @@
 """The whole pipeline: train_base, build_dataset, train_estimator, finetune_classifier, certify, report.
 
-Certifies with standard RS and Dual RS, and with Multiscale where certify.multiscale is set; finetune_classifier is left
-out with finetune.epochs=0. With rounds=2 (or more) the steps from build_dataset on run again on the fine-tuned
-classifier, in RUN/rounds/2. Finished steps are skipped, a step that was interrupted goes on: run it again after any
-crash.
+Certifies with standard RS and Dual RS (its claim: certify.claim), and with Multiscale where certify.multiscale is set;
+finetune_classifier is left out with finetune.epochs=0. With rounds=2 (or more) the steps from build_dataset on run
+again on the fine-tuned classifier, in RUN/rounds/2. Finished steps are skipped, a step that was interrupted goes on:
+run it again after any crash.
 """
 
 import sys
@@ -22,7 +22,7 @@ Step = tuple[str, Callable[[RunDirectory], None]]
 
 def steps_of(config: Config) -> tuple[Step, ...]:
     """The steps of one round."""
-    methods = ("standard", "dual", "multiscale") if config.certify.multiscale else ("standard", "dual")
+    methods = ("standard", config.certify.routed, *(["multiscale"] if config.certify.multiscale else []))
     return (
         ("train_base", train_base.run),
         ("build_dataset", build_dataset.run),

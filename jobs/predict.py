@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     directory = open_run(args)
     certify = directory.config.certify
     question = Question(
-        method=args.method,
+        method=args.method or certify.routed,
         sigma=args.sigma,
         certify=args.certify,
         num=certify.num_estimation if args.num is None else args.num,
@@ -61,9 +61,9 @@ def main() -> int:
     parser.add_argument("--to", metavar="FILE", help="write rows to a .csv or .parquet (default: print a table)")
     parser.add_argument(
         "--method",
-        choices=("dual", "standard"),
-        default="dual",
-        help="dual (default): noise level and class, alpha / 2 each; standard: the class at --sigma",
+        choices=("dual", "agreement", "standard"),
+        help="dual: noise level and class, alpha / 2 each; agreement: the class at every level that the router may "
+        "pick; standard: the class at --sigma (default: what certify.claim says)",
     )
     parser.add_argument("--sigma", type=float, metavar="S", help="noise level of --method standard, one of the run's")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Certificates for another alpha, another split or a subset of Sigma, from stored votes, without a forward pass."""
+"""Certificates for another alpha, split or claim, or a subset of Sigma, from stored votes, without a forward pass."""
 
 import sys
 
@@ -8,10 +8,14 @@ from jobs._cli import job_parser, open_run, run_job
 def main() -> int:
     """Command line."""
     parser = job_parser("recertify", __doc__)
-    parser.usage = "python -m jobs.recertify --out RUN [alpha=1e-4] [split=full | share=0.3] [sigmas=[0.25,0.5]]"
+    parser.usage = (
+        "python -m jobs.recertify --out RUN [alpha=1e-4] [split=full | share=0.3] [sigmas=[0.25,0.5]] "
+        "[claim=agreement] [router=plurality]"
+    )
     parser.epilog = (
         "alpha: total failure probability. split: halves or full, how Dual RS spends it. share: the part of it that "
-        "Dual RS spends on the noise level (0.5). sigmas: a subset of Sigma. " + (parser.epilog or "")
+        "Dual RS spends on the noise level (0.5). sigmas: a subset of Sigma. claim (constant or agreement) and router "
+        "(median or plurality): as in certify. " + (parser.epilog or "")
     )
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
@@ -24,8 +28,9 @@ def main() -> int:
 
         require_matplotlib()
         values = parse_values(args.overrides)
-        if unknown := sorted(values.keys() - {"alpha", "share", "sigmas", "split"}):
-            raise ConfigError(f"unknown {', '.join(unknown)}; known: alpha, share, sigmas, split")
+        known = ("alpha", "claim", "router", "share", "sigmas", "split")
+        if unknown := sorted(values.keys() - set(known)):
+            raise ConfigError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
         args.overrides = []
         try:
             sigmas = tuple(float(sigma) for sigma in values["sigmas"]) if "sigmas" in values else None
@@ -34,6 +39,8 @@ def main() -> int:
                 sigma_share=float(values.get("share", 0.5)),
                 split=values.get("split"),
                 sigmas=sigmas,
+                claim=values.get("claim"),
+                router=values.get("router"),
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"alpha and share are numbers, sigmas a list of numbers: {error}") from error

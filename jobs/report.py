@@ -70,7 +70,7 @@ def sections(directory: RunDirectory, data: "ReportData") -> "list[Section]":
     from distributed.views.tables import report_data
 
     def certified(each: RunDirectory) -> bool:
-        return {"certify-standard", "certify-dual"} <= set(each.manifest["steps"])
+        return {"certify-standard", f"certify-{each.config.certify.routed}"} <= set(each.manifest["steps"])
 
     def table(each: RunDirectory) -> "ReportData":
         config = each.config.model_copy(update={"report": directory.config.report})  # one set of radii for all

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from core.config import Config
 from core.errors import ConfigError
 from core.progress import clock
 from distributed.store.lock import RunLock
@@ -16,7 +17,15 @@ from distributed.store.run_directory import RunDirectory
 from jobs import report
 from jobs._cli import job_parser, open_run, run_job
 
-CHECKED = ("certify-standard", "certify-dual")
+
+def methods_of(config: Config) -> tuple[str, ...]:
+    """What each set is certified with."""
+    return "standard", config.certify.routed
+
+
+def checked_of(config: Config) -> tuple[str, ...]:
+    """Their names in the manifest."""
+    return tuple(f"certify-{method}" for method in methods_of(config))
 
 
 def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | None = None, every: int = 1) -> None:
@@ -26,13 +35,13 @@ def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | No
     from distributed.checks.preflight import check, refuse
     from distributed.cluster.cluster import connected
     from distributed.execution.launch import certify_store
-    from distributed.studies.shift import METHODS, open_set, shifted_config
+    from distributed.studies.shift import open_set, shifted_config
 
     configs = [shifted_config(directory.config, *each, path, every) for each in sets]
     start, worked = time.monotonic(), 0
     with ExitStack() as stack:
         for number, config in enumerate(configs, 1):
-            found = check(open_set(directory, config, "dry"), CHECKED)
+            found = check(open_set(directory, config, "dry"), checked_of(config))
             refuse(found.problems)
             following = open_set(directory, config, "write")
             if found.steps and not worked and config.compute.executor == "ray":
@@ -42,7 +51,7 @@ def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | No
             eta = f", ETA {clock(elapsed / worked * left)}" if worked else ""
             print(f"[{number}/{len(configs)}] {name}{eta}" + ("" if found.steps else ": finished"), flush=True)
             worked += bool(found.steps)
-            for method in METHODS:
+            for method in methods_of(config):
                 certify_store(following, f"certificates/{method}")
     if "certify-standard" in directory.manifest["steps"]:
         report.run(directory)
@@ -56,7 +65,7 @@ def _dry_run(directory: RunDirectory, sets: Sequence[tuple[str, int]], args: arg
 
     print(f"{len(sets)} sets; this is {sets[0][0]}, severity {sets[0][1]}, the others take as much unless finished\n")
     config = shifted_config(directory.config, *sets[0], args.path, args.every)
-    dry_run(open_set(directory, config, "dry"), CHECKED, None)
+    dry_run(open_set(directory, config, "dry"), checked_of(config), None)
 
 
 def _sets(directory: RunDirectory, args: argparse.Namespace) -> list[tuple[str, int]]:

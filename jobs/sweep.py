@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from distributed.methods import METHODS
 from distributed.store.run_directory import RunDirectory
 from jobs import build_dataset, certify, finetune_classifier, train_base, train_estimator
 from jobs._cli import EXIT_CODES, run_job
@@ -19,10 +20,8 @@ STEPS: dict[str, Callable[[RunDirectory], None]] = {
     "build_dataset": build_dataset.run,
     "train_estimator": train_estimator.run,
     "finetune_classifier": finetune_classifier.run,
-    "certify-standard": partial(certify.run, method="standard"),
-    "certify-dual": partial(certify.run, method="dual"),
-    "certify-standard-base": partial(certify.run, method="standard", classifier="base"),
-    "certify-dual-base": partial(certify.run, method="dual", classifier="base"),
+    **{f"certify-{name}": partial(certify.run, method=name) for name in METHODS},
+    **{f"certify-{name}-base": partial(certify.run, method=name, classifier="base") for name in METHODS},
 }
 
 

@@ -26,7 +26,7 @@ class Config(Section):
     sigmas: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
     """Sigma, the candidate noise levels: standard deviations in the pixel scale [0, 1], ascending."""
     sigma_e: Positive | None = None
-    """Noise level of the estimator; max(sigmas) unless given, never below it."""
+    """Noise level of the estimator; max(sigmas) unless given. Only under certify.claim `agreement` may it be below."""
     noise: Literal["gaussian", "exact"] = "gaussian"
     """`gaussian`: float32 normal noise, as everybody does it; `exact`: integer noise on the 8-bit grid, for which the
     certificate holds in exact arithmetic too (Voracek & Hein 2023)."""
@@ -45,15 +45,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        from core.procedures.confidence import draws_needed, largest_radius  # scipy: half of what `--help` would take
+        from core.procedures.confidence import draws_needed, largest_radius
 
         if list(self.sigmas) != sorted(set(self.sigmas)):
             raise ValueError(f"sigmas: must be ascending and distinct, got {list(self.sigmas)}; sort them")
         top = max(self.sigmas)
-        if self.sigma_e is not None and self.sigma_e < top:
+        if self.certify.claim == "constant" and self.estimator_sigma < top:
             raise ValueError(
                 f"sigma_e: must be at least max(sigmas) = {top}, got {self.sigma_e}: a smaller one caps every radius; "
-                "raise it or leave it out"
+                "raise it, leave it out, or use certify.claim=agreement"
             )
         for key, pool in (("experts", self.base.experts), ("train_experts", self.base.train_experts)):
             if pool is not None and sorted(pool) != list(self.sigmas):
@@ -65,7 +65,7 @@ class Config(Section):
             raise ValueError(
                 f"certify.num_estimation: {self.certify.num_estimation} draws at {self.stage_alpha:g} a stage cannot "
                 "certify anything, every input would abstain; set it to at least "
-                f"{draws_needed(0.0, top, self.stage_alpha):,}"
+                f"{self._draws_for(0.0):,}"
             )
         labels = self.labels
         if largest_radius(top, labels.num_estimation, labels.alpha) <= 0:
@@ -155,12 +155,31 @@ class Config(Section):
         """What each stage of Dual RS spends."""
         return self.certify.alpha / 2 if self.certify.alpha_split == "halves" else self.certify.alpha
 
+    def _limits(self) -> tuple[tuple[tuple[float, float], ...], ...]:
+        """Stages, as (noise level, alpha), that limit the radius of Dual RS: of each group the furthest one.
+
+        Under claim `agreement` it is min_j max(E_j, R_j) with E_m = 0 for the level m that is picked. R_m is furthest
+        at the largest level, and there the smallest one, whose R_j is least, has to be excluded or to answer the same.
+        """
+        top = (max(self.sigmas), self.stage_alpha)
+        if self.certify.claim == "constant":
+            return ((top,),)
+        parts = 2 if self.certify.router == "plurality" else 1  # two bounds exclude a level
+        return (top,), ((self.estimator_sigma, self.stage_alpha / parts), (min(self.sigmas), self.stage_alpha))
+
     @property
     def reach(self) -> float:
         """The radius below which all certificates of Dual RS stay, whatever the networks do."""
-        from core.procedures.confidence import largest_radius
+        from core.procedures.confidence import largest_radius  # scipy: half of what `--help` would take
 
-        return largest_radius(max(self.sigmas), self.certify.num_estimation, self.stage_alpha)
+        num = self.certify.num_estimation
+        return min(max(largest_radius(sigma, num, alpha) for sigma, alpha in group) for group in self._limits())
+
+    def _draws_for(self, radius: float) -> int:
+        """The fewest draws whose `reach` exceeds a radius."""
+        from core.procedures.confidence import draws_needed
+
+        return max(min(draws_needed(radius, sigma, alpha) for sigma, alpha in group) for group in self._limits())
 
     def check_radii(self, others: float = 0.0) -> None:
         """Refuse radii of the report that nothing on it reaches.
@@ -171,14 +190,15 @@ class Config(Section):
         Raises:
             ConfigError: says how many draws they would take.
         """
-        from core.procedures.confidence import draws_needed
-
-        asked, top, num = max(self.report.radii), max(self.sigmas), self.certify.num_estimation
+        asked, num = max(self.report.radii), self.certify.num_estimation
         if asked >= self.reach and asked > others:
+            where = f"sigma = {max(self.sigmas)}"
+            if self.certify.claim == "agreement":
+                where += f" and sigma_e = {self.estimator_sigma}"
             raise ConfigError(
                 f"certify.num_estimation: {num} draws at {self.stage_alpha:g} a stage certify radii below "
-                f"{self.reach:.3f} at sigma = {top}, but report.radii asks for {asked:g}; set certify.num_estimation "
-                f"to at least {draws_needed(asked, top, self.stage_alpha):,}, or lower report.radii"
+                f"{self.reach:.3f} at {where}, but report.radii asks for {asked:g}; set certify.num_estimation "
+                f"to at least {self._draws_for(asked):,}, or lower report.radii"
             )
 
     @property

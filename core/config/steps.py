@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from core.agreement_records import Claim, Router
 from core.config.models import ClassifierConfig
 from core.config.values import Alpha, Count, NonNegative, Positive, Section, Share
 
@@ -95,7 +96,13 @@ class CertifyConfig(Section):
     """Total failure probability."""
     alpha_split: Literal["halves", "full"] = "halves"
     """`halves`: Dual RS spends half of alpha on each stage, as published; `full`: all of it on each, for the same claim
-    (see docs/guarantees.md)."""
+    (see docs/guarantees.md; not for claim `agreement`)."""
+    claim: Claim = "constant"
+    """What Dual RS says of its ball. `constant`: noise level and class stay, as published (`certificates/dual`);
+    `agreement`: the class stays, whatever level the router picks (`certificates/agreement`)."""
+    router: Router = "median"
+    """Of claim `agreement`, how the estimator's votes pick a level: `median`, levels being ordered; or `plurality`, as
+    published."""
     budget: Literal["fixed", "sequential", "grid"] = "fixed"
     """`fixed`: all draws, the field's standard; `sequential`: the same radii, each stage of Dual RS stops as soon as
     it cannot change what is reported; `grid`: only which radii of `grid` are exceeded."""
@@ -114,6 +121,20 @@ class CertifyConfig(Section):
     futility_z: Annotated[float, Field(gt=0)] = 3.0
     """`grid` gives up on the next radius when it is so many standard deviations out of reach: smaller saves draws and
     loses more radii (never the guarantee), .inf gives up only on what cannot be reached."""
+
+    @model_validator(mode="after")
+    def _both_stages(self) -> Self:
+        if self.claim == "agreement" and self.alpha_split != "halves":
+            raise ValueError(
+                f"alpha_split: {self.alpha_split!r} is for claim constant; under agreement an error of either stage is "
+                "enough, use halves"
+            )
+        return self
+
+    @property
+    def routed(self) -> Literal["dual", "agreement"]:
+        """The method that certifies what is claimed."""
+        return "dual" if self.claim == "constant" else "agreement"
 
 
 class ReportConfig(Section):

@@ -4,8 +4,8 @@ A subset is worth what Dual RS can certify with it. Three scores say what that i
 
 - single: the best of its levels for all examples, standard RS;
 - router: a light router that chooses among its levels, with the price that Dual RS pays for choosing: the radius is
-  min(R_sigma, R_c). It is linear in the pixels, so that R_sigma needs no draws, and it is fitted on other examples than
-  it is scored on;
+  min(R_sigma, R_c), or min_j max(E_j, R_j) under the agreement claim. It is linear in the pixels, so that its part
+  needs no draws, and it is fitted on other examples than it is scored on;
 - oracle: the best level in hindsight, for free. No router does better.
 
 A score is the certified accuracy, averaged over the radii that the user cares about.
@@ -22,9 +22,10 @@ from scipy import special
 
 from core.errors import DataError
 from core.evaluation.metrics import paired_difference, reached
+from core.evaluation.routing import Price, route
 from core.procedures.confidence import certified_radius, lower_bounds
 
-__all__ = ["Candidate", "Choice", "Sample", "choose", "expected", "pooled", "route", "subsets"]
+__all__ = ["Candidate", "Choice", "Sample", "choose", "expected", "pooled", "subsets"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -224,52 +225,13 @@ def _fit(features: Floats, targets: Floats) -> list[_Ridge]:
     return fits
 
 
-def route(
-    scores: Floats, norms: Floats, levels: Sequence[int], sigmas: Floats, num: int, alpha: float
-) -> tuple[Ints, Floats]:
-    """The levels that a linear router picks, and R_sigma, when it is smoothed at sigma_e = max of the subset.
-
-    The level i with the highest score keeps it against j unless the noise moves the image by d_j = (s_i - s_j) /
-    ||w_i - w_j|| along one direction, so that the smoothed router answers i with probability at least 1 - sum_j
-    Phi(-d_j / sigma_e) (a union bound). R_sigma is what that share of `num` votes certifies: it never exceeds sigma_e
-    Phi^-1(alpha^(1/num)). A single level needs no router: its R_sigma is infinite.
-
-    Args:
-        scores: ``(N, K)`` of all levels.
-        norms: ``(K, K)``, ||w_i - w_j||.
-        levels: the subset, places in Sigma.
-        sigmas: ``(K,)`` all levels.
-        num: draws of the router's stage.
-        alpha: failure probability of the router's stage.
-
-    Returns:
-        ``(N,)`` places in Sigma; ``(N,)`` float64 R_sigma, 0 where the router would abstain.
-    """
-    chosen = np.array(levels)
-    if chosen.size == 1:
-        return np.full(len(scores), chosen[0]), np.full(len(scores), np.inf)
-    part = scores[:, chosen]
-    best = part.argmax(axis=1)
-    rows = np.arange(len(part))
-    gap = part[rows, best][:, None] - part
-    slope = norms[np.ix_(chosen, chosen)][best]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = np.where(slope > 0.0, gap / slope, np.inf)
-    distance[rows, best] = np.inf
-    sigma_e = float(sigmas[chosen].max())
-    kept = 1.0 - special.ndtr(-distance / sigma_e).sum(axis=1)
-    votes = np.rint(np.maximum(kept, 0.0) * num).astype(np.int64)
-    return chosen[best], certified_radius(lower_bounds(num, alpha)[votes], sigma_e)
-
-
 def choose(
     sample: Sample,
     sigmas: Floats,
     radii: Floats,
     size: int,
     *,
-    num: int,
-    alpha: float,
+    price: Price,
     strict: bool = True,
     evaluation: Sample | None = None,
     seed: int = 0,
@@ -286,8 +248,7 @@ def choose(
         sigmas: ``(K,)`` ascending.
         radii: ``(R,)`` that the user cares about, >= 0.
         size: levels at most.
-        num: draws of the router's stage.
-        alpha: failure probability of the router's stage.
+        price: of the router's choice.
         strict: count radius > r, otherwise radius >= r.
         evaluation: examples that have no part in the choice; the router that they are scored with is fitted on all of
             `sample`.
@@ -304,9 +265,14 @@ def choose(
         return _fit(sample.features[kept], targets[kept])
 
     def routed(model: _Ridge, levels: tuple[int, ...], of: Sample, where: Ints) -> Floats:
-        """What Dual RS certifies with this router, ``(N, R)``."""
-        picked, radius_sigma = route(model.scores(of.features[where]), model.norms, levels, sigmas, num, alpha)
-        return of.certified[where, picked] * reached(radius_sigma, radii, strict)
+        """How likely Dual RS certifies each radius with this router, ``(N, R)``."""
+        picked, excluded = route(model.scores(of.features[where]), model.norms, levels, sigmas, price)
+        own = of.certified[where, picked]
+        out = reached(excluded, radii, strict)
+        other = np.array(levels) != picked[:, None]
+        if price.claim == "agreement":  # out of reach, or the same class: votes at different levels are independent
+            out = np.maximum(out, of.certified[where][:, list(levels)])
+        return np.asarray(own * np.where(other[:, :, None], out, 1.0).prod(axis=1), np.float64)
 
     def best_penalty(levels: tuple[int, ...], blocks: Sequence[tuple[list[_Ridge], Ints]]) -> int:
         """The place among the penalties with the highest score on examples that the fits have not seen."""

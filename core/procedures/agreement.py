@@ -11,7 +11,7 @@ correction for the number of levels. Levels are counted from 0 here.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import numpy as np
@@ -45,7 +45,7 @@ from core.records import (
     stage_sampling,
 )
 
-__all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict"]
+__all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
     sigmas, sigma_e, num = terms.sigmas, terms.sigma_e, terms.sampling.num_selection
     heads = selection_heads(sigmas, sigma_e)
     selection = yield Draws(sigma_e, num, heads, Phase.SELECTION)
-    level = _choose(selection[ESTIMATOR], terms.router)
+    level = choose_level(selection[ESTIMATOR], terms.router)
     shared = sigmas[level] == sigma_e
     if not shared:
         selection = {**selection, **(yield Draws(sigmas[level], num, (CLASSIFIER,), Phase.SELECTION))}
@@ -153,12 +153,17 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
 def agreement_from_votes(terms: Agreement, votes: AgreementVotes) -> AgreementCertificate:
     """The certificate that stored votes give under `terms`, whatever terms they were drawn for.
 
-    A stage that these terms ask for and that was not drawn shows nothing; one that they do not ask for is not used.
+    A stage that these terms ask for and that was not drawn shows nothing; one that they do not ask for is not used. Why
+    one ended is what these terms say of its votes, where they would have ended it there.
     """
     statement = _statement(terms, votes.router_selection, votes.class_selection)
     stage = next(statement)
     while True:
         known = votes.router if stage.place is None else votes.classes[stage.place]
+        if known and known.num:
+            stop = stage.verdict(known.counts, known.num)
+            ended = stop is not Stop.FULL or known.num == terms.sampling.num_estimation
+            known = replace(known, stop=stop if ended else known.stop)
         try:
             stage = statement.send(known or _nothing(votes.class_selection))
         except StopIteration as end:
@@ -174,7 +179,7 @@ def _statement(
     Another level is asked only where the router may pick it within the radius reached so far, and has only to show that
     radius. In which order does not matter for a fixed budget; the nearest one first saves draws.
     """
-    chosen, c = _choose(router_selection, terms.router), int(class_selection.argmax())
+    chosen, c = choose_level(router_selection, terms.router), int(class_selection.argmax())
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
@@ -218,7 +223,7 @@ def _statement(
     )
 
 
-def _choose(votes: Counts, router: Router) -> int:
+def choose_level(votes: Counts, router: Router) -> int:
     """The level that selection votes name: the router's own rule, on those that are finite."""
     if router == "plurality":
         return int(votes.argmax())

@@ -153,7 +153,8 @@ def largest_radius(sigma: float, num: int, alpha: float) -> float:
 
 def draws_needed(radius: float, sigma: float, alpha: float) -> int:
     """The fewest draws whose `largest_radius` exceeds `radius` (beyond a million, to within a few)."""
-    needed = math.floor(math.log(alpha) / float(special.log_ndtr(radius / sigma))) + 1
+    certain = min(float(special.log_ndtr(radius / sigma)), -1e-300)  # it underflows 38 sigma away
+    needed = math.floor(math.log(alpha) / certain) + 1
     while needed < 1_000_000 and largest_radius(sigma, needed, alpha) <= radius:
         needed += 1
     return needed

@@ -18,7 +18,17 @@ from core.records import Bound
 if TYPE_CHECKING:
     from core.report.pages import Block
 
-__all__ = ["DualRows", "Gallery", "ImportedRows", "Kind", "Method", "MethodRows", "ReportData", "StandardRows"]
+__all__ = [
+    "DualRows",
+    "Gallery",
+    "ImportedRows",
+    "Kind",
+    "Method",
+    "MethodRows",
+    "ReportData",
+    "RoutedRows",
+    "StandardRows",
+]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -84,24 +94,48 @@ class StandardRows(MethodRows):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DualRows(MethodRows):
-    """Certificates of Dual RS.
+class RoutedRows(MethodRows):
+    """Certificates of Dual RS under either claim.
+
+    Attributes:
+        sigma: float64 ``(N,)``, the noise level at which the class was chosen; nan where the claim is that it stays and
+            that was not certified.
+        sigma_choice: int64 ``(N,)``, index into Sigma that the estimator's selection draws chose, also where it
+            abstained.
+    """
+
+    sigma: Floats
+    sigma_choice: Ints
+
+    @property
+    def estimator_abstained(self) -> Bools:
+        """Where no noise level was certified though the claim is about it, bool ``(N,)``."""
+        return np.isnan(self.sigma)
+
+    @property
+    def capped(self) -> Bools:
+        """Where the estimator bounds the radius of a certificate, bool ``(N,)``."""
+        raise NotImplementedError
+
+    def slack(self) -> Floats:
+        """What there is of R_sigma - R_c; nothing where no single R_sigma is claimed."""
+        return np.zeros(0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DualRows(RoutedRows):
+    """Certificates of Dual RS as published.
 
     Attributes:
         radius_sigma: float64 ``(N,)``, R_sigma, 0 where the estimator abstained.
         radius_class: float64 ``(N,)``, R_c, 0 where the classifier abstained or was not run.
-        sigma: float64 ``(N,)``, certified noise level, nan where the estimator abstained.
         bounded_by: ``(N,)`` strings, values of `core.records.Bound`: "sigma", "class", or "none" where abstaining.
-        sigma_choice: int64 ``(N,)``, index into Sigma that the estimator's selection draws chose, also where it
-            abstained.
     """
 
     name: str = "Dual RS"
     radius_sigma: Floats
     radius_class: Floats
-    sigma: Floats
     bounded_by: NDArray[np.str_]
-    sigma_choice: Ints
 
     def __post_init__(self) -> None:
         _check_rows(self)
@@ -112,9 +146,9 @@ class DualRows(MethodRows):
             raise DataError("Dual RS: sigma is nan (the estimator abstained) on rows that claim a certificate")
 
     @property
-    def estimator_abstained(self) -> Bools:
-        """Where no noise level was certified, bool ``(N,)``."""
-        return np.isnan(self.sigma)
+    def capped(self) -> Bools:
+        """Where R_sigma is the radius."""
+        return np.asarray(self.bounded_by == str(Bound.SIGMA))
 
     def slack(self) -> Floats:
         """Delta R_sigma = R_sigma - R_c over the examples that both stages certify; negative: the estimator caps."""
@@ -206,7 +240,7 @@ class ReportData:
         labels: name of the data set.
         radii: float64 ``(R,)``, columns of the tables, ascending, >= 0.
         standard: standard RS with the classifier of Dual RS, one per noise level of Sigma, in the order of Sigma.
-        dual: Dual RS, None when it was not run.
+        dual: Dual RS under the run's claim, None when it was not run.
         standard_at_dual_alpha: float64 ``(N, K)``, R_c(x, sigma_i) at the classifier's share of alpha, 0 for a wrong
             class; None when it was not measured.
         baseline: standard RS with the off-the-shelf classifier.
@@ -229,7 +263,7 @@ class ReportData:
     labels: str
     radii: Floats
     standard: tuple[StandardRows, ...]
-    dual: DualRows | None
+    dual: RoutedRows | None
     standard_at_dual_alpha: Floats | None
     baseline: tuple[StandardRows, ...] = ()
     others: tuple[MethodRows, ...] = ()
@@ -347,7 +381,7 @@ def _check_rows(rows: MethodRows, name: str = "") -> None:
         raise DataError(f"{name}: p_lower must lie in [0, 1], got {rows.p_lower!r}")
 
 
-def _check_choice(dual: DualRows, sigmas: Floats) -> None:
+def _check_choice(dual: RoutedRows, sigmas: Floats) -> None:
     if np.any((dual.sigma_choice < 0) | (dual.sigma_choice >= sigmas.size)):
         raise DataError(f"sigma_choice must index the {sigmas.size} levels of Sigma, got {dual.sigma_choice!r}")
     certified = ~dual.estimator_abstained

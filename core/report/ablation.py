@@ -58,11 +58,11 @@ class AblationSetting:
 
     @property
     def share_capped(self) -> float:
-        """Share of the examples certified by Dual RS whose radius is R_sigma, the estimator's; nan without any."""
+        """Share of the examples certified by Dual RS whose radius the estimator bounds; nan without any."""
         dual = self.data.dual
         assert dual is not None
         certified = ~dual.abstained
-        return float((dual.bounded_by[certified] == "sigma").mean()) if certified.any() else float("nan")
+        return float(dual.capped[certified].mean()) if certified.any() else float("nan")
 
 
 def ablation_row(setting: AblationSetting) -> dict[str, Any]:

@@ -120,8 +120,8 @@ def _curves(runs: Mapping[str, ReportData]) -> dict[str, dict[str, Method]]:
 
 
 def _file_name(title: str) -> str:
-    """`Dual RS` -> `dual`, `Oracle over Sigma (no certificate)` -> `oracle`."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower().split(" ")[0])
+    """`Dual RS` -> `dual`, `Dual RS, agreement` -> `dual-agreement`, `Oracle over Sigma ...` -> `oracle`."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower().replace(" rs", "").partition(" over ")[0])
 
 
 def _name(method: Method) -> str:
@@ -174,7 +174,7 @@ def _summary(runs: Mapping[str, ReportData]) -> Table:
             agreement = data.choice_agreement()
             dual = (
                 percent(d.abstained.mean()),
-                percent((d.bounded_by == "sigma").mean()),
+                percent(d.capped.mean()),
                 NONE if np.isnan(agreement) else percent(agreement),
                 f"{d.num_draws.mean():,.1f}",
                 f"{average_certified_radius(d.correct, d.radius):.4f}",

@@ -13,6 +13,7 @@ from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import paired_difference, reached
 from core.report import DualRows, ReportData
+from core.report.agreement import CONSTANT, AgreementRows
 from core.report.pages import Block, Heading, Section, Table, Text
 
 if TYPE_CHECKING:
@@ -177,9 +178,23 @@ def headroom_sections(data: ReportData) -> list[Section]:
 
 def _claims(data: ReportData) -> list[Routed]:
     """Of every routed method that was run."""
-    if (at_share := data.standard_at_dual_alpha) is None:
-        return []
-    return [dual_claim(rows, at_share) for rows in (data.dual, *data.others) if isinstance(rows, DualRows)]
+    at_share, found = data.standard_at_dual_alpha, []
+    for rows in (data.dual, *data.others):
+        if isinstance(rows, DualRows) and at_share is not None:
+            found.append(dual_claim(rows, at_share))
+        if isinstance(rows, AgreementRows):
+            claims = agreement_claims(
+                (rows.name, CONSTANT),
+                rows.correct,
+                rows.radius,
+                rows.radius_constant,
+                rows.sigma_choice,
+                rows.binding,
+                rows.radius_excluded,
+                rows.radius_class,
+            )
+            found += claims[:1] if found else claims  # the published claim may stand there already
+    return found
 
 
 @dataclass(frozen=True, eq=False)

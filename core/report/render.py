@@ -13,7 +13,7 @@ from core.csv_text import csv_text
 from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
 from core.files import write_whole
 from core.procedures.confidence import largest_radius
-from core.report import DualRows, Kind, ReportData, StandardRows
+from core.report import DualRows, Kind, ReportData, RoutedRows, StandardRows
 from core.report.pages import (
     NONE,
     Block,
@@ -147,12 +147,12 @@ def _summary(data: ReportData) -> str:
     )
     if data.dual is None:
         text += " Dual RS was not run."
-    else:
+    elif isinstance(data.dual, DualRows):
         text += (
             f" Dual RS spends {data.alpha_stages[0]:g} on the noise level and {data.alpha_stages[1]:g} on the class; "
             "the claim holds at alpha."
         )
-    text += "".join(f" {said}" for rows in data.others if (said := rows.summary(data)))
+    text += "".join(f" {said}" for rows in (data.dual, *data.others) if rows and (said := rows.summary(data)))
     if data.experts:
         text += (
             " Each sigma has a classifier of its own: a row 'Expert' is standard RS with that one, Dual RS routes "
@@ -186,8 +186,8 @@ def _reach_notes(data: ReportData) -> list[str]:
     ]
 
 
-def _stage_table(data: ReportData, dual: DualRows) -> Table:
-    certified, capped = ~dual.abstained, dual.bounded_by == "sigma"
+def _stage_table(dual: DualRows) -> Table:
+    certified, capped = ~dual.abstained, dual.capped
     everyone = np.ones_like(certified)
     lines = (
         ("Both stages certified, of all examples", certified, everyone),
@@ -202,22 +202,31 @@ def _stage_table(data: ReportData, dual: DualRows) -> Table:
     return Table(("Dual RS", "Examples", "Share"), rows)
 
 
-def _choice_table(data: ReportData, dual: DualRows) -> Table:
+def _choice_table(data: ReportData, dual: RoutedRows) -> Table:
     chosen, certified, best = data.choice_counts()
-    counts = zip(data.sigmas, chosen, certified, best, strict=True)
-    rows = [(f"{s:g}", f"{c:,}", f"{d:,}", f"{o:,}") for s, c, d, o in counts]
-    rows.append(("none", "0", f"{dual.estimator_abstained.sum():,}", f"{data.num_examples - best.sum():,}"))
-    return Table(("sigma", "Chosen by the estimator", "Certified by the estimator", "Best in hindsight"), tuple(rows))
+    columns = {
+        "Chosen by the estimator": (*chosen, 0),
+        "Certified by the estimator": (*certified, dual.estimator_abstained.sum()),
+        "Best in hindsight": (*best, data.num_examples - best.sum()),
+    }
+    if not isinstance(dual, DualRows):
+        del columns["Certified by the estimator"]  # the claim is not about it
+    names = (*(f"{sigma:g}" for sigma in data.sigmas), "none")
+    counts = zip(names, *columns.values(), strict=True)
+    return Table(("sigma", *columns), tuple((name, *(f"{count:,}" for count in row)) for name, *row in counts))
 
 
-def _dual_blocks(data: ReportData, dual: DualRows, pictures: Mapping[str, Picture]) -> list[Block]:
+def _dual_blocks(data: ReportData, dual: RoutedRows, pictures: Mapping[str, Picture]) -> list[Block]:
     agree = data.choice_agreement()
     said = "No sigma certifies the right class of any example." if np.isnan(agree) else (
         f"Where some sigma certifies the right class, the estimator chose the best one for {percent(agree)} "
         "of the examples (ties count for the smaller sigma)."
     )  # fmt: skip
+    staged: list[Block] = []
+    if isinstance(dual, DualRows):
+        staged = [Heading("Dual RS, stage by stage"), _stage_table(dual)]
     blocks: list[Block] = [
-        Heading("Dual RS, stage by stage"), _stage_table(data, dual),
+        *staged, *dual.blocks(data),
         Heading("Choice of the noise level"), Text(said), _choice_table(data, dual),
         pictures["sigma_choice"],
         Heading("Lost and spare radius"),
@@ -234,13 +243,13 @@ def _dual_blocks(data: ReportData, dual: DualRows, pictures: Mapping[str, Pictur
                 f"{percent(float((lost <= 0.0).mean()))} lose nothing."
             )
         blocks.append(Text(text))
-    text = f"Both stages certify {slack.size:,} of {data.num_examples:,} examples."
+    text = f"Both stages certify {slack.size:,} of {data.num_examples:,} examples." if staged else ""
     if slack.size:
         text += (
             f" Over these, Delta R_sigma = R_sigma - R_c has median {np.median(slack):.4f};"
             f" it is negative for {percent(float((slack < 0.0).mean()))}, where the estimator caps the radius."
         )
-    blocks.append(Text(text))
+    blocks += [Text(text)] if text else []
     if "delta_radius" in pictures:
         blocks.append(pictures["delta_radius"])
     return blocks
@@ -266,7 +275,7 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     if data.dual is not None:
         blocks += _dual_blocks(data, data.dual, pictures)
     text = "Up to one half (dashed) nothing is certified."
-    if data.dual is not None:
+    if isinstance(data.dual, DualRows):
         text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
     blocks += [Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
     if data.gallery is not None:

@@ -8,7 +8,7 @@ import numpy as np
 from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import average_certified_radius, reached
-from core.report import DualRows, Kind, Method, ReportData
+from core.report import Kind, Method, ReportData
 from core.report.pages import NONE, Block, Heading, Section, Table, Text, markdown_table, percent
 
 __all__ = ["rounds_section"]
@@ -71,13 +71,13 @@ def _summary(rounds: Sequence[ReportData]) -> Table:
     rows = []
     for number, data in enumerate(rounds, 1):
         method, lost, agreement = _dual(data), data.lost_radius(), data.choice_agreement()
-        assert isinstance(data.dual, DualRows)
+        assert data.dual is not None
         rows.append(
             (
                 f"Round {number}",
                 percent(float(data.dual.abstained.mean())),
                 percent(float(data.dual.estimator_abstained.mean())),
-                percent(float((data.dual.bounded_by == "sigma").mean())),
+                percent(float(data.dual.capped.mean())),
                 NONE if np.isnan(agreement) else percent(agreement),
                 f"{np.median(lost):.4f}" if lost.size else NONE,
                 f"{data.oracle[1].mean():.4f}",

@@ -189,10 +189,10 @@ def _against_votes(
         return
     for votes in method.votes(row, terms, num_classes):
         yield from _out_of_range(votes)
-    for ending in method.endings:
-        stop, most = row[f"stop_reason{ending}"], terms.sampling.num_estimation
-        drawn = row[f"num_estimation{ending}"]
-        if (stop == Stop.FULL) != (drawn == most) and stop not in (Stop.REACHED, Stop.SKIPPED):
+    most = terms.sampling.num_estimation
+    for stop, drawn in method.ends(row):
+        full = (stop == Stop.FULL) == (drawn == most) or stop == Stop.REACHED
+        if not full or (stop == Stop.SKIPPED) != (drawn == 0):
             yield f"stopped as {stop!r} after {drawn} of {most} draws"
     if label is None:
         return  # reported against the plan

@@ -106,7 +106,13 @@ def store_bytes(work: Work, examples: int, num_classes: int) -> int:
         width = len(work.config.sigmas) if column.name.endswith("_sigma") else num_classes
         share = np.full(width, 0.4 / width) + 0.6 * (np.arange(width) == 0)
         draws = sampling.num_selection if "selection" in column.name else sampling.num_estimation
-        if pa.types.is_list(column.type):
+        if pa.types.is_list(column.type) and not column.name.startswith("counts_"):  # an entry for each level
+            if pa.types.is_string(column.type.value_type):
+                columns.append(pa.array([["full"] * len(work.config.sigmas)] * num))
+            else:
+                entries = list(100 * random.random((num, len(work.config.sigmas))))
+                columns.append(pa.array(entries).cast(column.type, safe=False))
+        elif pa.types.is_list(column.type):
             votes = list(random.multinomial(draws, share / share.sum(), size=num))
             if pa.types.is_list(column.type.value_type):  # of all levels but the last, at most
                 votes = [[each] * (len(work.config.sigmas) - 1) for each in votes]

@@ -160,9 +160,9 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     print(f"\n{format_parts(parts, price)}\n")
     if any(not part.exact for part in parts):
         notes.append(
-            "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies) or abstains, "
-            "Multiscale where a level above the smallest sigma decides, sequential budgets where they stop early; "
-            "training leaves out samples of radius 0"
+            "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies), abstains or, "
+            "under claim agreement, excludes a level, Multiscale where a level above the smallest sigma decides, "
+            "sequential budgets where they stop early; training leaves out samples of radius 0"
         )
     notes.append("wall: with all replicas from the start; without the start of Ray, of machines, and of Python")
     print("\n".join(notes))

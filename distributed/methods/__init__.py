@@ -17,6 +17,10 @@ __all__ = ["METHODS", "method_named", "method_of", "methods"]
 METHODS: dict[str, tuple[str, str]] = {
     "standard": ("distributed.methods.standard:Standard", "CERTIFY (Cohen et al. 2019) once per sigma"),
     "dual": ("distributed.methods.dual:Dual", "min(R_sigma, R_c), alpha / 2 each"),
+    "agreement": (
+        "distributed.methods.agreement:Agreement",
+        "min over the levels of max(E, R): the class stays wherever the router may go (certify.router)",
+    ),
     "multiscale": (
         "distributed.methods.multiscale:Multiscale",
         "the cascade of Jeong & Shin (2023) from the largest sigma down, alpha divided over the levels "

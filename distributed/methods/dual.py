@@ -30,6 +30,7 @@ from distributed.methods.method import (
     Copies,
     Method,
     Row,
+    RunRows,
     Terms,
     Votes,
     column,
@@ -191,18 +192,17 @@ class Dual(Method):
         return sum(missing_votes(table, ending) for ending in self.endings)
 
     def rederived(
-        self, stored: Sequence[Row], standard: Mapping[tuple[str, float], Row], sigmas: Sequence[float], terms: Terms
+        self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms
     ) -> Iterator[dict[str, Any]]:
         """Where the estimator's choice moves, the classifier's votes come from standard RS: the same noise gave them.
 
         Draws that the estimator gave to a level that is left out count for no level.
         """
-        return super().rederived(
-            [self._restricted(row, standard, sigmas, terms) for row in stored], standard, sigmas, terms
-        )
+        restricted = [self._restricted(row, run["standard"], sigmas, terms) for row in stored]
+        return super().rederived(restricted, run, sigmas, terms)
 
     def _restricted(
-        self, row: Row, standard: Mapping[tuple[str, float], Row], sigmas: Sequence[float], terms: Terms
+        self, row: Row, standard: Mapping[tuple[str, float | None], Row], sigmas: Sequence[float], terms: Terms
     ) -> Row:
         """A row with the estimator's votes for the subset, and the classifier's at the level it then picks."""
         if row["status"] == ERROR:

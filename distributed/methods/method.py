@@ -11,16 +11,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from core.agreement_records import Router
 from core.config import Config
 from core.procedures.sequential import Budget
 from core.records import CLASSIFIER, AlphaSplit, Counts, Procedure, Rule, Sampling
 from core.report import MethodRows
 from distributed.methods.rows import CERTIFICATE_SCHEMA, ERROR, error_row
 
-__all__ = ["Copies", "Kind", "Method", "Row", "Terms", "Votes", "column", "missing_votes", "votes_of"]
+__all__ = [
+    "Copies",
+    "Kind",
+    "Method",
+    "Row",
+    "RunRows",
+    "Terms",
+    "Votes",
+    "column",
+    "keyed",
+    "missing_votes",
+    "votes_of",
+]
 
 Row = Mapping[str, Any]
 """A row of a shard, as Arrow gives it: lists, numbers, strings."""
+
+RunRows = Mapping[str, Mapping[tuple[str, float | None], Row]]
+"""The rows of a run by method, and by example and noise level: None where a method has one row an example."""
 
 Kind = tuple[str, ...]
 """A kind of forward pass, by the heads that read the same noisy copy."""
@@ -43,6 +59,7 @@ class Terms:
         split: how Dual RS spends alpha.
         sigma_share: share of alpha that the estimator's stage spends, where it is divided.
         level_shares: shares of alpha by the level of Multiscale that decides, see `core.procedures.multiscale`.
+        router: how the agreement claim's estimator picks a level.
     """
 
     sampling: Sampling
@@ -54,6 +71,7 @@ class Terms:
     split: AlphaSplit = "halves"
     sigma_share: float = 0.5
     level_shares: tuple[float, ...] = ()
+    router: Router = "median"
 
     @classmethod
     def of(cls, config: Config, sampling: Sampling, budget: Budget) -> "Terms":
@@ -68,6 +86,7 @@ class Terms:
             sigma_e=config.estimator_sigma,
             split=certify.alpha_split,
             level_shares=certify.level_shares,
+            router=certify.router,
         )
 
 
@@ -153,6 +172,11 @@ class Method(ABC):
             name = f"counts_{phase}"
             yield Votes(name, row[name], row[f"num_{phase}"], frozenset({num_classes}))
 
+    def ends(self, row: Row) -> Iterator[tuple[str, int]]:
+        """Why each stage of a row ended, and after how many estimation draws."""
+        for ending in self.endings:
+            yield row[f"stop_reason{ending}"], row[f"num_estimation{ending}"]
+
     def spent(self, row: Row, terms: Terms) -> float:
         """Failure probability that a row says it spends."""
         return float(row["alpha"])
@@ -162,13 +186,13 @@ class Method(ABC):
         return missing_votes(table)
 
     def rederived(
-        self, stored: Sequence[Row], standard: Mapping[tuple[str, float], Row], sigmas: Sequence[float], terms: Terms
+        self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms
     ) -> Iterator[dict[str, Any]]:
         """Rows under other terms, from votes alone.
 
         Args:
             stored: its rows of the run, if it was run.
-            standard: those of standard RS, by example and noise level.
+            run: those of all methods that were run.
             sigmas: Sigma of the run; that of `terms` is a subset.
             terms: the new ones.
 
@@ -184,6 +208,11 @@ class Method(ABC):
     def shown(self, table: pa.Table, terms: Terms) -> MethodRows:
         """Its rows as the report wants them, `table` ordered by example."""
         return MethodRows(name=self.title, **common_columns(table))
+
+
+def keyed(rows: Sequence[Row], per_level: bool) -> dict[tuple[str, float | None], Row]:
+    """Rows of a method as `RunRows` has them."""
+    return {(row["example_id"], row["sigma"] if per_level else None): row for row in rows}
 
 
 def common_columns(table: pa.Table) -> dict[str, Any]:

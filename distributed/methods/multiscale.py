@@ -15,6 +15,7 @@ from distributed.methods.method import (
     Copies,
     Method,
     Row,
+    RunRows,
     Terms,
     Votes,
     column,
@@ -107,9 +108,10 @@ class Multiscale(Method):
         return missing
 
     def rederived(
-        self, stored: Sequence[Row], standard: Mapping[tuple[str, float], Row], sigmas: Sequence[float], terms: Terms
+        self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms
     ) -> Iterator[dict[str, Any]]:
         """From the votes of standard RS, whether it was run or not: the same noise gave them. Needs all draws."""
+        standard = run["standard"]
         for example_id in dict.fromkeys(example_id for example_id, _ in standard) if terms.budget == "fixed" else ():
             rows = {sigma: standard[example_id, sigma] for sigma in terms.sigmas}
             first = next(iter(rows.values()))

@@ -1,7 +1,7 @@
 """Standard randomized smoothing: a certificate, and so a row, for every noise level."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from core.errors import DataError
 from core.procedures.sequential import beyond, conclude, standard_procedure
 from core.procedures.smoothing import certificate
 from core.records import CLASSIFIER, Certificate, Procedure, Stop
-from distributed.methods.method import Copies, Method, Row, Terms, votes_of
+from distributed.methods.method import Copies, Method, Row, RunRows, Terms, votes_of
 from distributed.methods.rows import certificate_row
 
 __all__ = ["Standard", "grid", "stacked"]
@@ -60,11 +60,11 @@ class Standard(Method):
         return Counter({(CLASSIFIER,): len(terms.sigmas) * each}), terms.budget == "fixed"
 
     def rederived(
-        self, stored: Sequence[Row], standard: Mapping[tuple[str, float], Row], sigmas: Sequence[float], terms: Terms
+        self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms
     ) -> Iterator[dict[str, Any]]:
         """The rows of the levels that are left."""
         kept = [row for row in stored if row["sigma"] in terms.sigmas]
-        return super().rederived(kept, standard, sigmas, replace(terms, sigmas=tuple(sigmas)))
+        return super().rederived(kept, run, sigmas, replace(terms, sigmas=tuple(sigmas)))
 
 
 def grid(table: pa.Table, name: str, sigmas: Sequence[float]) -> NDArray[Any]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from core.agreement_records import AgreementCertificate, AgreementPrediction
 from core.config import Config
 from core.csv_text import csv_text
 from core.data import StoredImages
@@ -23,6 +24,7 @@ from core.data.loading import preparation
 from core.data.parquet_files import ParquetPart, parquet_files
 from core.errors import ConfigError, DataError
 from core.machine.engine import Task
+from core.procedures.agreement import agreement_predict
 from core.procedures.confidence import draws_needed
 from core.procedures.dual import dual_predict
 from core.procedures.smoothing import predict
@@ -49,10 +51,10 @@ class Question:
     """What is asked about each image.
 
     Attributes:
-        method: `dual`, or `standard` at one noise level.
-        sigma: that level, one of Sigma; None for `dual`.
+        method: `dual` or `agreement`, or `standard` at one noise level.
+        sigma: that level, one of Sigma; None for the others.
         certify: whether for a certificate with a radius, or for the class alone.
-        num: noisy copies (of each stage of `dual`); of a certificate, those that bound.
+        num: noisy copies (of each stage of Dual RS); of a certificate, those that bound.
         alpha: failure probability of each answer.
         classifier: fine-tuned, or as it was before.
         seed: of the noise.
@@ -61,7 +63,7 @@ class Question:
         ConfigError: for values out of range, or so few copies that there would be no answer.
     """
 
-    method: Literal["standard", "dual"]
+    method: Literal["standard", "dual", "agreement"]
     sigma: float | None
     certify: bool
     num: int
@@ -74,7 +76,7 @@ class Question:
             raise ConfigError(
                 f"need num >= 1, alpha in (0, 1) and seed >= 0, got {self.num!r}, {self.alpha!r} and {self.seed!r}"
             )
-        stage = self.alpha / 2 if self.method == "dual" else self.alpha
+        stage = self.alpha if self.method == "standard" else self.alpha / 2
         # Where all copies agree: the p-value is 2 (1/2)^num, the bound alpha^(1/num).
         needed = draws_needed(0.0, 1.0, stage) if self.certify else math.ceil(1.0 - math.log2(stage))
         if self.num < needed:
@@ -144,7 +146,8 @@ def predict_images(directory: RunDirectory, images: Images, question: Question, 
     if len(set(names)) < len(names):
         repeated, times = Counter(names).most_common(1)[0]
         raise DataError(f"{repeated!r} names {times} images, expected one each; name another --id-column")
-    procedure, rows = _procedure(work, question), dict[int, Row]()
+    procedure, answers = _procedure(work, question), partial(_answer, classes=classes, sigmas=config.sigmas)
+    rows: dict[int, Row] = {}
     engine = build_engine(work, num_classes, config.compute.training_batch_size)
 
     def tasks() -> Iterator[Task[Any]]:
@@ -161,7 +164,7 @@ def predict_images(directory: RunDirectory, images: Images, question: Question, 
 
     with Progress(len(names), "predict", "images", interval_s=config.compute.progress_interval_s) as progress:
         for finished in engine.run(tasks()):
-            rows[finished.key] = {"id": names[finished.key], **_answer(finished.result, classes), "error": ""}
+            rows[finished.key] = {"id": names[finished.key], **answers(finished.result), "error": ""}
             progress.update(1)
     return [rows[index] for index in range(len(names))]
 
@@ -171,7 +174,7 @@ def _work(directory: RunDirectory, question: Question, device: str) -> Work:
     config = directory.config
     if question.method == "standard" and question.sigma not in config.sigmas:
         raise ConfigError(f"sigma: standard needs one of {list(config.sigmas)}, the run's noise levels")
-    if question.method == "dual" and question.sigma is not None:
+    if question.method != "standard" and question.sigma is not None:
         raise ConfigError("sigma: Dual RS picks it for each image; drop it, or ask for the standard method")
     ending = "" if question.classifier == "finetuned" else "-base"
     work, _ = work_of(directory, f"certificates/{question.method}{ending}")
@@ -189,7 +192,10 @@ def _procedure(work: Work, question: Question) -> Callable[[], Any]:
     if question.certify:
         return work.method.procedures(work.terms)[0 if question.sigma is None else config.sigmas.index(question.sigma)]
     if question.sigma is None:
-        return partial(dual_predict, config.sigmas, config.estimator_sigma, question.num, question.alpha)
+        asked = (config.sigmas, config.estimator_sigma, question.num, question.alpha)
+        if question.method == "dual":
+            return partial(dual_predict, *asked)
+        return partial(agreement_predict, *asked, config.certify.router)
     return partial(predict, question.sigma, question.num, question.alpha)
 
 
@@ -215,29 +221,37 @@ def _names(config: Config, num_classes: int) -> Sequence[str] | None:
 def columns_of(question: Question) -> tuple[str, ...]:
     """Columns of the answer's rows.
 
-    `class`: index, -1 where abstaining; `sigma`: the noise level, none where the estimator abstained; `p_value` and
-    `p_value_sigma`: of the exact tests of the class and of the noise level; radii: l2, pixel scale [0, 1], 0 where
-    abstaining; `error`: why an image could not be read, and nothing else is known of it.
+    `class`: index, -1 where abstaining; `sigma`: the noise level, none where the estimator abstained or its votes leave
+    several; `p_value` and `p_value_sigma`: of the exact tests of the class (the largest, where it was asked at several
+    levels) and of the noise level; radii: l2, pixel scale [0, 1], 0 where abstaining; `error`: why an image could not
+    be read, and nothing else is known of it.
     """
-    dual = question.method == "dual"
+    further = {"dual": ("radius_sigma", "radius_class"), "agreement": ("radius_constant",), "standard": ()}
     if question.certify:
-        numbers: tuple[str, ...] = ("radius", "p_lower", *(("radius_sigma", "radius_class") if dual else ()))
+        numbers: tuple[str, ...] = ("radius", "p_lower", *further[question.method])
     else:
-        numbers = ("p_value", *(("p_value_sigma",) if dual else ()))
+        numbers = ("p_value", *(("p_value_sigma",) if question.method == "dual" else ()))
     return ("id", "class", "class_name", "sigma", "abstained", *numbers, "error")
 
 
-def _answer(
-    result: Prediction | DualPrediction | Certificate | DualCertificate, classes: Sequence[str] | None
-) -> dict[str, Any]:
+Result = Prediction | DualPrediction | AgreementPrediction | Certificate | DualCertificate | AgreementCertificate
+
+
+def _answer(result: Result, classes: Sequence[str] | None, sigmas: Sequence[float]) -> dict[str, Any]:
     abstained = result.prediction == ABSTAIN
     row = {
         "class": result.prediction,
         "class_name": "" if abstained or classes is None else classes[result.prediction],
-        "sigma": result.sigma,
+        "sigma": None if isinstance(result, AgreementPrediction) else result.sigma,
         "abstained": abstained,
     }
     match result:
+        case AgreementPrediction():
+            one = sigmas[result.candidates[0]] if len(result.candidates) == 1 else None
+            return row | {"sigma": one, "p_value": max((stage.p_value for stage in result.stages), default=None)}
+        case AgreementCertificate():
+            p_lower = result.levels[result.level].p_lower
+            return row | {"radius": result.radius, "p_lower": p_lower, "radius_constant": result.radius_constant}
         case Prediction():
             return row | {"p_value": result.p_value}
         case DualPrediction():

@@ -1,16 +1,17 @@
-"""Certificates for another alpha, another split or a subset of Sigma, from stored votes alone."""
+"""Certificates for another alpha, split or claim, or a subset of Sigma, from stored votes alone."""
 
 import math
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from core.agreement_records import Claim, Router
 from core.config import Config
 from core.errors import ConfigError
 from core.records import AlphaSplit, Sampling
 from core.report import ReportData
 from distributed.files.storage import Folder
 from distributed.methods import METHODS, method_named, method_of
-from distributed.methods.method import Terms
+from distributed.methods.method import Terms, keyed
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.views.tables import report_data
@@ -27,17 +28,22 @@ class Change:
         sigma_share: share of alpha that Dual RS spends on the noise level, in (0, 1).
         split: how Dual RS spends alpha; None keeps the run's way.
         sigmas: a subset of Sigma; None keeps all of it.
+        claim: of Dual RS, see `CertifyConfig`; None keeps the run's.
+        router: of the agreement claim; None keeps the run's.
     """
 
     alpha: float | None = None
     sigma_share: float = 0.5
     split: AlphaSplit | None = None
     sigmas: tuple[float, ...] | None = None
+    claim: Claim | None = None
+    router: Router | None = None
 
     def name(self) -> str:
         """Folder of the result."""
         parts = [f"alpha-{self.alpha:g}"] if self.alpha is not None else []
-        parts += [f"split-{self.split}"] if self.split is not None else []
+        named = {"claim": self.claim, "router": self.router, "split": self.split}
+        parts += [f"{key}-{value}" for key, value in named.items() if value is not None]
         parts += [f"share-{self.sigma_share:g}"] if self.sigma_share != 0.5 else []
         parts += ["sigmas-" + "-".join(f"{sigma:g}" for sigma in self.sigmas)] if self.sigmas else []
         return "_".join(parts) or "same"
@@ -50,8 +56,8 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     been asked for in the first place; for one certificate at a time, not for the best of several changes. A noise
     level that is left out of Sigma keeps its votes from the others: draws that the estimator gave to it count for no
     level. Where the estimator's choice moves, the classifier's votes come from certificates/standard, which has them
-    at every level from the same noise. So it has Multiscale's, which is derived too, run before or not, where the
-    budget is fixed.
+    at every level from the same noise. So it has Multiscale's and the agreement claim's, which are derived too, run
+    before or not, where the budget is fixed.
 
     Raises:
         ConfigError: for a change out of range, or a run without the certificates that it needs.
@@ -63,23 +69,42 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     if not 0.0 < change.sigma_share < 1.0:
         raise ConfigError(f"share must lie in (0, 1), got {change.sigma_share!r}")
     certify = config.certify
-    split = change.split or certify.alpha_split
-    if split not in get_args(AlphaSplit) or (split == "full" and change.sigma_share != 0.5):
-        raise ConfigError(f"split is one of {get_args(AlphaSplit)}, and share goes with halves alone, got {change}")
+    claim, router = change.claim or certify.claim, change.router or certify.router
+    split = change.split or (certify.alpha_split if claim == "constant" else "halves")
+    for key, value, known in (("split", split, AlphaSplit), ("claim", claim, Claim), ("router", router, Router)):
+        if value not in get_args(known):
+            raise ConfigError(f"{key} is one of {get_args(known)}, got {value!r}")
+    if change.sigma_share != 0.5 and (split == "full" or claim == "agreement"):
+        raise ConfigError(f"share goes with split=halves and claim=constant alone, got {change}")
+    if split == "full" and claim == "agreement":
+        raise ConfigError("split=full is for claim=constant: under agreement an error of either stage is enough")
     alpha = certify.alpha if change.alpha is None else change.alpha
     sampling = Sampling(certify.num_selection, certify.num_estimation, alpha)
     terms = replace(Terms.of(config, sampling, certify.budget), split=split, sigma_share=change.sigma_share)
+    terms = replace(terms, router=router)
 
     standard = ShardStore(directory.folder, "certificates/standard")
     if not standard.files():
         raise ConfigError(f"{str(standard.folder)!r} has no certificates: run jobs.certify --method standard first")
-    by_key = {(row["example_id"], row["sigma"]): row for row in standard.read().to_pylist()}
     terms = replace(terms, sigmas=sigmas, level_shares=_shares(config, sigmas))
+    stores = {name: ShardStore(directory.folder, f"certificates/{name}") for name in METHODS}
+    run = {
+        name: keyed(store.read().to_pylist(), method_named(name).per_level)
+        for name, store in stores.items()
+        if store.files()
+    }
     made: dict[str, list[dict[str, Any]]] = {}
-    for name in METHODS:
-        store = ShardStore(directory.folder, f"certificates/{name}")
-        stored = store.read().to_pylist() if store.files() else []
-        made[store.name] = list(method_named(name).rederived(stored, by_key, config.sigmas, terms))
+    for name, store in stores.items():
+        stored = list(run.get(name, {}).values())
+        made[store.name] = list(method_named(name).rederived(stored, run, config.sigmas, terms))
+
+    routed = "dual" if claim == "constant" else "agreement"
+    if change.claim is not None and not made[stores[routed].name]:
+        raise ConfigError(
+            f"claim={claim} needs certificates/{routed}"
+            + (" or, of a run with budget fixed, certificates/dual" if claim == "agreement" else "")
+            + f"; run jobs.certify --method {routed} first"
+        )
 
     # Only now, when nothing can be refused any more, the result of an earlier call makes room.
     root = directory.folder / f"recertified/{change.name()}"
@@ -89,13 +114,19 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
             ShardStore(root, name).commit(0, rows, method_of(name).schema, "recertified")
     notes = (
         f"Derived from the votes of {directory.folder.name}: alpha = {alpha:g}, share of the noise level "
-        f"{change.sigma_share:g}, Sigma = {list(sigmas)}.",
+        f"{change.sigma_share:g}, Sigma = {list(sigmas)}, claim {claim} (router of agreement: {router}).",
     )
     changed = config.model_copy(
         update={
             "sigmas": sigmas,
             "certify": certify.model_copy(
-                update={"alpha": alpha, "alpha_split": split, "level_shares": terms.level_shares}
+                update={
+                    "alpha": alpha,
+                    "alpha_split": split,
+                    "level_shares": terms.level_shares,
+                    "claim": claim,
+                    "router": router,
+                }
             ),
             "sigma_e": terms.sigma_e,
         }

@@ -12,9 +12,8 @@ from core.data.corruptions import CORRUPTIONS
 from core.errors import ConfigError
 from distributed.store.run_directory import RunDirectory
 
-__all__ = ["METHODS", "known_corruptions", "open_set", "sets_there", "shifted_config"]
+__all__ = ["known_corruptions", "open_set", "sets_there", "shifted_config"]
 
-METHODS: tuple[Literal["standard", "dual"], ...] = ("standard", "dual")
 _BENCHMARK = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),

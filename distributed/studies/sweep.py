@@ -56,9 +56,10 @@ def shared_steps(sweep: Sweep) -> tuple[SharedStep, ...]:
 
 def own_steps(sweep: Sweep, config: Config) -> tuple[str, ...]:
     """Steps of the setting with this configuration, in their order."""
+    certified = f"certify-{config.certify.routed}"
     if sweep.classifier == "base":
-        return ("train_estimator", "certify-dual-base")
-    steps = ("train_estimator", "finetune_classifier", "certify-standard", "certify-dual")
+        return ("train_estimator", f"{certified}-base")
+    steps = ("train_estimator", "finetune_classifier", "certify-standard", certified)
     return tuple(step for step in steps if step in steps_of(config))
 
 

@@ -102,5 +102,5 @@ def dry_run_sweep(sweep: Sweep, out: Folder, price: float | None, seconds: float
             measure_parts(piece.directory, own, found.data, device, seconds)
         parts += [replace(part, name=f"{piece.name}: {part.name}") for part in own]
     print(f"\n{format_parts(parts, price)}\n")
-    print("<= is an upper bound: Dual RS takes less where the estimator picks sigma_e or abstains")
+    print("<= is an upper bound: Dual RS takes less where the estimator picks sigma_e, abstains, or excludes a level")
     print(f"wall: one after the other; up to {replicas} settings run at a time")

@@ -27,7 +27,7 @@ def gallery(directory: RunDirectory, each: int) -> Gallery | str:
     Returns:
         The gallery, or why there is none: this machine may have neither the images nor the models.
     """
-    store = ShardStore(directory.folder, "certificates/dual")
+    store = ShardStore(directory.folder, f"certificates/{directory.config.certify.routed}")
     if not store.committed():
         return "Dual RS was not run"
     table = store.read()

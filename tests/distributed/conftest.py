@@ -18,7 +18,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished_cascade(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights with which the larger sigma does not always decide; one file per store."""
     settings = ("sigmas=[0.1, 1.0]", "compute.part_rows=1000", "certify.level_shares=[0.25, 0.5]")
-    return finished_run(tmp_path_factory.mktemp("cascade"), *settings, multiscale=True, weight_seed=3).path
+    return finished_run(
+        tmp_path_factory.mktemp("cascade"), *settings, more=("multiscale", "agreement"), weight_seed=3
+    ).path
 
 
 @pytest.fixture

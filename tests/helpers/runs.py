@@ -17,8 +17,8 @@ OVERRIDES = (
 )
 
 
-def finished_run(path: Path, *overrides: str, multiscale: bool = False, weight_seed: int = 0) -> RunDirectory:
-    """50 test images, certified with standard RS and Dual RS (and Multiscale)."""
+def finished_run(path: Path, *overrides: str, more: tuple[str, ...] = (), weight_seed: int = 0) -> RunDirectory:
+    """50 test images, certified with standard RS and Dual RS (and more methods)."""
     run = tiny_run(path, *OVERRIDES, *overrides, weight_seed=weight_seed)
     run.finish(  # the models stand in for the fine-tuned one
         "finetune_classifier",
@@ -26,10 +26,8 @@ def finished_run(path: Path, *overrides: str, multiscale: bool = False, weight_s
         wrote={"classifier_finetuned": _copy(run.model("classifier"), run.model("classifier_finetuned"))},
         facts={},
     )
-    for method in ("standard", "dual"):
+    for method in ("standard", "dual", *more):
         certify.run(run, method)
-    if multiscale:
-        certify.run(run, "multiscale")
     return run
 
 

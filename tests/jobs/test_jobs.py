@@ -215,14 +215,26 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
 
     audit = call("audit", "--out", str(run.path), "--replay", "5")
     assert (audit.returncode, audit.stdout.splitlines()[-1]) == (0, "nothing found")
-    assert call("recertify", "--out", str(run.path), "alpha=1e-3").returncode == 0
-    assert (run.path / "recertified/alpha-0.001/report/headroom.csv").stat().st_size > 0
+    assert call("recertify", "--out", str(run.path), "alpha=1e-3", "claim=agreement").returncode == 0
+    (headroom,) = (run.path / "recertified").glob("*/report/headroom.csv")
+    assert headroom.stat().st_size > 0
     wrong = call("recertify", "--out", str(run.path), "beta=1")
-    assert (wrong.returncode, wrong.stderr) == (2, "error: unknown beta; known: alpha, share, sigmas, split\n")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: unknown beta; known: alpha, claim, router, share, sigmas, split\n",
+    )
     (run.path / "dataset" / ShardStore(run.path, "dataset").files()[0]).unlink()
     audit = call("audit", "--out", str(run.path))
     assert audit.returncode == 3
     assert re.search(r"dataset: part-000000-0000\d\d.parquet: is missing", audit.stderr)
+
+
+def test_pipeline_certifies_what_is_claimed() -> None:
+    certified = [
+        [name for name in pipeline.checked_of(parse_config(PLAIN, values)) if name.startswith("certify")]
+        for values in ([], ["certify.claim=agreement"])
+    ]
+    assert certified == [["certify-standard", "certify-dual"], ["certify-standard", "certify-agreement"]]
 
 
 def test_jobs_that_only_look_leave_the_run_directory_as_it_is(tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
+import itertools
 import json
 import math
+import re
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from core.agreement_records import AgreementVotes, Router, StageVotes
 from core.config import load_config, parse_config
 from core.errors import ConfigError
+from core.procedures.agreement import Agreement, agreement_from_votes
+from core.records import Sampling, Stop
 
 MINIMAL = {"sigmas": [0.25, 0.5], "certify": {"num_estimation": 10_000}, "report": {"radii": [0, 0.5]}}
 
@@ -30,7 +37,11 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("sigmas=0.25", r"'sigmas' is 0.25: expected a list, for example \[0.25\]$"),
         ("report.radii=0.5", r"'report.radii' is 0.5: expected a list, for example \[0.5\]$"),
         ("sigmas=[0.5, 0.25]", r"sigmas: must be ascending and distinct, got \[0.5, 0.25\]; sort them"),
-        ("sigma_e=0.3", r"sigma_e: must be at least max\(sigmas\) = 0.5, got 0.3.*raise it or leave it out"),
+        (
+            "sigma_e=0.3",
+            r"sigma_e: must be at least max\(sigmas\) = 0.5, got 0.3.*leave it out, or use certify.claim=agreement",
+        ),
+        ("certify={claim: agreement, alpha_split: full}", r"alpha_split: 'full' is for claim constant.*use halves"),
         ("certify.alpha=1.0", r"'certify.alpha' is 1.0: input should be less than 1"),
         ("certify.alpha=0", r"'certify.alpha' is 0: input should be greater than 0"),
         ("report.radii=[0.5, 0.1]", r"report.radii: must be ascending and distinct, got \[0.5, 0.1\]; sort them"),
@@ -184,3 +195,41 @@ def test_check_radii_beyond_the_reach_is_refused_unless_another_curve_reaches_th
         config.check_radii(4.9)
     config.check_radii(5.0)
     parse_config(MINIMAL).check_radii()
+
+
+def test_reach_of_the_agreement_claim_is_what_the_sides_of_the_router_allow() -> None:
+    """By the procedure itself on the best votes there are, for every level that the router may pick."""
+    for sigma_e, router, num in itertools.product((0.12, 0.25, 0.4, 1.0), get_args(Router), (12, 60)):
+        values = [f"sigma_e={sigma_e}", "certify.claim=agreement", f"certify.router={router}", "sigmas=[0.2, 0.3, 0.5]"]
+        config = parse_config(MINIMAL, [*values, f"certify.num_estimation={num}"])
+        terms = Agreement(config.sigmas, sigma_e, Sampling(10, num, config.certify.alpha), router)
+        best = 0.0
+        for level in range(3):
+            votes, stage = np.eye(3, dtype=np.int64)[level], StageVotes(np.array([num, 0]), num, Stop.FULL)
+            routed = StageVotes(num * votes, num, Stop.FULL)
+            given = AgreementVotes(10 * votes, np.array([10, 0]), routed, (stage,) * 3)
+            best = max(best, agreement_from_votes(terms, given).radius)
+        assert config.reach == pytest.approx(best, abs=1e-12)
+        asked = f"report.radii=[{1.2 * best}]"
+        with pytest.raises(ConfigError, match=f"and sigma_e = {sigma_e}") as caught:
+            parse_config(config.model_dump(mode="json"), [asked]).check_radii()
+        found = re.search(r"at least ([\d,]+)", str(caught.value))
+        assert found is not None
+        enough = int(found[1].replace(",", ""))
+        parse_config(config.model_dump(mode="json"), [asked, f"certify.num_estimation={enough}"]).check_radii()
+        with pytest.raises(ConfigError, match=r"report\.radii asks for"):
+            parse_config(config.model_dump(mode="json"), [asked, f"certify.num_estimation={enough - 1}"]).check_radii()
+
+
+def test_check_radii_far_beyond_every_level_is_refused_all_the_same() -> None:
+    with pytest.raises(ConfigError, match="asks for 50"):
+        parse_config(MINIMAL, ["report.radii=[50]"]).check_radii()
+
+
+def test_claim_and_router_leave_the_fingerprint_of_older_runs_and_make_another_where_they_are_set() -> None:
+    base = parse_config(MINIMAL)
+    assert (base.certify.claim, base.certify.routed, base.certify.router) == ("constant", "dual", "median")
+    assert "claim" not in json.dumps(base._identity(exclude_defaults=True))
+    agreement = parse_config(MINIMAL, ["certify.claim=agreement"])
+    assert agreement.certify.routed == "agreement"
+    assert len({c.fingerprint() for c in (base, agreement, parse_config(MINIMAL, ["certify.router=plurality"]))}) == 3

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from core.agreement_records import Router
 from core.errors import DataError
-from core.evaluation.choice import Sample, choose, expected, pooled, route, subsets
+from core.evaluation.choice import Sample, choose, expected, pooled, subsets
 from core.evaluation.metrics import reached
+from core.evaluation.routing import Price, route
 from core.procedures.confidence import certified_radius, clopper_pearson_lower, largest_radius
 
 SIGMAS, RADII = np.array([0.25, 0.5, 1.0]), np.array([0.1, 0.2])
@@ -52,14 +54,14 @@ def test_route_two_levels_is_the_distance_to_the_half_space_and_capped_by_the_dr
     weights, offset = np.array([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]), np.array([0.1, 0.0, -9.0])
     points = np.array([[0.5, 0.1], [0.0, 0.3], [5.0, 0.0]])
     norms = np.linalg.norm(weights[:, :, None] - weights[:, None, :], axis=0)
-    picked, radius = route(points @ weights + offset, norms, (0, 1), SIGMAS, 10_000, 0.0005)
+    picked, radius = route(points @ weights + offset, norms, (0, 1), SIGMAS, Price(10_000, 0.0005))
     assert picked.tolist() == [0, 1, 0]
-    for point, value in zip(points, radius, strict=True):
+    for point, value in zip(points, radius.max(axis=1), strict=True):
         distance = abs(point @ np.array([3.0, -4.0]) + 0.1) / 5.0
         p = stats.norm.cdf(distance / 0.5)
         assert value == certified_radius(clopper_pearson_lower(round(p * 10_000), 10_000, 0.0005), 0.5)
         assert value <= distance
-    assert radius[2] == largest_radius(0.5, 10_000, 0.0005)
+    assert radius[2].tolist() == [0.0, largest_radius(0.5, 10_000, 0.0005)]
 
 
 def test_route_three_levels_claims_no_more_than_the_smoothed_router_gives() -> None:
@@ -67,10 +69,11 @@ def test_route_three_levels_claims_no_more_than_the_smoothed_router_gives() -> N
     weights, offset = rng.normal(size=(4, 3)), rng.normal(size=3) * 0.1
     norms = np.linalg.norm(weights[:, :, None] - weights[:, None, :], axis=0)
     points = rng.normal(size=(40, 4)) * 2.0
-    picked, radius = route(points @ weights + offset, norms, (0, 1, 2), SIGMAS, 10_000, 0.0005)
+    picked, radius = route(points @ weights + offset, norms, (0, 1, 2), SIGMAS, Price(10_000, 0.0005))
     noise = rng.normal(size=(4000, 4))  # sigma_e = 1
     answers = np.stack([((point + noise) @ weights + offset).argmax(axis=1) for point in points])
     bound = (answers == picked[:, None]).mean(axis=1) + 4 * np.sqrt(0.25 / 4000)
+    radius = radius.max(axis=1)
     claimed = stats.norm.cdf(radius)
     assert np.all(claimed[radius > 0] <= bound[radius > 0])
     assert (radius > 0.3).sum() > 10  # it claims something
@@ -78,10 +81,38 @@ def test_route_three_levels_claims_no_more_than_the_smoothed_router_gives() -> N
 
 def test_route_single_level_and_a_constant_router() -> None:
     scores = np.tile([0.1, 0.9, 0.5], (4, 1))
-    assert route(scores, np.zeros((3, 3)), (2,), SIGMAS, 100, 0.01)[1].tolist() == [np.inf] * 4
-    picked, radius = route(scores, np.zeros((3, 3)), (0, 2), SIGMAS, 100, 0.01)
+    assert route(scores, np.zeros((3, 3)), (2,), SIGMAS, Price(100, 0.01))[1].tolist() == [[0.0]] * 4
+    picked, radius = route(scores, np.zeros((3, 3)), (0, 2), SIGMAS, Price(100, 0.01))
     assert picked.tolist() == [2] * 4
-    assert radius.tolist() == [largest_radius(1.0, 100, 0.01)] * 4
+    assert radius.tolist() == [[largest_radius(1.0, 100, 0.01), 0.0]] * 4
+
+
+@pytest.mark.parametrize("router", ["median", "plurality"])
+def test_route_agreement_excludes_no_further_than_the_smoothed_router_does(router: Router) -> None:
+    rng = np.random.default_rng(5)
+    weights, offset = rng.normal(size=(4, 3)), rng.normal(size=3) * 0.1
+    norms = np.linalg.norm(weights[:, :, None] - weights[:, None, :], axis=0)
+    points = rng.normal(size=(60, 4)) * 2.0
+    asked = (points @ weights + offset, norms, (0, 1, 2), SIGMAS)
+    picked, radius = route(*asked, Price(10_000, 0.0005, "agreement", router))
+    constant = route(*asked, Price(10_000, 0.0005))[1]
+    noise = rng.normal(size=(4000, 4))  # sigma_e = 1
+    q = np.stack([np.bincount(((p + noise) @ weights + offset).argmax(axis=1), minlength=3) for p in points]) / 4000
+    error = 4 * np.sqrt(0.25 / 4000)
+    for row in range(len(points)):
+        for place in {0, 1, 2} - {picked[row]}:
+            claimed = radius[row, place]
+            if router == "median":
+                side = q[row, :place].sum() if place > picked[row] else q[row, place + 1 :].sum()
+                assert stats.norm.cdf(claimed) <= side + error or claimed == 0.0
+                assert claimed >= constant[row, place]
+            else:
+                most = [
+                    stats.norm.ppf(min(share + error, 1 - 1e-9)) for share in (q[row, picked[row]], 1 - q[row, place])
+                ]
+                assert claimed <= sum(most) / 2 or claimed == 0.0
+        assert radius[row, picked[row]] == 0.0
+    assert (radius > constant + 0.1).sum() > 10, "a far level is excluded further than the nearest"
 
 
 def _sample(rng: np.random.Generator, num: int, telling: bool) -> Sample:
@@ -98,7 +129,7 @@ def _sample(rng: np.random.Generator, num: int, telling: bool) -> Sample:
 def test_choose_finds_the_pair_that_a_router_can_use_and_predicts_new_examples() -> None:
     rng = np.random.default_rng(2)
     sample, new = _sample(rng, 300, True), _sample(rng, 400, True)
-    choice = choose(sample, SIGMAS, RADII, 2, num=10_000, alpha=0.0005, evaluation=new)
+    choice = choose(sample, SIGMAS, RADII, 2, price=Price(10_000, 0.0005), evaluation=new)
     best = choice.candidates[0]
     assert (best.levels, best.score) == ((0, 2), 1.0)
     assert choice.evaluation is not None
@@ -116,7 +147,7 @@ def test_choose_finds_the_pair_that_a_router_can_use_and_predicts_new_examples()
 
 def test_choose_features_that_tell_nothing_give_a_router_no_more_than_the_best_single_level() -> None:
     rng = np.random.default_rng(3)
-    choice = choose(_sample(rng, 400, False), SIGMAS, RADII, 3, num=10_000, alpha=0.0005)
+    choice = choose(_sample(rng, 400, False), SIGMAS, RADII, 3, price=Price(10_000, 0.0005))
     for each in choice.candidates:
         assert each.score <= each.single.mean() + 2 * each.standard_error
     assert choice.behind[0] == 0.0
@@ -127,7 +158,7 @@ def test_choose_optimism_of_the_best_of_many_equals_is_seen() -> None:
     rng = np.random.default_rng(4)
     num, levels = 200, 12  # all levels are worth the same: certified with probability 1/2
     sample = Sample(rng.normal(size=(num, 2)), rng.integers(2, size=(num, levels, 1)).astype(float))
-    choice = choose(sample, np.linspace(0.1, 1.0, levels), np.array([0.1]), 1, num=1000, alpha=0.001)
+    choice = choose(sample, np.linspace(0.1, 1.0, levels), np.array([0.1]), 1, price=Price(1000, 0.001))
     # The best of 12 means of 100 fair coins is 1.63 standard errors (of .05) above the half it is compared with.
     assert choice.optimism == pytest.approx(1.63 * 0.05, abs=0.05)
     assert choice.optimism > 0.04

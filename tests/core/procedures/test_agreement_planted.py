@@ -131,7 +131,7 @@ def test_false_claims_finds_an_exclusion_by_the_wrong_votes(
 
 def level_of_the_estimation_draws(terms: Agreement, given: Given) -> AgreementCertificate:
     votes = given.stored(NUM)
-    own = votes.classes[agreement._choose(given.router, "median")]
+    own = votes.classes[agreement.choose_level(given.router, "median")]
     assert own is not None
     return agreement_from_votes(terms, replace(votes, router_selection=given.router, class_selection=own.counts))
 

@@ -193,7 +193,7 @@ def test_headroom_sections_count_radii_as_the_report_does() -> None:
 
 
 def three_claims(data: ReportData) -> list[Routed]:
-    assert data.dual is not None
+    assert isinstance(data.dual, DualRows)
     rows = data.dual
     excluded, radius_class = np.array([[0.9, 0.0]] * 5), np.array([[0.0, 0.9]] * 5)
     binding = np.array([0, 0, 0, -1, -1])

@@ -17,6 +17,7 @@ import pytest
 
 from core.errors import DataError
 from core.report import plots
+from core.report.agreement import CONSTANT, AgreementRows
 from core.report.multiscale import MultiscaleRows
 from core.report.render import DualRows, ReportData, StandardRows, best_method_sentence, format_table, write_report
 
@@ -45,6 +46,25 @@ def dual() -> DualRows:
         num_draws=np.array([220, 220, 220, 110, 220]),
         p_lower=np.array([0.9, 0.9, 0.8, 0.0, 0.3]),
         sigma_choice=np.array([1, 1, 0, 1, 0]),
+    )
+
+
+def agreement() -> AgreementRows:
+    return AgreementRows(
+        correct=np.array([True, True, True, False, False]),
+        radius=np.array([0.6, 0.7, 0.2, 0.0, 0.0]),
+        radius_constant=np.array([0.4, 0.7, 0.0, 0.0, 0.0]),
+        sigma=np.array([0.5, 0.5, 0.25, 0.5, 0.25]),
+        sigma_choice=np.array([1, 1, 0, 1, 0]),
+        binding=np.array([1, 0, 1, -1, -1]),
+        radius_excluded=np.array([[0.9, 0.0], [0.7, 0.0], [0.0, 0.1], [0.0, 0.0], [0.2, 0.0]]),
+        radius_class=np.array([[0.0, 0.6], [0.3, 0.9], [0.3, 0.2], [0.0, 0.0], [0.0, 0.0]]),
+        abstained=np.array([False, False, False, True, True]),
+        num_draws=np.array([220, 320, 320, 110, 220]),
+        draws_router=np.array([100, 100, 100, 0, 100]),
+        draws_class=np.full(5, 100),
+        draws_others=np.array([0, 100, 100, 0, 0]),
+        p_lower=np.array([0.9, 0.9, 0.8, 0.0, 0.3]),
     )
 
 
@@ -393,3 +413,39 @@ def test_format_table_experts_are_called_so() -> None:
 def test_multiscale_rows_inconsistent_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         replace(cascade(), **change)
+
+
+@pytest.mark.parametrize("claimed", [False, True], ids=["beside the published claim", "as the run's claim"])
+def test_write_report_agreement_says_what_binds_and_what_it_drew(tmp_path: Path, claimed: bool) -> None:
+    rows = agreement()
+    if claimed:
+        data = replace(report(), dual=replace(rows, name="Dual RS"), others=(rows.constant_level(),))
+    else:
+        data = replace(report(), others=(rows,))
+    write_report(data, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    name = "Dual RS" if claimed else "Dual RS, agreement"
+    assert f"{name}, level by level" in text
+    assert re.search(r"0\.25 +\| +2 \| +1 \| +1 \| +1 \|", text), "the second example: the router at the other level"
+    assert re.search(r"0\.5 +\| +3 \| +2 \| +1 \| +0 \|", text)
+    assert "Of 3 certificates the router binds 1, the class the others." in text
+    assert "has 0.2200 of the mean radius 0.3000" in text
+    assert "80.0 of the router, 100.0 at the chosen level, 40.0 at other levels, asked for 40.00% of" in text
+    assert ("Dual RS, stage by stage" in text) == (not claimed)
+    table = {row["method"]: row for row in csv.DictReader((tmp_path / "table.csv").read_text().splitlines())}
+    assert (CONSTANT in table) == claimed
+    assert name in table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"radius_constant": np.ones(5)}, "radius_constant is above radius"),
+        ({"binding": np.array([1, 0, 2, -1, -1])}, "binding must be a level"),
+        ({"binding": np.array([1, 0, -1, -1, -1])}, "binding must be a level"),
+        ({"radius_class": np.zeros((5, 3))}, "radii by level"),
+    ],
+)
+def test_agreement_rows_inconsistent_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        replace(agreement(), **change)

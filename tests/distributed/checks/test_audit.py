@@ -53,8 +53,8 @@ def test_audit_and_replay_untouched_run_finds_nothing(run: RunDirectory) -> None
 def test_audit_and_replay_untouched_cascade_finds_nothing(cascade: RunDirectory) -> None:
     findings, checked = audit(cascade)
     assert findings == []
-    assert checked["certificates/multiscale"] == 50
-    assert replay(cascade, 200, seed=None) == []
+    assert (checked["certificates/multiscale"], checked["certificates/agreement"]) == (50, 50)
+    assert replay(cascade, 30, seed=None) == []
     rows = ShardStore(cascade.path, "certificates/multiscale").read().to_pylist()
     decided = {(row["num_levels"], row["sigma"], row["alpha_level"]) for row in rows if not row["abstained"]}
     assert decided == {(1, 1.0, 0.005), (2, 0.1, 0.0025)}
@@ -145,6 +145,61 @@ def test_audit_any_column_of_multiscale_altered_is_found(cascade: RunDirectory, 
 
     rewrite(cascade, "certificates/multiscale", spoil, True)
     assert problems(cascade)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("radius", 9.0),
+        ("sigma", 0.3),
+        ("prediction", 77),
+        ("num_draws", 3),
+        ("stop_reason", "reached"),
+        ("alpha_early", 0.001),
+        ("sigma_e", 0.1),
+        ("router", "plurality"),
+        ("sigma_index", 7),
+        ("radius_constant", 0.001),
+        ("binding", None),
+        ("num_shared", 1),
+        ("counts_selection_sigma", [-1, 21]),
+        ("counts_estimation_sigma", [20]),
+        ("num_estimation_sigma", 99),
+        ("stop_reason_sigma", "reached"),
+        ("radius_excluded", [9.0, 9.0]),
+        ("radius_class", [9.0]),
+        ("p_lower_level", [1.0, 1.0]),
+        ("counts_estimation_level", [[], []]),
+        ("counts_estimation_level", [[11] * 10, [11] * 10]),
+        ("num_estimation_level", [0, 0]),
+        ("num_estimation_level", [100]),
+        ("stop_reason_level", ["skipped", "skipped"]),
+        ("stop_reason_level", ["reached", "reached"]),
+    ],
+)
+def test_audit_any_column_of_agreement_altered_is_found(cascade: RunDirectory, column: str, value: object) -> None:
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if any(row["num_estimation_level"]) and not row["abstained"])
+        assert row[column] != value
+        row[column] = value
+        return rows
+
+    rewrite(cascade, "certificates/agreement", spoil, True)
+    assert problems(cascade)
+
+
+def test_audit_vote_at_another_level_moved_is_found(cascade: RunDirectory) -> None:
+    """Votes at the other levels are no decoration: what moves to another class moves what that level shows."""
+
+    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        row = next(row for row in rows if any(row["num_estimation_level"]) and not row["abstained"])
+        votes = next(votes for votes in row["counts_estimation_level"] if votes)
+        votes[row["prediction"]] -= 1
+        votes[row["prediction"] - 1] += 1
+        return rows
+
+    rewrite(cascade, "certificates/agreement", spoil, True)
+    assert any("radius_class is" in problem for problem in problems(cascade))
 
 
 def test_audit_vote_of_a_level_above_moved_is_found_and_named(cascade: RunDirectory) -> None:

@@ -120,7 +120,7 @@ def test_rows_of_multiscale_stay_below_the_bound_and_reach_it_where_no_level_dec
 
 
 @pytest.mark.parametrize("budget", ["sequential", "grid"])
-@pytest.mark.parametrize("method", ["standard", "dual"])
+@pytest.mark.parametrize("method", ["standard", "dual", "agreement"])
 def test_rows_of_sequential_budgets_stay_below_the_bound(
     tmp_path: Path, engines: list[Engine], budget: str, method: str
 ) -> None:

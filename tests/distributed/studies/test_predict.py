@@ -17,6 +17,7 @@ from PIL import Image
 from scipy import stats
 
 from core import DualSmoothedClassifier, SmoothedClassifier
+from core.agreement_records import Router
 from core.data.digits import read_digits
 from core.errors import ConfigError, DataError
 from core.models.checkpoints import load_model
@@ -134,6 +135,31 @@ def test_predict_images_dual_equals_the_public_api_image_by_image(run: RunDirect
         )
         assert (row["radius_sigma"], row["radius_class"]) == (certificate.radius_sigma, certificate.radius_class)
     assert {row["class"] for row in predicted.values()} != {ABSTAIN}
+
+
+@pytest.mark.parametrize("router", ["median", "plurality"])
+def test_predict_images_agreement_equals_the_public_api(run: RunDirectory, folder: Path, router: Router) -> None:
+    digits, names = read_digits("test", 500, 0), ["0.png", "1.png"]
+    smoothed = DualSmoothedClassifier(
+        loaded(run, "estimator"), loaded(run, "classifier"), (0.25, 0.5), 0.5, 10,
+        denoiser=loaded(run, "denoiser"), chunk_size=20,
+    )  # fmt: skip
+    config = run.config.model_copy(update={"certify": run.config.certify.model_copy(update={"router": router})})
+    asked = [question(method="agreement", certify=certify) for certify in (False, True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "config", config)
+        predicted, certified = (answers(run, folder, each) for each in asked)
+    for index, name in enumerate(names):
+        image, row = torch.from_numpy(digits.image(index)), predicted[name]
+        common: dict[str, Any] = {"alpha": 0.1, "batch_size": 64, "example_id": name, "router": router}
+        assert row["class"] == smoothed.predict(image, num=60, claim="agreement", **common)
+        assert row["sigma"] in (None, 0.25, 0.5)
+        row = certified[name]
+        certificate = smoothed.certify(image, claim="agreement", num_selection=20, num_estimation=60, **common)
+        assert (row["class"], row["sigma"], row["radius"], row["radius_constant"]) == (
+            certificate.prediction, certificate.sigma, certificate.radius, certificate.radius_constant,
+        )  # fmt: skip
+    assert any(not row["abstained"] for row in certified.values())
 
 
 def test_predict_images_standard_equals_the_public_api(run: RunDirectory, folder: Path) -> None:

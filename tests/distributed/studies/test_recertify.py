@@ -2,14 +2,18 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from scipy import stats
 
+from core.agreement_records import Router
 from core.errors import ConfigError
+from core.report.agreement import CONSTANT, AgreementRows
 from core.report.multiscale import MultiscaleRows
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.recertify import Change, recertify
+from distributed.views.tables import report_data
 
 
 def test_recertify_smaller_alpha_equals_the_formula(run: RunDirectory) -> None:
@@ -40,14 +44,44 @@ def test_recertify_derives_multiscale_of_a_run_that_has_none(cascade: RunDirecto
     shutil.rmtree(cascade.path / "certificates/multiscale")
     data, root = recertify(cascade, Change())
     assert ShardStore(root, "certificates/multiscale").read().equals(made)
-    (rows,) = data.others
+    _, rows = data.others
     assert isinstance(rows, MultiscaleRows)
     assert rows.alpha_levels == (0.0025, 0.005)
     data, _ = recertify(cascade, Change(alpha=0.05, sigmas=(0.1,)))
-    (one,) = data.others
+    _, one = data.others
     assert isinstance(one, MultiscaleRows)
     assert one.alpha_levels == (0.05,)
     assert one.radius.tolist() == data.standard[0].radius.tolist(), "one level is standard RS"
+
+
+@pytest.mark.parametrize("router", ["median", "plurality"])
+def test_recertify_agreement_is_what_certifying_it_gives(cascade: RunDirectory, router: Router) -> None:
+    made = ShardStore(cascade.path, "certificates/agreement").read()
+    shutil.rmtree(cascade.path / "certificates/agreement")
+    data, root = recertify(cascade, Change(claim="agreement", router=router))
+    derived = ShardStore(root, "certificates/agreement").read()
+    assert root.name == f"claim-agreement_router-{router}"
+    assert derived.equals(made) == (router == "median")
+    assert isinstance(data.dual, AgreementRows)
+    assert [data.dual.name, *(rows.name for rows in data.others)] == ["Dual RS", CONSTANT, "Multiscale"]
+    assert np.all(data.dual.radius >= data.dual.radius_constant)
+    if router == "median":
+        dual = data.others[0]
+        same = np.array(made.column("sigma_index")) == ShardStore(root, "certificates/dual").read().column(
+            "sigma_index"
+        )
+        assert np.all(data.dual.radius_constant[same] >= dual.radius[same])
+    assert any("claim agreement" in note for note in data.notes)
+
+
+def test_recertify_claim_without_its_votes_is_refused(cascade: RunDirectory) -> None:
+    shutil.rmtree(cascade.path / "certificates/dual")
+    assert isinstance(recertify(cascade, Change(claim="agreement"))[0].dual, AgreementRows)
+    with pytest.raises(ConfigError, match="claim=constant needs certificates/dual; run"):
+        recertify(cascade, Change(claim="constant"))
+    shutil.rmtree(cascade.path / "certificates/agreement")
+    with pytest.raises(ConfigError, match="needs certificates/agreement or, of a run with budget fixed"):
+        recertify(cascade, Change(claim="agreement"))
 
 
 def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDirectory) -> None:
@@ -73,6 +107,10 @@ def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDi
         Change(sigma_share=1.5),
         Change(sigma_share=0.3, split="full"),
         Change(split="thirds"),  # type: ignore[arg-type]
+        Change(claim="both"),  # type: ignore[arg-type]
+        Change(router="mean"),  # type: ignore[arg-type]
+        Change(claim="agreement", split="full"),
+        Change(claim="agreement", sigma_share=0.3),
         Change(alpha=2.0),
         Change(sigmas=(0.5, 0.25)),
     ],
@@ -80,3 +118,17 @@ def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDi
 def test_recertify_bad_change_raises(change: Change, run: RunDirectory) -> None:
     with pytest.raises(ConfigError):
         recertify(run, change)
+
+
+def test_report_data_states_both_claims_where_the_votes_are_there(cascade: RunDirectory) -> None:
+    made = ShardStore(cascade.path, "certificates/agreement").read().column("radius").to_pylist()
+    shutil.rmtree(cascade.path / "certificates/agreement")
+    config = cascade.config
+    data = report_data(config, cascade.folder, cascade.manifest)
+    rows = data.others[0]
+    assert isinstance(rows, AgreementRows)
+    assert (rows.name, rows.radius.tolist()) == ("Dual RS, agreement", made)
+    assert any("follows from the votes" in note for note in data.notes)
+    early = config.model_copy(update={"certify": config.certify.model_copy(update={"budget": "sequential"})})
+    data = report_data(early, cascade.folder, cascade.manifest)
+    assert [type(rows) for rows in data.others] == [MultiscaleRows]
