@@ -48,6 +48,7 @@ class _DualTerms(_Terms, total=False):
 
     alpha_split: AlphaSplit
     router: Router
+    router_share: float
 
 
 class _ManyTerms(_DualTerms, total=False):
@@ -282,18 +283,20 @@ class DualSmoothedClassifier(Smoothed):
         alpha_split: AlphaSplit = "halves",
         claim: Claim = "constant",
         router: Router = "median",
+        router_share: float = 0.5,
     ) -> list[DualCertificate] | list[AgreementCertificate]:
         """DUAL-CERTIFY many images at once; see `SmoothedClassifier.certify_many`.
 
         `alpha_split` says how alpha is spent on the stages, see `core.records.AlphaSplit`; `claim` what is certified,
-        see `certify`; `router`, for the claim `agreement`, how the estimator's votes pick a level.
+        see `certify`; for the claim `agreement`, `router` says how the estimator's votes pick a level and
+        `router_share` what part of alpha they spend.
         """
         sampling = Sampling(num_selection, num_estimation, alpha)
         self._check_claim(claim)
         if claim == "agreement":
             if alpha_split != "halves":
                 raise ConfigError(f"claim 'agreement' needs alpha_split 'halves', got {alpha_split!r}")
-            terms = Agreement(self.sigmas, self.sigma_e, sampling, router, budget, rule, tuple(radii))
+            terms = Agreement(self.sigmas, self.sigma_e, sampling, router, budget, rule, tuple(radii), router_share)
             return self._run(images, example_ids, batch_size, lambda: agreement_certify(terms))
         return self._run(
             images,

@@ -37,7 +37,7 @@ def main() -> int:
             recommended,
         )
         from core.report.plots import to_bytes
-        from distributed.studies.choice import stage_alpha, test_sample, training_sample
+        from distributed.studies.choice import test_sample, training_sample
 
         directory = open_run(args)
         config, sigmas = directory.config, np.array(directory.config.sigmas)
@@ -51,7 +51,7 @@ def main() -> int:
         if not 1 <= args.size <= len(sigmas):
             raise ConfigError(f"--size: the run has {len(sigmas)} levels, {args.size} cannot be chosen from them")
         sample, test = training_sample(directory, radii), test_sample(directory, radii)
-        num, alpha = config.certify.num_estimation, stage_alpha(config)
+        num, alpha = config.certify.num_estimation, config.stage_alphas[0]
         print(
             f"training split: {len(sample.features):,} examples, {config.labels.num_selection} + "
             f"{config.labels.num_estimation} draws; what {num:,} draws would certify is estimated (empirical Bayes)"

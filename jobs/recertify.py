@@ -36,7 +36,7 @@ def main() -> int:
             sigmas = tuple(float(sigma) for sigma in values["sigmas"]) if "sigmas" in values else None
             change = Change(
                 alpha=float(values["alpha"]) if "alpha" in values else None,
-                sigma_share=float(values.get("share", 0.5)),
+                share=float(values["share"]) if "share" in values else None,
                 split=values.get("split"),
                 sigmas=sigmas,
                 claim=values.get("claim"),

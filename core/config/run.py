@@ -63,7 +63,7 @@ class Config(Section):
                 )
         if self.reach <= 0:
             raise ValueError(
-                f"certify.num_estimation: {self.certify.num_estimation} draws at {self.stage_alpha:g} a stage cannot "
+                f"certify.num_estimation: {self.certify.num_estimation} draws at {self._stages} cannot "
                 "certify anything, every input would abstain; set it to at least "
                 f"{self._draws_for(0.0):,}"
             )
@@ -151,9 +151,17 @@ class Config(Section):
         return self.base.model_copy(update={"classifier_width": width, "noise_range": (sigma, sigma)})
 
     @property
-    def stage_alpha(self) -> float:
-        """What each stage of Dual RS spends."""
-        return self.certify.alpha / 2 if self.certify.alpha_split == "halves" else self.certify.alpha
+    def stage_alphas(self) -> tuple[float, float]:
+        """What Dual RS spends on the noise level, and on the class."""
+        certify = self.certify
+        if certify.claim == "agreement":
+            return certify.alpha * certify.router_share, certify.alpha * (1.0 - certify.router_share)
+        return (certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha,) * 2
+
+    @property
+    def _stages(self) -> str:
+        router, label = self.stage_alphas
+        return f"{label:g} a stage" if router == label else f"{router:g} (router) and {label:g} (class)"
 
     def _limits(self) -> tuple[tuple[tuple[float, float], ...], ...]:
         """Stages, as (noise level, alpha), that limit the radius of Dual RS: of each group the furthest one.
@@ -161,11 +169,12 @@ class Config(Section):
         Under claim `agreement` it is min_j max(E_j, R_j) with E_m = 0 for the level m that is picked. R_m is furthest
         at the largest level, and there the smallest one, whose R_j is least, has to be excluded or to answer the same.
         """
-        top = (max(self.sigmas), self.stage_alpha)
+        router, label = self.stage_alphas
+        top = (max(self.sigmas), label)
         if self.certify.claim == "constant":
             return ((top,),)
         parts = 2 if self.certify.router == "plurality" else 1  # two bounds exclude a level
-        return (top,), ((self.estimator_sigma, self.stage_alpha / parts), (min(self.sigmas), self.stage_alpha))
+        return (top,), ((self.estimator_sigma, router / parts), (min(self.sigmas), label))
 
     @property
     def reach(self) -> float:
@@ -196,7 +205,7 @@ class Config(Section):
             if self.certify.claim == "agreement":
                 where += f" and sigma_e = {self.estimator_sigma}"
             raise ConfigError(
-                f"certify.num_estimation: {num} draws at {self.stage_alpha:g} a stage certify radii below "
+                f"certify.num_estimation: {num} draws at {self._stages} certify radii below "
                 f"{self.reach:.3f} at {where}, but report.radii asks for {asked:g}; set certify.num_estimation "
                 f"to at least {self._draws_for(asked):,}, or lower report.radii"
             )

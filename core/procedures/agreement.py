@@ -10,6 +10,7 @@ and the radius is min over j of max(E_j, R_j). docs/guarantees.md holds the theo
 correction for the number of levels. Levels are counted from 0 here.
 """
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
@@ -42,7 +43,6 @@ from core.records import (
     Rule,
     Sampling,
     Stop,
-    stage_sampling,
 )
 
 __all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
@@ -55,13 +55,13 @@ class Agreement:
     Attributes:
         sigmas: Sigma, in the order of the estimator's outputs; ascending for the median router.
         sigma_e: noise level of the estimator; any.
-        sampling: draws of each stage at most; alpha is the total failure probability, half of it for the router and
-            half for the class.
+        sampling: draws of each stage at most; alpha is the total failure probability.
         router: how the estimator's votes pick a level.
         budget: `fixed`, all draws of every stage that is asked; `sequential`, stop where nothing more is to be gained;
             `grid`, decide only which of `radii` the radius exceeds. The plurality router takes all of its draws.
         rule: when a budget other than `fixed` looks and gives up.
         radii: the grid, ascending.
+        router_share: the part of alpha that the router spends, in (0, 1); the class spends the rest.
 
     Raises:
         ConfigError: for a router or a budget that there is not, levels that are not ascending under the median router,
@@ -75,11 +75,14 @@ class Agreement:
     budget: Budget = "fixed"
     rule: Rule = field(default_factory=Rule)
     radii: tuple[float, ...] = ()
+    router_share: float = 0.5
 
     def __post_init__(self) -> None:
         for name, known in (("router", get_args(Router)), ("budget", get_args(Budget))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if not 0.0 < self.router_share < 1.0:
+            raise ConfigError(f"router_share must lie in (0, 1), got {self.router_share!r}")
         if self.router == "median" and list(self.sigmas) != sorted(set(self.sigmas)):
             raise ConfigError(
                 f"the median router needs ascending sigmas, got {self.sigmas}; sort them, and the estimator's outputs "
@@ -89,9 +92,12 @@ class Agreement:
             ascending_grid(self.radii)
 
     @property
-    def stage(self) -> Sampling:
-        """What the router may spend, and what the class may."""
-        return stage_sampling(self.sampling, "halves")
+    def stages(self) -> dict[str, Sampling]:
+        """What the router may spend, and what the class may: no more than alpha in all, in floating point too."""
+        alpha = self.sampling.alpha
+        router = alpha * self.router_share
+        label = router if self.router_share == 0.5 else math.nextafter(alpha - router, 0.0)
+        return {ESTIMATOR: replace(self.sampling, alpha=router), CLASSIFIER: replace(self.sampling, alpha=label)}
 
     def targets(self, reached: float, useful: float) -> tuple[float, ...]:
         """Radii that a stage may show early: it has only to show what was reached, beyond what is known anyway."""
@@ -100,10 +106,10 @@ class Agreement:
         radii = self.radii if self.budget == "grid" else ()
         return tuple(target for target in second_targets(radii, reached) if target > useful)
 
-    def ladder(self, sigma: float, targets: tuple[float, ...], useful: float = 0.0) -> Ladder:
+    def ladder(self, head: str, sigma: float, targets: tuple[float, ...], useful: float = 0.0) -> Ladder:
         """What the votes of a stage show of the targets."""
         grid = self.budget == "grid"
-        return Ladder(sigma, targets, self.stage, self.rule.early_share, grid=grid, useful=useful)
+        return Ladder(sigma, targets, self.stages[head], self.rule.early_share, grid=grid, useful=useful)
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,7 @@ def _statement(
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
-        ladder = terms.ladder(terms.sigmas[place], targets, useful)
+        ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
         z = terms.rule.futility_z
         votes = yield _Stage(place, lambda counts, num: ladder.verdict(_agreeing(counts, c), num, z))
         classes[place] = votes
@@ -215,8 +221,8 @@ def _statement(
         router=terms.router,
         sigma_e=terms.sigma_e,
         alpha=terms.sampling.alpha,
-        alpha_router=terms.stage.alpha,
-        alpha_class=terms.stage.alpha,
+        alpha_router=terms.stages[ESTIMATOR].alpha,
+        alpha_class=terms.stages[CLASSIFIER].alpha,
         num_selection=terms.sampling.num_selection,
         num_shared=_num_shared(terms, chosen, router, classes),
         votes=AgreementVotes(router_selection, class_selection, router, tuple(classes)),
@@ -258,7 +264,7 @@ class _Reach:
     def __init__(self, terms: Agreement, chosen: int, targets: tuple[float, ...]) -> None:
         self.terms, self.chosen, self.targets = terms, chosen, targets
         self.others = _others(chosen, len(terms.sigmas))
-        self.ladder = terms.ladder(terms.sigma_e, targets)
+        self.ladder = terms.ladder(ESTIMATOR, terms.sigma_e, targets)
 
     def verdict(self, votes: Counts, num: int) -> Stop:
         """FULL as long as it is for one level."""
@@ -287,7 +293,7 @@ class _Reach:
 
         For the chosen level: as if all others were one, which is no more than any of them alone.
         """
-        votes, num, alpha = router.counts, router.num, self.terms.stage.alpha / 2
+        votes, num, alpha = router.counts, router.num, self.terms.stages[ESTIMATOR].alpha / 2
         if num < self.terms.sampling.num_estimation:
             return 0.0  # no bound may be looked at before the last draw
         own = int(votes[self.chosen])
@@ -334,16 +340,16 @@ def agreement_predict(
             place
             for place in places
             if not any(
-                2 * beside > num and binomial_p_value(beside, num) <= terms.stage.alpha
+                2 * beside > num and binomial_p_value(beside, num) <= terms.stages[ESTIMATOR].alpha
                 for beside in (int(votes[:place].sum()), int(votes[place + 1 :].sum()))
             )
         ]
     else:
-        level = yield from predict(sigma_e, num, terms.stage.alpha, head=ESTIMATOR)
+        level = yield from predict(sigma_e, num, terms.stages[ESTIMATOR].alpha, head=ESTIMATOR)
         votes, candidates = level.counts, [*places] if level.prediction == ABSTAIN else [level.prediction]
     stages: list[Prediction] = []
     for place in candidates:
-        stages.append((yield from predict(sigmas[place], num, terms.stage.alpha, head=CLASSIFIER)))
+        stages.append((yield from predict(sigmas[place], num, terms.stages[CLASSIFIER].alpha, head=CLASSIFIER)))
         if stages[-1].prediction == ABSTAIN or stages[-1].prediction != stages[0].prediction:
             return AgreementPrediction(ABSTAIN, alpha, votes, tuple(candidates), tuple(stages))
     return AgreementPrediction(stages[0].prediction, alpha, votes, tuple(candidates), tuple(stages))

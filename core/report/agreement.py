@@ -26,6 +26,7 @@ class AgreementRows(RoutedRows):
         radius_excluded: float64 ``(N, K)``, E, within which the router does not pick each level; 0 for the chosen one.
         radius_class: float64 ``(N, K)``, R, within which the class at each level is the same; 0 where that was not
             asked or not shown.
+        alpha_router: what the router spends of alpha.
         draws_router, draws_class, draws_others: int64 ``(N,)``, estimation draws of the router, of the classifier at
             the chosen level, and at the other ones.
     """
@@ -35,6 +36,7 @@ class AgreementRows(RoutedRows):
     binding: Ints
     radius_excluded: Floats
     radius_class: Floats
+    alpha_router: float
     draws_router: Ints
     draws_class: Ints
     draws_others: Ints
@@ -75,7 +77,7 @@ class AgreementRows(RoutedRows):
         """What is claimed."""
         return (
             f"{self.name} claims that the class stays, whatever noise level the router picks in the ball, and spends "
-            f"{data.alpha / 2:g} on the router and as much on the class."
+            f"{self.alpha_router:g} on the router and {data.alpha - self.alpha_router:g} on the class."
         )
 
     def blocks(self, data: ReportData) -> list[Block]:

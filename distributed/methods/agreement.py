@@ -129,8 +129,8 @@ class Agreement(Method):
         return copies, False
 
     def stage(self, terms: Terms) -> Sampling:
-        """Of the router, and of the class at a level."""
-        return _terms(terms).stage
+        """Of the class at a level."""
+        return _terms(terms).stages[CLASSIFIER]
 
     def votes(self, row: Row, terms: Terms, num_classes: int) -> Iterator[Votes]:
         """The classifier's at all levels that were asked, and the router's."""
@@ -188,6 +188,7 @@ class Agreement(Method):
             binding=np.array([-1 if place is None else place for place in columns["binding"]], np.int64),
             radius_excluded=np.array([radii or none for radii in columns["radius_excluded"]], np.float64),
             radius_class=np.array([radii or none for radii in columns["radius_class"]], np.float64),
+            alpha_router=_terms(terms).stages[ESTIMATOR].alpha,
             draws_router=column(table, "num_estimation_sigma"),
             draws_class=column(table, "num_estimation"),
             draws_others=np.array([sum(nums) for nums in table.column("num_estimation_level").to_pylist()], np.int64),
@@ -196,7 +197,14 @@ class Agreement(Method):
 
 def _terms(terms: Terms) -> AgreementTerms:
     return AgreementTerms(
-        terms.sigmas, terms.sigma_e, terms.sampling, terms.router, terms.budget, terms.rule, terms.radii
+        terms.sigmas,
+        terms.sigma_e,
+        terms.sampling,
+        terms.router,
+        terms.budget,
+        terms.rule,
+        terms.radii,
+        terms.router_share,
     )
 
 

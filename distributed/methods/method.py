@@ -60,6 +60,7 @@ class Terms:
         sigma_share: share of alpha that the estimator's stage spends, where it is divided.
         level_shares: shares of alpha by the level of Multiscale that decides, see `core.procedures.multiscale`.
         router: how the agreement claim's estimator picks a level.
+        router_share: share of alpha that it spends.
     """
 
     sampling: Sampling
@@ -72,6 +73,7 @@ class Terms:
     sigma_share: float = 0.5
     level_shares: tuple[float, ...] = ()
     router: Router = "median"
+    router_share: float = 0.5
 
     @classmethod
     def of(cls, config: Config, sampling: Sampling, budget: Budget) -> "Terms":
@@ -87,6 +89,7 @@ class Terms:
             split=certify.alpha_split,
             level_shares=certify.level_shares,
             router=certify.router,
+            router_share=certify.router_share,
         )
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from core.config import Config
 from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.evaluation.choice import Sample, expected, pooled
@@ -14,14 +13,9 @@ from distributed.methods.standard import grid
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 
-__all__ = ["stage_alpha", "test_sample", "training_sample"]
+__all__ = ["test_sample", "training_sample"]
 
 _TEST_STORES = ("certificates/standard-base", "certificates/standard")
-
-
-def stage_alpha(config: Config) -> float:
-    """Failure probability of each stage of Dual RS."""
-    return config.certify.alpha / 2 if config.certify.alpha_split == "halves" else config.certify.alpha
 
 
 def training_sample(directory: RunDirectory, radii: NDArray[np.float64]) -> Sample:
@@ -50,7 +44,7 @@ def training_sample(directory: RunDirectory, radii: NDArray[np.float64]) -> Samp
             sigma,
             radii,
             num=config.certify.num_estimation,
-            alpha=stage_alpha(config),
+            alpha=config.stage_alphas[1],
             strict=config.report.strict,
         )
         for place, sigma in enumerate(config.sigmas)
@@ -73,7 +67,7 @@ def test_sample(directory: RunDirectory, radii: NDArray[np.float64]) -> tuple[st
         top = grid(table, "counts_selection", config.sigmas).argmax(axis=2)
         votes = np.take_along_axis(grid(table, "counts_estimation", config.sigmas), top[:, :, None], axis=2)[:, :, 0]
         draws = np.maximum(grid(table, "num_estimation", config.sigmas), 1)
-        radius = certified_radius(clopper_pearson_lower(votes, draws, stage_alpha(config)), np.array(config.sigmas))
+        radius = certified_radius(clopper_pearson_lower(votes, draws, config.stage_alphas[1]), np.array(config.sigmas))
         right = top == grid(table, "label", config.sigmas)
     else:
         radius, right = grid(table, "radius", config.sigmas), grid(table, "correct", config.sigmas)

@@ -25,7 +25,7 @@ class Change:
 
     Attributes:
         alpha: total failure probability; None keeps the run's.
-        sigma_share: share of alpha that Dual RS spends on the noise level, in (0, 1).
+        share: of alpha, what Dual RS spends on the noise level, in (0, 1); None keeps the run's.
         split: how Dual RS spends alpha; None keeps the run's way.
         sigmas: a subset of Sigma; None keeps all of it.
         claim: of Dual RS, see `CertifyConfig`; None keeps the run's.
@@ -33,7 +33,7 @@ class Change:
     """
 
     alpha: float | None = None
-    sigma_share: float = 0.5
+    share: float | None = None
     split: AlphaSplit | None = None
     sigmas: tuple[float, ...] | None = None
     claim: Claim | None = None
@@ -44,7 +44,7 @@ class Change:
         parts = [f"alpha-{self.alpha:g}"] if self.alpha is not None else []
         named = {"claim": self.claim, "router": self.router, "split": self.split}
         parts += [f"{key}-{value}" for key, value in named.items() if value is not None]
-        parts += [f"share-{self.sigma_share:g}"] if self.sigma_share != 0.5 else []
+        parts += [f"share-{self.share:g}"] if self.share is not None else []
         parts += ["sigmas-" + "-".join(f"{sigma:g}" for sigma in self.sigmas)] if self.sigmas else []
         return "_".join(parts) or "same"
 
@@ -66,22 +66,26 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     sigmas = change.sigmas or config.sigmas
     if not set(sigmas) <= set(config.sigmas) or list(sigmas) != sorted(set(sigmas)):
         raise ConfigError(f"sigmas must be an ascending subset of {list(config.sigmas)}, got {list(sigmas)}")
-    if not 0.0 < change.sigma_share < 1.0:
-        raise ConfigError(f"share must lie in (0, 1), got {change.sigma_share!r}")
+    if change.share is not None and not 0.0 < change.share < 1.0:
+        raise ConfigError(f"share must lie in (0, 1), got {change.share!r}")
     certify = config.certify
     claim, router = change.claim or certify.claim, change.router or certify.router
     split = change.split or (certify.alpha_split if claim == "constant" else "halves")
     for key, value, known in (("split", split, AlphaSplit), ("claim", claim, Claim), ("router", router, Router)):
         if value not in get_args(known):
             raise ConfigError(f"{key} is one of {get_args(known)}, got {value!r}")
-    if change.sigma_share != 0.5 and (split == "full" or claim == "agreement"):
-        raise ConfigError(f"share goes with split=halves and claim=constant alone, got {change}")
+    if change.share not in (None, 0.5) and split == "full":
+        raise ConfigError(f"share goes with split=halves alone, got {change}")
     if split == "full" and claim == "agreement":
         raise ConfigError("split=full is for claim=constant: under agreement an error of either stage is enough")
     alpha = certify.alpha if change.alpha is None else change.alpha
     sampling = Sampling(certify.num_selection, certify.num_estimation, alpha)
-    terms = replace(Terms.of(config, sampling, certify.budget), split=split, sigma_share=change.sigma_share)
-    terms = replace(terms, router=router)
+    terms = replace(Terms.of(config, sampling, certify.budget), split=split, router=router)
+    if change.share is not None and claim == "constant":
+        terms = replace(terms, sigma_share=change.share)
+    elif change.share is not None:
+        terms = replace(terms, router_share=change.share)
+    share = terms.sigma_share if claim == "constant" else terms.router_share
 
     standard = ShardStore(directory.folder, "certificates/standard")
     if not standard.files():
@@ -114,7 +118,7 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
             ShardStore(root, name).commit(0, rows, method_of(name).schema, "recertified")
     notes = (
         f"Derived from the votes of {directory.folder.name}: alpha = {alpha:g}, share of the noise level "
-        f"{change.sigma_share:g}, Sigma = {list(sigmas)}, claim {claim} (router of agreement: {router}).",
+        f"{share:g}, Sigma = {list(sigmas)}, claim {claim} (router of agreement: {router}).",
     )
     changed = config.model_copy(
         update={
@@ -126,12 +130,13 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
                     "level_shares": terms.level_shares,
                     "claim": claim,
                     "router": router,
+                    "router_share": terms.router_share,
                 }
             ),
             "sigma_e": terms.sigma_e,
         }
     )
-    data = report_data(changed, root, directory.manifest, sigma_share=change.sigma_share, notes=notes)
+    data = report_data(changed, root, directory.manifest, sigma_share=terms.sigma_share, notes=notes)
     return data, root
 
 

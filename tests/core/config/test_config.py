@@ -200,9 +200,16 @@ def test_check_radii_beyond_the_reach_is_refused_unless_another_curve_reaches_th
 def test_reach_of_the_agreement_claim_is_what_the_sides_of_the_router_allow() -> None:
     """By the procedure itself on the best votes there are, for every level that the router may pick."""
     for sigma_e, router, num in itertools.product((0.12, 0.25, 0.4, 1.0), get_args(Router), (12, 60)):
-        values = [f"sigma_e={sigma_e}", "certify.claim=agreement", f"certify.router={router}", "sigmas=[0.2, 0.3, 0.5]"]
+        share = 0.5 if num == 12 else 0.2
+        values = [
+            f"certify.router_share={share}",
+            f"sigma_e={sigma_e}",
+            "certify.claim=agreement",
+            f"certify.router={router}",
+            "sigmas=[0.2, 0.3, 0.5]",
+        ]
         config = parse_config(MINIMAL, [*values, f"certify.num_estimation={num}"])
-        terms = Agreement(config.sigmas, sigma_e, Sampling(10, num, config.certify.alpha), router)
+        terms = Agreement(config.sigmas, sigma_e, Sampling(10, num, config.certify.alpha), router, router_share=share)
         best = 0.0
         for level in range(3):
             votes, stage = np.eye(3, dtype=np.int64)[level], StageVotes(np.array([num, 0]), num, Stop.FULL)

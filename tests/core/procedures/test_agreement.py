@@ -123,10 +123,11 @@ def any_votes(draw: st.DrawFn, min_levels: int = 1) -> tuple[tuple[float, ...], 
 
 
 def second_implementation(
-    sigmas: Sequence[float], votes: AgreementVotes, sigma_e: float, rule: Router
+    sigmas: Sequence[float], votes: AgreementVotes, sigma_e: float, rule: Router, share: float = 0.5
 ) -> tuple[float, float]:
     """T and the published radius, level by level and vote by vote, every level asked."""
-    chosen_by, q, half = votes.router_selection.tolist(), votes.router.counts.tolist(), ALPHA / 2
+    chosen_by, q = votes.router_selection.tolist(), votes.router.counts.tolist()
+    spent, rest = ALPHA * share, ALPHA * (1 - share)
     if rule == "median":
         m = min(j for j in range(len(q)) if sum(chosen_by[: j + 1]) >= sum(chosen_by) / 2)
     else:
@@ -135,31 +136,34 @@ def second_implementation(
     terms = []
     for j, (sigma, stage) in enumerate(zip(sigmas, votes.classes, strict=True)):
         assert stage is not None
-        stay = sigma * phi(int(stage.counts[c]), half)
+        stay = sigma * phi(int(stage.counts[c]), rest)
         if j == m:
             reach = 0.0
         elif rule == "median":
             kept_off = sum(votes for i, votes in enumerate(q) if (i < j if m < j else i > j))
-            reach = sigma_e * phi(kept_off, half)
+            reach = sigma_e * phi(kept_off, spent)
         else:  # the upper bound of q_j, all draws without a vote among them, is one less the lower bound of the rest
-            reach = sigma_e / 2 * (phi(q[m], half / 2) + phi(sum(q) - q[j], half / 2))
+            reach = sigma_e / 2 * (phi(q[m], spent / 2) + phi(sum(q) - q[j], spent / 2))
         terms.append(max(reach, stay, 0.0))
     own = votes.classes[m]
     assert own is not None
     constant = min(
-        sigma_e * phi(q[m], half if rule == "median" else half / 2), sigmas[m] * phi(int(own.counts[c]), half)
+        sigma_e * phi(q[m], spent if rule == "median" else spent / 2), sigmas[m] * phi(int(own.counts[c]), rest)
     )
     return min(terms), max(0.0, constant)
 
 
 @pytest.mark.parametrize("rule", ROUTERS)
-@given(drawn=any_votes(), sigma_e=st.floats(0.1, 2.0))
+@given(drawn=any_votes(), sigma_e=st.floats(0.1, 2.0), share=st.just(0.5) | st.floats(0.01, 0.99))
 def test_agreement_from_votes_equals_the_second_implementation(
-    rule: Router, drawn: tuple[tuple[float, ...], AgreementVotes], sigma_e: float
+    rule: Router, drawn: tuple[tuple[float, ...], AgreementVotes], sigma_e: float, share: float
 ) -> None:
     sigmas, votes = drawn
-    result = agreement_from_votes(terms_of(sigmas, rule, sigma_e), votes)
-    radius, constant = second_implementation(sigmas, votes, sigma_e, rule)
+    result = agreement_from_votes(replace(terms_of(sigmas, rule, sigma_e), router_share=share), votes)
+    radius, constant = second_implementation(sigmas, votes, sigma_e, rule, share)
+    assert result.alpha_router == ALPHA * share
+    assert result.alpha_router + result.alpha_class <= ALPHA
+    assert result.alpha_router + result.alpha_class == pytest.approx(ALPHA)
     assert result.radius == pytest.approx(radius, rel=1e-7, abs=1e-12)
     assert result.radius_constant == pytest.approx(constant, rel=1e-7, abs=1e-12)
     assert result.abstained == (result.radius == 0.0) == (result.binding is None)

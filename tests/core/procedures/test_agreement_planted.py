@@ -11,7 +11,7 @@ from core.agreement_records import AgreementCertificate
 from core.procedures import agreement
 from core.procedures.agreement import Agreement, agreement_from_votes
 from core.procedures.confidence import clopper_pearson_lower
-from core.records import Counts, Sampling
+from core.records import CLASSIFIER, ESTIMATOR, Counts, Sampling
 from tests.helpers.lattice import JUST_BELOW
 from tests.helpers.routed import Certify, Given, Routed, certified, false_claims, is_false
 
@@ -182,7 +182,8 @@ def test_false_claims_finds_alpha_spent_on_either(monkeypatch: pytest.MonkeyPatc
     bound = float(clopper_pearson_lower(11, NUM, ALPHA)) * JUST_BELOW
     truth = replace(truth, shares=(0, 0.2, bound - 0.2, 0, 1 - bound), p=(1, 1, 1, 1, bound))
     assert false_claims(truth, chosen, 1, NUM, ALPHA) <= ALPHA
-    monkeypatch.setattr(agreement, "stage_sampling", lambda sampling, split: sampling)
+    both = property(lambda terms: {ESTIMATOR: terms.sampling, CLASSIFIER: terms.sampling})
+    monkeypatch.setattr(agreement.Agreement, "stages", both)
     assert false_claims(truth, chosen, 1, NUM, ALPHA) > 1.9 * ALPHA
 
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from core.errors import DataError
 from core.evaluation.metrics import reached
-from core.report import ReportData
+from core.report import DualRows, ReportData
 from core.report import headroom as module
 from core.report.headroom import Routed, agreement_claims, dual_claim, headroom, headroom_sections
 from core.report.pages import html_page, markdown_page

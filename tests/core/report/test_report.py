@@ -61,6 +61,7 @@ def agreement() -> AgreementRows:
         radius_class=np.array([[0.0, 0.6], [0.3, 0.9], [0.3, 0.2], [0.0, 0.0], [0.0, 0.0]]),
         abstained=np.array([False, False, False, True, True]),
         num_draws=np.array([220, 320, 320, 110, 220]),
+        alpha_router=0.005,
         draws_router=np.array([100, 100, 100, 0, 100]),
         draws_class=np.full(5, 100),
         draws_others=np.array([0, 100, 100, 0, 0]),

@@ -12,7 +12,7 @@ from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from distributed.execution.launch import certify_store
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.studies.choice import stage_alpha, test_sample, training_sample
+from distributed.studies.choice import test_sample, training_sample
 from jobs import choose_sigmas
 from tests.helpers.tiny import tiny_run
 
@@ -60,7 +60,7 @@ def test_test_sample_is_what_was_certified_at_the_classifier_s_share_of_alpha(ru
     found = test_sample(run, radii)
     assert found is not None
     assert found[0] == "certificates/standard-base"
-    assert stage_alpha(run.config) == 0.005
+    assert run.config.stage_alphas == (0.005, 0.005)
     rows = ShardStore(run.folder, found[0]).read().to_pylist()
     for row, values in zip(rows, found[1].certified.reshape(-1, 3), strict=True):
         top = int(np.argmax(row["counts_selection"]))

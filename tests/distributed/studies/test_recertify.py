@@ -1,6 +1,7 @@
 """Certificates for other terms, from stored votes alone."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ from scipy import stats
 
 from core.agreement_records import Router
 from core.errors import ConfigError
+from core.records import Sampling
 from core.report.agreement import CONSTANT, AgreementRows
 from core.report.multiscale import MultiscaleRows
+from distributed.methods.agreement import Agreement
+from distributed.methods.method import Terms
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.recertify import Change, recertify
@@ -18,7 +22,7 @@ from distributed.views.tables import report_data
 
 def test_recertify_smaller_alpha_equals_the_formula(run: RunDirectory) -> None:
     before = {row["example_id"]: row for row in ShardStore(run.path, "certificates/dual").read().to_pylist()}
-    data, root = recertify(run, Change(alpha=1e-4, sigma_share=0.25))
+    data, root = recertify(run, Change(alpha=1e-4, share=0.25))
     rows = ShardStore(root, "certificates/dual").read().to_pylist()
     assert len(rows) == 50
     for row in rows:
@@ -72,6 +76,16 @@ def test_recertify_agreement_is_what_certifying_it_gives(cascade: RunDirectory, 
         )
         assert np.all(data.dual.radius_constant[same] >= dual.radius[same])
     assert any("claim agreement" in note for note in data.notes)
+    data, root = recertify(cascade, Change(claim="agreement", router=router, share=0.1))
+    assert root.name == f"claim-agreement_router-{router}_share-0.1"
+    certify = cascade.config.certify
+    sampling = Sampling(certify.num_selection, certify.num_estimation, certify.alpha)
+    terms = replace(Terms.of(cascade.config, sampling, "fixed"), router=router, router_share=0.1)
+    rows = ShardStore(root, "certificates/agreement").read().to_pylist()
+    assert rows != derived.to_pylist()
+    for row in rows:
+        again = Agreement().again(row, terms)
+        assert (again["radius"], again["p_lower_level"]) == (row["radius"], row["p_lower_level"])
 
 
 def test_recertify_claim_without_its_votes_is_refused(cascade: RunDirectory) -> None:
@@ -104,13 +118,13 @@ def test_recertify_one_sigma_takes_the_classifier_votes_from_standard(run: RunDi
     "change",
     [
         Change(sigmas=(0.3,)),
-        Change(sigma_share=1.5),
-        Change(sigma_share=0.3, split="full"),
+        Change(share=1.5),
+        Change(share=0.3, split="full"),
         Change(split="thirds"),  # type: ignore[arg-type]
         Change(claim="both"),  # type: ignore[arg-type]
         Change(router="mean"),  # type: ignore[arg-type]
         Change(claim="agreement", split="full"),
-        Change(claim="agreement", sigma_share=0.3),
+        Change(claim="agreement", share=1.0),
         Change(alpha=2.0),
         Change(sigmas=(0.5, 0.25)),
     ],
