@@ -50,8 +50,8 @@ class EstimatorConfig(Section):
     noisy copies; or the largest or smallest R_c over Sigma; or 1."""
     label_radius: Literal["at_n", "at_10k", "shrunk"] = "at_n"
     """Radii as certified; or those that the same share of votes would give with 10,000 draws; or `shrunk`: what
-    `certify.num_estimation` draws would give the true class at half of `certify.alpha`, its share of all votes shrunk by
-    a Beta prior that is fitted to the samples at that sigma."""
+    `certify.num_estimation` draws would give the true class at half of `certify.alpha`, its share of all votes shrunk
+    by a Beta prior that is fitted to the samples at that sigma."""
     consistency_lambda: NonNegative = 40.0
     """Weight of the KL term, lambda."""
     consistency_eta: NonNegative = 0.5
