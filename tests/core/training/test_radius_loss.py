@@ -98,18 +98,13 @@ def test_radius_loss_finds_the_optimum_that_is_known(radii: tuple[float, ...], l
     """
     labels = torch.tensor([[0.5, 0.2], [0.1, 0.3]])
     settings = config(radii=radii, temperature=0.01)
-    logits = torch.zeros(2, requires_grad=True)
-    with torch.no_grad():
-        logits[level] += 1.0  # as a warm-up leaves it
-    optimizer = torch.optim.Adam([logits], lr=0.3)
-    for _ in range(80):
-        loss = radius_losses(
-            logits.expand(1, 2, 2), labels, torch.zeros(2, dtype=torch.bool), 0.5, LARGEST, settings
-        )["loss"].mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    votes = (1000 * logits.detach().softmax(0)).round().long().expand(2, 2)
+    logits = torch.tensor([1.0 - level, float(level)])  # as a warm-up leaves them
+    for _ in range(30):
+        logits.requires_grad_()
+        losses = radius_losses(logits.expand(1, 2, 2), labels, torch.tensor([False] * 2), 0.5, LARGEST, settings)
+        (slope,) = torch.autograd.grad(losses["loss"].mean(), logits)
+        logits = logits.detach() - 0.3 * slope.sign()
+    votes = (1000 * logits.softmax(0)).round().long().expand(2, 2)
     assert int(logits.argmax()) == level
     assert float(voted_radius(votes, labels, 0.5, LARGEST).sum()) == pytest.approx(worth, abs=1e-3)
     # No router of this kind is worth more: all shares of votes, on a grid.
