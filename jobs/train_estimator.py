@@ -34,7 +34,7 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     from core.models.classifiers import ImageClassifier
     from core.models.features import FeatureRouter
     from core.models.small import SmallConvNet
-    from core.training.estimator import learnable
+    from core.training.estimator import hold_out, learnable
     from distributed.training.labels import training_radii
     from distributed.training.train import Lesson, forget, train
 
@@ -56,7 +56,9 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     taken = estimator.taken if backbone and isinstance(estimator, ImageClassifier) and backbone.checkpoint else None
     if getattr(estimator, "new_head", False):
         print(f"estimator: its checkpoint's last layer is replaced by a new one with {num_sigmas} outputs")
-    print(f"estimator: trained on {len(kept)} of {len(radii)} samples (the others have radius 0 at every sigma)")
+    _, held = hold_out(len(kept), config.estimator.holdout, config.seed, "train_estimator")
+    also = f"; {len(held)} of them are held out" if len(held) else ""
+    print(f"estimator: trained on {len(kept)} of {len(radii)} samples (the others have radius 0 at every sigma){also}")
     lesson = Lesson.of(directory, "train_estimator", "estimator", kept, radii[kept])
     history = train(directory, lesson, learner, "estimator")
     digest = directory.save_model("estimator", estimator)

@@ -100,7 +100,7 @@ def test_training_on_features_that_goes_on_from_any_batch_ends_with_the_same_bit
         states.append(buffer.getvalue())
     assert len(states) == 4 * 4  # 28 samples learnt from, in batches of 9
     assert len(curve(whole, "held_out")) == 4
-    for content in states:
+    for content in states[::3]:
         torch.manual_seed(99)
         resumed = training(router())
         resumed.load_state(torch.load(io.BytesIO(content), weights_only=True))
