@@ -66,8 +66,9 @@ def _describe(module: nn.Module) -> dict[str, Any]:
             "place": extractor.place,
             "head": module.head.spec,
         }
-    kinds = {"image_classifier": ImageClassifier, "small_conv_net": SmallConvNet, "feature_head": FeatureHead}
-    for kind, known in kinds.items():
+    if isinstance(module, FeatureHead):
+        return {"kind": "feature_head", **module.spec}
+    for kind, known in (("image_classifier", ImageClassifier), ("small_conv_net", SmallConvNet)):
         if isinstance(module, known):
             return {"kind": kind, **module.spec}
     raise ModelError(f"do not know how to describe a {type(module).__name__} in a checkpoint")

@@ -51,14 +51,15 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` in [0, 1] -> ``(B, num_features)``."""
-        parts, features = [], images
+        said, read = [], images
         for place, classifier in enumerate(self.classifiers):
             if place == self.place:
-                features, logits = classifier.parts(images)
+                assert isinstance(classifier, SmallConvNet | ImageClassifier)
+                read, logits = classifier.parts(images)
             else:
                 logits = classifier(images)
-            parts.append(F.log_softmax(logits, dim=1))
-        return torch.cat([*parts, features.flatten(1)], dim=1)
+            said.append(F.log_softmax(logits, dim=1))
+        return torch.cat([*said, read.flatten(1)], dim=1)
 
 
 class FeatureHead(nn.Module):

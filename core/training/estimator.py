@@ -287,7 +287,7 @@ class EstimatorObjective(Objective):
         config, device = self._config, next(model.parameters()).device
         num = config.holdout_copies
         size = max(1, config.batch_size * config.num_copies // num)  # rows of a training step
-        found = []
+        found = [torch.zeros(0, device=device)]
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
             if self._extractor is None:
@@ -302,7 +302,8 @@ class EstimatorObjective(Objective):
     def _logits(self, model: nn.Module, copies: Tensor, num: int) -> Tensor:
         """``(num, B, K)`` of noisy copies, or of their features."""
         inputs = copies.float() if self._extractor is not None else self._denoised(copies)
-        return model(inputs).view(num, len(copies) // num, -1)
+        logits: Tensor = model(inputs)
+        return logits.view(num, len(copies) // num, -1)
 
     def _denoised(self, noisy: Tensor) -> Tensor:
         with torch.no_grad():

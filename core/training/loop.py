@@ -83,10 +83,11 @@ class Objective(Protocol):
 
     def prepare(self, model: nn.Module) -> None:
         """Called before the first batch of a training that begins: for what the model takes from its samples."""
+        return
 
     def worth(self, model: nn.Module, chosen: NDArray[np.int64]) -> Tensor:
-        """``(B,)`` of some of the samples that are held out, on the model's device: the more, the better."""
-        raise NotImplementedError
+        """``(B,)`` of some of the samples that are held out, in evaluation mode: the more, the better."""
+        return torch.zeros(len(chosen))
 
 
 class Training:
@@ -202,9 +203,8 @@ class Training:
         mine = slice_of(np.arange(size), self._rank, self._workers)
         self.model.eval()
         with torch.no_grad():
-            total = self.objective.worth(self.model, mine).double().sum() if len(mine) else torch.zeros(())
+            total = self.objective.worth(self.model, mine).double().sum().to(self._device)
         self.model.train()
-        total = total.to(self._device, torch.float64)
         if self._workers > 1:
             dist.all_reduce(total)
         return {"held_out": total.item() / size}

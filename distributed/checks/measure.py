@@ -293,10 +293,12 @@ class _Training:
         estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma
         learns = name == "train_estimator"
         model = load_model(self._run.model("estimator" if learns else next(iter(self._run.config.classifiers))))
-        part = self._part(estimator.batch_size if learns else finetune.batch_size)
-        copies = len(part) * (estimator.num_copies if learns else 1)
         router = model if isinstance(model, FeatureRouter) else None
-        if router is not None:  # each copy is computed once, and then there is little left to do
+        if router is None:
+            part = self._part(estimator.batch_size if learns else finetune.batch_size)
+            copies = len(part) * (estimator.num_copies if learns else 1)
+        else:  # each copy is computed once, and then there is little left to do
+            part = self._part(4)
             copies = len(part) * estimator.feature_copies
         front: Denoiser | None = denoiser if estimator.denoiser or not learns else None
         if _one_image_s(front, model, part, sigma_e) * copies > _PATIENCE_S:
@@ -316,9 +318,11 @@ class _Training:
             for _ in Training(model if router is None else router.head, objective).run():
                 pass
 
-        if router is None:
-            return self._timed(train, copies)
-        return self._timed(lambda num: [train(1) for _ in range(num)], copies)
+        def begin(num: int) -> None:
+            for _ in range(num):
+                train(1)
+
+        return self._timed(train if router is None else begin, copies)
 
     def _part(self, batch: int) -> Dataset:
         return self._train.take(range(min(len(self._train), 4 * batch)))

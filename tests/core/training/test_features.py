@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.config import EstimatorConfig, parse_config
-from core.data import Dataset
 from core.errors import ConfigError, ModelError
 from core.models.checkpoints import load_model, save_model
 from core.models.classifiers import ImageClassifier
@@ -141,7 +139,9 @@ def test_worth_is_what_the_votes_of_noisy_copies_promise_and_workers_share_the_l
 ) -> None:
     """With and without features, against the networks themselves; each worker sums its part."""
     data, radii = toy(40)
-    learnt, held = hold_out(40, 0.3, 3, "train_estimator")
+    held = hold_out(40, 0.3, 3, "train_estimator")[1]
+    sums: list[float] = []
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda total: sums.append(total.item()))
     noisy = Samples(data, held, "train_estimator", 3).noisy(0, np.arange(12), [0.5] * 12, 6)
     for reads_features in (True, False):
         whole, plain = router(), SmallConvNet(1, 8, 2)
@@ -160,8 +160,7 @@ def test_worth_is_what_the_votes_of_noisy_copies_promise_and_workers_share_the_l
             found = objective.worth(model, np.arange(12))
         assert torch.allclose(found, expected, rtol=1e-6)
         assert expected.std() > 0
-        sums: list[float] = []
-        monkeypatch.setattr("torch.distributed.all_reduce", lambda total: sums.append(total.item()))
+        sums.clear()
         for rank in range(5):
             Training(model, objective, rank, 5)._held_out()
         assert sum(sums) == pytest.approx(expected.sum().item(), rel=1e-6)
@@ -195,7 +194,7 @@ def test_head_is_standardised_by_the_samples_learnt_from() -> None:
 @pytest.mark.parametrize("kind", ["experts", "resnet110", "test_resnet", "test_vit"])
 def test_router_saved_and_loaded_gives_the_same_logits_and_is_its_own(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    pool: list[nn.Module] = [SmallConvNet(1, 8, 10), SmallConvNet(1, 8, 10, width=4)]
+    pool: list[SmallConvNet | ImageClassifier] = [SmallConvNet(1, 8, 10), SmallConvNet(1, 8, 10, width=4)]
     if kind != "experts":
         pool = [ImageClassifier(kind, 12, 1, 32 if kind == "resnet110" else None, label_map=[*range(9), 11])]
     pool = [module.eval() for module in pool]
@@ -209,6 +208,7 @@ def test_router_saved_and_loaded_gives_the_same_logits_and_is_its_own(kind: str,
     whole = new_router(pool, len(pool) - 1, (1, 8, 8), 16, 3)
     save_model(whole, tmp_path / "router.safetensors")
     again = load_model(tmp_path / "router.safetensors")
+    assert isinstance(again, FeatureRouter)
     with torch.inference_mode():
         before = whole(images)
         assert before.shape == (3, 3)
@@ -217,7 +217,7 @@ def test_router_saved_and_loaded_gives_the_same_logits_and_is_its_own(kind: str,
             parameter.add_(1.0)
         assert torch.equal(again(images), before)
         assert not torch.equal(whole(images), before)
-    assert not any(module.training for module in again.train().extractor.modules())  # type: ignore[union-attr]
+    assert not any(module.training for module in again.train().extractor.modules())
 
 
 def test_expert_place_is_the_nearest_level() -> None:
