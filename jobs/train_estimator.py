@@ -4,9 +4,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
+
+if TYPE_CHECKING:
+    from core.data import Dataset
+    from core.models.features import FeatureRouter
 
 
 def run(directory: RunDirectory) -> None:
@@ -27,8 +32,9 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
 
     from core.models.checkpoints import load_classifier
     from core.models.classifiers import ImageClassifier
+    from core.models.features import FeatureRouter
     from core.models.small import SmallConvNet
-    from core.training.estimator import learnable
+    from core.training.estimator import hold_out, learnable
     from distributed.training.labels import training_radii
     from distributed.training.train import Lesson, forget, train
 
@@ -42,14 +48,19 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
         estimator = (
             SmallConvNet.for_images(data.shape, num_sigmas, config.base.classifier_width)
             if backbone is None
+            else _on_features(directory, data)
+            if config.estimator.reads_features
             else load_classifier(backbone, num_sigmas, data.shape[0], new_head=True)
         )
+    learner = estimator.head if isinstance(estimator, FeatureRouter) else estimator
     taken = estimator.taken if backbone and isinstance(estimator, ImageClassifier) and backbone.checkpoint else None
     if getattr(estimator, "new_head", False):
         print(f"estimator: its checkpoint's last layer is replaced by a new one with {num_sigmas} outputs")
-    print(f"estimator: trained on {len(kept)} of {len(radii)} samples (the others have radius 0 at every sigma)")
+    _, held = hold_out(len(kept), config.estimator.holdout, config.seed, "train_estimator")
+    also = f"; {len(held)} of them are held out" if len(held) else ""
+    print(f"estimator: trained on {len(kept)} of {len(radii)} samples (the others have radius 0 at every sigma){also}")
     lesson = Lesson.of(directory, "train_estimator", "estimator", kept, radii[kept])
-    history = train(directory, lesson, estimator, "estimator")
+    history = train(directory, lesson, learner, "estimator")
     digest = directory.save_model("estimator", estimator)
     facts = {
         **({"taken": taken} if taken else {}),
@@ -57,10 +68,22 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
         "samples": len(kept),
         "of": len(radii),
         "loss": [record["loss"] for record in history],
+        **({"held_out": [record["held_out"] for record in history]} if config.estimator.holdout else {}),
         "workers": max(1, config.compute.train_workers),
     }
     directory.finish("train_estimator", read=hashes, wrote={"estimator": digest}, facts=facts)
     forget(lesson)
+
+
+def _on_features(directory: RunDirectory, data: "Dataset") -> "FeatureRouter":
+    """A router on the features of the classifiers as they are now, with an untrained head."""
+    from core.models.checkpoints import load_model
+    from core.models.features import expert_place, new_router
+
+    config = directory.config
+    classifiers = [load_model(directory.model(role)) for role in config.classifiers]
+    place = expert_place(config.classifiers.values(), config.estimator_sigma)
+    return new_router(classifiers, place, data.shape, config.estimator.hidden, len(config.sigmas))
 
 
 def dataset_digest(directory: RunDirectory) -> str | None:

@@ -1,14 +1,17 @@
 """`labels`, `estimator`, `finetune`, `certify`, `report`: the steps of the method."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from core.agreement_records import Claim, Router
 from core.config.models import ClassifierConfig
 from core.config.values import Alpha, Count, NonNegative, Positive, Section, Share
 
 __all__ = ["CertifyConfig", "EstimatorConfig", "FinetuneConfig", "LabelConfig", "ReportConfig"]
+
+FEATURES = "features"
+"""As `estimator.backbone`."""
 
 
 class LabelConfig(Section):
@@ -27,14 +30,29 @@ class EstimatorConfig(Section):
 
     backbone: ClassifierConfig | None = None
     """Its network, with one output per sigma, trained from the weights given or from scratch; a checkpoint's last layer
-    is replaced where it has another width. Unless given, the small CNN."""
-    loss: Literal["hard", "soft", "consistency"] = "consistency"
-    """`hard`: cross-entropy on the best sigma; `soft`: on softmax(radii); `consistency`: soft plus consistency."""
+    is replaced where it has another width. Unless given, the small CNN. `features`: a small head on what the classifier
+    says before fine-tuning: log-probabilities (of every expert), and the features of the one nearest to sigma_e."""
+    hidden: Count = 128
+    """Width of that head's hidden layer."""
+    feature_copies: Count = 16
+    """Noisy copies of each sample that `features` computes once and keeps: the epochs go through them in turn."""
+    loss: Literal["hard", "soft", "consistency", "expected_radius", "radius"] = "consistency"
+    """`hard`: cross-entropy on the best sigma; `soft`: on softmax(radii); `consistency`: soft plus consistency.
+    For the agreement claim (docs/design/training.md), without re-balancing: `expected_radius`, the radius of the level
+    that a noisy copy picks; `radius`, the claim's own radius T."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the epochs in which `radius` trains with `expected_radius` first, so as not to fall into a constant."""
+    temperature: Positive = 0.03
+    """Of the smooth maximum and minimum in T, in units of sigma_e."""
+    radii: Annotated[tuple[NonNegative, ...], Field(strict=False)] = ()
+    """`radius` maximises the share of these radii that T exceeds (each blurred by .05), rather than T itself."""
     consistency_weight: Literal["strong", "weak", "max_radius", "min_radius", "none"] = "strong"
     """w_r of the consistency term: R_c at the largest (strong) or smallest (weak) sigma that is predicted over the
     noisy copies; or the largest or smallest R_c over Sigma; or 1."""
-    label_radius: Literal["at_n", "at_10k"] = "at_n"
-    """Radii as certified, or those that the same share of votes would give with 10,000 draws."""
+    label_radius: Literal["at_n", "at_10k", "shrunk"] = "at_n"
+    """Radii as certified; or those that the same share of votes would give with 10,000 draws; or `shrunk`: what
+    `certify.num_estimation` draws would give the true class at half of `certify.alpha`, its share of all votes shrunk
+    by a Beta prior that is fitted to the samples at that sigma."""
     consistency_lambda: NonNegative = 40.0
     """Weight of the KL term, lambda."""
     consistency_eta: NonNegative = 0.5
@@ -58,6 +76,46 @@ class EstimatorConfig(Section):
     """The learning rate is multiplied by `lr_gamma` every so many epochs."""
     lr_gamma: Share = 0.5
     """See `lr_step`."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the labelled samples that is held out: the router's radius T on them is noted after each epoch, and the
+    weights of the best epoch are kept."""
+    holdout_copies: Count = 32
+    """Noisy copies of each of those that vote."""
+
+    @field_validator("backbone", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"arch": FEATURES} if value == FEATURES else value
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether it is a head on the classifier's features."""
+        return self.backbone is not None and self.backbone.arch == FEATURES
+
+    @property
+    def claims_agreement(self) -> bool:
+        """Whether its loss is one of the agreement claim."""
+        return self.loss in ("expected_radius", "radius")
+
+    @model_validator(mode="after")
+    def _only_where_they_count(self) -> Self:
+        where = {
+            "consistency_": (not self.claims_agreement, f"loss: {self.loss} has no consistency term"),
+            "warmup temperature radii": (self.loss == "radius", "it belongs to loss: radius"),
+            "hidden feature_copies": (self.reads_features, "it belongs to backbone: features"),
+            "holdout_copies": (self.holdout > 0, "holdout is 0"),
+        }
+        for keys, (counts, why) in where.items():
+            for key, field in type(self).model_fields.items():
+                if key.startswith(tuple(keys.split())) and not counts and getattr(self, key) != field.default:
+                    raise ValueError(f"{key}: is set to {getattr(self, key)}, but {why}; remove it")
+        if self.reads_features and self.backbone != ClassifierConfig(arch=FEATURES):
+            raise ValueError("backbone: features takes no other keys; its weights are those of the classifier")
+        if self.reads_features and self.feature_copies < self.num_copies:
+            raise ValueError(
+                f"feature_copies: {self.feature_copies} copies are fewer than num_copies = {self.num_copies}; raise it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_labels(self) -> Self:

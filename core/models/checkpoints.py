@@ -21,6 +21,7 @@ from core.files import write_whole
 from core.models.classifiers import ImageClassifier, build_classifier
 from core.models.denoiser import OneShotDenoiser, Schedule, parse_schedule
 from core.models.diffusers_folder import read_folder, unet_config
+from core.models.features import FeatureExtractor, FeatureHead, FeatureRouter
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
 from core.models.small import SmallConvNet
 from core.models.weights import load_strictly, read_checkpoint, read_safetensors
@@ -56,14 +57,35 @@ def _describe(module: nn.Module) -> dict[str, Any]:
             "beta_range": module.beta_range,
             "rescale_timesteps": module.rescale_timesteps,
         }
+    if isinstance(module, FeatureRouter):
+        extractor = module.extractor
+        classifiers = [_describe(classifier) for classifier in extractor.classifiers]
+        return {
+            "kind": "feature_router",
+            "classifiers": classifiers,
+            "place": extractor.place,
+            "head": module.head.spec,
+        }
+    if isinstance(module, FeatureHead):
+        return {"kind": "feature_head", **module.spec}
     for kind, known in (("image_classifier", ImageClassifier), ("small_conv_net", SmallConvNet)):
         if isinstance(module, known):
             return {"kind": kind, **module.spec}
     raise ModelError(f"do not know how to describe a {type(module).__name__} in a checkpoint")
 
 
+def _build_router(classifiers: list[dict[str, Any]], place: int, head: dict[str, Any]) -> FeatureRouter:
+    return FeatureRouter(FeatureExtractor([_build(**spec) for spec in classifiers], place), FeatureHead(**head))
+
+
+def _build(kind: str, **spec: Any) -> nn.Module:
+    return _BUILDERS[kind](**spec)
+
+
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "denoiser": build_denoiser,
+    "feature_head": FeatureHead,
+    "feature_router": _build_router,
     "image_classifier": ImageClassifier,
     "small_conv_net": SmallConvNet,
 }
@@ -103,8 +125,8 @@ def load_model(path: Path) -> nn.Module:
         raise ModelError(f"{str(path)!r} holds a {kind!r}; known kinds: {', '.join(sorted(_BUILDERS))}")
     try:
         with torch.random.fork_rng(devices=[]):
-            module = _BUILDERS[kind](**spec)
-    except (ModelError, RuntimeError, TypeError, ValueError) as error:
+            module = _build(kind, **spec)
+    except (ModelError, RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise ModelError(f"cannot build the {kind} that {str(path)!r} describes: {error}") from error
     load_strictly(module, weights, repr(str(path)))
     return module.eval()

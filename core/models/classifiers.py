@@ -109,10 +109,21 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` in [0, 1] -> logits ``(B, num_outputs)``."""
+        return self._picked(self.net(self._prepared(images)))
+
+    def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer reads, ``(B, D)``, and the logits."""
+        net: Any = self.net
+        body = net.forward_features(self._prepared(images))
+        return net.forward_head(body, pre_logits=True), self._picked(net.forward_head(body))
+
+    def _prepared(self, images: Tensor) -> Tensor:
         size = self.input_size
         if size is not None and images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
-        logits: Tensor = self.net((images - self._mean) / self._std)
+        return (images - self._mean) / self._std
+
+    def _picked(self, logits: Tensor) -> Tensor:
         return logits if self._label_map is None else logits.index_select(1, self._label_map)
 
 

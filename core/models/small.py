@@ -48,3 +48,8 @@ class SmallConvNet(nn.Module):
         """``(B, C, H, W)`` in [0, 1] -> logits ``(B, num_outputs)``."""
         logits: Tensor = self.layers(2 * images - 1)
         return logits
+
+    def parts(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layer reads, and the logits."""
+        features: Tensor = self.layers[:-1](2 * images - 1)
+        return features, self.layers[-1](features)

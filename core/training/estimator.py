@@ -9,15 +9,32 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from core.config import EstimatorConfig
+from core.config import CertifyConfig, EstimatorConfig
 from core.data import Dataset
-from core.errors import DataError
+from core.errors import ConfigError, DataError
 from core.machine.network import Denoiser
+from core.machine.noise_key import training_key
+from core.models.features import FeatureExtractor, FeatureHead
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
-from core.training.loop import Schedule
+from core.training.features import Features
+from core.training.loop import Objective, Schedule
+from core.training.radius_loss import largest_share, radius_losses, voted_radius
 from core.training.samples import Samples
 
-__all__ = ["EstimatorObjective", "class_weights", "estimator_losses", "label_radii", "learnable"]
+__all__ = [
+    "EstimatorObjective",
+    "class_weights",
+    "estimator_losses",
+    "hold_out",
+    "label_radii",
+    "learnable",
+    "shrunk_radii",
+]
+
+_CERTIFY = CertifyConfig()
+
+_STATISTICS = 256
+"""Samples whose features a head is standardised with."""
 
 Floats = NDArray[np.float64]
 
@@ -40,7 +57,8 @@ def label_radii(
         num_estimation: ``(N, K)`` estimation draws.
         sigmas: ``(K,)``.
         alpha: failure probability of the certificates.
-        mode: `at_n`, the radii as they are; `at_10k`, those that the same share of votes gives with 10,000 draws.
+        mode: `at_n`, the radii as they are; `at_10k`, those that the same share of votes gives with 10,000 draws. For
+            `shrunk` see `shrunk_radii`.
 
     Returns:
         float64 ``(N, K)``, pixel scale [0, 1].
@@ -49,6 +67,41 @@ def label_radii(
         votes_at_10k = np.rint(votes / num_estimation * 10_000).astype(np.int64)
         radius = certified_radius(clopper_pearson_lower(votes_at_10k, 10_000, alpha), sigmas[None, :])
     return np.where(correct, radius, 0.0)
+
+
+def shrunk_radii(
+    votes: NDArray[np.int64], num: NDArray[np.int64], sigmas: Floats, num_estimation: int, alpha: float
+) -> Floats:
+    """The radii R_c(x, sigma_i) that the test's draws would certify, were the shares of votes what they seem.
+
+    200 votes of 200 are not 10,000 of 10,000. So each share is the mean of its posterior, under a Beta prior that has
+    the mean and the variance of all samples' shares at that sigma, less the variance of the draws.
+
+    Args:
+        votes: ``(N, K)`` of the true class.
+        num: ``(N, K)`` draws; samples without any have radius 0 and do not count.
+        sigmas: ``(K,)``.
+        num_estimation: draws of the test.
+        alpha: failure probability of its class.
+
+    Returns:
+        float64 ``(N, K)``, pixel scale [0, 1]; 0 where the class would not be certified.
+    """
+    radii = np.zeros(votes.shape)
+    for level, sigma in enumerate(sigmas.tolist()):
+        drawn = num[:, level] > 0
+        k, n = votes[drawn, level], num[drawn, level]
+        if not len(k):
+            continue
+        mean = (k.sum() + 0.5) / (n.sum() + 1)
+        once, size = mean * (1 - mean), n.mean()
+        # The variance of k/n is once (1/n + (1 - 1/n) / (a + b + 1)) under Beta(a, b).
+        between = (np.square(k / n - mean).mean() / once - 1 / size) / max(1 - 1 / size, 1e-9)
+        strength = 1 / float(np.clip(between, 1e-6, 1 - 1e-6)) - 1
+        share = (k + strength * mean) / (n + strength)
+        lower = clopper_pearson_lower(np.rint(share * num_estimation).astype(np.int64), num_estimation, alpha)
+        radii[drawn, level] = certified_radius(lower, sigma)
+    return radii
 
 
 def learnable(radii: Floats) -> NDArray[np.int64]:
@@ -127,22 +180,42 @@ def consistency_radius(logits: Tensor, radii: Tensor, mode: str) -> Tensor:
     return radius.to(logits.dtype)
 
 
-class EstimatorObjective:
+def hold_out(num: int, share: float, seed: int, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which of `num` samples are learnt from and which are held out, int64, ascending; a function of the arguments.
+
+    Raises:
+        ConfigError: when either would have none.
+    """
+    key = int.from_bytes(training_key(seed, name, "holdout", 0, "")[:7], "little")
+    order, held = np.random.default_rng(key).permutation(num), round(share * num)
+    if share and not 0 < held < num:
+        raise ConfigError(
+            f"estimator.holdout: {share:g} of {num} labelled samples leaves {num - held} to learn from and {held} to "
+            "hold out; change it, or label more samples"
+        )
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+class EstimatorObjective(Objective):
     """To name the sigma with the largest radius, stably under noise of level `sigma_e`: a `loop.Objective`.
 
     Samples with radius 0 at every sigma are left out.
 
     Args:
         data: the training split.
-        radii: ``(N, K)`` from `label_radii`, in the data's order.
+        radii: ``(N, K)`` from `label_radii` or `shrunk_radii`, in the data's order.
         sigma_e: noise level of the estimator.
         denoiser: fixed, the same as at test time, on the model's device; None for a denoiser-free estimator.
         config: loss, optimiser and schedule.
         seed: the run's.
+        extractor: with `backbone: features`, what the model, its head, reads; on the model's device.
+        certify: the draws and alpha that the router is trained for; only the losses of the agreement claim and the
+            samples held out ask.
         processes: that hold the images on this machine.
 
     Raises:
         DataError: when no sample has a radius to learn from.
+        ConfigError: when too few samples are left or held out, or their features do not fit into memory.
     """
 
     name = "train_estimator"
@@ -156,32 +229,89 @@ class EstimatorObjective:
         config: EstimatorConfig,
         seed: int,
         *,
+        extractor: FeatureExtractor | None = None,
+        certify: CertifyConfig = _CERTIFY,
         processes: int = 1,
     ) -> None:
         kept = learnable(radii)
+        learnt, held = hold_out(len(kept), config.holdout, seed, self.name)
         self.seed, self._config, self._sigma_e, self._denoiser = seed, config, sigma_e, denoiser
         self.schedule = Schedule(
             config.epochs, config.batch_size, config.lr, config.weight_decay, config.lr_step, config.lr_gamma
         )
-        self._samples = Samples(data, kept, self.name, seed, processes=processes)
-        self.threads = self._samples.threads
-        self._radii = torch.from_numpy(radii[kept]).float()
-        self._weight = torch.from_numpy(class_weights(radii[kept], config.rebalance)).float()
+        self._samples, self._held = (
+            Samples(data, kept[part], self.name, seed, processes=processes) for part in (learnt, held)
+        )
+        self.threads, self.num_held_out = self._samples.threads, len(held)
+        self._radii, self._held_radii = (torch.from_numpy(radii[kept[part]]).float() for part in (learnt, held))
+        self._weight = torch.from_numpy(class_weights(radii[kept[learnt]], config.rebalance)).float()
+        self._largest = largest_share(certify.num_estimation, certify.alpha / 2)
+        self._extractor = extractor
+        if extractor is not None:
+            width = extractor.width(data.shape)
+            self._features, self._held_features = (
+                Features(samples, sigma_e, copies, self._extract, width, processes=processes)
+                for samples, copies in ((self._samples, config.feature_copies), (self._held, config.holdout_copies))
+            )
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy copies, radii and weights."""
-        levels = [self._sigma_e] * len(chosen)
-        noisy = self._samples.noisy(epoch, chosen, levels, self._config.num_copies)
-        return noisy, self._radii[chosen], self._weight[chosen]
+    def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy copies (or their features), radii, weights, and whether this is still warm-up."""
+        num = self._config.num_copies
+        if self._extractor is None:
+            copies = self._samples.noisy(epoch, chosen, [self._sigma_e] * len(chosen), num)
+        else:
+            copies = self._features.batch(epoch, chosen, num)
+        warming = torch.full((len(chosen),), epoch < round(self._config.warmup * self._config.epochs))
+        return copies, self._radii[chosen], self._weight[chosen], warming
 
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        """`loss` and `cross_entropy` of each sample (`estimator_losses`)."""
-        noisy, radii, weight = batch
+        """What `estimator_losses` or `radius_losses` say of each sample."""
+        copies, radii, weight, warming = batch
+        logits = self._logits(model, copies, self._config.num_copies)
+        if self._config.claims_agreement:
+            return radius_losses(logits, radii, warming, self._sigma_e, self._largest, self._config)
+        return estimator_losses(logits, radii, weight, self._config)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Standardise the inputs of a head: by all copies of some samples that lie evenly among those learnt from."""
+        if self._extractor is not None:
+            assert isinstance(model, FeatureHead)
+            some = np.unique(np.linspace(0, len(self) - 1, min(len(self), _STATISTICS)).astype(np.int64))
+            model.standardise(self._features.batch(0, some, self._config.feature_copies))
+
+    def worth(self, model: nn.Module, chosen: NDArray[np.int64]) -> Tensor:
+        """The radius T that the votes of the copies promise (`voted_radius`)."""
+        config, device = self._config, next(model.parameters()).device
+        num = config.holdout_copies
+        size = max(1, config.batch_size * config.num_copies // num)  # rows of a training step
+        found = [torch.zeros(0, device=device)]
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            if self._extractor is None:
+                copies = self._held.noisy(0, part, [self._sigma_e] * len(part), num)
+            else:
+                copies = self._held_features.batch(0, part, num)
+            logits = self._logits(model, copies.to(device), num)
+            votes = F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0)
+            found.append(voted_radius(votes, self._held_radii[part].to(device), self._sigma_e, self._largest))
+        return torch.cat(found)
+
+    def _logits(self, model: nn.Module, copies: Tensor, num: int) -> Tensor:
+        """``(num, B, K)`` of noisy copies, or of their features."""
+        inputs = copies.float() if self._extractor is not None else self._denoised(copies)
+        logits: Tensor = model(inputs)
+        return logits.view(num, len(copies) // num, -1)
+
+    def _denoised(self, noisy: Tensor) -> Tensor:
         with torch.no_grad():
             level = torch.full((len(noisy),), self._sigma_e, device=noisy.device)
-            images = noisy if self._denoiser is None else self._denoiser(noisy, level)
-        logits = model(images).view(self._config.num_copies, len(radii), -1)
-        return estimator_losses(logits, radii, weight, self._config)
+            images: Tensor = noisy if self._denoiser is None else self._denoiser(noisy, level)
+        return images
+
+    def _extract(self, noisy: Tensor) -> Tensor:
+        assert self._extractor is not None
+        features: Tensor = self._extractor(self._denoised(noisy.to(next(self._extractor.parameters()).device)))
+        return features

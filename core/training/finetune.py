@@ -12,7 +12,7 @@ from core.config import FinetuneConfig
 from core.data import Dataset
 from core.machine.network import Denoiser
 from core.records import ESTIMATOR, Draws, Phase, Procedure
-from core.training.loop import Schedule
+from core.training.loop import Objective, Schedule
 from core.training.samples import Samples
 
 __all__ = ["FinetuneObjective", "choose_sigma"]
@@ -24,7 +24,7 @@ def choose_sigma(sigmas: Sequence[float], sigma_e: float, num: int) -> Procedure
     return sigmas[int(votes.argmax())]
 
 
-class FinetuneObjective:
+class FinetuneObjective(Objective):
     """Cross-entropy on images noised at their own sigma, then denoised: a `loop.Objective`.
 
     Args:

@@ -28,7 +28,8 @@ __all__ = ["Objective", "Record", "Schedule", "Training", "slice_of"]
 
 T = TypeVar("T")
 Record = dict[str, float]
-"""What an epoch came to: `epoch` (from 1), each term of the loss (its mean over the samples), `lr`, `samples_per_s`."""
+"""What an epoch came to: `epoch` (from 1), each term of the loss (its mean over the samples), `lr`, `samples_per_s`,
+and `held_out`, the mean worth of the samples that are held out, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,14 @@ class Objective(Protocol):
         seed: the run's.
         schedule: length and rates.
         threads: that read and noise batches ahead of the network.
+        num_held_out: samples that are not learnt from: the epoch that is worth most on them is the one that is kept.
     """
 
     name: str
     seed: int
     schedule: Schedule
     threads: int
+    num_held_out: int = 0
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -77,6 +80,14 @@ class Objective(Protocol):
 
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Terms by name, each ``(B,)``, on the model's device; `loss` is what is minimised, the others are noted."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Called before the first batch of a training that begins: for what the model takes from its samples."""
+        return
+
+    def worth(self, model: nn.Module, chosen: NDArray[np.int64]) -> Tensor:
+        """``(B,)`` of some of the samples that are held out, in evaluation mode: the more, the better."""
+        return torch.zeros(len(chosen))
 
 
 class Training:
@@ -100,6 +111,8 @@ class Training:
         self.batch = 0
         """Batches of the present epoch that are complete."""
         self.history: list[Record] = []
+        self._best: dict[str, Tensor] = {}
+        """Weights of the epoch that is worth most on the samples held out."""
         self._sums: dict[str, Tensor] = {}
         schedule = objective.schedule
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
@@ -128,6 +141,7 @@ class Training:
             "batch": self.batch,
             "history": self.history,
             "sums": self._sums,
+            "best": self._best,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
@@ -137,20 +151,24 @@ class Training:
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
         self.history = [dict(record) for record in state["history"]]
         self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+        self._best = {name: value.to(self._device) for name, value in state.get("best", {}).items()}
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 
     def run(self) -> Iterator[Record | None]:
         """Train to the end; a record at the end of each epoch, None after every other batch: moments to take `state`.
 
-        Leaves the model in evaluation mode.
+        Leaves the model in evaluation mode. Where samples are held out, its weights are then (and in the `state` behind
+        the last batch) those of the epoch with the largest `held_out`, of several the first.
 
         Raises:
-            ModelError: when a loss is not finite.
+            ModelError: when a loss or a worth is not finite.
             DataError: when an image cannot be read.
         """
         schedule, size = self.objective.schedule, len(self.objective)
         num_batches = math.ceil(size / schedule.batch_size)
+        if not self.samples_done:
+            self.objective.prepare(self.model)
         network = self.model if self._workers == 1 else DistributedDataParallel(self.model)
         self.model.train()
         while self.epoch < schedule.epochs:
@@ -163,7 +181,7 @@ class Training:
                 if self.batch < num_batches:
                     yield None
             seconds = time.perf_counter() - start
-            means = {name: value.item() / size for name, value in self._sums.items()}
+            means = {name: value.item() / size for name, value in self._sums.items()} | self._held_out()
             if not all(map(math.isfinite, means.values())):
                 raise ModelError(
                     f"{self.objective.name}: the loss of epoch {self.epoch + 1} is not finite "
@@ -173,8 +191,32 @@ class Training:
             self.epoch, self.batch, self._sums = self.epoch + 1, 0, {}
             record = {"epoch": float(self.epoch), **means, "lr": schedule.rate(self.epoch - 1)}
             self.history.append({**record, "samples_per_s": seen / max(seconds, 1e-9)})
+            self._keep_best()
             yield self.history[-1]
         self.model.eval()
+
+    def _held_out(self) -> Record:
+        """The mean worth of the samples that are held out, of which each worker looks at its part."""
+        size = self.objective.num_held_out
+        if not size:
+            return {}
+        mine = slice_of(np.arange(size), self._rank, self._workers)
+        self.model.eval()
+        with torch.no_grad():
+            total = self.objective.worth(self.model, mine).double().sum().to(self._device)
+        self.model.train()
+        if self._workers > 1:
+            dist.all_reduce(total)
+        return {"held_out": total.item() / size}
+
+    def _keep_best(self) -> None:
+        if not self.objective.num_held_out:
+            return
+        *before, last = (record["held_out"] for record in self.history)
+        if not before or last > max(before):
+            self._best = {name: value.clone() for name, value in self.model.state_dict().items()}
+        if self.epoch == self.objective.schedule.epochs:
+            self.model.load_state_dict(self._best)
 
     def _batches(self) -> Iterator[tuple[Sequence[Tensor], float]]:
         """What is left of this epoch, as this worker sees it: its slice of each batch and the weight of a sample.

@@ -12,10 +12,10 @@ from core.data import Dataset
 from core.machine.noise import fill_normal
 from core.machine.noise_key import training_key
 
-__all__ = ["Samples"]
+__all__ = ["MEMORY_SHARE", "Samples"]
 
-_SHARE = 0.25
-"""Of the machine's memory, for decoded images."""
+MEMORY_SHARE = 0.25
+"""Of the machine's memory, for decoded images; as much for features."""
 
 
 class Samples:
@@ -35,7 +35,7 @@ class Samples:
         self._data, self._places, self._name, self._seed = data, places, name, seed
         in_memory = isinstance(data.images, np.ndarray)
         needed = processes * len(places) * int(np.prod(data.shape))
-        fits = needed <= _SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        fits = needed <= MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         # Not touched before it is filled, so it takes no more memory than the images that are there.
         self._held = None if in_memory or not fits else np.empty((len(places), *data.shape), np.uint8)
         self._known = np.zeros(len(places), np.bool_)

@@ -170,7 +170,10 @@ def count_parts(
                 each = copies * (1 + denoises)  # clean images beside denoised ones
                 training("train_base, classifier", copies, "classifier", denoiser=copies * denoises, classifier=each)
         elif step == "train_estimator":  # without the samples of radius 0 at every sigma
-            copies = estimator.epochs * num * estimator.num_copies
+            held, epochs = round(estimator.holdout * num), estimator.epochs
+            copies = epochs * ((num - held) * estimator.num_copies + held * estimator.holdout_copies)
+            if estimator.reads_features:  # each is computed once, and then there is little left to do
+                copies = (num - held) * estimator.feature_copies + held * estimator.holdout_copies
             front = copies * denoises * estimator.denoiser
             training(step, copies, "estimator", False, workers, denoiser=front, estimator=copies)
         elif step == "finetune_classifier":

@@ -26,6 +26,7 @@ from core.machine.cpu import settle
 from core.machine.network import Denoiser
 from core.models.checkpoints import build_denoiser, load_classifier, load_denoiser, load_model
 from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.features import FeatureRouter, expert_place, new_router
 from core.models.small import SmallConvNet
 from core.procedures.smoothing import certificate, certify
 from core.progress import Progress
@@ -66,9 +67,15 @@ def base_classifier(
     return load_classifier(named, num_classes, shape[0], class_names=class_names)
 
 
-def new_estimator(config: Config, shape: Sequence[int]) -> nn.Module:
-    """The network that `jobs.train_estimator` trains, before its training."""
+def new_estimator(
+    config: Config, shape: Sequence[int], num_classes: int, class_names: Sequence[str] | None
+) -> nn.Module:
+    """The network that `jobs.train_estimator` writes, before its training."""
     named, outputs = config.estimator.backbone, len(config.sigmas)
+    if config.estimator.reads_features:
+        classifiers = [base_classifier(config, role, shape, num_classes, class_names) for role in config.classifiers]
+        place = expert_place(config.classifiers.values(), config.estimator_sigma)
+        return new_router(classifiers, place, shape, config.estimator.hidden, outputs)
     if named is None:
         return SmallConvNet.for_images(shape, outputs, config.base.classifier_width)
     return load_classifier(named, outputs, shape[0], new_head=True)
@@ -125,7 +132,7 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
         written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
         makers: dict[str, Callable[[], nn.Module]] = {
             **{name: partial(base_denoiser, config, shape) for name in config.denoisers},
-            "estimator": partial(new_estimator, config, shape),
+            "estimator": partial(new_estimator, config, shape, data.num_classes, data.class_names),
         }
         for role in config.classifiers:
             makers[role] = partial(base_classifier, config, role, shape, data.num_classes, data.class_names)
@@ -287,8 +294,13 @@ class _Training:
         estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma
         learns = name == "train_estimator"
         model = load_model(self._run.model("estimator" if learns else next(iter(self._run.config.classifiers))))
-        part = self._part(estimator.batch_size if learns else finetune.batch_size)
-        copies = len(part) * (estimator.num_copies if learns else 1)
+        router = model if isinstance(model, FeatureRouter) else None
+        if router is None:
+            part = self._part(estimator.batch_size if learns else finetune.batch_size)
+            copies = len(part) * (estimator.num_copies if learns else 1)
+        else:  # each copy is computed once, and then there is little left to do
+            part = self._part(4)
+            copies = len(part) * estimator.feature_copies
         front: Denoiser | None = denoiser if estimator.denoiser or not learns else None
         if _one_image_s(front, model, part, sigma_e) * copies > _PATIENCE_S:
             return None
@@ -298,15 +310,20 @@ class _Training:
         def train(num: int) -> None:
             objective: Objective
             if learns:
-                settings = estimator.model_copy(update={"epochs": num})
-                objective = EstimatorObjective(part, radii, sigma_e, front, settings, seed)
+                settings = estimator.model_copy(update={"epochs": num, "holdout": 0.0})
+                extractor = None if router is None else router.extractor
+                objective = EstimatorObjective(part, radii, sigma_e, front, settings, seed, extractor=extractor)
             else:
                 tuned = finetune.model_copy(update={"epochs": num})
                 objective = FinetuneObjective(part, np.arange(len(part)), sigma, front, tuned, seed)
-            for _ in Training(model, objective).run():
+            for _ in Training(model if router is None else router.head, objective).run():
                 pass
 
-        return self._timed(train, copies)
+        def begin(num: int) -> None:
+            for _ in range(num):
+                train(1)
+
+        return self._timed(train if router is None else begin, copies)
 
     def _part(self, batch: int) -> Dataset:
         return self._train.take(range(min(len(self._train), 4 * batch)))

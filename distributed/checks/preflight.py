@@ -309,10 +309,11 @@ def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
     from distributed.checks.measure import new_estimator
 
     backbone = config.estimator.backbone
-    if data is None and backbone is None:
+    if data is None and (backbone is None or config.estimator.reads_features):
         return
     with found.collect("estimator.backbone"), torch.device("cpu" if backbone and backbone.pretrained else "meta"):
-        found.networks["estimator"] = new_estimator(config, _shape(config, data))
+        classes, names = (data.num_classes, data.class_names) if data else (0, None)
+        found.networks["estimator"] = new_estimator(config, _shape(config, data), classes, names)
 
 
 def _shape(config: Config, data: Dataset | None) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from core.config import Config
 from core.data import Dataset
 from core.errors import DataError
-from core.training.estimator import label_radii
+from core.training.estimator import label_radii, shrunk_radii
 from distributed.cluster.cluster import quiet_ray_data, train_cluster
 from distributed.files.storage import file_system
 from distributed.methods.rows import ERROR
@@ -20,7 +20,8 @@ from distributed.store.shards import ShardStore
 __all__ = ["training_radii"]
 
 _COLUMNS = (
-    "example_id", "sigma", "radius", "correct", "counts_selection", "counts_estimation", "num_estimation", "status",
+    "example_id", "label", "sigma", "radius", "correct", "counts_selection", "counts_estimation", "num_selection",
+    "num_estimation", "status",
 )  # fmt: skip
 
 
@@ -47,7 +48,14 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
     if ids != sorted(train.example_ids):
         raise DataError(f"the dataset holds {len(ids)} examples, not the {len(train)} of the training split")
     failed = grid(table, "failed", config.sigmas).any(axis=1, keepdims=True)
-    radii = np.where(failed, 0.0, grid(table, "radius", config.sigmas))
+    if config.estimator.label_radius == "shrunk":
+        votes, num = (grid(table, name, config.sigmas) for name in ("votes", "num_draws"))
+        certify = config.certify
+        radii = shrunk_radii(
+            votes, np.where(failed, 0, num), np.array(config.sigmas), certify.num_estimation, certify.alpha / 2
+        )
+    else:
+        radii = np.where(failed, 0.0, grid(table, "radius", config.sigmas))
     order = {example_id: row for row, example_id in enumerate(ids)}
     return radii[[order[example_id] for example_id in train.example_ids]]
 
@@ -66,14 +74,16 @@ def _by_ray_data(config: Config, store: ShardStore, files: list[str]) -> list[pa
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    return table.select(["example_id", "sigma", "radius", "failed"]).replace_schema_metadata()
+    return table.replace_schema_metadata()
 
 
 def _radii(config: Config, table: pa.Table) -> pa.Table:
-    """(example_id, sigma, radius, failed) of some rows; radius 0 where the class is wrong."""
+    """Of some rows: example_id, sigma, radius (0 where the class is wrong), failed; votes of the true class in all
+    draws, and their number.
+    """
     column = {name: table.column(name) for name in _COLUMNS}
-    votes = stacked(column["counts_estimation"].to_numpy())
-    top = stacked(column["counts_selection"].to_numpy()).argmax(axis=1)
+    selection, votes = (stacked(column[f"counts_{phase}"].to_numpy()) for phase in ("selection", "estimation"))
+    top, label = selection.argmax(axis=1), column["label"].to_numpy()[:, None]
     sigma = column["sigma"].to_numpy()
     radii = label_radii(
         radius=column["radius"].to_numpy()[None],
@@ -85,4 +95,13 @@ def _radii(config: Config, table: pa.Table) -> pa.Table:
         mode=config.estimator.label_radius,
     )[0]
     failed = np.array([status == ERROR for status in column["status"].to_pylist()], np.bool_)
-    return pa.table({"example_id": column["example_id"], "sigma": sigma, "radius": radii, "failed": failed})
+    return pa.table(
+        {
+            "example_id": column["example_id"],
+            "sigma": sigma,
+            "radius": radii,
+            "failed": failed,
+            "votes": np.take_along_axis(selection + votes, label, axis=1)[:, 0],
+            "num_draws": column["num_selection"].to_numpy() + column["num_estimation"].to_numpy(),
+        }
+    )

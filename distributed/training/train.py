@@ -22,6 +22,7 @@ from core.data import Dataset
 from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
 from core.models.checkpoints import load_denoiser, load_model, save_model
+from core.models.features import FeatureExtractor, expert_place
 from core.progress import Progress
 from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
@@ -57,6 +58,8 @@ class Lesson:
         places: int64 ``(N,)``, the examples of the training split that it may use.
         values: float64; the estimator's ``(N, K)`` radii, or the classifier's ``(N,)`` noise levels.
         data_digest: `Dataset.digest` of the training split.
+        classifiers: SHA-256 by name of those that the estimator reads, in the order of sigma; none where it reads
+            images.
     """
 
     root: Folder
@@ -68,6 +71,7 @@ class Lesson:
     places: NDArray[np.int64] = field(repr=False)
     values: NDArray[np.float64] = field(repr=False)
     data_digest: str
+    classifiers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -79,6 +83,9 @@ class Lesson:
         values: NDArray[np.float64],
     ) -> "Lesson":
         """A training of a run whose training split has been loaded."""
+        reads_features = kind == "estimator" and directory.config.estimator.reads_features
+        roles = tuple(directory.config.classifiers) if reads_features else ()
+        hashes = directory.model_hashes(roles)
         return cls(
             root=directory.folder,
             models=directory.models,
@@ -89,6 +96,7 @@ class Lesson:
             places=places,
             values=values,
             data_digest=directory.manifest["data"]["train"]["digest"],
+            classifiers={role: hashes[role] for role in roles},
         )
 
     @property
@@ -105,6 +113,7 @@ class Lesson:
             "data": self.data_digest,
             "places": hashlib.sha256(self.places.tobytes()).hexdigest(),
             "values": hashlib.sha256(self.values.tobytes()).hexdigest(),
+            **({"classifiers": dict(self.classifiers)} if self.classifiers else {}),
         }
         return identity_of(origin, model)
 
@@ -115,6 +124,11 @@ class Lesson:
         if self.denoiser is not None and (self.kind == "classifier" or config.estimator.denoiser):
             denoiser = load_denoiser(self.models.fetch("denoiser.safetensors", self.denoiser)).to(device)
         if self.kind == "estimator":
+            extractor = None
+            if self.classifiers:
+                files = (self.models.fetch(f"{role}.safetensors", sha) for role, sha in self.classifiers.items())
+                place = expert_place(config.classifiers.values(), config.estimator_sigma)
+                extractor = FeatureExtractor([load_model(each) for each in files], place).to(device)
             return EstimatorObjective(
                 data.take(self.places),
                 self.values,
@@ -122,6 +136,8 @@ class Lesson:
                 denoiser,
                 config.estimator,
                 config.seed,
+                extractor=extractor,
+                certify=config.certify,
                 processes=processes,
             )
         return FinetuneObjective(
@@ -184,6 +200,8 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
                 epoch, loss = int(sign.record["epoch"]), sign.record["loss"]
                 curves.add(sign.record)
                 note = f"epoch {epoch}, loss {loss:.4f}"
+                if "held_out" in sign.record:
+                    note += f", held-out radius {sign.record['held_out']:.4f}"
             progress.update(max(0, sign.done - progress.done), note)
     state = checkpoints.read()
     assert state is not None, "every training ends with a checkpoint"

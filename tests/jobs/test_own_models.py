@@ -150,3 +150,17 @@ def test_dry_run_counts_the_training_of_every_expert_and_says_what_each_one_is(
     for role, width in (("classifier-0.25", 4), ("classifier-0.5", 8)):
         num = sum(tensor.numel() for tensor in SmallConvNet(1, 8, 10, width).state_dict().values())
         assert any(text.startswith(role) and f"{num:,} parameters" in text for text in out.splitlines())
+
+
+def test_dry_run_counts_the_copies_that_a_head_on_features_computes_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["backbone=features", "feature_copies=3", "holdout=0.2", "holdout_copies=5", "epochs=50"]
+    config = parse_config(PLAIN, [POOL, "compute.executor=local", *(f"estimator.{key}" for key in keys)])
+    run = RunDirectory(tmp_path / "run", config, "dry")
+    dry_run(run, ["train_base", "build_dataset", "train_estimator"], None, 0.05)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("train_estimator"))
+    assert f"{78 * 3 + 19 * 5}" in line.split()
+    assert "not measured" not in out
+    assert any(line.startswith("estimator") and "from features" in line for line in out.splitlines())

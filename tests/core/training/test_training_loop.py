@@ -170,7 +170,7 @@ def torch_loss(logits: Tensor, radii: NDArray[np.float64], weights: NDArray[np.f
     return (torch.from_numpy(weights) * per_sample).mean()
 
 
-class Broken:
+class Broken(Objective):
     """An objective whose losses are not finite from the second epoch on."""
 
     name, seed, threads = "broken", 0, 1

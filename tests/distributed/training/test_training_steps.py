@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -13,9 +14,16 @@ import torch
 from core.data import Dataset
 from core.errors import DataError
 from core.models.checkpoints import load_model
+from core.models.features import FeatureRouter
+from core.procedures.smoothing import certificate
+from core.records import Sampling
+from core.training.estimator import shrunk_radii
 from core.training.loop import Training
+from distributed.execution.work import build_network
 from distributed.files.storage import Folder
+from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row
 from distributed.store.run_directory import RunDirectory
+from distributed.store.shards import ShardStore
 from distributed.training import checkpoints
 from distributed.training.labels import training_radii
 from jobs import build_dataset, finetune_classifier, train_estimator
@@ -23,6 +31,10 @@ from tests.helpers.s3 import s3_server, uri
 from tests.helpers.tiny import tiny_run
 
 QUICK = ("estimator.epochs=3", "estimator.batch_size=16", "estimator.lr=1e-3", "finetune.epochs=2")
+FEATURES = (
+    "estimator.backbone=features", "estimator.loss=radius", "estimator.feature_copies=3", "estimator.holdout=0.25",
+    "estimator.holdout_copies=3", "base.train_experts={0.25: 4, 0.5: 8}",
+)  # fmt: skip
 FINETUNE = ("finetune.batch_size=16", "finetune.num_sigma_draws=20", "finetune.lr=1e-3")
 
 
@@ -92,6 +104,66 @@ def test_training_steps_interrupted_within_an_epoch_end_as_undisturbed(
     left = sorted(str(path.relative_to(run.path)) for path in (run.path / "training").rglob("*") if path.is_file())
     assert left
     assert all("/tensorboard/events.out.tfevents." in name for name in left)
+
+
+@pytest.mark.usefixtures("labels", "every_batch")
+def test_train_estimator_on_features_interrupted_ends_as_undisturbed_and_keeps_its_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("compute.executor=local", *QUICK, *FEATURES)
+    whole, run = tiny_run(tmp_path / "whole", *options), tiny_run(tmp_path / "run", *options)
+    train_estimator.run(whole)
+    out = capsys.readouterr().out
+    assert "held out" in out
+    with monkeypatch.context() as patch:
+        stop_after(7, patch)  # within the second epoch
+        with pytest.raises(KeyboardInterrupt):
+            train_estimator.run(run)
+    train_estimator.run(run)
+    assert run.model("estimator").read_bytes() == whole.model("estimator").read_bytes()
+    step = run.manifest["steps"]["train_estimator"]
+    assert len(step["held_out"]) == 3
+    shown = scalars(run.path / "training" / "train_estimator" / "tensorboard")
+    for epoch, value in enumerate(step["held_out"], 1):
+        assert shown["held_out", epoch] == pytest.approx(value, rel=1e-6)
+        assert -shown["loss", epoch] == pytest.approx(shown["expected_radius" if epoch < 3 else "radius", epoch])
+    router = load_model(run.model("estimator"))
+    assert isinstance(router, FeatureRouter)
+    assert router.extractor.place == 1  # of sigma_e = .5
+    for role, own in zip(run.config.classifiers, router.extractor.classifiers, strict=True):
+        for name, value in load_model(run.model(role)).state_dict().items():
+            assert torch.equal(own.state_dict()[name], value)
+    network = build_network({"estimator": run.model("estimator")}, run.config, 10, "cpu")
+    assert network.heads["estimator"].num_outputs == 2
+
+
+def test_training_radii_shrunk_are_those_of_all_votes_of_the_true_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dataset in two files, one example failed at one level."""
+    run = tiny_run(tmp_path / "run", "compute.executor=local", "estimator.label_radius=shrunk")
+    train, rng, rows = run.data("train"), np.random.default_rng(0), []
+    votes = np.zeros((len(train), 2), np.int64)
+    for place, (example_id, label) in enumerate(zip(train.example_ids, train.labels.tolist(), strict=True)):
+        for level, sigma in enumerate(run.config.sigmas):
+            counts = [rng.multinomial(num, rng.dirichlet([0.1] * 9 + [3])) for num in (20, 60)]
+            counts = [np.roll(each, label + 1) for each in counts]
+            votes[place, level] = sum(int(each[label]) for each in counts)
+            result = certificate(counts[0], counts[1], sigma, Sampling(20, 60, 0.01))
+            row = certificate_row(example_id, label, result)
+            if (place, level) == (5, 1):
+                row |= {"counts_selection": [], "counts_estimation": [], "num_selection": 0, "num_estimation": 0}
+                row |= {"status": "error", "radius": 0.0}
+            rows.append(row)
+    parts = [pa.Table.from_pylist(part, schema=CERTIFICATE_SCHEMA) for part in (rows[:40], rows[40:])]
+    monkeypatch.setattr(ShardStore, "files", lambda self: ["0", "1"])
+    monkeypatch.setattr(ShardStore, "read_file", lambda self, name: parts[int(name)])
+    num = np.full_like(votes, 80)
+    num[5] = 0
+    expected = shrunk_radii(votes, num, np.array(run.config.sigmas), 100, 0.005)
+    assert np.array_equal(training_radii(run, train), expected)
+    assert not expected[5].any()
+    assert 20 < np.count_nonzero(expected) < 194
 
 
 @pytest.mark.usefixtures("labels", "every_batch")
@@ -192,11 +264,15 @@ def test_training_on_two_workers_of_ray_train_equals_the_plain_loop(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("labels")
-def test_training_on_one_worker_of_ray_train_has_the_bits_of_the_plain_loop(tmp_path: Path) -> None:
-    plain = both_steps(tiny_run(tmp_path / "plain", "compute.executor=local", *QUICK, *FINETUNE))
+@pytest.mark.parametrize("more", [(), FEATURES], ids=["images", "features"])
+def test_training_on_one_worker_of_ray_train_has_the_bits_of_the_plain_loop(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    options = (*QUICK, *FINETUNE, *more)
+    plain = both_steps(tiny_run(tmp_path / "plain", "compute.executor=local", *options))
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level="WARNING", log_to_driver=False)
     try:
-        one = both_steps(tiny_run(tmp_path / "one", "compute.train_workers=1", *QUICK, *FINETUNE))
+        one = both_steps(tiny_run(tmp_path / "one", "compute.train_workers=1", *options))
     finally:
         ray.shutdown()
     assert one == plain

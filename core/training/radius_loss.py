@@ -1,0 +1,98 @@
+"""Training for the agreement claim: T = min over levels j of max(E_j, R_j), in a form that has a gradient.
+
+E_j is how far the router cannot reach level j, R_j how far the classifier at level j answers the label. A router is
+worth its T (docs/guarantees.md), so T itself is what `estimator.loss: radius` maximises; it is not convex, and from
+random weights it falls into a router that always answers the same. `expected_radius`, the radius of the level that a
+single noisy copy picks, is a cost-sensitive loss without that fault: the way there.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from core.config import EstimatorConfig
+
+__all__ = ["expected_radius", "joint_radius", "largest_share", "radius_losses", "voted_radius"]
+
+_BLUR = 0.05
+"""How far from a radius asked for T still counts, pixel scale [0, 1]: the width of the sigmoid."""
+
+
+def largest_share(num: int, alpha: float) -> float:
+    """The largest probability that `num` draws can show at `alpha`, all of them agreeing: alpha^(1/num)."""
+    return math.exp(math.log(alpha) / num)
+
+
+def expected_radius(logits: Tensor, radii: Tensor) -> Tensor:
+    """``(B,)`` radius of a level drawn from the softmax, averaged over the copies.
+
+    Args:
+        logits: ``(m, B, K)`` of m noisy copies.
+        radii: ``(B, K)`` R_j, sigma ascending.
+    """
+    return (logits.softmax(dim=2) * radii).sum(dim=2).mean(dim=0)
+
+
+def joint_radius(logits: Tensor, radii: Tensor, sigma_e: float, largest: float, temperature: float) -> Tensor:
+    """``(B,)`` T of the router that votes as the mean of the copies' softmax says, smoothly.
+
+    E_j = sigma_e Phi^-1(q), q the larger of P[h < j] and P[h > j], scaled from [0, 1] into [1 - largest, largest]: no
+    vote is worth more than a test can show, and the gradient ends nowhere. Maximum and minimum are log-sum-exps: exact
+    where the values lie apart, off by at most temperature log 2 upwards and temperature log K downwards.
+
+    Args:
+        logits: ``(m, B, K)`` of m noisy copies.
+        radii: ``(B, K)`` R_j, sigma ascending.
+        sigma_e: noise level of the router.
+        largest: see `largest_share`.
+        temperature: of maximum and minimum, a radius in the pixel scale [0, 1].
+    """
+    p = logits.softmax(dim=2).mean(dim=0)
+    up_to = p.cumsum(dim=1)
+    excluded = torch.maximum(up_to - p, 1.0 - up_to)
+    reach = sigma_e * torch.special.ndtri((1.0 - largest) + (2.0 * largest - 1.0) * excluded.clamp(0.0, 1.0))
+    levels = torch.logaddexp(reach / temperature, radii / temperature)
+    return -temperature * torch.logsumexp(-levels, dim=1)
+
+
+def voted_radius(votes: Tensor, radii: Tensor, sigma_e: float, largest: float) -> Tensor:
+    """``(B,)`` float64 T that votes promise: hard, no more than a test can show, an estimate and no bound.
+
+    Args:
+        votes: int64 ``(B, K)`` for each level; k of n count as (k + 1/2) / (n + 1).
+        radii: ``(B, K)`` R_j, sigma ascending.
+        sigma_e: noise level of the router.
+        largest: see `largest_share`.
+    """
+    up_to = votes.cumsum(dim=1)
+    num = up_to[:, -1:]
+    excluded = torch.maximum(up_to - votes, num - up_to)
+    share = ((excluded.double() + 0.5) / (num + 1)).clamp(max=largest)
+    return torch.maximum(sigma_e * torch.special.ndtri(share), radii.double()).amin(dim=1)
+
+
+def radius_losses(
+    logits: Tensor, radii: Tensor, warming: Tensor, sigma_e: float, largest: float, config: EstimatorConfig
+) -> dict[str, Tensor]:
+    """The loss of each sample under `expected_radius` or `radius`, in float64.
+
+    Args:
+        logits: ``(m, B, K)`` of m noisy copies.
+        radii: ``(B, K)`` R_j, sigma ascending.
+        warming: bool ``(B,)``, whether `radius` still trains with `expected_radius`.
+        sigma_e: noise level of the router.
+        largest: see `largest_share`.
+        config: loss, temperature and radii.
+
+    Returns:
+        ``(B,)`` each: `loss`, and the two radii in the pixel scale [0, 1]: `expected_radius` and, smooth, `radius`.
+    """
+    logits, radii = logits.double(), radii.double()
+    expected = expected_radius(logits, radii)
+    joint = worth = joint_radius(logits, radii, sigma_e, largest, config.temperature * sigma_e)
+    if config.radii:
+        asked = torch.tensor(config.radii, dtype=joint.dtype, device=joint.device)
+        worth = torch.sigmoid((joint[:, None] - asked) / _BLUR).mean(dim=1)
+    loss = -expected if config.loss == "expected_radius" else -torch.where(warming, expected, worth)
+    return {"loss": loss, "expected_radius": expected, "radius": joint}
