@@ -144,7 +144,8 @@ class Dual(Method):
             label = None
             if not first.abstained:
                 label = certificate(selection[CLASSIFIER], estimation[CLASSIFIER], level[CLASSIFIER], stage[CLASSIFIER])
-            return join_stages(first, label, terms.sigmas, terms.sampling.alpha)
+            joined = join_stages(first, label, terms.sigmas, terms.sampling.alpha)
+            return replace(joined, alpha_class=stage[CLASSIFIER].alpha)  # though it was not run
         stages: dict[str, Certificate] = {}
         order = stage_order(selection, level)
         for head in order:

@@ -1,0 +1,219 @@
+"""What each method's rows say of procedures that were driven by made-up votes, whose draws were counted on the way."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from core.errors import DataError
+from core.procedures.multiscale import level_alphas
+from core.procedures.sequential import Budget
+from core.records import (
+    CLASSIFIER,
+    ESTIMATOR,
+    Answer,
+    Certificate,
+    Draws,
+    DualCertificate,
+    MultiscaleCertificate,
+    Rule,
+    Sampling,
+)
+from core.report import DualRows
+from core.report.multiscale import MultiscaleRows
+from distributed.methods import METHODS, method_named
+from distributed.methods.dual import Dual, dual_copies
+from distributed.methods.method import Copies, Method, Terms
+from distributed.methods.standard import grid
+from tests.helpers.oracles import drive
+
+NUM_CLASSES = 4
+BUDGETS: list[Budget] = ["fixed", "sequential", "grid"]
+
+
+def terms_of(budget: Budget, sigmas: tuple[float, ...], sigma_e: float = 0.5, **other: Any) -> Terms:
+    radii = (0.0, 0.2, 0.4) if budget == "grid" else ()
+    return Terms(Sampling(15, 120, 0.02), budget, Rule(20, 0.2, 2.0), radii, sigmas, sigma_e, **other)
+
+
+TERMS = [
+    *(terms_of(budget, (0.25, 0.5)) for budget in BUDGETS),
+    terms_of("fixed", (0.5,)),
+    terms_of("fixed", (0.12, 0.25, 0.5), 0.7),
+    terms_of("sequential", (0.12, 0.25, 0.5), 0.7, split="full"),
+]
+
+
+@dataclass
+class Voter:
+    """Votes of one example; a few draws of each hundred vote for no class."""
+
+    random: np.random.Generator
+    num_levels: int
+    asked: Copies = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        widths = {CLASSIFIER: NUM_CLASSES, ESTIMATOR: self.num_levels}
+        self.shares = {}
+        for head, width in widths.items():
+            favourite = np.eye(width)[self.random.integers(width)]
+            sure = self.random.choice([0.3, 0.8, 1.0])
+            self.shares[head] = [*(0.98 * (sure * favourite + (1 - sure) / width)), 0.02]
+
+    def __call__(self, draws: Draws) -> Answer:
+        self.asked[draws.heads] += draws.num
+        return {head: self.random.multinomial(draws.num, self.shares[head])[:-1] for head in draws.heads}
+
+
+def made(method: Method, terms: Terms, num: int = 25) -> Iterator[tuple[dict[str, Any], Any, Copies]]:
+    """Row, result and the copies that were asked for, of each procedure of so many examples."""
+    for seed in range(num):
+        for procedure in method.procedures(terms):
+            voter = Voter(np.random.default_rng(seed), len(terms.sigmas))
+            result = drive(procedure(), voter)
+            row = method.row(f"example-{seed}", seed % NUM_CLASSES, result) | {"image_hash": f"{seed:016x}"}
+            yield row, result, voter.asked
+
+
+def stored(method: Method, rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=method.schema)
+
+
+def stages_of(result: Any) -> list[Certificate]:
+    if isinstance(result, DualCertificate):
+        return [stage for stage in (result.sigma_stage, result.class_stage) if stage is not None]
+    return list(result.levels) if isinstance(result, MultiscaleCertificate) else [result]
+
+
+each = pytest.mark.parametrize("name", METHODS)
+under = pytest.mark.parametrize("terms", TERMS, ids=lambda t: f"{t.budget}-{len(t.sigmas)}-{t.split}")
+
+
+@each
+@under
+def test_again_stored_row_gives_itself(name: str, terms: Terms) -> None:
+    method = method_named(name)
+    rows = [row for row, _, _ in made(method, terms)]
+    table = stored(method, rows)
+    assert {*rows[0]} == {*method.schema.names}
+    assert len({row["abstained"] for row in rows}) == 2
+    for row in table.to_pylist():
+        assert stored(method, [method.again(row, terms)]).to_pylist() == [row]
+        assert row["status"] == "ok"
+        assert method.spent(row, terms) <= terms.sampling.alpha == row["alpha"]
+    assert max(method.spent(row, terms) for row in rows) > 0.49 * terms.sampling.alpha / len(terms.sigmas)
+
+
+@each
+@under
+def test_row_counts_the_draws_that_were_asked_for_and_copies_bounds_them(name: str, terms: Terms) -> None:
+    method = method_named(name)
+    most, exact = method.copies(terms)
+    each_of = len(method.procedures(terms)) if method.per_level else 1
+    spread = set()
+    for row, _, asked in made(method, terms):
+        assert row["num_draws"] == asked.total() <= most.total()
+        assert not exact or {kind: each_of * num for kind, num in asked.items()} == dict(most)
+        spread.add(asked.total())
+    assert each_of * max(spread) <= most.total()
+    assert len(spread) == 1 or not exact
+
+
+@each
+@under
+def test_non_finite_is_what_the_stages_lack(name: str, terms: Terms) -> None:
+    method = method_named(name)
+    kept = list(made(method, terms))
+    table = stored(method, [row for row, _, _ in kept])
+    lost = [sum(stage.num_non_finite for stage in stages_of(result)) for _, result, _ in kept]
+    assert method.non_finite(table) == sum(lost) > 0
+    assert [method.non_finite(table.slice(place, 1)) for place in range(len(kept))] == lost
+    assert method.non_finite(stored(method, [method.error_row("x", 0, None, terms)])) == 0
+
+
+@each
+@under
+def test_votes_are_all_columns_of_counts_and_fit_their_draws(name: str, terms: Terms) -> None:
+    method = method_named(name)
+    for row, result, _ in made(method, terms, 5):
+        found = list(method.votes(row, terms, NUM_CLASSES))
+        assert {votes.column for votes in found} <= {column for column in row if column.startswith("counts_")}
+        for votes in found:
+            assert sum(votes.counts) <= votes.draws
+            assert len(votes.counts) in votes.widths
+            assert NUM_CLASSES in votes.widths or votes.column.endswith("_sigma")
+        drawn = [draws for stage in stages_of(result) for draws in (stage.num_selection, stage.num_estimation)]
+        assert sum(votes.draws for votes in found if len(votes.counts)) == sum(drawn)
+
+
+@each
+def test_error_row_claims_nothing_and_spends_what_a_certificate_would(name: str) -> None:
+    method, terms = method_named(name), TERMS[0]
+    row = method.error_row("x", 3, 0.25 if method.per_level else None, terms)
+    assert {*row} == {*method.schema.names}
+    stated = {"example_id": "x", "label": 3, "sigma": 0.25 if method.per_level else None, "alpha": 0.02}
+    stated |= {"status": "error", "prediction": -1, "abstained": True, "image_hash": None, "target": None}
+    stated |= {"stop_reason": "skipped"} | dict(method.empty)
+    assert {key: row[key] for key in stated} == stated
+    assert not any(value for key, value in row.items() if key not in stated)
+    assert method.levels(terms.sigmas) == (terms.sigmas if method.per_level else (None,))
+
+
+@pytest.mark.parametrize("share", [0.5, 0.3, 0.1, 0.7])
+@pytest.mark.parametrize("estimation", [[120, 0], [60, 60]], ids=["certified", "abstained"])
+def test_dual_again_with_another_share_divides_alpha_and_spends_no_more(share: float, estimation: list[int]) -> None:
+    """Where the estimator abstains and the classifier is not run, too."""
+    terms = replace(TERMS[0], sigma_share=share)
+    row = next(row for row, result, _ in made(Dual(), terms) if result.class_stage)
+    new = Dual().again({**row, "counts_selection_sigma": [15, 0], "counts_estimation_sigma": estimation}, terms)
+    assert (new["sigma"] is None) == (estimation == [60, 60])
+    assert new["alpha_sigma"] == 0.02 * share
+    assert new["alpha_class"] == pytest.approx(0.02 * (1 - share), rel=1e-15)
+    assert Fraction(new["alpha_sigma"]) + Fraction(new["alpha_class"]) <= Fraction(0.02)
+
+
+@each
+@under
+def test_shown_has_the_columns_of_the_rows(name: str, terms: Terms) -> None:
+    method = method_named(name)
+    rows = [row for row, _, _ in made(method, terms)]
+    data = method.shown(stored(method, rows), terms)
+    assert data.name == method.title
+    same = ["correct", "radius", "p_lower", "abstained", "num_draws"]
+    if isinstance(data, MultiscaleRows):
+        same += ["sigma", "sigma_bound", "num_levels"]
+        assert data.alpha_levels == level_alphas(0.02, len(terms.sigmas))
+    if isinstance(data, DualRows):
+        same += ["radius_sigma", "radius_class", "bounded_by"]
+        np.testing.assert_array_equal(data.sigma_choice, [row["sigma_index"] for row in rows])
+        for sigma, row in zip(data.sigma, rows, strict=True):
+            asked_no_further = row["stop_reason_sigma"] == "skipped"
+            expected = terms.sigmas[row["sigma_index"]] if asked_no_further else row["sigma"]
+            assert sigma == expected or (expected is None and math.isnan(sigma))
+    for key in same:
+        expected = [math.nan if row[key] is None else row[key] for row in rows]
+        np.testing.assert_array_equal(getattr(data, key), expected)
+
+
+def test_dual_copies_of_an_estimator_that_abstains_are_its_own() -> None:
+    terms = TERMS[0]
+    both = ((ESTIMATOR, CLASSIFIER), 15)
+    assert dual_copies(terms, shared=False, class_stage=False) == Counter(dict([both, ((ESTIMATOR,), 120)]))
+    assert dual_copies(terms, shared=True, class_stage=False) == Counter({both[0]: 135})
+    assert dual_copies(terms, shared=False, class_stage=True)[CLASSIFIER,] == 135
+
+
+def test_grid_rows_of_another_order_or_number_are_refused() -> None:
+    method, terms = method_named("standard"), TERMS[0]
+    table = stored(method, [row for row, _, _ in made(method, terms, 3)])
+    assert grid(table, "counts_selection", terms.sigmas).shape == (3, 2, NUM_CLASSES)
+    np.testing.assert_array_equal(grid(table, "sigma", terms.sigmas), [terms.sigmas] * 3)
+    for odd in (table.slice(0, 5), table.take(list(reversed(range(6))))):
+        with pytest.raises(DataError, match="expected one row per example for each sigma"):
+            grid(odd, "radius", terms.sigmas)
