@@ -53,7 +53,7 @@ TESTS = {
     "distributed/store/lock.py": "lock",
     "distributed/store/shards.py": "shards provenance",
     "distributed/store/verify.py": "shards",
-    "distributed/checks/audit.py": "audit image_hashes@found_without provenance",
+    "distributed/checks/audit.py": "audit image_hashes provenance",
     "distributed/methods/method.py": "methods recertify audit@altered",
     "distributed/methods/rows.py": "methods recertify audit@altered",
     "distributed/methods/standard.py": "methods recertify audit@altered",

@@ -231,7 +231,7 @@ class Dual(Method):
             radius_class=column(table, "radius_class"),
             # nan where the estimator abstained; its choice where it was not asked any further
             sigma=np.where(skip, np.asarray(terms.sigmas)[choice], column(table, "sigma")),
-            bounded_by=np.array(table.column("bounded_by").to_pylist(), dtype=np.str_),
+            bounded_by=np.array(table.column("bounded_by").to_pylist()),
             sigma_choice=choice,
         )
 

@@ -101,7 +101,9 @@ def test_bounds_above_one_half_are_those_of_the_first_arithmetic() -> None:
     assert float(certified_radius(0.9, 0.1)) == float(certified_radius(0.9, 0.1, 1))
 
 
-@pytest.mark.parametrize(("total", "odd", "drawn"), [(10, 1, 3), (100, 10, 20), (10, 8, 3), (5, 0, 5), (1_000, 7, 300)])
+@pytest.mark.parametrize(
+    ("total", "odd", "drawn"), [(10, 1, 3), (100, 10, 20), (10, 8, 3), (10, 9, 7), (5, 0, 5), (1_000, 7, 300)]
+)
 def test_probability_missed_equals_the_ratio_of_binomials(total: int, odd: int, drawn: int) -> None:
     exact = math.comb(total - odd, drawn) / math.comb(total, drawn)
     assert probability_missed(total, odd, drawn) == pytest.approx(exact, rel=1e-9)

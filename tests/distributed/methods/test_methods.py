@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from core.errors import DataError
+from core.config import parse_config
+from core.errors import ConfigError, DataError
 from core.procedures.multiscale import level_alphas
 from core.procedures.sequential import Budget
 from core.records import (
@@ -30,8 +31,9 @@ from core.report.multiscale import MultiscaleRows
 from distributed.methods import METHODS, method_named
 from distributed.methods.dual import Dual, dual_copies
 from distributed.methods.method import Copies, Method, Terms
-from distributed.methods.standard import grid
+from distributed.methods.standard import grid, stacked
 from tests.helpers.oracles import drive
+from tests.helpers.tiny import PLAIN
 
 NUM_CLASSES = 4
 BUDGETS: list[Budget] = ["fixed", "sequential", "grid"]
@@ -106,8 +108,8 @@ def test_again_stored_row_gives_itself(name: str, terms: Terms) -> None:
     for row in table.to_pylist():
         assert stored(method, [method.again(row, terms)]).to_pylist() == [row]
         assert row["status"] == "ok"
-        assert method.spent(row, terms) <= terms.sampling.alpha == row["alpha"]
-    assert max(method.spent(row, terms) for row in rows) > 0.49 * terms.sampling.alpha / len(terms.sigmas)
+        assert method.spent(row, terms) == terms.sampling.alpha == row["alpha"]
+    assert method.stage(terms).alpha == (0.01 if (name, terms.split) == ("dual", "halves") else 0.02)
 
 
 @each
@@ -141,7 +143,7 @@ def test_non_finite_is_what_the_stages_lack(name: str, terms: Terms) -> None:
 @under
 def test_votes_are_all_columns_of_counts_and_fit_their_draws(name: str, terms: Terms) -> None:
     method = method_named(name)
-    for row, result, _ in made(method, terms, 5):
+    for row, result, _ in made(method, terms):
         found = list(method.votes(row, terms, NUM_CLASSES))
         assert {votes.column for votes in found} <= {column for column in row if column.startswith("counts_")}
         for votes in found:
@@ -163,6 +165,48 @@ def test_error_row_claims_nothing_and_spends_what_a_certificate_would(name: str)
     assert {key: row[key] for key in stated} == stated
     assert not any(value for key, value in row.items() if key not in stated)
     assert method.levels(terms.sigmas) == (terms.sigmas if method.per_level else (None,))
+
+
+def by_level(rows: list[dict[str, Any]]) -> dict[tuple[str, float], dict[str, Any]]:
+    return {(row["example_id"], row["sigma"]): row for row in rows}
+
+
+@each
+def test_rederived_keeps_errors_and_gives_the_other_rows_again(name: str) -> None:
+    terms, other = TERMS[0], replace(TERMS[0], sampling=replace(TERMS[0].sampling, alpha=0.2))
+    method, standard = method_named(name), method_named("standard")
+    base = stored(standard, [row for row, _, _ in made(standard, terms, 3)]).to_pylist()
+    base[:2] = [standard.error_row(row["example_id"], row["label"], row["sigma"], terms) for row in base[:2]]
+    own = base if method.per_level else stored(method, [row for row, _, _ in made(method, terms, 3)]).to_pylist()
+    if not method.per_level:
+        own[0] = method.error_row(own[0]["example_id"], own[0]["label"], None, terms)
+    found = list(method.rederived(own, by_level(base), terms.sigmas, other))
+    assert [row["status"] for row in found] == [row["status"] for row in own]
+    assert [row["example_id"] for row in found] == [row["example_id"] for row in own]
+    for row, before in zip(found, own, strict=True):
+        error = {**before, "alpha": 0.2}
+        expected = error if row["status"] == "error" else method.again(before, other)
+        assert stored(method, [row]).equals(stored(method, [expected]))
+
+
+def test_rederived_of_votes_that_stopped_early_needs_them_all() -> None:
+    fixed, early, one = terms_of("fixed", (0.25, 0.5)), terms_of("sequential", (0.25, 0.5)), (0.25,)
+    standard = [row for row, _, _ in made(method_named("standard"), fixed, 8)]
+    assert list(method_named("multiscale").rederived([], by_level(standard), fixed.sigmas, early)) == []
+    rows = [row for row, _, _ in made(Dual(), early, 8)]
+    with pytest.raises(ConfigError, match="needs budget: fixed"):
+        list(Dual().rederived(rows, by_level(standard), early.sigmas, replace(early, sigmas=one)))
+
+
+def test_terms_of_a_configuration() -> None:
+    overrides = ["certify.look_every=30", "certify.early_share=0.3", "certify.futility_z=1.5", "sigma_e=0.7"]
+    config = parse_config(PLAIN, [*overrides, "certify.alpha_split=full", "certify.level_shares=[0.25, 0.5]"])
+    sampling = Sampling(5, 50, 0.01)
+    stated = {"rule": Rule(30, 0.3, 1.5), "sigmas": (0.25, 0.5), "sigma_e": 0.7, "split": "full"}
+    stated |= {"sampling": sampling, "level_shares": (0.25, 0.5), "sigma_share": 0.5}
+    for budget in BUDGETS:
+        terms = Terms.of(config, sampling, budget)
+        assert terms == Terms(**stated, budget=budget, radii=(0.0, 0.2) if budget == "grid" else ())
 
 
 @pytest.mark.parametrize("share", [0.5, 0.3, 0.1, 0.7])
@@ -207,6 +251,12 @@ def test_dual_copies_of_an_estimator_that_abstains_are_its_own() -> None:
     assert dual_copies(terms, shared=False, class_stage=False) == Counter(dict([both, ((ESTIMATOR,), 120)]))
     assert dual_copies(terms, shared=True, class_stage=False) == Counter({both[0]: 135})
     assert dual_copies(terms, shared=False, class_stage=True)[CLASSIFIER,] == 135
+
+
+def test_stacked_rows_of_errors_are_zeros() -> None:
+    lists = np.empty(3, object)
+    lists[:] = [np.array([1, 2]), np.array([]), np.array([3, 4])]
+    assert stacked(lists).tolist() == [[1, 2], [0, 0], [3, 4]]
 
 
 def test_grid_rows_of_another_order_or_number_are_refused() -> None:
