@@ -170,8 +170,11 @@ class _Plugin:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         chosen = [item for item in items if self.words[item.path.name] in item.name]
         items[:] = sorted(chosen, key=lambda item: self.took.get(item.nodeid, 0.0))
-        if runs := sys.modules.get("tests.helpers.runs"):
-            runs.finished_run = functools.partial(self._finished_run, runs.finished_run)  # type: ignore[attr-defined]
+
+    def keep_runs(self) -> None:
+        """To be called before any test file is imported: those name the function."""
+        runs: Any = importlib.import_module("tests.helpers.runs")
+        runs.finished_run = functools.partial(self._finished_run, runs.finished_run)
 
     def _finished_run(self, make: Any, path: Path, *overrides: str, **options: Any) -> Any:
         kept = self.runs / hashlib.sha256(repr((overrides, options)).encode()).hexdigest()
@@ -197,6 +200,8 @@ def _run_tests(file: str, source: str, folder: Path, first: bool) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(2 * cpu_s) + 5,) * 2)  # a loop without an end
     words = {f"test_{name}.py": word for name, _, word in (each.partition("@") for each in TESTS[file].split())}
     plugin = _Plugin(took, folder, words)
+    if file.startswith("distributed/"):
+        plugin.keep_runs()
     names = [str(path) for name in words for path in Path("tests").rglob(name)]
     code = pytest.main(["-x", "-q", "--tb=short", "--assert=plain", "-p", "no:cacheprovider", *names], [plugin])
     if first:
@@ -261,12 +266,14 @@ def main() -> int:
         counts = dict.fromkeys(("killed", "timeout", "accepted", "survived"), 0)
         for mutant, result in run_module(file, chosen, args.workers):
             counts[result] += 1
-            if result not in ("killed", "accepted"):
-                print(f"{file}:{mutant.line}: {result}\n    - {mutant.was}\n    + {mutant.becomes}", flush=True)
+            if result in ("killed", "accepted"):
+                print(".", end="", flush=True)
+            else:
+                print(f"\n{file}:{mutant.line}: {result}\n    - {mutant.was}\n    + {mutant.becomes}", flush=True)
         left += counts["survived"]
         score = 1.0 - (counts["accepted"] + counts["survived"]) / max(1, len(chosen))
         rows.append((file, len(every), len(chosen), *counts.values(), f"{score:.1%}"))
-        print(f"{file}: {counts}", flush=True)
+        print(f"\n{file}: {counts}", flush=True)
     print("\n| module | mutants | tried | killed | timeout | accepted | survived | score |\n|---|" + "---:|" * 7)
     print("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
     gc.unfreeze()

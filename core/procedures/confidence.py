@@ -72,7 +72,7 @@ def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
     """
     k, n = np.asarray(successes, np.int64), np.asarray(num, np.int64)
     _check_counts(k, n, alpha)
-    bound = special.betaincinv(np.maximum(k, 1), n - k + 1, alpha)
+    bound = special.betaincinv(np.maximum(k, 1), n - k + 1, np.asarray(alpha, np.float64))
     bound = bound * (1.0 - np.where((bound <= 0.5) & (arithmetic > 1), LOW_SLACK, SLACK))
     return np.asarray(np.where(k == 0, 0.0, bound))
 
