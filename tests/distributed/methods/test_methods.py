@@ -187,11 +187,24 @@ def test_rederived_keeps_errors_and_gives_the_other_rows_again(name: str) -> Non
         error = {**before, "alpha": 0.2}
         if name == "multiscale" and row["status"] == "ok":  # other votes than its own: those of standard RS
             last = by_level(base)[row["example_id"], terms.sigmas[-row["num_levels"]]]
-            assert (row["alpha"], row["image_hash"]) == (0.2, before["image_hash"])
+            assert [row[key] for key in ("alpha", "label", "image_hash")] == [0.2, before["label"], before["image_hash"]]
             assert row["counts_selection"].tolist() == last["counts_selection"]
         else:
             expected = error if row["status"] == "error" else method.again(before, other)
             assert stored(method, [row]).equals(stored(method, [expected]))
+
+
+def test_rederived_dual_at_fewer_levels_takes_the_votes_of_standard_where_its_choice_moves() -> None:
+    terms, base = TERMS[0], by_level([row for row, _, _ in made(method_named("standard"), TERMS[0])])
+    rows = stored(Dual(), [row for row, _, _ in made(Dual(), terms)]).to_pylist()
+    moved = [row["sigma_index"] == 1 or not row["counts_selection"] for row in rows]
+    assert {*moved} == {True, False}
+    found = Dual().rederived(rows, base, terms.sigmas, replace(terms, sigmas=(0.25,)))
+    for row, before, other in zip(found, rows, moved, strict=True):
+        votes = base[row["example_id"], 0.25] if other else before
+        if len(row["counts_selection"]):
+            assert list(row["counts_selection"]) == list(votes["counts_selection"])
+        assert list(row["counts_selection_sigma"]) == before["counts_selection_sigma"][:1]
 
 
 def test_rederived_of_votes_that_stopped_early_needs_them_all() -> None:
@@ -262,6 +275,7 @@ def test_stacked_rows_of_errors_are_zeros() -> None:
     lists = np.empty(3, object)
     lists[:] = [np.array([1, 2]), np.array([]), np.array([3, 4])]
     assert stacked(lists).tolist() == [[1, 2], [0, 0], [3, 4]]
+    assert stacked(lists).dtype == np.int64
 
 
 def test_grid_rows_of_another_order_or_number_are_refused() -> None:
