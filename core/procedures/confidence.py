@@ -74,7 +74,7 @@ def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
     _check_counts(k, n, alpha)
     bound = special.betaincinv(np.maximum(k, 1), n - k + 1, np.asarray(alpha, np.float64))
     bound = bound * (1.0 - np.where((bound <= 0.5) & (arithmetic > 1), LOW_SLACK, SLACK))
-    return np.asarray(np.where(k == 0, 0.0, bound), np.float64)
+    return np.asarray(np.where(k == 0, 0.0, bound))
 
 
 def clopper_pearson_upper(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike) -> Floats:
@@ -83,9 +83,8 @@ def clopper_pearson_upper(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
     Returns:
         float64 in (0, 1], never below the exact bound.
     """
-    n = np.asarray(num, np.int64)
-    upper = 1.0 - clopper_pearson_lower(n - np.asarray(successes, np.int64), n, alpha)
-    return np.asarray(np.minimum(np.nextafter(upper, 2.0), 1.0), np.float64)  # the subtraction rounds to nearest
+    upper = 1.0 - clopper_pearson_lower(np.subtract(num, successes), num, alpha)
+    return np.asarray(np.minimum(np.nextafter(upper, 2.0), 1.0))  # the subtraction rounds to nearest
 
 
 def noise_scale(sigma: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
@@ -99,7 +98,7 @@ def noise_scale(sigma: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
         arithmetic: see `core.records.Sampling`; the first version takes sigma as it is written.
     """
     level = np.asarray(sigma, np.float64)
-    return level if arithmetic == 1 else np.asarray(np.minimum(level, level.astype(np.float32)), np.float64)
+    return level if arithmetic == 1 else np.asarray(np.minimum(level, level.astype(np.float32)))
 
 
 def certified_radius(p_lower: ArrayLike, sigma: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
@@ -115,7 +114,7 @@ def certified_radius(p_lower: ArrayLike, sigma: ArrayLike, arithmetic: Arithmeti
     """
     p = np.asarray(p_lower, np.float64)
     radius = noise_scale(sigma, arithmetic) * special.ndtri(np.maximum(p, 0.5)) * (1.0 - SLACK)
-    return np.asarray(np.where(p > 0.5, radius, 0.0), np.float64)
+    return np.asarray(np.where(p > 0.5, radius, 0.0))
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -180,18 +179,18 @@ def log_e_value(successes: ArrayLike, num: ArrayLike, p0: float) -> Floats:
     Returns:
         float64, -inf where it underflows.
     """
-    s, n = np.asarray(successes, np.float64), np.asarray(num, np.float64)
+    s, n = np.asarray(successes), np.asarray(num)
     a = b = 0.5
     with np.errstate(divide="ignore"):
         tail = np.log(special.betaincc(a + s, b + n - s, p0)) - np.log(special.betaincc(a, b, p0))
     mixture = special.betaln(a + s, b + n - s) - special.betaln(a, b)
-    return np.asarray(mixture + tail - s * math.log(p0) - (n - s) * math.log1p(-p0), np.float64)
+    return np.asarray(mixture + tail - s * math.log(p0) - (n - s) * math.log1p(-p0))
 
 
 def probability_of_radius(radius: ArrayLike, sigma: float, arithmetic: Arithmetic = 2) -> Floats:
     """Phi(radius / sigma), rounded up: showing that p is above it certifies at least this radius."""
     ratio = np.asarray(radius, np.float64) / noise_scale(sigma, arithmetic)
-    return np.asarray(special.ndtr(ratio) * (1.0 + SLACK), np.float64)
+    return np.asarray(special.ndtr(ratio) * (1.0 + SLACK))
 
 
 @functools.lru_cache(maxsize=64)
@@ -213,10 +212,8 @@ def binomial_p_value(successes: int, num: int) -> float:
 
 def probability_missed(total: int, odd: int, drawn: int) -> float:
     """P[none of `odd` rows is among `drawn` of `total`, drawn without replacement] (hypergeometric)."""
-    if odd + drawn > total:
-        return 0.0
     terms = special.gammaln(np.array([total - odd, total - drawn, total - odd - drawn, total], np.float64) + 1.0)
-    return float(np.exp(terms[0] + terms[1] - terms[2] - terms[3]))
+    return float(np.exp(terms[0] + terms[1] - terms[2] - terms[3]))  # a factorial below 0 is infinite
 
 
 def top_two(counts: Counts) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 import math
 import random
-import secrets
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -199,7 +198,7 @@ def _against_votes(
     yield from _differences(row, method.again({**row, "label": label}, terms), method.schema)
     if row["image_hash"] is None and named:
         yield "does not name the image that it was computed from"
-    if (spent := method.spent(row, terms)) > terms.sampling.alpha or row["alpha"] != terms.sampling.alpha:
+    if (spent := method.spent(row, terms)) > terms.sampling.alpha:
         yield f"spends {spent!r} of alpha, the run allows {terms.sampling.alpha!r}"
 
 
@@ -250,7 +249,7 @@ class Replayed:
 def replay(
     directory: RunDirectory,
     num: int,
-    seed: int | None,
+    seed: int,
     interval_s: float = 10.0,
     tell: Callable[[Replayed], None] | None = None,
 ) -> list[Finding]:
@@ -261,16 +260,15 @@ def replay(
     Args:
         directory: the run.
         num: rows of each store; certificates come first.
-        seed: of the choice; None for one that nobody could foresee.
+        seed: of the choice, one that nobody could foresee.
         interval_s: seconds between two progress lines where there is no terminal.
         tell: is told of each store how much of it was looked at.
 
     Raises:
         ConfigError: when the run was made on a device that is not here.
     """
-    seed = secrets.randbits(64) if seed is None else seed
     chosen: dict[str, list[dict[str, Any]]] = {}
-    for name in sorted(stores(), key=lambda name: not name.startswith("certificates/")):
+    for name in sorted(stores()):  # certificates first
         if (store := ShardStore(directory.folder, name)).files():
             table = store.read()
             there = table.filter(pc.equal(table.column("status"), OK))

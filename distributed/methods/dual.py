@@ -145,7 +145,8 @@ class Dual(Method):
             label = None
             if not first.abstained:
                 label = certificate(selection[CLASSIFIER], estimation[CLASSIFIER], level[CLASSIFIER], stage[CLASSIFIER])
-            return join_stages(first, label, terms.sigmas, terms.sampling.alpha)
+            joined = join_stages(first, label, terms.sigmas, terms.sampling.alpha)
+            return replace(joined, alpha_class=stage[CLASSIFIER].alpha)  # though it was not run
         stages: dict[str, Certificate] = {}
         order = stage_order(selection, level)
         for head in order:
@@ -230,7 +231,7 @@ class Dual(Method):
             radius_class=column(table, "radius_class"),
             # nan where the estimator abstained; its choice where it was not asked any further
             sigma=np.where(skip, np.asarray(terms.sigmas)[choice], column(table, "sigma")),
-            bounded_by=np.array(table.column("bounded_by").to_pylist(), dtype=np.str_),
+            bounded_by=np.array(table.column("bounded_by").to_pylist()),
             sigma_choice=choice,
         )
 

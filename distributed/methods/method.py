@@ -204,7 +204,7 @@ class Method(ABC):
         """
         for row in stored:
             if row["status"] == ERROR:
-                yield dict(row)
+                yield self.error_row(row["example_id"], row["label"], row["sigma"], terms)
             else:
                 yield self.again(row, terms)
 

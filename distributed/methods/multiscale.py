@@ -101,7 +101,7 @@ class Multiscale(Method):
 
     def non_finite(self, table: pa.Table) -> int:
         """The levels above drew as much as the last one."""
-        missing, above = missing_votes(table), np.maximum(table.column("num_levels").to_numpy() - 1, 0)
+        missing, above = missing_votes(table), table.column("num_levels").to_numpy() - 1
         for phase in _PHASES:
             drawn = int((table.column(f"num_{phase.value}").to_numpy() * above).sum())
             missing += drawn - num_votes(table, f"counts_{phase.value}_above")

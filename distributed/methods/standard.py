@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,7 +63,7 @@ class Standard(Method):
     ) -> Iterator[dict[str, Any]]:
         """The rows of the levels that are left."""
         kept = [row for row in stored if row["sigma"] in terms.sigmas]
-        return super().rederived(kept, run, sigmas, replace(terms, sigmas=tuple(sigmas)))
+        return super().rederived(kept, run, sigmas, terms)
 
 
 def grid(table: pa.Table, name: str, sigmas: Sequence[float]) -> NDArray[Any]:
@@ -84,5 +83,5 @@ def grid(table: pa.Table, name: str, sigmas: Sequence[float]) -> NDArray[Any]:
 
 def stacked(lists: NDArray[Any]) -> NDArray[Any]:
     """Lists of one length as rows; zeros for the empty ones of rows with errors."""
-    width = max(map(len, lists), default=0)
+    width = max(map(len, lists))
     return np.stack([values if len(values) else np.zeros(width, np.int64) for values in lists])

@@ -173,7 +173,7 @@ def test_constructors_bad_noise_levels_raise() -> None:
     plane = HalfSpace(axis(16, 0), 0.5)
     with pytest.raises(ConfigError, match="positive"):
         SmoothedClassifier(plane, 2, 0.0)
-    with pytest.raises(ConfigError, match="at least max.*claim='agreement'"):
+    with pytest.raises(ConfigError, match=r"at least max.*claim='agreement'"):
         DualSmoothedClassifier(plane, plane, (0.25, 0.5), 0.25, 2).certify(torch.zeros(1, 4, 4))
     with pytest.raises(ConfigError, match="no expert"):
         DualSmoothedClassifier(plane, {0.25: plane}, (0.25, 0.5), 0.5, 2)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -43,4 +44,6 @@ def rewrite(
 
 def findings(run: Path) -> str:
     """What the audit finds, a line each."""
-    return "\n".join(map(str, audit(RunDirectory(run, None, "look"))[0]))
+    found, _ = audit(RunDirectory(run, None, "look"))
+    assert {type(text) for finding in found for text in astuple(finding)} <= {str}
+    return "\n".join(map(str, found))

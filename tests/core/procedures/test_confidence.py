@@ -21,6 +21,7 @@ from core.procedures.confidence import (
     noise_scale,
     probability_missed,
     probability_of_radius,
+    radius_of_two_bounds,
     top_two,
 )
 
@@ -101,7 +102,9 @@ def test_bounds_above_one_half_are_those_of_the_first_arithmetic() -> None:
     assert float(certified_radius(0.9, 0.1)) == float(certified_radius(0.9, 0.1, 1))
 
 
-@pytest.mark.parametrize(("total", "odd", "drawn"), [(10, 1, 3), (100, 10, 20), (10, 8, 3), (5, 0, 5), (1_000, 7, 300)])
+@pytest.mark.parametrize(
+    ("total", "odd", "drawn"), [(10, 1, 3), (100, 10, 20), (10, 8, 3), (10, 9, 7), (5, 0, 5), (1_000, 7, 300)]
+)
 def test_probability_missed_equals_the_ratio_of_binomials(total: int, odd: int, drawn: int) -> None:
     exact = math.comb(total - odd, drawn) / math.comb(total, drawn)
     assert probability_missed(total, odd, drawn) == pytest.approx(exact, rel=1e-9)
@@ -114,6 +117,17 @@ def test_certified_radius_against_forty_digits_is_never_above(p: float, sigma: f
         applied = min(mpmath.mpf(sigma), mpmath.mpf(float(np.float32(sigma))))  # what noise is scaled with, at most
         exact = applied * mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(p) - 1)
         radius = mpmath.mpf(float(certified_radius(p, sigma)))
+        assert exact * (1 - mpmath.mpf(10) ** -12) < radius < exact
+
+
+@pytest.mark.parametrize("sigma", [0.12, 0.25, 1.0])
+@pytest.mark.parametrize(("one", "other"), [(700, 700), (900, 970), (990, 400), (1000, 1000)])
+def test_radius_of_two_bounds_against_forty_digits_is_never_above(one: int, other: int, sigma: float) -> None:
+    bounds = clopper_pearson_lower([one, other], 1000, 0.001).tolist()
+    with mpmath.workdps(40):
+        applied = min(mpmath.mpf(sigma), mpmath.mpf(float(np.float32(sigma))))
+        exact = applied / 2 * sum(mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(p) - 1) for p in bounds)
+        radius = mpmath.mpf(radius_of_two_bounds(one, other, 1000, 0.001, sigma))
         assert exact * (1 - mpmath.mpf(10) ** -12) < radius < exact
 
 
@@ -231,6 +245,7 @@ def test_radii_and_probabilities_of_float32_arguments_are_float64() -> None:
     for function in (certified_radius, probability_of_radius):
         assert function(narrow, 0.25).dtype == np.float64
         assert function(narrow, 0.25).tolist() == [float(function(float(value), 0.25)) for value in narrow]
+    assert noise_scale(narrow).dtype == noise_scale(narrow, 1).dtype == np.float64
     assert certified_radius(0.7, narrow).tolist() == [float(certified_radius(0.7, float(sigma))) for sigma in narrow]
 
 

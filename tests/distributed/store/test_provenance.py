@@ -214,6 +214,11 @@ def test_report_data_states_no_settings_that_the_rows_do_not_have(run: Path) -> 
         ),
         (lambda m: m["steps"]["certify-dual"].update(plan="0"), "plan is '0', plan and files say"),
         (lambda m: m["steps"]["certify-dual"].update(batch_size=1), "batch_size is 1, plan and files say 64"),
+        (lambda m: m["steps"]["certify-dual"].update(shards=3), "shards is 3, plan and files say 2"),
+        (
+            lambda m: m["steps"]["certify-dual"].update(non_finite_draws=7),
+            "certificates/dual: manifest.json: non_finite_draws is 7, plan and files say 0",
+        ),
     ],
 )
 def test_audit_what_the_manifest_states_of_data_and_steps_is_compared(
@@ -258,10 +263,10 @@ def test_replay_looks_at_each_store_and_says_what_it_may_have_missed(
     assert findings(run) == "", "a consistent forgery passes every check without noise"
     told: list[Replayed] = []
     found = replay(RunDirectory(run, None, "look"), 19, seed=0, tell=told.append)
-    assert [(each.store, each.drawn, each.rows) for each in told] == [(STANDARD, 19, 40), (DUAL, 19, 20)]
+    assert [(each.store, each.drawn, each.rows) for each in told] == [(DUAL, 19, 20), (STANDARD, 19, 40)]
     assert {finding.store for finding in found} == {DUAL}
     assert len({finding.row for finding in found}) >= 2  # one of twenty is not looked at
-    assert "0.05 (1), 0 (2)" in str(told[1])
+    assert "0.05 (1), 0 (2)" in str(told[0])
     assert run_main(audit_job, "--out", str(run), "--replay", "19", "--replay-seed", "5") == 3
     printed = capsys.readouterr().out
     assert "certificates/dual: 19 of 20 rows drawn again; probability of missing forged rows" in printed
