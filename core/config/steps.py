@@ -109,6 +109,11 @@ class EstimatorConfig(Section):
             for key, field in type(self).model_fields.items():
                 if key.startswith(tuple(keys.split())) and not counts and getattr(self, key) != field.default:
                     raise ValueError(f"{key}: is set to {getattr(self, key)}, but {why}; remove it")
+        if self.loss == "radius" and self.label_radius != "shrunk":
+            raise ValueError(
+                f"label_radius: {self.label_radius} does not say how far a wrong class is behind, which loss: radius "
+                "asks for; set it to shrunk"
+            )
         if self.reads_features and self.backbone != ClassifierConfig(arch=FEATURES):
             raise ValueError("backbone: features takes no other keys; its weights are those of the classifier")
         if self.reads_features and self.feature_copies < self.num_copies:

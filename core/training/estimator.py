@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy import special
 from torch import Tensor, nn
 
 from core.config import CertifyConfig, EstimatorConfig
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 _CERTIFY = CertifyConfig()
+
+_LEAST = 1e-3
+"""Shares of votes below this one count as this one: how far a class is behind then makes no difference."""
 
 _STATISTICS = 256
 """Samples whose features a head is standardised with."""
@@ -72,7 +76,8 @@ def label_radii(
 def shrunk_radii(
     votes: NDArray[np.int64], num: NDArray[np.int64], sigmas: Floats, num_estimation: int, alpha: float
 ) -> Floats:
-    """The radii R_c(x, sigma_i) that the test's draws would certify, were the shares of votes what they seem.
+    """The radii R_c(x, sigma_i) that the test's draws would certify, were the shares of votes what they seem; and how
+    far the class is from having the majority where it has none, as a radius below 0.
 
     200 votes of 200 are not 10,000 of 10,000. So each share is the mean of its posterior, under a Beta prior that has
     the mean and the variance of all samples' shares at that sigma, less the variance of the draws.
@@ -85,7 +90,8 @@ def shrunk_radii(
         alpha: failure probability of its class.
 
     Returns:
-        float64 ``(N, K)``, pixel scale [0, 1]; 0 where the class would not be certified.
+        float64 ``(N, K)``, pixel scale [0, 1]: sigma Phi^-1 of the lower bound, or of the share where that is below
+        1/2; 0 where the share is above 1/2 and the bound is not.
     """
     radii = np.zeros(votes.shape)
     for level, sigma in enumerate(sigmas.tolist()):
@@ -100,7 +106,8 @@ def shrunk_radii(
         strength = 1 / float(np.clip(between, 1e-6, 1 - 1e-6)) - 1
         share = (k + strength * mean) / (n + strength)
         lower = clopper_pearson_lower(np.rint(share * num_estimation).astype(np.int64), num_estimation, alpha)
-        radii[drawn, level] = certified_radius(lower, sigma)
+        behind = sigma * special.ndtri(np.clip(share, _LEAST, 0.5))
+        radii[drawn, level] = certified_radius(lower, sigma) + behind
     return radii
 
 
@@ -243,9 +250,11 @@ class EstimatorObjective(Objective):
             Samples(data, kept[part], self.name, seed, processes=processes) for part in (learnt, held)
         )
         self.threads, self.num_held_out = self._samples.threads, len(held)
+        if config.loss != "radius":
+            radii = radii.clip(0.0)
         self._radii, self._held_radii = (torch.from_numpy(radii[kept[part]]).float() for part in (learnt, held))
         self._weight = torch.from_numpy(class_weights(radii[kept[learnt]], config.rebalance)).float()
-        self._largest = largest_share(certify.num_estimation, certify.alpha / 2)
+        self._largest = largest_share(certify.num_estimation, certify.alpha * certify.router_share)
         self._extractor = extractor
         if extractor is not None:
             width = extractor.width(data.shape)

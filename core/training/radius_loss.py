@@ -31,7 +31,7 @@ def expected_radius(logits: Tensor, radii: Tensor) -> Tensor:
         logits: ``(m, B, K)`` of m noisy copies.
         radii: ``(B, K)`` R_j, sigma ascending.
     """
-    return (logits.softmax(dim=2) * radii).sum(dim=2).mean(dim=0)
+    return (logits.softmax(dim=2) * radii.clamp(min=0.0)).sum(dim=2).mean(dim=0)
 
 
 def joint_radius(logits: Tensor, radii: Tensor, sigma_e: float, largest: float, temperature: float) -> Tensor:
@@ -43,7 +43,9 @@ def joint_radius(logits: Tensor, radii: Tensor, sigma_e: float, largest: float, 
 
     Args:
         logits: ``(m, B, K)`` of m noisy copies.
-        radii: ``(B, K)`` R_j, sigma ascending.
+        radii: ``(B, K)`` R_j, sigma ascending; below 0 where the class is behind by so much (`shrunk_radii`). T is then
+            below 0 where the router picks such a level, by the smaller of how far it is from another and how far the
+            class is behind. With 0 instead, a sample that is routed wrongly has no gradient, and all end at one level.
         sigma_e: noise level of the router.
         largest: see `largest_share`.
         temperature: of maximum and minimum, a radius in the pixel scale [0, 1].
@@ -57,7 +59,7 @@ def joint_radius(logits: Tensor, radii: Tensor, sigma_e: float, largest: float, 
 
 
 def voted_radius(votes: Tensor, radii: Tensor, sigma_e: float, largest: float) -> Tensor:
-    """``(B,)`` float64 T that votes promise: hard, no more than a test can show, an estimate and no bound.
+    """``(B,)`` float64 T that votes promise, 0 where none: hard, and an estimate, no bound.
 
     Args:
         votes: int64 ``(B, K)`` for each level; k of n count as (k + 1/2) / (n + 1).
@@ -69,7 +71,7 @@ def voted_radius(votes: Tensor, radii: Tensor, sigma_e: float, largest: float) -
     num = up_to[:, -1:]
     excluded = torch.maximum(up_to - votes, num - up_to)
     share = ((excluded.double() + 0.5) / (num + 1)).clamp(max=largest)
-    return torch.maximum(sigma_e * torch.special.ndtri(share), radii.double()).amin(dim=1)
+    return torch.maximum(sigma_e * torch.special.ndtri(share), radii.double()).amin(dim=1).clamp(min=0.0)
 
 
 def radius_losses(

@@ -125,7 +125,8 @@ class Curves:
             from tensorboardX import SummaryWriter
 
             where = str(self._folder.local) if self._aside is None else self._aside.name
-            self._writer = SummaryWriter(where, purge_step=int(record["epoch"]), flush_secs=10)
+            again = f".{time.time_ns()}"  # a start within the same second writes a file of its own
+            self._writer = SummaryWriter(where, purge_step=int(record["epoch"]), flush_secs=10, filename_suffix=again)
         for name, value in record.items():
             if name != "epoch":
                 self._writer.add_scalar(name, value, int(record["epoch"]))

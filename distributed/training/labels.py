@@ -50,9 +50,12 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
     failed = grid(table, "failed", config.sigmas).any(axis=1, keepdims=True)
     if config.estimator.label_radius == "shrunk":
         votes, num = (grid(table, name, config.sigmas) for name in ("votes", "num_draws"))
-        certify = config.certify
         radii = shrunk_radii(
-            votes, np.where(failed, 0, num), np.array(config.sigmas), certify.num_estimation, certify.alpha / 2
+            votes,
+            np.where(failed, 0, num),
+            np.array(config.sigmas),
+            config.certify.num_estimation,
+            config.stage_alphas[1],
         )
     else:
         radii = np.where(failed, 0.0, grid(table, "radius", config.sigmas))

@@ -24,7 +24,8 @@ from tests.core.training.test_training import toy
 
 PLAIN = {"sigmas": [0.25, 0.5], "report": {"radii": [0, 0.5]}}
 SETTINGS = {
-    "backbone": "features", "loss": "radius", "hidden": 8, "feature_copies": 5, "epochs": 4, "batch_size": 9,
+    "backbone": "features", "loss": "radius", "label_radius": "shrunk", "hidden": 8, "feature_copies": 5,
+    "epochs": 4, "batch_size": 9,
     "lr": 0.01, "holdout": 0.3, "holdout_copies": 6,
 }  # fmt: skip
 
@@ -232,6 +233,7 @@ def test_expert_place_is_the_nearest_level() -> None:
         (["loss=expected_radius", "consistency_weight=weak"], "consistency_weight: is set to weak, but loss: expected"),
         (["temperature=0.1"], "temperature: is set to 0.1, but it belongs to loss: radius; remove it"),
         (["loss=expected_radius", "warmup=0.1"], "warmup: is set to 0.1, but it belongs to loss: radius"),
+        (["loss=radius"], "label_radius: at_n does not say how far a wrong class is behind"),
         (["radii=[0.5]"], "radii: is set to .*but it belongs to loss: radius"),
         (["hidden=64"], "hidden: is set to 64, but it belongs to backbone: features"),
         (["holdout_copies=64"], "holdout_copies: is set to 64, but holdout is 0"),
@@ -247,7 +249,15 @@ def test_config_keys_that_would_not_count_are_refused(overrides: list[str], mess
 
 
 def test_config_features_backbone_survives_a_round_trip_and_old_fingerprints_stay() -> None:
-    config = parse_config(PLAIN, ["estimator.backbone=features", "estimator.loss=radius", "estimator.radii=[0.25]"])
+    config = parse_config(
+        PLAIN,
+        [
+            "estimator.backbone=features",
+            "estimator.loss=radius",
+            "estimator.label_radius=shrunk",
+            "estimator.radii=[0.25]",
+        ],
+    )
     assert config.estimator.reads_features
     assert parse_config(config.model_dump(mode="json")) == config
     assert parse_config(PLAIN).fingerprint() == "268c77f440ac15f7"

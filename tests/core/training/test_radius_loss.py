@@ -17,7 +17,7 @@ SIGMA_E, LARGEST = 0.5, largest_share(1000, 0.0005)
 
 
 def config(**keys: Any) -> EstimatorConfig:
-    return EstimatorConfig.model_validate({"loss": "radius", **keys})
+    return EstimatorConfig.model_validate({"loss": "radius", "label_radius": "shrunk", **keys})
 
 
 def numpy_radius(logits: np.ndarray, radii: np.ndarray, settings: EstimatorConfig, warming: bool) -> tuple[float, ...]:
@@ -27,7 +27,7 @@ def numpy_radius(logits: np.ndarray, radii: np.ndarray, settings: EstimatorConfi
     tau = settings.temperature * SIGMA_E
     for b in range(size):
         p = [np.exp(logits[i, b]) / np.exp(logits[i, b]).sum() for i in range(m)]
-        expected.append(sum(float(p[i][j] * radii[b, j]) for i in range(m) for j in range(width)) / m)
+        expected.append(sum(float(p[i][j] * max(0.0, radii[b, j])) for i in range(m) for j in range(width)) / m)
         mean = sum(p) / m
         levels = []
         for j in range(width):
@@ -58,7 +58,7 @@ def test_radius_losses_value_and_gradient_equal_numpy_and_finite_differences(
     settings: EstimatorConfig, warming: bool, copies: int
 ) -> None:
     rng = np.random.default_rng(copies)
-    logits, radii = rng.normal(size=(copies, 4, 3)), rng.uniform(0, 1, (4, 3))
+    logits, radii = rng.normal(size=(copies, 4, 3)), rng.uniform(-0.5, 1, (4, 3))
     tensor = torch.from_numpy(logits).requires_grad_()
 
     def terms(values: Tensor) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ def test_shrunk_radii_are_those_of_the_posterior_means_under_the_prior_that_made
     for level in (0, 1):
         mean = (votes[:, level] + a[level]) / (num + a[level] + b[level])
         lower = stats.beta.ppf(0.0005, np.rint(1000 * mean), 1001 - np.rint(1000 * mean))
-        expected = sigmas[level] * stats.norm.ppf(np.maximum(lower, 0.5))
+        expected = sigmas[level] * stats.norm.ppf(np.where(mean > 0.5, np.maximum(lower, 0.5), mean.clip(1e-3)))
         assert np.abs(found[:, level] - expected).max() < 0.02 * sigmas[level]
     assert found.max() < 0.98 * largest_radius(0.5, 1000, 0.0005)  # 100 of 100 are not 1,000 of 1,000
 
@@ -155,5 +155,7 @@ def test_shrunk_radii_samples_without_draws_count_for_nothing() -> None:
     np.testing.assert_array_equal(found[some], shrunk_radii(votes[some], num[some], sigmas, 1000, 0.0005))
     assert found[2].tolist() == [0.0, 0.0]
     assert 0 < found[0, 0] < found[3, 0]
+    behind = shrunk_radii(np.array([[40], [0], [100]]), np.full((3, 1), 100), sigmas[:1], 1000, 0.0005)[:, 0]
+    assert -3.1 * 0.25 < behind[1] < behind[0] < 0 < behind[2]
     assert 0 < found[0, 1] < largest_radius(0.5, 1000, 0.0005)  # unanimous at that level, yet not certain
     assert not shrunk_radii(num * 0, num * 0, sigmas, 1000, 0.0005).any()

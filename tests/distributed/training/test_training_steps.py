@@ -32,7 +32,8 @@ from tests.helpers.tiny import tiny_run
 
 QUICK = ("estimator.epochs=3", "estimator.batch_size=16", "estimator.lr=1e-3", "finetune.epochs=2")
 FEATURES = (
-    "estimator.backbone=features", "estimator.loss=radius", "estimator.feature_copies=3", "estimator.holdout=0.25",
+    "estimator.backbone=features", "estimator.loss=radius", "estimator.label_radius=shrunk",
+    "estimator.feature_copies=3", "estimator.holdout=0.25",
     "estimator.holdout_copies=3", "base.train_experts={0.25: 4, 0.5: 8}",
 )  # fmt: skip
 FINETUNE = ("finetune.batch_size=16", "finetune.num_sigma_draws=20", "finetune.lr=1e-3")
