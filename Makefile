@@ -1,5 +1,6 @@
 PYTHON ?= python3
-RUN ?= runs/digits$(if $(FAST),-fast)
+CONFIG ?= configs/digits.yaml
+RUN ?= runs/$(basename $(notdir $(CONFIG)))$(if $(FAST),-fast)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -15,12 +16,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## the whole pipeline on scikit-learn's digits; FAST=1: from the models in models/digits
+demo: $(VENV)/.installed  ## the whole pipeline on scikit-learn's digits, or CONFIG=...; FAST=1: from the models in models/digits
 ifdef FAST
 	@test -e $(RUN)/manifest.json || { mkdir -p $(RUN) && cp -r models/digits/. $(RUN); }
 	$(BIN)/python -m jobs.pipeline --out $(RUN) compute.executor=local
 else
-	$(BIN)/python -m jobs.pipeline --config configs/digits.yaml --out $(RUN)
+	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --out $(RUN)
 endif
 
 # One thread for each process: there are two of them, and Ray's.

@@ -164,11 +164,11 @@ class CertifyConfig(Section):
     """What Dual RS says of its ball. `constant`: noise level and class stay, as published (`certificates/dual`);
     `agreement`: the class stays, whatever level the router picks (`certificates/agreement`)."""
     router: Router = "median"
+    """Of claim `agreement`, how the estimator's votes pick a level: `median`, levels being ordered; or `plurality`, as
+    published."""
     router_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of alpha that the router spends under claim `agreement`, the class the rest. Where the router is sure the
     class decides the radius, so a small share costs little and gives the class more."""
-    """Of claim `agreement`, how the estimator's votes pick a level: `median`, levels being ordered; or `plurality`, as
-    published."""
     budget: Literal["fixed", "sequential", "grid"] = "fixed"
     """`fixed`: all draws, the field's standard; `sequential`: the same radii, each stage of Dual RS stops as soon as
     it cannot change what is reported; `grid`: only which radii of `grid` are exceeded."""
