@@ -58,6 +58,7 @@ TESTS = {
     "distributed/methods/rows.py": "methods recertify audit@altered",
     "distributed/methods/standard.py": "methods recertify audit@altered",
     "distributed/methods/dual.py": "methods recertify audit@altered",
+    "distributed/methods/agreement.py": "methods agreement recertify audit@altered",
     "distributed/methods/multiscale.py": "methods recertify audit@altered",
 }
 """The modules, and the test files that each one's mutants meet; behind an @ what the names of tests must hold."""
