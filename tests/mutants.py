@@ -46,7 +46,7 @@ TESTS = {
     "core/procedures/sequential.py": "sequential dual_sequential",
     "core/procedures/multiscale.py": "multiscale multiscale_closed_forms",
     "core/procedures/ladder.py": "sequential dual_sequential",
-    "core/procedures/agreement.py": "agreement agreement_planted agreement_sequential",
+    "core/procedures/agreement.py": "agreement agreement_oracles agreement_planted agreement_sequential",
     "core/machine/engine.py": "engine device_use@memory",
     "core/machine/noise.py": "noise engine",
     "core/machine/exact_noise.py": "exact_noise exact_certificates",

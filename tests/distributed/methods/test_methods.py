@@ -50,7 +50,7 @@ TERMS = [
     *(terms_of(budget, (0.25, 0.5)) for budget in BUDGETS),
     terms_of("fixed", (0.5,)),
     terms_of("fixed", (0.12, 0.25, 0.5), 0.7),
-    terms_of("sequential", (0.12, 0.25, 0.5), 0.7, split="full"),
+    terms_of("sequential", (0.12, 0.25, 0.5), 0.7, split="full", router_share=0.25),
 ]
 
 
@@ -120,8 +120,8 @@ def test_again_stored_row_gives_itself(name: str, terms: Terms) -> None:
         assert stored(method, [method.again(row, terms)]).to_pylist() == [row]
         assert row["status"] == "ok"
         assert method.spent(row, terms) == terms.sampling.alpha == row["alpha"]
-    halved = name == "agreement" or (name, terms.split) == ("dual", "halves")
-    assert method.stage(terms).alpha == (0.01 if halved else 0.02)
+    share = {"agreement": 1 - terms.router_share, "dual": 0.5 if terms.split == "halves" else 1.0}.get(name, 1.0)
+    assert method.stage(terms).alpha == pytest.approx(0.02 * share, rel=1e-15)
 
 
 @each
