@@ -246,6 +246,7 @@ def test_begin_counts_the_replicas_that_began_a_shard(tmp_path: Path) -> None:
     assert [store.begin(4, name) for name in ("a", "b", "a")] == [1, 2, 2]
     assert store.begin(5, "a") == 1
     assert store.attempts() == {4: 2, 5: 1}
+    assert len([*(tmp_path / "attempts/certificates-dual").iterdir()]) == 2
     store.forget_attempts()
     assert store.attempts() == {}
 
@@ -315,8 +316,11 @@ def test_copy_from_takes_the_rows_of_some_levels_and_their_errors(tmp_path: Path
     source.commit(1, [failed, *rows[1:]], CERTIFICATE_SCHEMA, "cpu", [{**note, "time": datetime.now(UTC)}])
     for sigma, errors in ((0.25, ["broken"]), (0.5, [])):
         store = ShardStore(tmp_path / f"b{sigma}", "dataset")
+        fewer = Plan.divide(7, 3, 1, {"seed": 1})
+        store.write_plan(fewer, IDS)
         store.copy_from(source, [sigma])
         assert store.files() == source.files()
+        assert store.verify(fewer, IDS, [sigma]).devices == ("cpu",)  # files that are of the new plan
         expected = [row for row in source.read().to_pylist() if row["sigma"] == sigma]
         assert store.read().to_pylist() == expected
         assert store.read_errors().column("message").to_pylist() == errors
