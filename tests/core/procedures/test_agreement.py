@@ -13,7 +13,7 @@ from scipy import special, stats
 
 from core.agreement_records import AgreementCertificate, AgreementVotes, Router, StageVotes
 from core.errors import ConfigError
-from core.procedures.agreement import Agreement, agreement_from_votes
+from core.procedures.agreement import Agreement, agreement_from_votes, choose_level
 from core.procedures.confidence import certified_radius, radius_of_two_bounds
 from core.procedures.dual import dual_certify
 from core.procedures.smoothing import certify
@@ -282,6 +282,22 @@ def test_radius_of_two_bounds_is_rounded_towards_zero_and_equals_one_bound_doubl
 def test_agreement_share_of_the_router_that_is_none_or_all_raises(share: float) -> None:
     with pytest.raises(ConfigError, match="router_share must lie in"):
         replace(terms_of(SIGMAS), router_share=share)
+
+
+@pytest.mark.parametrize(
+    ("votes", "median", "plurality"),
+    [
+        ((40, 35, 25), 1, 0),
+        ((25, 35, 40), 1, 2),
+        ((50, 20, 30), 0, 0),
+        ((49, 20, 31), 1, 0),
+        ((30, 40, 40), 1, 1),
+        ((0, 0, 0), 0, 0),
+    ],
+)
+def test_choose_level_is_the_routers_own_rule(votes: tuple[int, ...], median: int, plurality: int) -> None:
+    assert choose_level(counts(*votes), "median") == median
+    assert choose_level(counts(*votes), "plurality") == plurality
 
 
 # --- What is asked ----------------------------------------------------------------------------------------------------

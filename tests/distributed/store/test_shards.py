@@ -54,6 +54,7 @@ def test_commit_then_read_gives_rows_back_to_the_last_bit(tmp_path: Path) -> Non
     verified = store.verify(plan, IDS, SIGMAS)
     assert verified.rows == table.num_rows == 14
     assert (verified.error_rows, verified.devices, verified.non_finite_draws) == (0, ("cpu",), 0)
+    assert verified.votes == 14 * 200
     assert verified.sha256["shard-000001.parquet"] == file_sha256(tmp_path / "dataset" / "shard-000001.parquet")
     assert table.schema.equals(CERTIFICATE_SCHEMA)
     assert table.column("example_id").to_pylist() == sorted(IDS * 2)
