@@ -57,6 +57,8 @@ def test_commit_then_read_gives_rows_back_to_the_last_bit(tmp_path: Path) -> Non
     assert verified.votes == 14 * 200
     assert verified.sha256["shard-000001.parquet"] == file_sha256(tmp_path / "dataset" / "shard-000001.parquet")
     assert table.schema.equals(CERTIFICATE_SCHEMA)
+    images = pa.concat_tables(store.images())
+    assert images.to_pydict() == {"example_id": [i for i in IDS for _ in SIGMAS], "image_hash": [None] * 14}
     assert table.column("example_id").to_pylist() == sorted(IDS * 2)
     row = table.to_pylist()[1]
     expected = made(0.5)
