@@ -13,6 +13,7 @@ from core.errors import ConfigError, DataError
 from core.files import file_sha256
 from core.procedures.smoothing import certificate
 from core.records import Bound, Certificate, DualCertificate, Sampling
+from distributed.files.parquet import from_bytes, to_bytes
 from distributed.files.storage import Folder
 from distributed.methods.dual import Dual
 from distributed.methods.multiscale import Multiscale
@@ -252,6 +253,16 @@ def test_begin_counts_the_replicas_that_began_a_shard(tmp_path: Path) -> None:
     assert len([*(tmp_path / "attempts/certificates-dual").iterdir()]) == 2
     store.forget_attempts()
     assert store.attempts() == {}
+
+
+def test_read_file_from_before_rows_had_a_hash_has_none(tmp_path: Path) -> None:
+    store = store_with_rows(tmp_path, Plan.divide(7, 3, 2, {}))
+    before = store.read_file("shard-000000.parquet")
+    table, about = from_bytes((tmp_path / "dataset/shard-000000.parquet").read_bytes(), "")
+    old = table.drop_columns(["image_hash"])
+    store.folder.write("shard-000000.parquet", to_bytes(old.schema, [old], lambda: about))
+    assert store.read_file("shard-000000.parquet").equals(before)
+    assert sum(images.num_rows for images in store.images()) == 8  # of the other two shards
 
 
 def test_read_truncated_shard_is_named(tmp_path: Path) -> None:
