@@ -235,7 +235,7 @@ def tie_of(first: str) -> Bound:
 def _guess(selection: Counts, sigma: float) -> float:
     """A rough radius from selection votes, to order the stages by."""
     p = (selection.max() + 0.5) / (selection.sum() + 1.0)
-    return sigma * float(special.ndtri(min(p, 1 - 1e-12)))
+    return sigma * float(special.ndtri(p))
 
 
 def skipped(sigma: float, selection: Counts, sampling: Sampling) -> Certificate:

@@ -193,11 +193,13 @@ def test_run_abandoned_and_started_again_gives_the_same_results() -> None:
 
 def test_run_source_that_pauses_is_asked_again() -> None:
     def paused() -> Iterator[Task[Certificate] | None]:
+        yield None
         for task in tasks(3):
             yield task
             yield None
 
     engine = Engine(Network({CLASSIFIER: Head(HalfSpace(axis(16, 2), 0.4), 2)}), GaussianNoise(3), batch_size=64)
+    assert list(engine.run([])) == []
     assert {f.key: f.result for f in engine.run(paused())} == run(HalfSpace(axis(16, 2), 0.4), 64, num=3)
 
 

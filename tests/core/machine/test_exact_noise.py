@@ -312,7 +312,7 @@ def test_corrupt_several_chunks_at_once_masks_copies_of_the_right_one() -> None:
     out, image = torch.empty(12, 1, 1, 2), pixels(7, (1, 1, 2))
     mask = Second(0, chunk_size=4).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0)
     assert mask is not None
-    assert mask.tolist() == [True] * 6 + [False] + [True] * 5
+    assert (mask.dtype, mask.tolist()) == (torch.bool, [True] * 6 + [False] + [True] * 5)
     assert ExactNoise(0, chunk_size=4).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0) is None
 
 

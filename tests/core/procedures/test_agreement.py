@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from core.agreement_records import AgreementCertificate, AgreementVotes, Router, StageVotes
-from core.procedures.agreement import Agreement, agreement_from_votes
+from core.errors import ConfigError
+from core.procedures.agreement import Agreement, agreement_from_votes, choose_level
 from core.procedures.confidence import certified_radius, radius_of_two_bounds
 from core.procedures.dual import dual_certify
 from core.procedures.smoothing import certify
@@ -162,8 +164,8 @@ def test_agreement_from_votes_equals_the_second_implementation(
     result = agreement_from_votes(replace(terms_of(sigmas, rule, sigma_e), router_share=share), votes)
     radius, constant = second_implementation(sigmas, votes, sigma_e, rule, share)
     assert result.alpha_router == ALPHA * share
-    assert result.alpha_router + result.alpha_class <= ALPHA
-    assert result.alpha_router + result.alpha_class == pytest.approx(ALPHA)
+    assert Fraction(result.alpha_router) + Fraction(result.alpha_class) <= Fraction(ALPHA)
+    assert result.alpha_class == pytest.approx(ALPHA * (1 - share), rel=1e-12)
     assert result.radius == pytest.approx(radius, rel=1e-7, abs=1e-12)
     assert result.radius_constant == pytest.approx(constant, rel=1e-7, abs=1e-12)
     assert result.abstained == (result.radius == 0.0) == (result.binding is None)
@@ -274,6 +276,28 @@ def test_radius_of_two_bounds_is_rounded_towards_zero_and_equals_one_bound_doubl
     assert 0.0 < exact * 0.25 - radius_of_two_bounds(350, 399, N, 0.01, 0.5) < 1e-12
     bound = stats.beta.ppf(0.01, 350, 51)
     assert radius_of_two_bounds(350, 350, N, 0.01, 0.5) == pytest.approx(float(certified_radius(bound, 0.5)), rel=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, math.nan])
+def test_agreement_share_of_the_router_that_is_none_or_all_raises(share: float) -> None:
+    with pytest.raises(ConfigError, match="router_share must lie in"):
+        replace(terms_of(SIGMAS), router_share=share)
+
+
+@pytest.mark.parametrize(
+    ("votes", "median", "plurality"),
+    [
+        ((40, 35, 25), 1, 0),
+        ((25, 35, 40), 1, 2),
+        ((50, 20, 30), 0, 0),
+        ((49, 20, 31), 1, 0),
+        ((30, 40, 40), 1, 1),
+        ((0, 0, 0), 0, 0),
+    ],
+)
+def test_choose_level_is_the_routers_own_rule(votes: tuple[int, ...], median: int, plurality: int) -> None:
+    assert choose_level(counts(*votes), "median") == median
+    assert choose_level(counts(*votes), "plurality") == plurality
 
 
 # --- What is asked ----------------------------------------------------------------------------------------------------

@@ -246,6 +246,8 @@ def test_dual_certify_sequential_first_stage_abstains_second_is_skipped() -> Non
     assert (result.prediction, result.sigma, result.bounded_by, result.radius) == (ABSTAIN, None, Bound.NONE, 0.0)
     assert result.class_stage is not None
     assert (result.class_stage.stop, result.class_stage.num_estimation) == (Stop.SKIPPED, 0)
+    assert (result.class_stage.prediction, result.class_stage.radius, result.p_lower) == (ABSTAIN, 0.0, 0.0)
+    assert result.counts_estimation.tolist() == [0] * 10
     pair = pair_of(0, 0.99, 0.4, 0, Sampling(100, 1000, 0.01), Rule())
     assert pair.sequential.sigma_stage.stop == Stop.SKIPPED
     assert (pair.sequential.prediction, pair.sequential.sigma) == (ABSTAIN, None)

@@ -167,6 +167,24 @@ def test_dual_certify_estimator_undecided_abstains_without_asking_the_classifier
     assert result.num_draws == 200 == sum(d.num for d in asked)
 
 
+def test_dual_certify_another_level_than_sigma_e_asks_the_classifier_for_no_bound_there() -> None:
+    asked: list[Draws] = []
+    given = {ESTIMATOR: counts(95, 5), CLASSIFIER: counts(0, 95, 5)}
+
+    def votes(draws: Draws) -> Answer:
+        asked.append(draws)
+        return {head: given[head] for head in draws.heads}
+
+    result = drive(dual_certify((0.25, 1.0), 1.0, Sampling(100, 100, 0.02)), votes)
+    assert [(d.heads, d.sigma, d.phase) for d in asked] == [
+        ((ESTIMATOR, CLASSIFIER), 1.0, Phase.SELECTION),
+        ((ESTIMATOR,), 1.0, Phase.ESTIMATION),
+        ((CLASSIFIER,), 0.25, Phase.SELECTION),
+        ((CLASSIFIER,), 0.25, Phase.ESTIMATION),
+    ]
+    assert result.num_draws == 400 == sum(d.num for d in asked)
+
+
 def test_dual_certify_classifier_with_the_smaller_radius_bounds() -> None:
     result = drive(dual_certify(SIGMAS, 1.0, Sampling(100, 100, 0.02)), dual_votes((1, 99), (0, 70, 30), []))
     assert 0.0 < result.radius == result.radius_class < result.radius_sigma
@@ -194,6 +212,10 @@ def test_dual_predict_spends_half_of_alpha_on_each_stage() -> None:
     asked: list[Draws] = []
     result = drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((10, 90), (0, 95, 5), asked))
     assert (result.prediction, result.sigma) == (1, 0.5)
+    assert [(d.heads, d.sigma, d.num, d.phase) for d in asked] == [
+        ((ESTIMATOR,), 1.0, 100, Phase.PREDICTION),
+        ((CLASSIFIER,), 0.5, 100, Phase.PREDICTION),
+    ]
     assert result.class_stage is not None
     assert result.sigma_stage.alpha == result.class_stage.alpha == 0.01
     undecided = drive(dual_predict(SIGMAS, 1.0, 100, 0.02), dual_votes((50, 50), (0, 95, 5), asked := []))

@@ -90,6 +90,17 @@ def test_rows_are_recomputed_from_their_votes_bit_for_bit(router: Router, budget
     assert shown.constant_level().radius.tolist() == [row["radius_constant"] for row in rows]
 
 
+@pytest.mark.parametrize("name", ["counts_estimation_level", "num_estimation_level", "stop_reason_level"])
+def test_row_whose_lists_by_level_differ_in_length_is_refused(name: str) -> None:
+    terms, method = terms_of(), Agreement()
+    (row,) = certified("agreement", terms, [stream_of(0, 1.0)])
+    row[name] = row[name][:-1]
+    with pytest.raises(ValueError, match="zip"):
+        method.recompute(row, terms)
+    with pytest.raises(ValueError, match="zip"):
+        [*method.votes(row, terms, 2), *method.ends(row)]
+
+
 @pytest.mark.parametrize("sigma_e", [0.3, 0.5, 1.0])
 @pytest.mark.parametrize("router", get_args(Router))
 def test_rederived_from_dual_and_standard_is_what_is_certified_directly(router: Router, sigma_e: float) -> None:

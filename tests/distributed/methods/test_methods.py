@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from core.agreement_records import AgreementCertificate
 from core.config import parse_config
 from core.errors import ConfigError, DataError
 from core.procedures.multiscale import level_alphas
@@ -20,6 +21,7 @@ from core.records import (
     ESTIMATOR,
     Answer,
     Certificate,
+    Counts,
     Draws,
     DualCertificate,
     MultiscaleCertificate,
@@ -48,7 +50,7 @@ TERMS = [
     *(terms_of(budget, (0.25, 0.5)) for budget in BUDGETS),
     terms_of("fixed", (0.5,)),
     terms_of("fixed", (0.12, 0.25, 0.5), 0.7),
-    terms_of("sequential", (0.12, 0.25, 0.5), 0.7, split="full"),
+    terms_of("sequential", (0.12, 0.25, 0.5), 0.7, split="full", router_share=0.25),
 ]
 
 
@@ -87,10 +89,19 @@ def stored(method: Method, rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=method.schema)
 
 
-def stages_of(result: Any) -> list[Certificate]:
+def phases_of(result: Any) -> list[tuple[int, Counts]]:
+    """Draws and votes of each phase of each stage that was run."""
+    if isinstance(result, AgreementCertificate):
+        num, votes = result.num_selection, result.votes
+        estimation = [(stage.num, stage.counts) for stage in (votes.router, *votes.classes) if stage is not None]
+        return [(num, votes.router_selection), (num, votes.class_selection), *estimation]
+    stages: list[Certificate] = [result]
     if isinstance(result, DualCertificate):
-        return [stage for stage in (result.sigma_stage, result.class_stage) if stage is not None]
-    return list(result.levels) if isinstance(result, MultiscaleCertificate) else [result]
+        stages = [stage for stage in (result.sigma_stage, result.class_stage) if stage is not None]
+    elif isinstance(result, MultiscaleCertificate):
+        stages = list(result.levels)
+    selection = [(stage.num_selection, stage.counts_selection) for stage in stages]
+    return selection + [(stage.num_estimation, stage.counts_estimation) for stage in stages]
 
 
 each = pytest.mark.parametrize("name", METHODS)
@@ -109,7 +120,8 @@ def test_again_stored_row_gives_itself(name: str, terms: Terms) -> None:
         assert stored(method, [method.again(row, terms)]).to_pylist() == [row]
         assert row["status"] == "ok"
         assert method.spent(row, terms) == terms.sampling.alpha == row["alpha"]
-    assert method.stage(terms).alpha == (0.01 if (name, terms.split) == ("dual", "halves") else 0.02)
+    share = {"agreement": 1 - terms.router_share, "dual": 0.5 if terms.split == "halves" else 1.0}.get(name, 1.0)
+    assert method.stage(terms).alpha == pytest.approx(0.02 * share, rel=1e-15)
 
 
 @each
@@ -133,7 +145,7 @@ def test_non_finite_is_what_the_stages_lack(name: str, terms: Terms) -> None:
     method = method_named(name)
     kept = list(made(method, terms))
     table = stored(method, [row for row, _, _ in kept])
-    lost = [sum(stage.num_non_finite for stage in stages_of(result)) for _, result, _ in kept]
+    lost = [sum(num - counts.sum() for num, counts in phases_of(result)) for _, result, _ in kept]
     assert method.non_finite(table) == sum(lost) > 0
     assert [method.non_finite(table.slice(place, 1)) for place in range(len(kept))] == lost
     assert method.non_finite(stored(method, [method.error_row("x", 0, None, terms)])) == 0
@@ -149,8 +161,9 @@ def test_votes_are_all_columns_of_counts_and_fit_their_draws(name: str, terms: T
         for votes in found:
             assert sum(votes.counts) <= votes.draws
             assert len(votes.counts) in votes.widths
-            assert NUM_CLASSES in votes.widths or votes.column.endswith("_sigma")
-        drawn = [draws for stage in stages_of(result) for draws in (stage.num_selection, stage.num_estimation)]
+            width = len(terms.sigmas) if votes.column.endswith("_sigma") else NUM_CLASSES
+            assert width in votes.widths or (votes.widths == {0} and not votes.draws)
+        drawn = [num for num, _ in phases_of(result)]
         assert sum(votes.draws for votes in found if len(votes.counts)) == sum(drawn)
 
 

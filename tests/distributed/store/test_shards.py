@@ -13,6 +13,7 @@ from core.errors import ConfigError, DataError
 from core.files import file_sha256
 from core.procedures.smoothing import certificate
 from core.records import Bound, Certificate, DualCertificate, Sampling
+from distributed.files.parquet import from_bytes, to_bytes
 from distributed.files.storage import Folder
 from distributed.methods.dual import Dual
 from distributed.methods.multiscale import Multiscale
@@ -54,8 +55,11 @@ def test_commit_then_read_gives_rows_back_to_the_last_bit(tmp_path: Path) -> Non
     verified = store.verify(plan, IDS, SIGMAS)
     assert verified.rows == table.num_rows == 14
     assert (verified.error_rows, verified.devices, verified.non_finite_draws) == (0, ("cpu",), 0)
+    assert verified.votes == 14 * 200
     assert verified.sha256["shard-000001.parquet"] == file_sha256(tmp_path / "dataset" / "shard-000001.parquet")
     assert table.schema.equals(CERTIFICATE_SCHEMA)
+    images = pa.concat_tables(store.images())
+    assert images.to_pydict() == {"example_id": [i for i in IDS for _ in SIGMAS], "image_hash": [None] * 14}
     assert table.column("example_id").to_pylist() == sorted(IDS * 2)
     row = table.to_pylist()[1]
     expected = made(0.5)
@@ -246,8 +250,19 @@ def test_begin_counts_the_replicas_that_began_a_shard(tmp_path: Path) -> None:
     assert [store.begin(4, name) for name in ("a", "b", "a")] == [1, 2, 2]
     assert store.begin(5, "a") == 1
     assert store.attempts() == {4: 2, 5: 1}
+    assert len([*(tmp_path / "attempts/certificates-dual").iterdir()]) == 2
     store.forget_attempts()
     assert store.attempts() == {}
+
+
+def test_read_file_from_before_rows_had_a_hash_has_none(tmp_path: Path) -> None:
+    store = store_with_rows(tmp_path, Plan.divide(7, 3, 2, {}))
+    before = store.read_file("shard-000000.parquet")
+    table, about = from_bytes((tmp_path / "dataset/shard-000000.parquet").read_bytes(), "")
+    old = table.drop_columns(["image_hash"])
+    store.folder.write("shard-000000.parquet", to_bytes(old.schema, [old], lambda: about))
+    assert store.read_file("shard-000000.parquet").equals(before)
+    assert sum(images.num_rows for images in store.images()) == 8  # of the other two shards
 
 
 def test_read_truncated_shard_is_named(tmp_path: Path) -> None:
@@ -315,8 +330,11 @@ def test_copy_from_takes_the_rows_of_some_levels_and_their_errors(tmp_path: Path
     source.commit(1, [failed, *rows[1:]], CERTIFICATE_SCHEMA, "cpu", [{**note, "time": datetime.now(UTC)}])
     for sigma, errors in ((0.25, ["broken"]), (0.5, [])):
         store = ShardStore(tmp_path / f"b{sigma}", "dataset")
+        fewer = Plan.divide(7, 3, 1, {"seed": 1})
+        store.write_plan(fewer, IDS)
         store.copy_from(source, [sigma])
         assert store.files() == source.files()
+        assert store.verify(fewer, IDS, [sigma]).devices == ("cpu",)  # files that are of the new plan
         expected = [row for row in source.read().to_pylist() if row["sigma"] == sigma]
         assert store.read().to_pylist() == expected
         assert store.read_errors().column("message").to_pylist() == errors
