@@ -1,5 +1,6 @@
 """The words that the rooms exchange: what a procedure asks for, what it is sent, and what it returns."""
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
@@ -31,6 +32,7 @@ __all__ = [
     "Rule",
     "Sampling",
     "Stop",
+    "divided",
     "stage_sampling",
 ]
 
@@ -125,6 +127,13 @@ stages' own radii hold jointly; each of them still holds with probability 1 - al
 def stage_sampling(sampling: Sampling, split: AlphaSplit) -> Sampling:
     """What one stage of Dual RS may spend."""
     return replace(sampling, alpha=sampling.alpha / 2) if split == "halves" else sampling
+
+
+def divided(sampling: Sampling, share: float) -> dict[str, Sampling]:
+    """What the estimator may spend, a share of alpha, and the classifier: no more in all, in floating point too."""
+    first = sampling.alpha * share
+    second = first if share == 0.5 else math.nextafter(sampling.alpha - first, 0.0)
+    return {ESTIMATOR: replace(sampling, alpha=first), CLASSIFIER: replace(sampling, alpha=second)}
 
 
 class Bound(StrEnum):

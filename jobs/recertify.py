@@ -14,8 +14,8 @@ def main() -> int:
     )
     parser.epilog = (
         "alpha: total failure probability. split: halves or full, how Dual RS spends it. share: the part of it that "
-        "Dual RS spends on the noise level (0.5). sigmas: a subset of Sigma. claim (constant or agreement) and router "
-        "(median or plurality): as in certify. " + (parser.epilog or "")
+        "Dual RS spends on the noise level (0.5), or the router of claim agreement (the run's). sigmas: a subset of "
+        "Sigma. claim (constant or agreement) and router (median or plurality): as in certify. " + (parser.epilog or "")
     )
 
     def run(args) -> None:  # type: ignore[no-untyped-def]

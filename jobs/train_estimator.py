@@ -4,14 +4,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
-
-if TYPE_CHECKING:
-    from core.data import Dataset
-    from core.models.features import FeatureRouter
 
 
 def run(directory: RunDirectory) -> None:
@@ -30,11 +25,10 @@ def run(directory: RunDirectory) -> None:
 def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -> None:
     import torch
 
-    from core.models.checkpoints import load_classifier
+    from core.models.checkpoints import load_model
     from core.models.classifiers import ImageClassifier
     from core.models.features import FeatureRouter
-    from core.models.small import SmallConvNet
-    from core.training.estimator import hold_out, learnable
+    from core.training.estimator import hold_out, learnable, new_estimator
     from distributed.training.labels import training_radii
     from distributed.training.train import Lesson, forget, train
 
@@ -44,18 +38,12 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     kept = learnable(radii)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)
-        num_sigmas, backbone = len(config.sigmas), config.estimator.backbone
-        estimator = (
-            SmallConvNet.for_images(data.shape, num_sigmas, config.base.classifier_width)
-            if backbone is None
-            else _on_features(directory, data)
-            if config.estimator.reads_features
-            else load_classifier(backbone, num_sigmas, data.shape[0], new_head=True)
-        )
+        estimator = new_estimator(config, data.shape, lambda role: load_model(directory.model(role)))
+    backbone = config.estimator.backbone
     learner = estimator.head if isinstance(estimator, FeatureRouter) else estimator
     taken = estimator.taken if backbone and isinstance(estimator, ImageClassifier) and backbone.checkpoint else None
     if getattr(estimator, "new_head", False):
-        print(f"estimator: its checkpoint's last layer is replaced by a new one with {num_sigmas} outputs")
+        print(f"estimator: its checkpoint's last layer is replaced by a new one with {len(config.sigmas)} outputs")
     _, held = hold_out(len(kept), config.estimator.holdout, config.seed, "train_estimator")
     also = f"; {len(held)} of them are held out" if len(held) else ""
     print(f"estimator: trained on {len(kept)} of {len(radii)} samples (the others have radius 0 at every sigma){also}")
@@ -73,17 +61,6 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     }
     directory.finish("train_estimator", read=hashes, wrote={"estimator": digest}, facts=facts)
     forget(lesson)
-
-
-def _on_features(directory: RunDirectory, data: "Dataset") -> "FeatureRouter":
-    """A router on the features of the classifiers as they are now, with an untrained head."""
-    from core.models.checkpoints import load_model
-    from core.models.features import expert_place, new_router
-
-    config = directory.config
-    classifiers = [load_model(directory.model(role)) for role in config.classifiers]
-    place = expert_place(config.classifiers.values(), config.estimator_sigma)
-    return new_router(classifiers, place, data.shape, config.estimator.hidden, len(config.sigmas))
 
 
 def dataset_digest(directory: RunDirectory) -> str | None:

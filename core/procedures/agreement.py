@@ -10,7 +10,6 @@ and the radius is min over j of max(E_j, R_j). docs/guarantees.md holds the theo
 correction for the number of levels. Levels are counted from 0 here.
 """
 
-import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
@@ -43,6 +42,7 @@ from core.records import (
     Rule,
     Sampling,
     Stop,
+    divided,
 )
 
 __all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
@@ -93,11 +93,8 @@ class Agreement:
 
     @property
     def stages(self) -> dict[str, Sampling]:
-        """What the router may spend, and what the class may: no more than alpha in all, in floating point too."""
-        alpha = self.sampling.alpha
-        router = alpha * self.router_share
-        label = router if self.router_share == 0.5 else math.nextafter(alpha - router, 0.0)
-        return {ESTIMATOR: replace(self.sampling, alpha=router), CLASSIFIER: replace(self.sampling, alpha=label)}
+        """What the router may spend, and what the class may."""
+        return divided(self.sampling, self.router_share)
 
     def targets(self, reached: float, useful: float) -> tuple[float, ...]:
         """Radii that a stage may show early: it has only to show what was reached, beyond what is known anyway."""

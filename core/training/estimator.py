@@ -1,7 +1,7 @@
 """The variance estimator h_e (arXiv 2512.01782, section 5): its targets, its loss, its training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor, nn
 
-from core.config import CertifyConfig, EstimatorConfig
+from core.config import CertifyConfig, Config, EstimatorConfig
 from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.machine.network import Denoiser
 from core.machine.noise_key import training_key
-from core.models.features import FeatureExtractor, FeatureHead
+from core.models.checkpoints import load_classifier
+from core.models.features import FeatureExtractor, FeatureHead, expert_place, new_router
+from core.models.small import SmallConvNet
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from core.training.features import Features
 from core.training.loop import Objective, Schedule
@@ -29,6 +31,7 @@ __all__ = [
     "hold_out",
     "label_radii",
     "learnable",
+    "new_estimator",
     "shrunk_radii",
 ]
 
@@ -201,6 +204,23 @@ def hold_out(num: int, share: float, seed: int, name: str) -> tuple[NDArray[np.i
             "hold out; change it, or label more samples"
         )
     return np.sort(order[held:]), np.sort(order[:held])
+
+
+def new_estimator(config: Config, shape: Sequence[int], classifier: Callable[[str], nn.Module]) -> nn.Module:
+    """The network that `estimator.backbone` asks for, before its training; initialised by torch's generator.
+
+    Args:
+        config: the run's.
+        shape: ``(C, H, W)`` of the images.
+        classifier: the network of each of `config.classifiers`, which a router on features reads.
+    """
+    backbone, outputs = config.estimator.backbone, len(config.sigmas)
+    if config.estimator.reads_features:
+        place = expert_place(config.classifiers.values(), config.estimator_sigma)
+        return new_router([*map(classifier, config.classifiers)], place, shape, config.estimator.hidden, outputs)
+    if backbone is None:
+        return SmallConvNet.for_images(shape, outputs, config.base.classifier_width)
+    return load_classifier(backbone, outputs, shape[0], new_head=True)
 
 
 class EstimatorObjective(Objective):

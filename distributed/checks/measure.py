@@ -26,13 +26,13 @@ from core.machine.cpu import settle
 from core.machine.network import Denoiser
 from core.models.checkpoints import build_denoiser, load_classifier, load_denoiser, load_model
 from core.models.denoiser import OneShotDenoiser, small_unet_config
-from core.models.features import FeatureRouter, expert_place, new_router
+from core.models.features import FeatureRouter
 from core.models.small import SmallConvNet
 from core.procedures.smoothing import certificate, certify
 from core.progress import Progress
 from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling
 from core.training.base import train_classifier, train_denoiser
-from core.training.estimator import EstimatorObjective
+from core.training.estimator import EstimatorObjective, new_estimator
 from core.training.finetune import FinetuneObjective, choose_sigma
 from core.training.loop import Objective, Training
 from distributed.checks.estimate import TRAINING, Part
@@ -43,7 +43,7 @@ from distributed.methods.method import Kind
 from distributed.methods.rows import certificate_row
 from distributed.store.run_directory import RunDirectory
 
-__all__ = ["base_classifier", "base_denoiser", "measure_parts", "new_estimator"]
+__all__ = ["base_classifier", "base_denoiser", "measure_parts"]
 
 _PATIENCE_S = 20.0
 """A pass of the configured batch that would take longer is measured in a smaller batch, and training not at all."""
@@ -65,20 +65,6 @@ def base_classifier(
     if named is None:
         return SmallConvNet.for_images(shape, num_classes, config.training_of(role).classifier_width)
     return load_classifier(named, num_classes, shape[0], class_names=class_names)
-
-
-def new_estimator(
-    config: Config, shape: Sequence[int], num_classes: int, class_names: Sequence[str] | None
-) -> nn.Module:
-    """The network that `jobs.train_estimator` writes, before its training."""
-    named, outputs = config.estimator.backbone, len(config.sigmas)
-    if config.estimator.reads_features:
-        classifiers = [base_classifier(config, role, shape, num_classes, class_names) for role in config.classifiers]
-        place = expert_place(config.classifiers.values(), config.estimator_sigma)
-        return new_router(classifiers, place, shape, config.estimator.hidden, outputs)
-    if named is None:
-        return SmallConvNet.for_images(shape, outputs, config.base.classifier_width)
-    return load_classifier(named, outputs, shape[0], new_head=True)
 
 
 def measure_parts(
@@ -130,12 +116,15 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
         run = RunDirectory(aside, config)
         (Path(aside) / "models").mkdir()
         written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
+
+        def classifier(role: str) -> nn.Module:
+            return base_classifier(config, role, shape, data.num_classes, data.class_names)
+
         makers: dict[str, Callable[[], nn.Module]] = {
             **{name: partial(base_denoiser, config, shape) for name in config.denoisers},
-            "estimator": partial(new_estimator, config, shape, data.num_classes, data.class_names),
+            "estimator": partial(new_estimator, config, shape, classifier),
+            **{role: partial(classifier, role) for role in config.classifiers},
         }
-        for role in config.classifiers:
-            makers[role] = partial(base_classifier, config, role, shape, data.num_classes, data.class_names)
         tuned = {name: role for role, name in config.certified.items() if name not in makers}
         wrote: dict[str, str] = {}
         for name in (*makers, *tuned):

@@ -306,14 +306,17 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
 
 
 def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
-    from distributed.checks.measure import new_estimator
+    from core.training.estimator import new_estimator
+    from distributed.checks.measure import base_classifier
 
     backbone = config.estimator.backbone
     if data is None and (backbone is None or config.estimator.reads_features):
         return
     with found.collect("estimator.backbone"), torch.device("cpu" if backbone and backbone.pretrained else "meta"):
-        classes, names = (data.num_classes, data.class_names) if data else (0, None)
-        found.networks["estimator"] = new_estimator(config, _shape(config, data), classes, names)
+        shape, classes, names = _shape(config, data), *((data.num_classes, data.class_names) if data else (0, None))
+        found.networks["estimator"] = new_estimator(
+            config, shape, lambda role: base_classifier(config, role, shape, classes, names)
+        )
 
 
 def _shape(config: Config, data: Dataset | None) -> tuple[int, int, int]:

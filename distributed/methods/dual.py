@@ -1,6 +1,5 @@
 """Dual RS: the estimator's votes and the classifier's, a row for every example."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from core.records import (
     Procedure,
     Sampling,
     Stop,
+    divided,
     stage_sampling,
 )
 from core.report import DualRows
@@ -256,7 +256,4 @@ def _stages(terms: Terms) -> dict[str, Sampling]:
     """Draws and failure probability of each stage."""
     if terms.split == "full":
         return {ESTIMATOR: terms.sampling, CLASSIFIER: terms.sampling}
-    alpha = terms.sampling.alpha
-    level = alpha * terms.sigma_share
-    label = level if terms.sigma_share == 0.5 else math.nextafter(alpha - level, 0.0)
-    return {ESTIMATOR: replace(terms.sampling, alpha=level), CLASSIFIER: replace(terms.sampling, alpha=label)}
+    return divided(terms.sampling, terms.sigma_share)
