@@ -3,7 +3,6 @@
 import copy
 import difflib
 import re
-from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -114,11 +113,10 @@ def _set(plain: dict[str, Any], path: list[str], value: Any, override: str) -> N
 
 def _explain(detail: Mapping[str, Any], source: str) -> str:
     """One line of a validation error: file, key, what was got, what was expected."""
-    loc, section = _place(detail["loc"])
-    key = ".".join(map(str, loc))
+    key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        known = list(section.model_fields)
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        known = _known_keys(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{source}: unknown key {key!r}; {hint}"
     message = detail["msg"].removeprefix("Value error, ")
@@ -133,28 +131,14 @@ def _explain(detail: Mapping[str, Any], source: str) -> str:
     return f"{source}: {key!r} is {detail['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _place(loc: Iterable[str | int]) -> tuple[list[str | int], type[BaseModel]]:
-    """The keys that lead to a value, without pydantic's tags of unions, and the innermost section that holds it."""
+def _known_keys(path: Iterable[str | int]) -> list[str]:
     section: type[BaseModel] = Config
-    keys: list[str | int] = []
-    parts = deque(loc)
-    while parts:
-        keys.append(parts.popleft())
-        field = section.model_fields.get(str(keys[-1]))
-        if field is None:
-            continue
-        candidates: list[Any] = [field.annotation, *get_args(field.annotation)]
-        if parts and (mapping := next((c for c in candidates if get_origin(c) is dict), None)):
+    parts = iter(path)
+    for part in parts:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *get_args(annotation)]
+        if mapping := next((c for c in candidates if get_origin(c) is dict), None):
             candidates = list(get_args(mapping))
-            keys.append(parts.popleft())  # its key
-        inside = dict.fromkeys(kind for each in candidates for kind in (each, *get_args(each)))
-        sections: list[type[BaseModel]] = [kind for kind in inside if _is_section(kind)]
-        if len(sections) > 1 and parts:
-            tag = parts.popleft()
-            sections = [each for each in sections if each.model_fields["name"].default == tag]
-        section = sections[0] if sections and parts else section
-    return keys, section
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+            next(parts, None)  # its key
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

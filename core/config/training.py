@@ -4,129 +4,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from core.config.losses import LossConfig
 from core.config.values import Augment, Count, NonNegative, Positive, Section, Share
 
-__all__ = [
-    "NETWORK_KEYS",
-    "CatRsConfig",
-    "ConsistencyConfig",
-    "DenoiserTrainConfig",
-    "GaussianConfig",
-    "LossConfig",
-    "MacerConfig",
-    "OptimisationConfig",
-    "SmoothAdvConfig",
-    "SmoothMixConfig",
-    "TrainConfig",
-]
+__all__ = ["NETWORK_KEYS", "DenoiserTrainConfig", "OptimisationConfig", "TrainConfig"]
 
 NETWORK_KEYS = ("channels", "layers", "attention", "groups", "dropout")
 """Of `DenoiserTrainConfig`: those that say what its network is."""
 
 Part = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _LossConfig(Section):
-    label_smoothing: Part = 0.0
-    """Share of the label's probability that is spread over all classes, in the cross-entropy."""
-
-
-class GaussianConfig(_LossConfig):
-    """Cross-entropy on noisy images (Cohen et al. 2019)."""
-
-    name: Literal["gaussian"] = "gaussian"
-    """Which loss."""
-    copies: Count = 1
-    """Noisy copies of each image in a step, m."""
-
-
-class ConsistencyConfig(_LossConfig):
-    """Cross-entropy, and the consistency of the copies (Jeong & Shin 2020)."""
-
-    name: Literal["consistency"] = "consistency"
-    """Which loss."""
-    copies: Annotated[int, Field(ge=2)] = 2
-    """Noisy copies of each image in a step, m."""
-    weight: NonNegative | None = None
-    """Of the KL term, lambda; unless given, as published for the nearest sigma."""
-    eta: NonNegative = 0.5
-    """Of the entropy term."""
-
-
-class MacerConfig(_LossConfig):
-    """Cross-entropy of the mean prediction, and a hinge on the radius (Zhai et al. 2020)."""
-
-    name: Literal["macer"] = "macer"
-    """Which loss."""
-    copies: Annotated[int, Field(ge=2)] = 16
-    """Noisy copies of each image in a step, m."""
-    weight: NonNegative = 12.0
-    """Of the radius term, lambda."""
-    gamma: Positive = 8.0
-    """Margin of the hinge."""
-    beta: Positive = 16.0
-    """Inverse temperature of the softmax."""
-    begin: Part = 0.0
-    """Share of the training before the radius term counts."""
-
-
-class SmoothMixConfig(_LossConfig):
-    """Cross-entropy, and a mixture of images with their own adversarial examples (Jeong et al. 2021)."""
-
-    name: Literal["smoothmix"] = "smoothmix"
-    """Which loss."""
-    copies: Annotated[int, Field(ge=2)] = 2
-    """Noisy copies of each image in a step, m."""
-    weight: NonNegative = 5.0
-    """Of the mixup term, eta."""
-    steps: Count | None = None
-    """Of the attack, T; unless given, as published for the nearest sigma."""
-    step_size: Positive | None = None
-    """Of the attack, alpha; likewise."""
-    one_step: bool = True
-    """Whether the clean images are replaced by those after one step of the attack."""
-    warmup: Part = 0.0
-    """Share of the training in which the mixup term's weight rises from 0."""
-
-
-class CatRsConfig(_LossConfig):
-    """Cross-entropy on confident copies, worst-case consistency where all are (Jeong et al. 2023)."""
-
-    name: Literal["cat_rs"] = "cat_rs"
-    """Which loss."""
-    copies: Annotated[int, Field(ge=2)] = 4
-    """Noisy copies of each image in a step, m."""
-    weight: NonNegative | None = None
-    """Of the high-confidence term, lambda; unless given, as published for the nearest sigma."""
-    epsilon: Positive = 1.0
-    """l2 radius of the search for the worst noise around each copy's."""
-    steps: Count = 4
-    """Of that search."""
-
-
-class SmoothAdvConfig(_LossConfig):
-    """Cross-entropy on adversarial examples of the smoothed classifier (Salman et al. 2019)."""
-
-    name: Literal["smoothadv"] = "smoothadv"
-    """Which loss."""
-    copies: Count = 2
-    """Noisy copies of each image, for the attack and the step, m."""
-    epsilon: Positive = 1.0
-    """l2 radius of the attack, pixel scale [0, 1]."""
-    steps: Count = 10
-    """Of the attack (projected gradient descent)."""
-    warmup: Part = 0.0
-    """Share of the training in which epsilon rises from 0."""
-
-
-LossConfig = Annotated[
-    GaussianConfig | ConsistencyConfig | MacerConfig | SmoothMixConfig | CatRsConfig | SmoothAdvConfig,
-    Field(discriminator="name"),
-]
-
-
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
 
 
 def _as_range(value: Any) -> Any:
@@ -190,8 +76,10 @@ class OptimisationConfig(Section):
 class TrainConfig(OptimisationConfig):
     """How a classifier is trained here."""
 
-    loss: Annotated[LossConfig, BeforeValidator(_named)] = GaussianConfig()
-    """A name, or a section with the name and the loss's own numbers; published ones unless given."""
+    loss: LossConfig = LossConfig()
+    """Its name, or a section with its name and numbers."""
+    label_smoothing: Part = 0.0
+    """Share of the label's probability that is spread over all classes, in the cross-entropy."""
     clean: bool | None = None
     """Whether the cross-entropy of the clean image counts as much as the loss: clean images look like what a denoiser
     returns. Unless given: with loss gaussian behind a denoiser."""
