@@ -7,7 +7,6 @@ runs with the same identity and the same seed hold the same counts.
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig, SplitConfig
 from core.config.loading import load_config, parse_config, parse_values
-from core.config.losses import LossConfig
 from core.config.models import BaseModelsConfig, ClassifierConfig
 from core.config.run import Config
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
@@ -23,7 +22,6 @@ __all__ = [
     "EstimatorConfig",
     "FinetuneConfig",
     "LabelConfig",
-    "LossConfig",
     "ReportConfig",
     "Setting",
     "SplitConfig",
