@@ -123,7 +123,9 @@ class EstimatorConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _no_labels(self) -> Self:
+    def _own_keys(self) -> Self:
+        if self.backbone is not None and self.backbone.train is not None:
+            raise ValueError("backbone.train: the estimator is trained as the keys of estimator say; remove it")
         if self.backbone is not None and self.backbone.label_map is not None:
             raise ValueError(
                 "backbone.label_map: has no meaning for an estimator, its classes are the sigmas; remove it"
