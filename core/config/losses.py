@@ -59,10 +59,10 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _only_where_they_count(self) -> Self:
-        for key in sorted(self.model_fields_set - {"name", *_KEYS[self.name].split()}):
-            raise ValueError(
-                f"{key}: loss {self.name} has no such number; it has {_KEYS[self.name].replace(' ', ', ')}"
-            )
+        own = _KEYS[self.name].split()
+        for key, field in type(self).model_fields.items():  # not those that were given: a manifest gives all of them
+            if key not in ("name", *own) and getattr(self, key) != field.default:
+                raise ValueError(f"{key}: loss {self.name} has no such number; it has {', '.join(own)}")
         if self.name == "consistency" and self.copies == 1:
             raise ValueError("copies: 1 copy is always consistent with itself; loss consistency needs 2 or more")
         return self
