@@ -17,7 +17,7 @@ from core.training.losses import CatRs, Consistency, Gaussian, Loss, Macer, Nois
 from core.training.losses.attacked import binomial_draw
 
 Floats = NDArray[np.float64]
-B, SHAPE, HIDDEN, K = 12, (1, 2, 3), 5, 4
+B, SHAPE, HIDDEN, K = 12, (2, 1, 3), 5, 4
 PUBLISHED = {0.25: 0, 0.5: 1, 1.0: 2}
 
 
@@ -28,7 +28,7 @@ PUBLISHED = {0.25: 0, 0.5: 1, 1.0: 2}
 def softmax(weights: list[Floats], x: Floats) -> Floats:
     logits = np.tanh(x.ravel() @ weights[0]) @ weights[1]
     e = np.exp(logits - logits.max())
-    return np.asarray(e / e.sum())
+    return np.array(e / e.sum(), np.float64)
 
 
 def mean_softmax(weights: list[Floats], x: Floats, noise: Floats) -> Floats:
@@ -66,6 +66,10 @@ def uphill(weights: list[Floats], x: Floats, noise: Floats, label: int) -> Float
     return gradient / np.linalg.norm(gradient)
 
 
+def ramp(done: float, warmup: float) -> float:
+    return 1.0 if done >= warmup else done / warmup
+
+
 class Sample:
     """One sample of a batch, in NumPy."""
 
@@ -78,7 +82,7 @@ class Sample:
 
 
 def fixed_smoothadv(loss: SmoothAdv, w: list[Floats], s: Sample) -> Any:
-    radius = (loss.epsilon or (1, 1, 2)[s.level]) * min(1, s.done / loss.warmup)
+    radius = (loss.epsilon or (1, 1, 2)[s.level]) * ramp(s.done, loss.warmup)
     x = s.x
     for _ in range(loss.steps):
         x = np.clip(x + 2 * radius / loss.steps * uphill(w, x, s.noise, s.label), 0, 1)
@@ -97,7 +101,7 @@ def fixed_smoothmix(loss: SmoothMix, w: list[Floats], s: Sample) -> Any:
         points.append(np.clip(points[-1] + length * uphill(w, points[-1], s.noise, s.label), 0, 1))
     clean = s.x
     if loss.one_step:
-        clean = np.clip(s.x + shortened(points[1] - s.x, length * min(1, s.done / loss.warmup)), 0, 1)
+        clean = np.clip(s.x + shortened(points[1] - s.x, length * ramp(s.done, loss.warmup)), 0, 1)
     return clean, points[-1]
 
 
@@ -108,7 +112,7 @@ def value_smoothmix(loss: SmoothMix, w: list[Floats], s: Sample, fixed: Any) -> 
     value = float(np.mean([cross_entropy(softmax(w, clean + n), s.label, loss.smoothing) for n in s.noise]))
     if f.argmax() == s.label:
         apart = np.mean([kl(target, softmax(w, mixture + n)) for n in s.noise])
-        value += loss.weight * min(1, s.done / loss.warmup) * float(apart)
+        value += loss.weight * ramp(s.done, loss.warmup) * float(apart)
     return value
 
 
@@ -231,6 +235,7 @@ def make_batch(copies: int, seed: int = 0, done: float = 1.0, soft: bool = False
         (Macer(copies=3, beta=1.0, deferred=0.5), 0.5, False),
         (SmoothMix(), 1.0, False),
         (SmoothMix(copies=3, weight=2.0, step_size=0.2, one_step=True, warmup=0.5, smoothing=0.1), 0.3, False),
+        (SmoothMix(steps=2, step_size=0.2, one_step=True, warmup=0.0), 0.0, False),
         (CatRs(), 1.0, True),
         (CatRs(copies=3, weight=3.0, steps=2, epsilon=0.5, smoothing=0.1), 1.0, False),
         (SmoothAdv(copies=2, steps=3), 1.0, False),
@@ -379,7 +384,7 @@ def test_smoothmix_on_a_linear_classifier_mixes_towards_the_attacked_image() -> 
 
 # All of them
 
-ALL = [Gaussian(), Consistency(), Macer(copies=4), SmoothMix(one_step=True), CatRs(), SmoothAdv()]
+ALL: list[Loss] = [Gaussian(), Consistency(), Macer(copies=4), SmoothMix(one_step=True), CatRs(), SmoothAdv()]
 
 
 @pytest.mark.parametrize("loss", ALL, ids=lambda loss: loss.name)
@@ -422,13 +427,19 @@ def test_loss_of_extreme_logits_and_of_half_precision_is_finite_and_at_least_flo
 
 
 def test_make_loss_has_the_published_numbers_and_takes_others() -> None:
-    made: dict[str, object] = {loss.name: make_loss(LossConfig.model_validate(loss.name)) for loss in ALL}
-    assert made["gaussian"] == Gaussian(copies=1)
-    assert made["consistency"] == Consistency(copies=2, eta=0.5)
-    assert made["macer"] == Macer(copies=16, weight=None, beta=16.0, gamma=8.0, deferred=0.0)
-    assert made["smoothmix"] == SmoothMix(copies=2, weight=5.0, steps=4, one_step=False, warmup=1 / 15)
-    assert made["cat_rs"] == CatRs(copies=4, steps=4, epsilon=1.0)
-    assert made["smoothadv"] == SmoothAdv(copies=4, steps=10, epsilon=None, warmup=1 / 15)
+    made = {loss.name: make_loss(LossConfig.model_validate(loss.name)) for loss in ALL}
+    expected: dict[str, Loss] = {
+        "gaussian": Gaussian(copies=1, smoothing=0.0),
+        "consistency": Consistency(copies=2, weight=None, eta=0.5, smoothing=0.0),
+        "macer": Macer(copies=16, weight=None, beta=16.0, gamma=8.0, deferred=0.0, smoothing=0.0),
+        "smoothmix": SmoothMix(2, weight=5.0, steps=4, step_size=None, one_step=False, warmup=1 / 15, smoothing=0.0),
+        "cat_rs": CatRs(copies=4, weight=None, steps=4, epsilon=1.0, smoothing=0.0),
+        "smoothadv": SmoothAdv(copies=4, steps=10, epsilon=None, warmup=1 / 15, smoothing=0.0),
+    }
+    assert made == expected
+    assert expected == {
+        each.name: each for each in (Gaussian(), Consistency(), Macer(), SmoothMix(), CatRs(), SmoothAdv())
+    }
     own = LossConfig(name="smoothmix", weight=0.0, steps=2, step_size=0.3, one_step=True)
-    made["own"] = make_loss(own, label_smoothing=0.1)
-    assert made["own"] == SmoothMix(weight=0.0, steps=2, step_size=0.3, one_step=True, smoothing=0.1)
+    expected["own"] = SmoothMix(weight=0.0, steps=2, step_size=0.3, one_step=True, smoothing=0.1)
+    assert make_loss(own, label_smoothing=0.1) == expected["own"]
