@@ -27,7 +27,7 @@ PUBLISHED = {0.25: 0, 0.5: 1, 1.0: 2}
 
 def softmax(weights: list[Floats], x: Floats) -> Floats:
     logits = np.tanh(x.ravel() @ weights[0]) @ weights[1]
-    e = np.exp(logits - logits.max())
+    e: Floats = np.exp(logits - logits.max())
     return np.array(e / e.sum(), np.float64)
 
 
