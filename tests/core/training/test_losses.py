@@ -26,13 +26,13 @@ PUBLISHED = {0.25: 0, 0.5: 1, 1.0: 2}
 
 
 def softmax(weights: list[Floats], x: Floats) -> Floats:
-    logits = np.tanh(x.ravel() @ weights[0]) @ weights[1]
-    e: Floats = np.exp(logits - logits.max())
-    return np.array(e / e.sum(), np.float64)
+    logits: Floats = np.tanh(x.ravel() @ weights[0]) @ weights[1]
+    e = np.exp(logits - logits.max())
+    return np.asarray(e / e.sum(), np.float64)
 
 
 def mean_softmax(weights: list[Floats], x: Floats, noise: Floats) -> Floats:
-    return np.mean([softmax(weights, x + n) for n in noise], axis=0)
+    return np.asarray(np.mean([softmax(weights, x + n) for n in noise], axis=0), np.float64)
 
 
 def cross_entropy(p: Floats, label: int, smoothing: float) -> float:
@@ -209,6 +209,8 @@ def make_batch(copies: int, seed: int = 0, done: float = 1.0, soft: bool = False
     )
     labels = [int(mean_softmax(make_weights(seed), x, 0.5 * noise[:, i]).argmax()) for i, x in enumerate(images)]
     labels[::5] = [(label + 1) % K for label in labels[::5]]
+    uniform = random.uniform(size=(B, 1))
+    uniform[B // 2 :] = 0.9999  # all copies count, at each level
     teacher = random.dirichlet(np.full(K, 0.5), size=B)
     teacher[0] = np.eye(K)[1]  # hard votes have zeros
     return NoisyBatch(
@@ -216,7 +218,7 @@ def make_batch(copies: int, seed: int = 0, done: float = 1.0, soft: bool = False
         noise=torch.from_numpy(noise),
         sigma=torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64).repeat(B // 3),
         labels=torch.tensor(labels),
-        uniform=torch.from_numpy(random.uniform(size=(B, 1))),
+        uniform=torch.from_numpy(uniform),
         done=done,
         soft=torch.from_numpy(teacher) if soft else None,
     )
@@ -382,6 +384,18 @@ def test_smoothmix_on_a_linear_classifier_mixes_towards_the_attacked_image() -> 
     torch.testing.assert_close(found["loss"], -p.log()[0] + 3 * apart, rtol=1e-4, atol=1e-6)
 
 
+def test_smoothmix_takes_shorter_steps_where_the_network_is_sure() -> None:
+    """As its authors: the gradient is divided by its length + 1e-8."""
+    normal = 3.2 * NORMAL.double()
+    predict = Predict(lambda x: torch.cat([x.flatten(1) @ normal.T, -x.flatten(1) @ normal.T], dim=1))
+    batch = table_batch(2, [0], [0.5], [1 - 1e-12])
+    still = torch.zeros(2, 1, 1, 1, 2, dtype=torch.float64)
+    SmoothMix(steps=1, step_size=0.2)(predict, replace(batch, images=batch.images.double(), noise=still))
+    length = 2 * 16 / (1 + np.exp(2 * 3.2 * 3.5))
+    mixed = 0.5 - 0.1 * length / (length + 1e-8) * UNIT.double()
+    torch.testing.assert_close(predict.asked[-1][1].view(2, 2), mixed.expand(2, 2), rtol=1e-4, atol=0)
+
+
 # All of them
 
 ALL: list[Loss] = [Gaussian(), Consistency(), Macer(copies=4), SmoothMix(one_step=True), CatRs(), SmoothAdv()]
@@ -437,6 +451,7 @@ def test_make_loss_has_the_published_numbers_and_takes_others() -> None:
         "smoothadv": SmoothAdv(copies=4, steps=10, epsilon=None, warmup=1 / 15, smoothing=0.0),
     }
     assert made == expected
+    assert [loss.num_uniform for loss in made.values()] == [0, 0, 0, 1, 1, 0]
     assert expected == {
         each.name: each for each in (Gaussian(), Consistency(), Macer(), SmoothMix(), CatRs(), SmoothAdv())
     }
