@@ -1,6 +1,7 @@
 """The published configurations end to end, on miniatures of the published data sets and models."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def test_published_settings_are_those_of_the_paper() -> None:
         loss = config.estimator
         assert (loss.consistency_lambda, loss.consistency_eta, loss.num_copies) == (40, 0.5, 2)
     estimator, finetune = cifar.estimator, cifar.finetune
-    assert (estimator.epochs, estimator.batch_size, estimator.lr, estimator.weight_decay) == (90, 256, 0.01, 0.01)
+    assert (estimator.epochs, estimator.batch_size, estimator.lr, estimator.weight_decay) == (90, 128, 0.01, 0.01)
+    assert (estimator.augment, finetune.augment, cifar.compute.precision) == ("crop_flip", "none", "float16")
+    kept = 47_302  # of their labels; the loader's batches of 256, each cut into num_noise_vec steps
+    assert estimator.epochs * math.ceil(kept / estimator.batch_size) == 90 * 2 * math.ceil(kept / 256) == 33_300
     assert (estimator.lr_step, estimator.lr_gamma, estimator.consistency_weight) == (30, 0.5, "strong")
     assert (finetune.epochs, finetune.batch_size, finetune.lr) == (15, 128, 2e-5)
     assert (imagenet.estimator.epochs, imagenet.estimator.consistency_weight) == (9, "weak")
