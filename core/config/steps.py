@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from core.agreement_records import Claim, Router
 from core.config.models import ClassifierConfig
-from core.config.values import Alpha, Count, NonNegative, Positive, Section, Share
+from core.config.values import Alpha, Augment, Count, NonNegative, Positive, Section, Share
 
 __all__ = ["CertifyConfig", "EstimatorConfig", "FinetuneConfig", "LabelConfig", "ReportConfig"]
 
@@ -59,6 +59,9 @@ class EstimatorConfig(Section):
     """Weight of the entropy term, eta."""
     num_copies: Annotated[int, Field(ge=1)] = 2
     """Noisy copies of each sample in a step, m."""
+    augment: Augment = "none"
+    """Of each sample in each epoch, before it is noised; labels are those of the image as it is. `flip`; `crop_flip`: 4
+    pixels of padding, a crop, a flip (CIFAR); `resized_crop`: 8% to 100% of the image, resized, a flip (ImageNet)."""
     denoiser: bool = True
     """Whether the estimator reads denoised images, as published, or the noisy ones: a denoiser-free, light one. Without
     `base.denoiser` it reads the noisy ones."""
@@ -116,6 +119,11 @@ class EstimatorConfig(Section):
             )
         if self.reads_features and self.backbone != ClassifierConfig(arch=FEATURES):
             raise ValueError("backbone: features takes no other keys; its weights are those of the classifier")
+        if self.reads_features and self.augment != "none":
+            raise ValueError(
+                f"augment: is {self.augment}, but backbone: features computes the copies of each sample once, from the "
+                "image as it is; remove it"
+            )
         if self.reads_features and self.feature_copies < self.num_copies:
             raise ValueError(
                 f"feature_copies: {self.feature_copies} copies are fewer than num_copies = {self.num_copies}; raise it"
@@ -146,6 +154,8 @@ class FinetuneConfig(Section):
     """Learning rate of AdamW."""
     weight_decay: NonNegative = 0.01
     """Of AdamW."""
+    augment: Augment = "none"
+    """As `estimator.augment`; the sigma of a sample is that of the image as it is."""
     num_sigma_draws: Count = 100
     """Noisy copies over which the estimator's majority picks the sigma of a training sample."""
 
