@@ -1,6 +1,5 @@
 """The variance estimator h_e (arXiv 2512.01782, section 5): its targets, its loss, its training."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from core.models.small import SmallConvNet
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from core.training.features import Features
 from core.training.loop import Objective, Schedule
+from core.training.losses import consistency_terms
 from core.training.radius_loss import largest_share, radius_losses, voted_radius
 from core.training.samples import Samples
 
@@ -148,8 +148,7 @@ def estimator_losses(logits: Tensor, radii: Tensor, weight: Tensor, config: Esti
 
     CE is averaged over the m copies; its target is softmax(radii), or the best sigma (`loss: hard`). With the mean
     prediction f = mean_i p_i, KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log f_k (Jeong & Shin
-    2020), with the gradient through f too. All of it stays in the log domain: in the textbook form a probability that
-    underflows in float32 makes the gradient NaN.
+    2020), with the gradient through f too.
 
     Args:
         logits: ``(m, B, K)`` of m noisy copies.
@@ -168,10 +167,7 @@ def estimator_losses(logits: Tensor, radii: Tensor, weight: Tensor, config: Esti
     cross_entropy = weight * -(target * log_p).sum(dim=2).mean(dim=0)
     if config.loss != "consistency":
         return {"loss": cross_entropy, "cross_entropy": cross_entropy}
-    log_mean = torch.logsumexp(log_p, dim=0) - math.log(len(log_p))
-    mean = log_mean.exp()
-    divergence = (mean * (log_mean - log_p)).sum(dim=2).mean(dim=0)
-    entropy = -(mean * log_mean).sum(dim=1)
+    divergence, entropy = consistency_terms(log_p)
     consistency = config.consistency_lambda * divergence + config.consistency_eta * entropy
     w_r = consistency_radius(logits, radii, config.consistency_weight)
     return {"loss": cross_entropy + weight * w_r * consistency, "cross_entropy": cross_entropy}
