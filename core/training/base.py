@@ -10,7 +10,7 @@ from torch import Tensor
 from core.config import BaseModelsConfig
 from core.data import Dataset
 from core.models.checkpoints import build_denoiser
-from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.denoiser import OneShotDenoiser, trained_unet_config
 from core.models.small import SmallConvNet
 from core.progress import Progress
 
@@ -39,7 +39,7 @@ def train_denoiser(data: Dataset, config: BaseModelsConfig, seed: int, progress:
     pixels = data.pixels()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_denoiser(small_unet_config(pixels.shape[1], pixels.shape[2]))
+        model = build_denoiser(trained_unet_config(pixels.shape[1], pixels.shape[2]))
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.denoiser_lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

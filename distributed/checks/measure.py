@@ -25,7 +25,7 @@ from core.errors import ConfigError
 from core.machine.cpu import settle
 from core.machine.network import Denoiser
 from core.models.checkpoints import build_denoiser, load_classifier, load_denoiser, load_model
-from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.denoiser import OneShotDenoiser, trained_unet_config
 from core.models.features import FeatureRouter
 from core.models.small import SmallConvNet
 from core.procedures.smoothing import certificate, certify
@@ -53,7 +53,7 @@ def base_denoiser(config: Config, shape: Sequence[int]) -> OneShotDenoiser:
     """The denoiser that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
     base = config.base
     if base.denoiser is None:
-        return build_denoiser(small_unet_config(shape[0], shape[1]))
+        return build_denoiser(trained_unet_config(shape[0], shape[1]))
     return load_denoiser(base.denoiser, schedule=base.denoiser_schedule, head_dim=base.denoiser_head_dim)
 
 
