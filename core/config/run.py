@@ -159,6 +159,11 @@ class Config(Section):
             update={"train": own.train.model_copy(update={"sigma": self._levels(own.train, sigma), "clean": clean})}
         )
 
+    def training_of(self, role: str) -> OptimisationConfig | None:
+        """How a network of `base_models` is trained here; None where it is taken as it is."""
+        own = self.denoiser if role in self.denoisers else self.classifier(role)
+        return None if own is None else own.train
+
     def _levels(self, train: OptimisationConfig, sigma: float | None = None) -> tuple[float, float]:
         """The noise levels that a network trained here sees, lowest and highest."""
         if train.sigma is not None:

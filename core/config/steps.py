@@ -30,7 +30,7 @@ class EstimatorConfig(Section):
 
     backbone: ClassifierConfig | None = None
     """Its network, with one output per sigma, trained from the weights given or from scratch; a checkpoint's last layer
-    is replaced where it has another width. Unless given, the small CNN. `features`: a small head on what the classifier
+    is replaced where it has another width. Unless given, `small_cnn`. `features`: a small head on what the classifier
     says before fine-tuning: log-probabilities (of every expert), and the features of the one nearest to sigma_e."""
     hidden: Count = 128
     """Width of that head's hidden layer."""

@@ -92,7 +92,7 @@ class DenoiserTrainConfig(OptimisationConfig):
 
     objective: Literal["plain", "distilled"] = "plain"
     """`plain`: squared error of the predicted noise, at levels log-uniform over `sigma`; `distilled`: squared error of
-    the image that one call returns, at the levels of the run, which is how smoothing uses it."""
+    the image that one call returns, at the levels of the run (sigmas and sigma_e), which is how smoothing uses it."""
     timesteps: bool = False
     """Whether `plain` draws uniformly from all timesteps of the noise schedule, as published, instead of from `sigma`:
     more than one-shot denoising needs."""
@@ -119,7 +119,10 @@ class DenoiserTrainConfig(OptimisationConfig):
     def _divisible(self) -> Self:
         if odd := [width for width in self.channels if width % self.groups]:
             raise ValueError(f"channels: {odd[0]} is no multiple of groups = {self.groups}; change one of them")
-        for key, against in (("objective", self.objective != "plain"), ("sigma", self.sigma is not None)):
-            if self.timesteps and against:
-                raise ValueError(f"timesteps: draws no level from {key} = {getattr(self, key)}; remove one of the two")
+        distilled = self.objective == "distilled"
+        if self.timesteps and distilled:
+            raise ValueError("timesteps: says nothing about objective distilled; remove one of the two")
+        if self.sigma is not None and (self.timesteps or distilled):
+            which = "all timesteps" if self.timesteps else "the levels of the run"
+            raise ValueError(f"sigma: is set to {self.sigma}, but the noise is that of {which}; remove it")
         return self

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.config import ClassifierConfig
 from core.config.models import SMALL_CNN
-from core.config.training import TrainConfig
+from core.config.training import OptimisationConfig, TrainConfig
 from core.data import Dataset
 from core.machine.noise_key import training_key
 from core.machine.user_modules import evaluating
@@ -21,7 +21,7 @@ from core.training.loop import Objective, Schedule
 from core.training.losses import NoisyBatch, Predict, make_loss
 from core.training.samples import Samples
 
-__all__ = ["ClassifierObjective", "new_classifier", "predictor"]
+__all__ = ["ClassifierObjective", "copies_of", "new_classifier", "rows_per_image"]
 
 
 def new_classifier(
@@ -46,7 +46,7 @@ def new_classifier(
     return load_classifier(config, num_outputs, shape[0], class_names=class_names, new_head=new_head)
 
 
-def predictor(model: nn.Module, denoiser: nn.Module | None) -> Predict:
+def _predictor(model: nn.Module, denoiser: nn.Module | None) -> Predict:
     """The logits of noisy images that the losses ask for: of the classifier, behind its denoiser if it has one."""
 
     def predict(images: Tensor, sigma: Tensor, *, frozen: bool = False) -> Tensor:
@@ -60,6 +60,27 @@ def predictor(model: nn.Module, denoiser: nn.Module | None) -> Predict:
         return attacked
 
     return predict
+
+
+def copies_of(config: OptimisationConfig) -> int:
+    """Noisy copies of each image in a step."""
+    return make_loss(config.loss).copies if isinstance(config, TrainConfig) else 1
+
+
+def rows_per_image(config: TrainConfig) -> int:
+    """Noisy rows through the network for each image of a step, those of attacks included."""
+    loss, rows = make_loss(config.loss), 0
+
+    def predict(images: Tensor, sigma: Tensor, *, frozen: bool = False) -> Tensor:
+        nonlocal rows
+        rows += len(images)
+        return images.flatten(1)
+
+    image = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
+    noise = torch.linspace(-1, 1, loss.copies * 16).view(loss.copies, 1, 1, 4, 4)
+    one, uniform = torch.ones(1), torch.full((1, loss.num_uniform), 0.5)
+    loss(predict, NoisyBatch(image, noise, one, torch.zeros(1, dtype=torch.int64), uniform, done=1.0))
+    return rows
 
 
 class ClassifierObjective(Objective):
@@ -109,7 +130,7 @@ class ClassifierObjective(Objective):
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         """Those of the loss, and `clean`, the cross-entropy of the clean images, where it is learnt."""
         images, noise, sigma, labels, uniform, done = batch
-        predict = predictor(model, self._denoiser)
+        predict = _predictor(model, self._denoiser)
         terms = self._loss(predict, NoisyBatch(images, noise, sigma, labels, uniform, done.item()))
         if not self._config.clean:
             return terms

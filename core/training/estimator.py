@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor, nn
 
-from core.config import CertifyConfig, Config, EstimatorConfig
+from core.config import CertifyConfig, ClassifierConfig, Config, EstimatorConfig
+from core.config.models import SMALL_CNN
 from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.machine.network import Denoiser
 from core.machine.noise_key import training_key
-from core.models.checkpoints import load_classifier
 from core.models.features import FeatureExtractor, FeatureHead, expert_place, new_router
-from core.models.small import SmallConvNet
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
+from core.training.classifier import new_classifier
 from core.training.features import Features
 from core.training.loop import Objective, Schedule
 from core.training.losses import consistency_terms
@@ -214,9 +214,7 @@ def new_estimator(config: Config, shape: Sequence[int], classifier: Callable[[st
     if config.estimator.reads_features:
         place = expert_place(config.classifiers.values(), config.estimator_sigma)
         return new_router([*map(classifier, config.classifiers)], place, shape, config.estimator.hidden, outputs)
-    if backbone is None:
-        return SmallConvNet.for_images(shape, outputs, config.base.classifier_width)
-    return load_classifier(backbone, outputs, shape[0], new_head=True)
+    return new_classifier(backbone or ClassifierConfig(arch=SMALL_CNN), shape, outputs, new_head=True)
 
 
 class EstimatorObjective(Objective):

@@ -31,7 +31,8 @@ __all__ = ["Objective", "Record", "Schedule", "Training", "slice_of"]
 T = TypeVar("T")
 Record = dict[str, float]
 """What an epoch came to: `epoch` (from 1), each term of the loss (its mean over the samples), `lr`, `samples_per_s`,
-and `held_out`, the mean worth of the samples that are held out, where there are any."""
+`seconds` of all epochs so far (as far as their batches were not done again), and `held_out`, the mean worth of the
+samples that are held out, where there are any."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class Training:
         self.batch = 0
         """Batches of the present epoch that are complete."""
         self.history: list[Record] = []
+        self._seconds = 0.0
         self._best: dict[str, Tensor] = {}
         """Weights of the epoch that is worth most on the samples held out."""
         self._average: dict[str, Tensor] = {}
@@ -206,6 +208,7 @@ class Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
+            "seconds": self._seconds,
             "sums": self._sums,
             "best": self._best,
             "average": self._average,
@@ -217,6 +220,7 @@ class Training:
         """Be where `state` was taken."""
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
         self.history = [dict(record) for record in state["history"]]
+        self._seconds = float(state.get("seconds", 0.0))
         self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
         self._best = {name: value.to(self._device) for name, value in state.get("best", {}).items()}
         self._average = {name: value.to(self._device) for name, value in state.get("average", {}).items()}
@@ -247,14 +251,15 @@ class Training:
             network = DistributedDataParallel(network)
         self.model.train()
         while self.epoch < schedule.epochs:
-            start, before = time.perf_counter(), self.samples_done
+            start, before, earlier = time.perf_counter(), self.samples_done, self._seconds
             first = self._samples(self.epoch * self._per_epoch)
             for batch, share in self._batches():
                 self._step(network, batch, share)
                 self.batch += 1
+                self._seconds = earlier + time.perf_counter() - start
                 if self.batch < self._end:
                     yield None
-            seconds, now = time.perf_counter() - start, self.samples_done
+            seconds, now = self._seconds - earlier, self.samples_done
             means = {name: value.item() / (now - first) for name, value in self._sums.items()} | self._held_out()
             if not all(map(math.isfinite, means.values())):
                 raise ModelError(
@@ -263,7 +268,8 @@ class Training:
                 )
             self.epoch, self.batch, self._sums = self.epoch + 1, 0, {}
             record = {"epoch": float(self.epoch), **means, "lr": self._optimizer.param_groups[0]["lr"]}
-            self.history.append({**record, "samples_per_s": (now - before) / max(seconds, 1e-9)})
+            rate = (now - before) / max(seconds, 1e-9)
+            self.history.append({**record, "samples_per_s": rate, "seconds": self._seconds})
             self._keep_best()
             if self._average and self.epoch == schedule.epochs:
                 self.model.load_state_dict(self._average)
@@ -342,7 +348,7 @@ class Training:
         state = self.model.state_dict()
         moving = [name for name, value in state.items() if value.is_floating_point()]
         means, values = ([of[name] for name in moving] for of in (self._average, state))
-        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(means, values, 0)
+        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(means, values, 0)  # type: ignore[no-untyped-call]
         for name in state.keys() - set(moving):
             self._average[name].copy_(state[name])
 
