@@ -6,8 +6,9 @@ from torch import nn
 
 from core.config import Config, DenoiserTrainConfig
 from core.data import Dataset
+from core.models.checkpoints import load_denoiser
 from core.training.classifier import ClassifierObjective, new_classifier
-from core.training.denoising import DenoiserObjective, new_denoiser
+from core.training.denoising import DenoisingObjective, new_denoiser
 from core.training.loop import Objective
 
 __all__ = ["base_network", "base_objective"]
@@ -35,7 +36,9 @@ def base_network(
         return new_classifier(own, shape, num_classes, class_names, new_head=own.train is not None)
     named = config.denoiser
     assert named is not None, "a role of the configuration"
-    return new_denoiser(named, shape)
+    if named.checkpoint is None:
+        return new_denoiser(named, shape)
+    return load_denoiser(named.checkpoint, schedule=named.schedule, head_dim=named.head_dim)
 
 
 def base_objective(
@@ -56,4 +59,5 @@ def base_objective(
         return ClassifierObjective(data, denoiser, train, config.seed, role, processes=processes)
     training = config.training_of(role)
     assert isinstance(training, DenoiserTrainConfig), "trained here"
-    return DenoiserObjective(data, training, config.seed, processes=processes)
+    levels = sorted({*config.sigmas, config.estimator_sigma})
+    return DenoisingObjective(data, training, levels, config.seed, role, processes=processes)
