@@ -22,6 +22,8 @@ def show(directory: RunDirectory) -> bool:
     )
     if holder := read_lock(directory.folder):
         print(f"locked by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}")
+        if waits_for := holder.get("waits_for"):
+            print(waits_for)
     places = [("", directory)]
     places += [(f"rounds/{each.folder.name}/", each) for each in rounds_there(directory)[1:]]
     places += [(f"shift/{each.folder.name}/", each) for each in sets_there(directory)]

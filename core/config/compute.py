@@ -60,6 +60,10 @@ class ComputeConfig(Section):
     """A step gives up when more examples than this cannot be run."""
     max_attempts: Count = 20
     """A step gives up on a shard that so many replicas have begun and none has finished."""
+    hang_s: Annotated[float, Field(ge=0)] = 1200.0
+    """A replica that gets nothing done for so many seconds (no batch, no loaded file, no commit) is ended, and another
+    one starts in its place. Longer than loading, compiling or a batch may take, and than a store may fail (ten
+    minutes). 0: never."""
     progress_interval_s: Positive = 10.0
     """Seconds between two progress lines where there is no terminal."""
 
