@@ -43,7 +43,8 @@ class ComputeConfig(Section):
     """Where networks are trained."""
     train_workers: Annotated[int, Field(ge=0)] = 0
     """Workers of Ray Train that share every batch of a training: one GPU each, or `train_threads` CPUs; trainings of a
-    pool run side by side where there is room. 0: in the driver's process. The same weights up to rounding (BatchNorm's statistics come from each worker's slice)."""
+    pool run side by side where there is room. 0: in the driver's process. The same weights up to rounding (BatchNorm's
+    statistics come from each worker's slice)."""
     train_retries: Annotated[int, Field(ge=0)] = 10
     """A training step gives up when its workers have failed more often than this; each time they go on from the last
     checkpoint."""

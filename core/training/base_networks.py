@@ -59,5 +59,4 @@ def base_objective(
         return ClassifierObjective(data, denoiser, train, config.seed, role, processes=processes)
     training = config.training_of(role)
     assert isinstance(training, DenoiserTrainConfig), "trained here"
-    levels = sorted({*config.sigmas, config.estimator_sigma})
-    return DenoisingObjective(data, training, levels, config.seed, role, processes=processes)
+    return DenoisingObjective(data, training, config.distilled_levels, config.seed, role, processes=processes)
