@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
-from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig, DenoiserConfig
+from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig, DenoiserConfig, is_own_code
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
 from core.config.training import DenoiserTrainConfig, OptimisationConfig, TrainConfig
 from core.config.values import Count, Positive, Section
@@ -158,6 +158,13 @@ class Config(Section):
         return own.model_copy(
             update={"train": own.train.model_copy(update={"sigma": self._levels(own.train, sigma), "clean": clean})}
         )
+
+    @property
+    def own_code(self) -> dict[str, str]:
+        """Every `module:function` that the configuration names, by key: what may be run, and nothing else."""
+        experts = {f"base.experts.{sigma}": own for sigma, own in (self.base.experts or {}).items()}
+        named = {"base.classifier": self.base.classifier, **experts, "estimator.backbone": self.estimator.backbone}
+        return {f"{key}.arch": own.arch for key, own in named.items() if own and own.arch and is_own_code(own.arch)}
 
     def training_of(self, role: str) -> OptimisationConfig | None:
         """How a network of `base_models` is trained here; None where it is taken as it is."""

@@ -21,7 +21,7 @@ from core.models.stated import (
 )
 from core.models.weights import read_checkpoint, read_json, unwrapped
 
-__all__ = ["ClassifierFile", "check_normalisation", "outputs_by_name", "read_classifier"]
+__all__ = ["ClassifierFile", "check_normalisation", "outputs_by_name", "read_classifier", "weights_file"]
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Weights in a folder of the Hugging Face hub, the ones that are taken first."""
@@ -72,11 +72,7 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
         if (folder / "preprocessor_config.json").exists():
             processor = read_json(folder / "preprocessor_config.json")
             said["preprocessor_config.json"] = by_transformers(processor, f"{name}, preprocessor_config.json")
-    if path.is_dir():
-        files = [path / file for file in _HUB_FILES]
-        if shards := sorted(path.glob("*.index.json")) if not any(map(Path.exists, files)) else ():
-            raise ModelError(f"{name!r} has its weights in shards ({shards[0].name}): save them as {_HUB_FILES[0]}")
-        path = next((file for file in files if file.exists()), files[0])
+    path = weights_file(path)
     checkpoint = read_checkpoint(path, ema=config.ema)
     said["the file"] = beside_weights(checkpoint.beside, repr(str(path)))
     said["its normalising layer"], weights = in_buffers(checkpoint.weights, repr(str(path)))
@@ -103,6 +99,20 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
     }
     found.facts = {"checkpoint": name} | {key: value for key, value in facts.items() if value}
     return found
+
+
+def weights_file(path: Path) -> Path:
+    """The file with the weights: of a folder of the Hugging Face hub the one inside.
+
+    Raises:
+        ModelError: for a folder with its weights in several files.
+    """
+    if not path.is_dir():
+        return path
+    files = [path / file for file in _HUB_FILES]
+    if shards := sorted(path.glob("*.index.json")) if not any(map(Path.exists, files)) else ():
+        raise ModelError(f"{str(path)!r} has its weights in shards ({shards[0].name}): save them as {_HUB_FILES[0]}")
+    return next((file for file in files if file.exists()), files[0])
 
 
 def _imagenet() -> tuple[str, ...]:

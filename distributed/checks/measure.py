@@ -225,6 +225,7 @@ class _Training:
 
     def __init__(self, run: RunDirectory, train: Dataset, seconds: float) -> None:
         self._run, self._config, self._train, self._seconds = run, run.config, train, seconds
+        self._code = run.config.own_code.values()
         settle(run.config.compute.train_threads)
 
     def rate(self, name: str) -> float | None:
@@ -237,7 +238,7 @@ class _Training:
     def _of_base(self, role: str, denoiser: OneShotDenoiser | None) -> float | None:
         config, train = self._config, self._config.training_of(role)
         assert train is not None, "trained here"
-        model, part = load_model(self._run.model(role)), self._part(train.batch_size)
+        model, part = load_model(self._run.model(role), self._code), self._part(train.batch_size)
         made = cast(OneShotDenoiser, model) if role == DENOISER else None
         front, behind = (made, nn.Identity()) if made else (denoiser, model)
         objective = base_objective(config, role, part, None if made else denoiser)
@@ -255,7 +256,8 @@ class _Training:
     def _on_pixels(self, name: str, denoiser: OneShotDenoiser | None) -> float | None:
         estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma
         learns = name == "train_estimator"
-        model = load_model(self._run.model("estimator" if learns else next(iter(self._run.config.classifiers))))
+        role = "estimator" if learns else next(iter(self._run.config.classifiers))
+        model = load_model(self._run.model(role), self._code)
         router = model if isinstance(model, FeatureRouter) else None
         if router is None:
             part = self._part(estimator.batch_size if learns else finetune.batch_size)

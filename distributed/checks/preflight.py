@@ -255,7 +255,7 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
                 continue
             with found.collect(), torch.device("meta"):
                 directory.model_hashes([name])
-                found.networks[name] = load_model(directory.model(name))
+                found.networks[name] = load_model(directory.model(name), directory.config.own_code.values())
         if step == "train_base":
             _check_base(directory.config, data, found)
         if step == "train_estimator":
