@@ -162,9 +162,20 @@ class Config(Section):
     @property
     def own_code(self) -> dict[str, str]:
         """Every `module:function` that the configuration names, by key: what may be run, and nothing else."""
-        experts = {f"base.experts.{sigma}": own for sigma, own in (self.base.experts or {}).items()}
-        named = {"base.classifier": self.base.classifier, **experts, "estimator.backbone": self.estimator.backbone}
-        return {f"{key}.arch": own.arch for key, own in named.items() if own and own.arch and is_own_code(own.arch)}
+        named = {key: getattr(own, "arch", None) for key, own in self.own_models.items()}
+        return {f"{key}.arch": arch for key, arch in named.items() if arch and is_own_code(arch)}
+
+    @property
+    def own_models(self) -> dict[str, DenoiserConfig | ClassifierConfig]:
+        """The networks that the configuration describes, by key; `none` for a denoiser is none."""
+        base, denoiser = self.base, self.base.denoiser
+        named: dict[str, DenoiserConfig | ClassifierConfig | None] = {
+            "base.denoiser": denoiser if denoiser and denoiser.checkpoint != NO_DENOISER else None,
+            "base.classifier": base.classifier,
+            **{f"base.experts.{sigma}": own for sigma, own in (base.experts or {}).items()},
+            "estimator.backbone": self.estimator.backbone,
+        }
+        return {key: own for key, own in named.items() if own is not None}
 
     def training_of(self, role: str) -> OptimisationConfig | None:
         """How a network of `base_models` is trained here; None where it is taken as it is."""

@@ -5,7 +5,6 @@ known kind from that description and nothing else: no code, no pickle.
 """
 
 import json
-import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from core.models.classifiers import ImageClassifier, build_classifier
 from core.models.denoiser import OneShotDenoiser, Schedule, parse_schedule
 from core.models.diffusers_folder import read_folder, unet_config
 from core.models.features import FeatureExtractor, FeatureHead, FeatureRouter
+from core.models.hub import local_path
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
 from core.models.own_code import check_named
 from core.models.small import SmallConvNet
@@ -161,11 +161,7 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
         ConfigError: for a schedule or heads beside a source that says them itself.
         ModelError: for anything else, and for what one-shot denoising does not cover.
     """
-    path, name = Path(source), repr(str(source))
-    if not path.exists():
-        if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            raise ModelError(f"no checkpoint at {name}")
-        path = _from_hub(str(source))
+    path, name = local_path(source), repr(str(source))
     folder, own = path.is_dir(), not path.is_dir() and _is_own(path)
     if head_dim is not None and (folder or own):
         raise ConfigError(f"{name} says its attention heads itself; remove head_dim")
@@ -229,22 +225,6 @@ def assemble_denoiser(
         raise ModelError(f"{name} describes a U-Net that diffusers cannot build: {error}") from error
     load_strictly(unet, weights, name, assign=True)
     return OneShotDenoiser(unet, **arguments).eval()
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    files = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]
-    wanted = [*files, *(f"unet/{file}" for file in files), "scheduler/scheduler_config.json", "model_index.json"]
-    try:
-        folder = snapshot_download(name, allow_patterns=wanted)
-    except Exception as error:  # of the hub, of its HTTP library, of the system
-        raise ModelError(
-            f"{name!r} is no path here, and as a model of the Hugging Face hub it cannot be fetched "
-            f"({str(error).strip().partition(chr(10))[0]}): fetch it where there is a network "
-            f"(hf download {name} --local-dir FOLDER) and name the folder"
-        ) from error
-    return Path(folder)
 
 
 def _is_own(path: Path) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from core.config import ClassifierConfig
 from core.errors import ModelError
 from core.models.hf_vit import is_hf_vit, to_timm
+from core.models.hub import local_path
 from core.models.stated import (
     Stated,
     agreed,
@@ -61,7 +62,7 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
         imagenet = {"timm": Stated(labels=_imagenet())} if found.num_outputs == 1000 else {}
         found.said, found.whence = agreed(imagenet, given, repr(config.arch))
         return found
-    name, path, said = config.checkpoint, Path(config.checkpoint), dict[str, Stated]()
+    name, path, said = config.checkpoint, local_path(config.checkpoint), dict[str, Stated]()
     plain: dict[str, Any] = {}
     if path.is_dir() or path.name in _HUB_FILES:  # what is said of such a file stands beside it
         folder = path if path.is_dir() else path.parent

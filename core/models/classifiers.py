@@ -7,7 +7,6 @@ timm's, of transformers' ViT or of the original repositories, or untrained.
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from core.config.models import is_own_code
 from core.errors import ModelError
 from core.models.classifier_files import check_normalisation, outputs_by_name, read_classifier, weights_file
 from core.models.hf_vit import check_hf_config
+from core.models.hub import local_path
 from core.models.own_code import build_own, source_of
 from core.models.resnet_cifar import ResNetCifar
 from core.models.weights import load_strictly, read_checkpoint, unwrapped
@@ -207,7 +207,7 @@ def _own_classifier(config: ClassifierConfig, num_classes: int, channels: int) -
     source = model.spec["source"]
     model.taken = {"code": f"{config.arch} ({source['file']}, SHA-256 {source['sha256']})"}
     if config.checkpoint is not None:
-        path = weights_file(Path(config.checkpoint))
+        path = weights_file(local_path(config.checkpoint))
         checkpoint = read_checkpoint(path, ema=config.ema)
         _, prefix = unwrapped(model.net.state_dict())  # what wraps the network itself is there in both
         weights = {prefix + key: value for key, value in checkpoint.weights.items()}

@@ -95,8 +95,8 @@ def check_named(spec: Mapping[str, Any], code: Collection[str], source: str) -> 
         if (found := source_of(arch)) != made_with:
             raise ModelError(
                 f"arch {arch!r}: {found['file']} on {socket.gethostname()} has SHA-256 {found['sha256'][:16]}, but "
-                f"{source} was made with {str(made_with.get('sha256'))[:16]}: put the source back as it was (the same on all "
-                "nodes), or use another --out"
+                f"{source} was made with {str(made_with.get('sha256'))[:16]}: put the source back as it was (the same "
+                "on all nodes), or use another --out"
             )
 
 

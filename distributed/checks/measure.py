@@ -40,6 +40,7 @@ from distributed.methods.dual import Dual
 from distributed.methods.method import Kind
 from distributed.methods.rows import certificate_row
 from distributed.store.run_directory import RunDirectory
+from distributed.store.sources import local_models
 
 __all__ = ["measure_parts"]
 
@@ -98,11 +99,11 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
         written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
 
         def base(role: str) -> nn.Module:
-            return base_network(config, role, shape, data.num_classes, data.class_names)
+            return base_network(local_models(directory, "base"), role, shape, data.num_classes, data.class_names)
 
         makers: dict[str, Callable[[], nn.Module]] = {
             **{name: partial(base, name) for name in config.denoisers},
-            "estimator": partial(new_estimator, config, shape, base),
+            "estimator": lambda: new_estimator(local_models(directory, "estimator"), shape, base),
             **{role: partial(base, role) for role in config.classifiers},
         }
         tuned = {name: role for role, name in config.certified.items() if name not in makers}
