@@ -6,7 +6,8 @@ from torch import nn
 
 from core.config import Config, DenoiserTrainConfig
 from core.data import Dataset
-from core.models.checkpoints import load_denoiser
+from core.models.checkpoints import build_own_denoiser, load_denoiser
+from core.models.own_code import load_own
 from core.training.classifier import ClassifierObjective, new_classifier
 from core.training.denoising import DenoisingObjective, new_denoiser
 from core.training.loop import Objective
@@ -36,6 +37,12 @@ def base_network(
         return new_classifier(own, shape, num_classes, class_names, new_head=own.train is not None)
     named = config.denoiser
     assert named is not None, "a role of the configuration"
+    if named.arch is not None:
+        assert named.schedule is not None, "as checked with the configuration"
+        denoiser = build_own_denoiser(named.arch, named.schedule, shape[0])
+        if named.checkpoint is not None:
+            denoiser.taken |= load_own(denoiser.unet, named.checkpoint, named.arch)
+        return denoiser.eval()
     if named.checkpoint is None:
         return new_denoiser(named, shape)
     return load_denoiser(named.checkpoint, schedule=named.schedule, head_dim=named.head_dim)

@@ -231,7 +231,7 @@ class _Training:
 
     def rate(self, name: str) -> float | None:
         """Noisy copies per second of a part; None where one batch would take too long."""
-        loaded = [load_model(self._run.model(each)) for each in self._config.denoisers]
+        loaded = [load_model(self._run.model(each), self._code) for each in self._config.denoisers]
         denoiser = cast(OneShotDenoiser, loaded[0]) if loaded else None
         step, _, role = name.partition(", ")
         return self._of_base(role, denoiser) if step == "train_base" else self._on_pixels(name, denoiser)
