@@ -127,7 +127,8 @@ def check_normalisation(found: ClassifierFile, config: ClassifierConfig, unpubli
         raise ModelError(
             f"{config.checkpoint!r} does not say how its pixels are normalised ({why}): give mean and std, in the "
             "scale [0, 1] (Cohen et al. 2019: [0.4914, 0.4822, 0.4465] and [0.2023, 0.1994, 0.2010] for CIFAR-10, "
-            "[0.485, 0.456, 0.406] and [0.229, 0.224, 0.225] for ImageNet)"
+            "[0.485, 0.456, 0.406] and [0.229, 0.224, 0.225] for ImageNet; std: [1] for a layer that only centres, as "
+            "one of Salman et al.'s does)"
         )
 
 

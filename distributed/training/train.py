@@ -199,8 +199,9 @@ def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Recor
     """Train each from the last checkpoint of its training on, if there is one.
 
     In this process, one after the other; or with `compute.train_workers` on workers of Ray Train, as many trainings
-    side by side as the cluster has room for. Same configuration, data and machine: same weights to the bit, however often it
-    was interrupted; for another number of workers see `core.training.loop`. The checkpoints stay until `forget`.
+    side by side as the cluster has room for. Same configuration, data and machine: same weights to the bit, however
+    often it was interrupted; for another number of workers see `core.training.loop`. The checkpoints stay until
+    `forget`.
 
     Args:
         directory: the run.
