@@ -22,10 +22,10 @@ _OURS = ("build", "checkpoints", "data", "dist", "docs", "models", "runs", "site
 
 def is_hub_name(source: str) -> bool:
     """Whether a model can only be one of the hub: OWNER/NAME, and no file or folder that is there or should be."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) is None or Path(source).exists():
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is None or Path(source).exists():
         return False
     path = Path(source)
-    named = path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parts[0] in (*_OURS, ".", "..")
+    named = path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parts[0] in _OURS
     return not named and not Path(path.parts[0]).is_dir()
 
 
