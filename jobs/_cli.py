@@ -112,7 +112,7 @@ def run_step(
     """`run_job` for a job that writes into its run directory: with a check of all that it needs, and under the lock.
 
     Args:
-        parser: of the job; gets --dry-run and --price.
+        parser: of the job; gets --dry-run, --price and --rate.
         run: the job.
         steps: its steps, by their names in the manifest.
         after_dry_run: says what --dry-run does not count.
@@ -124,15 +124,30 @@ def run_step(
         "nothing is written",
     )
     parser.add_argument("--price", type=float, metavar="PER_HOUR", help="of a device hour, for --dry-run")
+    parser.add_argument(
+        "--rate",
+        action="append",
+        default=[],
+        metavar="NETWORK=IMAGES_PER_S",
+        help="for --dry-run, of the denoiser, the estimator, the classifier on one device: nothing is measured, and "
+        "neither weights nor the images of CIFAR-10 and ImageNet have to be here",
+    )
 
     def checked(args: argparse.Namespace) -> None:
         if args.price is not None and not (args.dry_run and 0 <= args.price < float("inf")):
             raise ConfigError("--price: goes with --dry-run, and is a number of at least 0")
+        if args.rate and not args.dry_run:
+            raise ConfigError("--rate: goes with --dry-run")
         directory = open_run(args, "dry")
         from distributed.checks.preflight import check, dry_run, refuse  # torch takes its time: after what needs none
 
         if args.dry_run:
-            dry_run(directory, steps(args), args.price)
+            if args.rate:
+                from distributed.checks.stated import parse_rates, price_at
+
+                price_at(directory, steps(args), args.price, parse_rates(args.rate))
+            else:
+                dry_run(directory, steps(args), args.price)
             if after_dry_run is not None:
                 after_dry_run(directory)
             return

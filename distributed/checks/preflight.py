@@ -24,7 +24,7 @@ from distributed.store.run_directory import RunDirectory
 from distributed.store.sources import local_models
 from distributed.views.exchange import imported_rows
 
-__all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
+__all__ = ["Found", "check", "count_found", "dry_run", "refuse", "show_parts", "unfinished"]
 
 
 @dataclass
@@ -73,7 +73,7 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     """
     config, compute = directory.config, directory.config.compute
     found, plan = Found(), steps_of(config)
-    found.steps = _unfinished(directory, steps, found)
+    found.steps = unfinished(directory, steps, found)
     if here and found.steps:
         check_upload(config, found.steps, directory.folder)  # before all others: they would follow from it
         _check_place(compute, found)
@@ -154,7 +154,13 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
 
         print(f"measuring on {device}, {seconds:g} s each ...", flush=True)
         notes += measure_parts(directory, parts, found.data, device, seconds)
+    show_parts(parts, price, notes)
+
+
+def show_parts(parts: Sequence[Part], price: float | None, notes: Sequence[str]) -> None:
+    """Print the table of what steps will take, and what is to be known of its numbers."""
     print(f"\n{format_parts(parts, price)}\n")
+    notes = [*notes]
     if any(not part.exact for part in parts):
         notes.append(
             "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies), abstains or, "
@@ -176,7 +182,7 @@ def _check_place(compute: ComputeConfig, found: Found) -> None:
             check_gpus(compute)
 
 
-def _unfinished(directory: RunDirectory, steps: Sequence[str], found: Found) -> list[str]:
+def unfinished(directory: RunDirectory, steps: Sequence[str], found: Found) -> list[str]:
     """The steps that are not done, or read a model that one of those will write."""
     plan, left = steps_of(directory.config), list[str]()
     changed: set[str] = set()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from torchvision.models import resnet50
 
 from core.config import load_config
 from core.models.checkpoints import load_model
@@ -21,6 +22,7 @@ from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from jobs import certify, pipeline
 from tests.core.models.test_classifiers import TINY, hf_vit
+from tests.core.models.test_published_layouts import random_weights, resnet110_shapes, write
 from tests.helpers import miniatures
 from tests.helpers.openai_reference import CIFAR
 
@@ -291,3 +293,39 @@ def test_full_size_networks_certify_two_images_on_the_cpu(tmp_path: Path) -> Non
     assert rows.num_draws.tolist() == [110, 110]
     denoiser = load_model(tmp_path / "run" / "models" / "denoiser.safetensors")
     assert sum(parameter.numel() for parameter in denoiser.parameters()) == 52_546_438
+
+
+POOLS = {"cifar10_rn110_experts": "cifar_resnet110", "imagenet_rn50_experts": "resnet50"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POOLS)
+def test_public_experts_run_end_to_end_at_full_size(name: str, tmp_path: Path) -> None:
+    """ResNet-110 on 32 pixels, ResNet-50 on 224: random weights in the layout of the public files, a few draws."""
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    large = config.dataset.name == "imagenet"
+    shapes = dict(resnet110_shapes())
+    if large:
+        shapes = {key: tuple(value.shape) for key, value in resnet50(num_classes=3).state_dict().items()}
+    keys: dict[str, Any] = {"dataset__path": str(tmp_path / "data"), "finetune__epochs": 0}
+    if large:
+        miniatures.image_folder(tmp_path / "data")
+        keys |= {"dataset__num_classes": 3, "dataset__train__share": 0.5, "dataset__test__every": 6}
+    else:
+        miniatures.cifar10_pickles(tmp_path / "data")
+    experts = {}
+    for sigma, expert in (config.base.experts or {}).items():
+        weights = random_weights(shapes)
+        weights["fc.bias"][1 if large else 3] += 20.0  # all answer the same, which is right for some
+        file = tmp_path / f"{sigma}.pth.tar"
+        write(file, POOLS[name], {("1.module." if large else "1.") + k: v for k, v in weights.items()}, legacy=False)
+        experts[sigma] = {"arch": expert.arch, "checkpoint": str(file), "mean": expert.mean, "std": expert.std}
+    plain = {sigma: {key: [*v] if isinstance(v, tuple) else v for key, v in e.items()} for sigma, e in experts.items()}
+    directory = shrunk(name, tmp_path / "run", base__experts=plain, estimator__holdout=0.4, **keys)
+    pipeline.run(directory)
+    rows = ShardStore(directory.folder, "certificates/agreement").read()
+    assert rows.num_rows == len(directory.data("test"))
+    assert directory.data("test").shape == ((3, 224, 224) if large else (3, 32, 32))
+    assert audit(directory)[0] == []
+    right = (directory.data("test").labels == (1 if large else 3)).mean()
+    assert sum(rows.column("correct").to_pylist()) == right * rows.num_rows > 0

@@ -1,0 +1,109 @@
+"""What a run will take at stated rates: no device, no weights and, of published sets, no images are needed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from core.config import Config
+from core.data import Dataset, Split
+from core.data.subsets import choose
+from core.errors import ConfigError, DataError
+from core.records import CLASSIFIER, ESTIMATOR
+from distributed.checks.estimate import DENOISER, TRAINING, Part, count_parts, rows_of
+from distributed.checks.preflight import Found, refuse, show_parts, unfinished
+from distributed.cluster.cluster import replicas_here
+from distributed.store.run_directory import RunDirectory
+
+__all__ = ["parse_rates", "price_at"]
+
+_NETWORKS: Final = (DENOISER, ESTIMATOR, CLASSIFIER)
+_PUBLISHED: Final[Mapping[str, Mapping[Split, int]]] = {
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "imagenet": {"train": 1_281_167, "test": 50_000},
+}
+_BACKWARD: Final = 3
+"""Forward passes that a forward and a backward pass take, by arithmetic."""
+
+
+def parse_rates(texts: Sequence[str]) -> dict[str, float]:
+    """Images per second by network, of `NETWORK=IMAGES_PER_S`.
+
+    Raises:
+        ConfigError: for another network, or what is no positive number.
+    """
+    rates = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            rates[name] = float(value)
+        except ValueError:
+            rates[name] = math.nan
+        if name not in _NETWORKS or not 0 < rates[name] < math.inf:
+            raise ConfigError(
+                f"--rate: expected NETWORK=IMAGES_PER_S with one of {', '.join(_NETWORKS)}, such as classifier=20000, "
+                f"got {text!r}"
+            )
+    return rates
+
+
+def price_at(directory: RunDirectory, steps: Sequence[str], price: float | None, rates: Mapping[str, float]) -> None:
+    """Print what steps will take at stated rates of one device; write nothing, look at no network.
+
+    A training step counts as three forward passes of the network that learns; reading, noise and starting as nothing.
+
+    Args:
+        directory: opened `dry`.
+        steps: by their names in the manifest; those that are finished take nothing.
+        price: of a device hour.
+        rates: images per second and network: one classifier (or expert); the estimator with all that it reads but the
+            denoiser.
+
+    Raises:
+        ConfigError: for a network without a rate.
+        DataError: for a data set that is neither here nor known by its published size.
+    """
+    config, found = directory.config, Found()
+    found.steps = unfinished(directory, steps, found)
+    refuse(found.problems)
+    if not found.steps:
+        print("everything is finished: nothing to do")
+        return
+    notes = []
+    for split in ("train", "test"):
+        try:
+            found.data[split] = directory.data(split)
+        except (DataError, OSError) as error:
+            found.data[split] = _published(config, split, error)
+            notes.append(f"dataset.{split} is not here: counted as published, {len(found.data[split]):,} examples")
+    replicas = replicas_here(config.compute)[1]
+    parts = count_parts(directory, found.steps, found.data, {}, replicas)
+    for part in parts:
+        _set_rates(part, config, rates)
+    said = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    notes.append(f"rates are stated, not measured: {said} images per second of one device; without reading images")
+    show_parts(parts, price, notes)
+
+
+def _published(config: Config, split: Split, error: Exception) -> Dataset:
+    size, classes = _PUBLISHED.get(config.dataset.name, {}).get(split), config.dataset.known_classes
+    part = getattr(config.dataset, split)
+    if size is None or classes is None or part.ids_file is not None:
+        raise DataError(f"dataset.{split}: cannot be counted without its files: {error}") from error
+    ids = tuple(map(str, range(size)))
+    whole = Dataset(config.dataset.name, ids, np.zeros((size, 1, 1, 1), np.uint8), np.zeros(size, np.int64), classes)
+    return choose(whole, part, f"dataset.{split}")
+
+
+def _set_rates(part: Part, config: Config, rates: Mapping[str, float]) -> None:
+    for kind, copies in part.copies.items():
+        if not copies:
+            continue
+        rows = dict(part.rows) if kind == TRAINING else dict(rows_of({kind: copies}, config))
+        used = [name for name in _NETWORKS if rows.get(name)]
+        if missing := [name for name in used if name not in rates]:
+            raise ConfigError(f"--rate: {part.name} asks the {missing[0]}: add --rate {missing[0]}=IMAGES_PER_S")
+        if kind == TRAINING and not (part.name == "train_estimator" and config.estimator.reads_features):
+            rows[used[-1]] *= _BACKWARD  # those in front of it are fixed
+        part.rates[kind] = copies / math.fsum(rows[name] / rates[name] for name in used)
