@@ -114,30 +114,32 @@ def accuracy_table(runs: Mapping[str, ReportData]) -> Table:
 
 
 def paired_table(runs: Mapping[str, ReportData]) -> Table:
-    """What each certificate of the other runs has beyond the first run's of the same name, with its paired standard
-    error: mean radius, then certified accuracy. Without rows where the runs are not on the same examples.
+    """What each certificate of the other runs has beyond the first run's of the same name or level, with the standard
+    error of the paired difference: mean radius, then certified accuracy. No rows for runs on other examples.
     """
     (first, base), *others = runs.items()
-    radii, own = base.radii, {method.name: method for method in base.methods() if method.is_certificate}
+    radii, own = base.radii, {_called(method): method for method in base.methods() if method.is_certificate}
 
     def columns(method: Method) -> Floats:
         radius = np.where(method.correct, method.radius, 0.0)
         return np.column_stack([radius, reached(radius, radii, method.strict)])
 
     def gap(method: Method) -> list[str]:
-        return radius_cells(*paired_difference(columns(method), columns(own[method.name])))
+        return radius_cells(*paired_difference(columns(method), columns(own[_called(method)])))
 
     rows = tuple(
-        (
-            f"{name} less {first}: {method.name}",
-            *radius_cells(*paired_difference(columns(method), columns(own[method.name]))),
-        )
+        (f"{name} less {first}: {method.name}", *gap(method))
         for name, data in others
         if _test_set(data) == _test_set(base)
         for method in data.methods()
-        if method.is_certificate and method.name in own
+        if method.is_certificate and _called(method) in own
     )
     return Table(("Certified accuracy [%] beyond radius", "Mean radius", *(f"{r:g}" for r in radii)), rows)
+
+
+def _called(method: Method) -> tuple[Kind, str]:
+    """What tells a certificate from the others of its run: of a level its sigma, an expert's or not."""
+    return method.kind, method.name.rpartition("sigma = ")[2]
 
 
 def _curves(runs: Mapping[str, ReportData]) -> dict[str, dict[str, Method]]:

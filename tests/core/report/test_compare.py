@@ -65,12 +65,13 @@ def test_comparison_has_the_paired_difference_to_the_first_run_of_each_certifica
         radius=np.array([0.3, 0.6, 0.2, 0.1, 0.1]),
         abstained=np.zeros(5, np.bool_),
     )
-    runs = {"a": own, "b": replace(own, standard=(more, *own.standard[1:])), "c": replace(own, dual=None)}
+    other = replace(own, dual=None, experts=True)
+    runs = {"a": own, "b": replace(own, standard=(more, *own.standard[1:])), "c": other}
     found = cells(format_comparison(runs))
     # Differences 0, .3, 0, 0, .1: mean .08, standard deviation (.068 / 4)^(1/2), over the root of 5.
     expected = ["+0.0800 ± 0.0583", "+20.00 ± 20.00", "+0.00 ± 0.00", "+20.00 ± 20.00", "+0.00 ± 0.00", "+0.00 ± 0.00"]
     assert found["b less a: Standard RS, sigma = 0.25"] == expected
-    assert found["c less a: Standard RS, sigma = 0.5"] == ["+0.0000 ± 0.0000", *["+0.00 ± 0.00"] * 5]
+    assert found["c less a: Expert, sigma = 0.5"] == ["+0.0000 ± 0.0000", *["+0.00 ± 0.00"] * 5]
     assert not {"c less a: Dual RS", "a less a: Dual RS"} & found.keys()
     assert not [name for name in found if "less" in name and "Oracle" in name]
     write_comparison(runs, tmp_path)
