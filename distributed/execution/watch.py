@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -40,7 +40,7 @@ class Sign:
         key: of its actor, which Ray starts again after a loss; empty without Ray.
         replica: its id, another one after each start.
         host, node_id, pid: where it is; `node_id` is Ray's.
-        stage: `loading`, `measuring` or `working`.
+        stage: `loading`, `measuring` or `working`; `starting` where it was ended and no other one has signed yet.
         progress: grows with all that it gets done.
         shards: those that it has begun, and for how many seconds it has had each.
         handle: of the actor, weak: it keeps none alive.
@@ -87,15 +87,19 @@ class Board:
         """Take a replica's sign."""
         now = time.monotonic()
         before, entered, moved = self._last.get(sign.key, (None, now, now))
+        if before is not None and before.stage == "starting" and before.replica == sign.replica:
+            return  # its last words
         if before is None or (before.replica, before.stage) != (sign.replica, sign.stage):
             entered = moved = now
         elif before.progress != sign.progress or (sign.stage == "working" and not sign.shards):
             moved = now
         self._last[sign.key] = (sign, entered, moved)
 
-    def forget(self, key: str) -> None:
-        """Drop a replica that was ended."""
-        self._last.pop(key, None)
+    def ended(self, key: str) -> None:
+        """Wait for another replica in a place whose one was ended."""
+        if key in self._last:
+            now = time.monotonic()
+            self._last[key] = (replace(self._last[key][0], stage="starting", shards={}), now, now)
 
     def look(self) -> list[Seen]:
         """The replicas, as of now."""
@@ -232,7 +236,7 @@ class Watch:
         for one in seen:
             if hang_s and one.silent_s > hang_s:
                 self._end(one)
-            elif one.silent_s > self._patience_s:
+            elif one.silent_s > self._patience_s and one.sign.stage != "starting":
                 self._tell(one, "silent", f"is silent for {clock(one.silent_s)}")
             for shard, seconds in one.sign.shards.items():
                 if self._slowest_s and seconds > max(self._patience_s, SLOW * self._slowest_s):
@@ -255,6 +259,9 @@ class Watch:
             _log.warning("%s: %s %s", self.store, one.sign, text)
 
     def _end(self, one: Seen) -> None:
+        if one.sign.stage == "starting":  # for want of room, or it hangs before it signs: asking again does no harm
+            self.cluster.end(one)
+            return
         text = f"has hung for {clock(one.silent_s)} (compute.hang_s={self.compute.hang_s:g})"
         if not self.cluster.end(one):
             self._tell(one, "hung", f"{text}; nothing ends it but the end of this process")
@@ -270,14 +277,17 @@ class Watch:
 
     def _reasons(self, seen: Sequence[Seen]) -> str:
         """What is waited for."""
-        silent = [one for one in seen if one.silent_s > self._patience_s]
-        rest = [one for one in seen if one.silent_s <= self._patience_s]
+        starting = [one.stage_s for one in seen if one.sign.stage == "starting"]
+        there = [one for one in seen if one.sign.stage != "starting"]
+        silent = [one for one in there if one.silent_s > self._patience_s]
+        rest = [one for one in there if one.silent_s <= self._patience_s]
         loading = [one.stage_s for one in rest if one.sign.stage != "working"]
         parts = [f"{one.sign} is silent for {clock(one.silent_s)}" for one in silent[:3]]
         parts += [f"{len(silent) - 3} more are silent"] if silent[3:] else []
         parts += [f"{len(loading)} replicas load or measure, for {clock(max(loading))}"] if loading else []
         parts += [f"{len(rest) - len(loading)} replicas are at work"] if len(rest) > len(loading) else []
-        return "; ".join(parts) or self.cluster.room()
+        parts += [f"{len(starting)} replicas start again, for {clock(max(starting))}"] if starting else []
+        return "; ".join(parts if there else [*parts, self.cluster.room()])
 
 
 def _beat(compute: ComputeConfig) -> float:
