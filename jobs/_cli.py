@@ -130,7 +130,9 @@ def run_step(
             raise ConfigError("--price: goes with --dry-run, and is a number of at least 0")
         directory = open_run(args, "dry")
         from distributed.checks.preflight import check, dry_run, refuse  # torch takes its time: after what needs none
+        from distributed.cluster.cluster import placed
 
+        directory.config = placed(directory.config)
         if args.dry_run:
             dry_run(directory, steps(args), args.price)
             if after_dry_run is not None:

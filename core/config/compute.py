@@ -40,7 +40,8 @@ class ComputeConfig(Section):
     threads_per_replica: Count = 1
     """CPU threads of a replica."""
     train_device: Literal["cpu", "cuda"] = "cpu"
-    """Where the estimator is trained and the classifier fine-tuned."""
+    """Where the trainings run. `cuda` on a cluster whose head has no GPU: on a node that has one, as with
+    `train_workers` 1."""
     train_workers: Annotated[int, Field(ge=0)] = 0
     """Workers of Ray Train that share every batch of these two trainings: one GPU each, or `train_threads` CPUs. 0: in
     the driver's process. The same weights up to rounding (BatchNorm's statistics come from each worker's slice)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from core.config import ComputeConfig, Config
+from core.config import Config
 from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import build_own_denoiser, load_model
@@ -17,7 +17,7 @@ from core.models.denoiser import OneShotDenoiser
 from distributed.checks.estimate import Part, count_parts, format_parts, size
 from distributed.checks.steps import steps_of
 from distributed.cluster.cluster import check_gpus, replicas_here, train_device, training_place
-from distributed.cluster.joining import check_cluster
+from distributed.cluster.joining import check_cluster, joins
 from distributed.cluster.upload import check_upload
 from distributed.store.lock import read_lock
 from distributed.store.run_directory import RunDirectory
@@ -71,12 +71,12 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     Raises:
         ConfigError: as `check_upload`, where the rest would only follow from it.
     """
-    config, compute = directory.config, directory.config.compute
+    config = directory.config
     found, plan = Found(), steps_of(config)
     found.steps = _unfinished(directory, steps, found)
     if here and found.steps:
         check_upload(config, found.steps, directory.folder)  # before all others: they would follow from it
-        _check_place(compute, found)
+    _check_place(config, found, here)
     before = len(found.problems)
     with found.collect():
         directory.folder.check_writable()
@@ -88,12 +88,6 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     with found.collect():
         _check_pair(found.data)
     _check_models(directory, found)
-    if any(plan[step].trains for step in found.steps):
-        with found.collect():
-            found.facts.append(("training", training_place(compute, here)))
-    elif here and "train_base" in found.steps and not compute.train_workers:
-        with found.collect():
-            train_device(compute)  # for the clean accuracy
     if writable:
         with found.collect():
             _check_room(directory, found)
@@ -147,6 +141,10 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
         return
     parts = count_found(directory, found, replicas)
     notes = []
+    if not joins():
+        blocked = Found(found.steps)
+        _check_place(directory.config, blocked, here=True)
+        notes += [f"refused on this machine, without a cluster (RAY_ADDRESS): {each}" for each in blocked.problems]
     if parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
         notes.append("compute.device is cuda and this machine has no GPU: nothing can be measured here")
     elif parts:
@@ -165,8 +163,17 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     print("\n".join(notes))
 
 
-def _check_place(compute: ComputeConfig, found: Found) -> None:
-    """Whether the cluster that is named, or the GPUs that are asked for, are there."""
+def _check_place(config: Config, found: Found, here: bool) -> None:
+    """Whether the cluster that is named, or the GPUs that are asked for, are there; `here` as for `check`."""
+    compute = config.compute
+    if any(steps_of(config)[step].trains for step in found.steps):
+        with found.collect():
+            found.facts.append(("training", training_place(compute, here)))
+    elif here and "train_base" in found.steps and not compute.train_workers:
+        with found.collect():
+            train_device(compute)  # for the clean accuracy
+    if not here:
+        return
     replicas = any(step.startswith(("build_dataset", "certify")) for step in found.steps)
     if compute.executor == "ray" and (replicas or compute.train_workers):
         with found.collect():
@@ -271,9 +278,7 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
         )
     for name, network in found.networks.items():
         num = sum(tensor.numel() for tensor in network.state_dict().values())
-        whence = "trained here" if name in made else "in the run"
-        if name in made and (source := _source(directory.config, name)):
-            whence = f"from {source}"
+        whence = _source(directory.config, name) if name in made else "in the run"
         found.facts.append((name, f"{whence}, {num:,} parameters"))
         with found.collect(name):
             _check_network(directory.config, name, network, data)
@@ -331,10 +336,9 @@ def _check_network(config: Config, name: str, network: nn.Module, data: Dataset 
         network.timestep(max(*config.sigmas, config.estimator_sigma))
         if data:
             network.check_images(data.shape)
-        if data and network.own:
-            _pass(build_own_denoiser(**network.own), data.shape, "cpu", torch.full((2,), config.sigmas[0]))
-        return
-    if data is None:
+            if network.own:
+                _pass(build_own_denoiser(**network.own), data.shape, "cpu", torch.full((2,), config.sigmas[0]))
+    if name == "denoiser" or data is None:
         return
     outputs = len(config.sigmas) if name == "estimator" else data.num_classes
     if isinstance(network, ImageClassifier) and network.spec["arch"] in config.own_code.values():
@@ -360,12 +364,13 @@ def _pass(network: nn.Module, shape: Sequence[int], place: str, *more: torch.Ten
         ) from error
 
 
-def _source(config: Config, name: str) -> str | None:
-    """Where a network of one's own is from."""
+def _source(config: Config, name: str) -> str:
+    """Where a network that a step writes is from."""
     if name == "denoiser":
-        return config.denoiser.checkpoint if config.denoiser else None
+        own = config.denoiser and (config.denoiser.checkpoint or config.denoiser.arch)
+        return f"from {own}" if own else "trained here"
     named = config.classifier(name) if name in config.classifiers else config.estimator.backbone
-    return (named.checkpoint or named.arch) if named else None
+    return f"from {named.checkpoint or named.arch}" if named else "trained here"
 
 
 def _check_room(directory: RunDirectory, found: Found) -> None:
