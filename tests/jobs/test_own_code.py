@@ -99,7 +99,7 @@ def started(tmp_path: Path) -> Callable[[Path, Path], subprocess.CompletedProces
         more = ("compute.executor=ray", "compute.max_replicas=2", "compute.train_workers=1")
         command = [sys.executable, str(script), str(modules), *config(tmp_path, *more)]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)  # noqa: S603
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500)
 
     return start
 
