@@ -256,7 +256,8 @@ def as_image(image: Tensor | NDArray[np.generic] | PIL.Image.Image, name: str) -
         kind += " with masked values" * np.ma.is_masked(image)
         raise DataError(f"example {name!r}: expected an image as uint8 or floating pixels, got {kind}") from error
     if tensor.ndim != 3 or not tensor.numel():
-        raise DataError(f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}")
+        grey = "; a grey image needs its channel: image[None], or images[:, None] of several" * (tensor.ndim == 2)
+        raise DataError(f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}{grey}")
     if tensor.shape[2] <= _MOST_CHANNELS < min(tensor.shape[:2]):
         raise DataError(
             f"example {name!r} has shape {tuple(tensor.shape)}, which reads as (H, W, C); use (C, H, W): "
