@@ -14,12 +14,13 @@ from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
-from distributed.checks.estimate import Part, count_parts, format_parts, size
+from distributed.checks.estimate import Part, count_parts, format_parts, limit_notes, size
 from distributed.checks.steps import steps_of
 from distributed.cluster.cluster import check_gpus, replicas_here, train_device, training_place
 from distributed.cluster.joining import check_cluster
 from distributed.cluster.upload import check_upload
 from distributed.store.lock import read_lock
+from distributed.store.progress import device_hours
 from distributed.store.run_directory import RunDirectory
 from distributed.views.exchange import imported_rows
 
@@ -158,6 +159,8 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
         print(f"measuring on {device}, {seconds:g} s each ...", flush=True)
         notes += measure_parts(directory, parts, found.data, device, seconds)
     print(f"\n{format_parts(parts, price)}\n")
+    spent, limit = device_hours(directory.folder), directory.config.compute.max_device_hours
+    notes += limit_notes(parts, spent, limit)
     if any(not part.exact for part in parts):
         notes.append(
             "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies), abstains or, "

@@ -60,6 +60,8 @@ class Facts:
     replica: str = ""
     first_error: str = ""
     failure: str = ""
+    held_s: float = 0.0
+    """Seconds since the replica began to load."""
 
 
 @dataclass(eq=False)
@@ -95,6 +97,7 @@ class Replica:
 
     def __init__(self, work: Work, on_ray: bool = False) -> None:
         self.work = work
+        self._begun = time.monotonic()
         self.id = uuid.uuid4().hex[:12]
         self._on_ray = on_ray
         self._metrics = ReplicaMetrics(work.store) if on_ray else None
@@ -202,6 +205,7 @@ class Replica:
             attempt=shard.attempt,
             replica=self.id,
             first_error=f"{first['example_id']}: {first['message']}" if first else "",
+            held_s=time.monotonic() - self._begun,
         )
 
     def _made_on(self) -> str:

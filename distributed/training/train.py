@@ -23,7 +23,6 @@ from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
 from core.models.checkpoints import load_denoiser, load_model, save_model
 from core.models.features import FeatureExtractor, expert_place
-from core.progress import Progress
 from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
 from core.training.loop import Objective, Record, Training
@@ -33,6 +32,7 @@ from distributed.execution.metrics import TrainingMetrics
 from distributed.execution.work import check_visible
 from distributed.files.datasets import absolute, load_dataset
 from distributed.files.storage import Folder
+from distributed.store.progress import StepProgress
 from distributed.store.run_directory import RunDirectory
 from distributed.training.checkpoints import Checkpoints, Curves, identity_of
 
@@ -177,6 +177,7 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
         ConfigError: when there is no device for it.
         DataError: for an image that cannot be read, a damaged checkpoint.
         ModelError: when the loss is not finite.
+        LimitError: when the run's device hours are spent.
     """
     compute = lesson.config.compute
     checkpoints = Checkpoints(lesson.folder, lesson.identity(model))
@@ -192,7 +193,15 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
         for sign in signs:
             if progress is None:
                 progress = stack.enter_context(
-                    Progress(sign.total, what, "samples", done=sign.done, interval_s=compute.progress_interval_s)
+                    StepProgress(
+                        lesson.root,
+                        compute,
+                        sign.total,
+                        what,
+                        "samples",
+                        done=sign.done,
+                        devices=max(1, compute.train_workers),
+                    )
                 )
             elif sign.begins:
                 print(f"{what}: a worker was lost, all go on from {sign.done:,} samples", flush=True)
