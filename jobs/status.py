@@ -12,7 +12,7 @@ from jobs._cli import job_parser, open_run, run_job
 
 def show(directory: RunDirectory) -> bool:
     """Print how far a run is, with what lies below it; whether somebody is at work or something is left to do."""
-    from distributed.checks.live import training_line
+    from distributed.checks.live import training_lines
     from distributed.checks.status import status
     from distributed.store.lock import read_lock
     from distributed.studies.rounds import rounds_there
@@ -30,7 +30,7 @@ def show(directory: RunDirectory) -> bool:
     places += [(f"rounds/{each.folder.name}/", each) for each in rounds_there(directory)[1:]]
     places += [(f"shift/{each.folder.name}/", each) for each in sets_there(directory)]
     for prefix, place in places:
-        if line := training_line(place, time.time()):
+        for line in training_lines(place, time.time()):
             print(f"{prefix}{line}", flush=True)
     stores = [(prefix, store) for prefix, place in places for store in status(place, time.time())]
     for prefix, store in stores:
@@ -57,7 +57,7 @@ def spent_line(directory: RunDirectory) -> str | None:
 
 def write_page(directory: RunDirectory) -> None:
     """Write status.html into the run directory, from which anybody who sees it can open it."""
-    from distributed.checks.live import live_page, training_line
+    from distributed.checks.live import live_page, training_lines
     from distributed.store.lock import read_lock
     from jobs.report import require_matplotlib
 
@@ -65,7 +65,7 @@ def write_page(directory: RunDirectory) -> None:
     now, holder = time.time(), read_lock(directory.folder)
     steps = ", ".join(directory.manifest["steps"]) or "none"
     work = holder and f"Locked by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}."
-    told = (f"Steps finished: {steps}.", work, training_line(directory, now), spent_line(directory))
+    told = (f"Steps finished: {steps}.", work, *training_lines(directory, now), spent_line(directory))
     directory.folder.write("status.html", live_page(directory, now, [each for each in told if each]))
     print(f"page: {directory.folder.where('status.html')}", flush=True)
 

@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from core.errors import ModelError
+from core.progress import Progress
 from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
 
@@ -24,11 +25,11 @@ def run(directory: RunDirectory) -> None:
     from core.models.weights import check_weights
     from core.training.base import train_classifier, train_denoiser
     from distributed.cluster.cluster import train_device
-    from distributed.store.progress import StepProgress
 
     settle(config.compute.train_threads)
     # With training workers the driver need not have a GPU.
     device = "cpu" if config.compute.train_workers else train_device(config.compute)
+    interval = config.compute.progress_interval_s
     train, test = directory.data("train"), directory.data("test")
     taken: dict[str, dict[str, Any]] = {}
     denoiser, wrote = None, {}
@@ -39,7 +40,7 @@ def run(directory: RunDirectory) -> None:
         taken["denoiser"] = denoiser.taken
         denoiser.check_images(train.shape)
     else:
-        with StepProgress(directory.folder, config.compute, base.denoiser_steps, "denoiser", "steps") as progress:
+        with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
             denoiser = train_denoiser(train, base, config.seed, progress)
         check_weights(f"denoiser (trained here, base.denoiser_lr={base.denoiser_lr:g})", denoiser)
     if denoiser is not None:
@@ -53,7 +54,7 @@ def run(directory: RunDirectory) -> None:
             if isinstance(classifier, ImageClassifier):
                 taken[role] = classifier.taken
         else:
-            with StepProgress(directory.folder, config.compute, base.classifier_epochs, role, "epochs") as progress:
+            with Progress(base.classifier_epochs, role, "epochs", interval_s=interval) as progress:
                 classifier = train_classifier(train, denoiser, config.training_of(role), config.seed + 1, progress)
             check_weights(f"{role} (trained here, base.classifier_lr={base.classifier_lr:g})", classifier)
         accuracy[role] = clean_accuracy(role, classifier.to(device), test, config.compute.training_batch_size)

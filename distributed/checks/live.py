@@ -18,21 +18,22 @@ from distributed.store.progress import read_progress
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 
-__all__ = ["live_page", "training_line"]
+__all__ = ["live_page", "training_lines"]
 
 Floats = NDArray[np.float64]
 _MOST_ERRORS = 10
 
 
-def training_line(directory: RunDirectory, now: float) -> str | None:
-    """How far the training at work is, as it said last; None where none is; `now` is seconds since the epoch."""
-    if (said := read_progress(directory.folder)) is None:
-        return None
-    done, total, unit, rate = (said[key] for key in ("done", "total", "unit", "rate"))
-    parts = [f"{done:,}/{total:,} {unit} ({100 * done / max(total, 1):.0f}%)"]
-    parts += [said["note"]] if said["note"] else []
-    parts += [f"{rate:,.1f} {unit}/s", f"ETA {clock((total - done) / rate)}"] if rate else []
-    return f"{said['what']}: {', '.join(parts)}, last heard of {clock(max(0.0, now - said['time']))} ago"
+def training_lines(directory: RunDirectory, now: float) -> list[str]:
+    """How far each training at work is, as it said last; `now` is seconds since the epoch."""
+    lines = []
+    for said in read_progress(directory.folder):
+        done, total, unit, rate = (said[key] for key in ("done", "total", "unit", "rate"))
+        parts = [f"{done:,}/{total:,} {unit} ({100 * done / max(total, 1):.0f}%)"]
+        parts += [said["note"]] if said["note"] else []
+        parts += [f"{rate:,.1f} {unit}/s", f"ETA {clock((total - done) / rate)}"] if rate else []
+        lines.append(f"{said['what']}: {', '.join(parts)}, last heard of {clock(max(0.0, now - said['time']))} ago")
+    return lines
 
 
 def live_page(directory: RunDirectory, now: float, told: Sequence[str]) -> bytes:

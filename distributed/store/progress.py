@@ -3,8 +3,10 @@
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from core.config import ComputeConfig
 from core.errors import LimitError
@@ -37,33 +39,51 @@ def _spent_s(root: Folder) -> float:
         return 0.0
 
 
+@dataclass
+class _Ledger:
+    """What a run has spent, shared by all meters of this process that are open on it."""
+
+    spent_s: float
+    meters: int = 0
+    written: float = field(default_factory=time.monotonic)
+
+
 class Meter:
     """Context manager that counts device hours, over all starts of a run, and ends the work when they are spent.
 
     A device is a GPU, or its share where replicas share one; on CPUs a replica, or a training worker. It counts from
     the moment when its process begins to load. What is computed and lost again counts too, as far as it was seen: of
-    a replica that dies, what came after its last shard is missing.
+    a replica that dies, what came after its last shard is missing. Several may be open on one run.
 
     Args:
         root: the run directory, or one of its rounds or corrupted sets.
         compute: says the limit, `max_device_hours`.
 
     Raises:
-        LimitError: when nothing is left of the limit; by `count`, when it is reached.
+        LimitError: on entry when nothing is left of the limit; by `count`, when it is reached.
     """
 
+    _ledgers: ClassVar[dict[Folder, _Ledger]] = {}
+
     def __init__(self, root: Folder, compute: ComputeConfig) -> None:
-        self._folder, self._limit = outermost(root), compute.max_device_hours
-        self._before, self._now, self._written = _spent_s(self._folder), 0.0, time.monotonic()
-        self.count(0.0)
+        self._folder, self._limit, self._seen = outermost(root), compute.max_device_hours, 0.0
 
     def __enter__(self) -> Self:
+        ledger = self._ledgers.setdefault(self._folder, _Ledger(_spent_s(self._folder)))
+        ledger.meters += 1
+        self._ledger = ledger
+        try:
+            self.count(0.0)
+        except LimitError:
+            self._leave()
+            raise
         return self
 
     def count(self, device_s: float) -> None:
         """Say how many device seconds this meter has seen, from its beginning on."""
-        self._now = device_s
-        if time.monotonic() - self._written >= _WRITE_S:
+        self._ledger.spent_s += device_s - self._seen
+        self._seen = device_s
+        if time.monotonic() - self._ledger.written >= _WRITE_S:
             self._write()
         if self._limit is not None and self.hours >= self._limit:
             raise LimitError(
@@ -75,7 +95,7 @@ class Meter:
     @property
     def hours(self) -> float:
         """Device hours of the run so far."""
-        return (self._before + self._now) / 3600
+        return self._ledger.spent_s / 3600
 
     @property
     def left(self) -> float | None:
@@ -85,14 +105,22 @@ class Meter:
     def _write(self) -> None:
         if not self._folder.exists(_MANIFEST):  # somebody has taken the folder away: it is not made anew
             return
-        self._folder.write(_SPENT, json.dumps({"device_s": round(self._before + self._now, 3)}).encode())
-        self._written = time.monotonic()
+        self._folder.write(_SPENT, json.dumps({"device_s": round(self._ledger.spent_s, 3)}).encode())
+        self._ledger.written = time.monotonic()
+
+    def _leave(self) -> None:
+        self._ledger.meters -= 1
+        if not self._ledger.meters:
+            del self._ledgers[self._folder]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._now:
-            self._write()
+        try:
+            if self._seen:
+                self._write()
+        finally:
+            self._leave()
 
 
 class StepProgress(Progress):
@@ -100,6 +128,7 @@ class StepProgress(Progress):
 
     Args:
         root: the run directory.
+        folder: of the training, inside it.
         compute: as configured.
         total, what, unit, done: as for `Progress`.
         devices: that are held.
@@ -108,6 +137,7 @@ class StepProgress(Progress):
     def __init__(
         self,
         root: Folder,
+        folder: Folder,
         compute: ComputeConfig,
         total: int,
         what: str,
@@ -117,10 +147,11 @@ class StepProgress(Progress):
         devices: int = 1,
     ) -> None:
         super().__init__(total, what, unit, done=done, interval_s=compute.progress_interval_s)
-        self._root, self._devices, self._said = root, devices, 0.0
+        self._root, self._folder, self._devices, self._said = root, folder, devices, 0.0
         self._meter = Meter(root, compute)
 
     def __enter__(self) -> Self:
+        self._meter.__enter__()
         self._say()
         return self
 
@@ -147,7 +178,7 @@ class StepProgress(Progress):
             "time": time.time(),
         }
         if self._root.exists(_MANIFEST):
-            self._root.write(_PROGRESS, json.dumps(facts).encode())
+            self._folder.write(_PROGRESS, json.dumps(facts).encode())
         self._said = time.monotonic()
 
     def __exit__(
@@ -156,12 +187,14 @@ class StepProgress(Progress):
         super().__exit__(kind, error, trace)
         self._meter.__exit__(kind, error, trace)
         if kind is None:
-            self._root.remove(_PROGRESS)
+            self._folder.remove(_PROGRESS)
 
 
-def read_progress(root: Folder) -> Mapping[str, Any] | None:
-    """What a `StepProgress` said last, None where no training is at work; one that was killed leaves its last word."""
-    try:
-        return dict(json.loads(root.read(_PROGRESS)))
-    except (FileNotFoundError, ValueError):
-        return None
+def read_progress(root: Folder) -> list[Mapping[str, Any]]:
+    """What each `StepProgress` of a run said last; none where no training is at work. One that was killed leaves it."""
+    names = [name for name in (root / "training").walk() if name.endswith(f"/{_PROGRESS}")]
+    found: list[Mapping[str, Any]] = []
+    for name in sorted(names):
+        with suppress(FileNotFoundError, ValueError):  # it has ended in this moment
+            found.append(dict(json.loads((root / "training").read(name))))
+    return found

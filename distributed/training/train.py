@@ -195,6 +195,7 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
                 progress = stack.enter_context(
                     StepProgress(
                         lesson.root,
+                        lesson.folder,
                         compute,
                         sign.total,
                         what,

@@ -59,13 +59,14 @@ def test_meter_counts_over_starts_and_over_the_rounds_of_a_run(tmp_path: Path) -
     with Meter(run, compute) as meter:
         meter.count(1000.0)
         meter.count(1800.0)
-    with Meter(second, compute) as meter:
-        meter.count(900.0)
+    with Meter(second, compute) as meter, Meter(run, compute) as beside:  # trainings side by side
+        meter.count(600.0)
+        beside.count(300.0)
     assert device_hours(second) == device_hours(run) == pytest.approx(2700 / 3600)
     with pytest.raises(LimitError, match=r"= 1 are spent: 1\.028 over all starts"), Meter(second, compute) as meter:
         meter.count(1000.0)
-    with pytest.raises(LimitError):
-        Meter(run, compute)
+    with pytest.raises(LimitError), Meter(run, compute):
+        pass
     aside = Folder(tmp_path / "rounds" / "mine")  # a run of that name, and not a round
     assert outermost(aside) == aside
 
@@ -74,10 +75,10 @@ def test_training_says_how_far_it_is_and_what_it_took(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tiny_run(tmp_path)
-    clock = [0.0]
+    folder, clock = run.folder / "training" / "train_estimator", [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     compute = ComputeConfig(progress_interval_s=10.0, max_device_hours=1.0)
-    with StepProgress(run.folder, compute, 9000, "estimator", "samples", done=1000, devices=3) as progress:
+    with StepProgress(run.folder, folder, compute, 9000, "estimator", "samples", done=1000, devices=3) as progress:
         clock[0] = 100.0
         progress.update(500, "epoch 2, loss 0.5")
         run_main(status, "--out", str(tmp_path))
@@ -89,8 +90,7 @@ def test_training_says_how_far_it_is_and_what_it_took(
     line = "estimator: 1,500/9,000 samples (17%), epoch 2, loss 0.5, 5.0 samples/s, ETA 25:00, last heard of 0:00 ago"
     assert line in capsys.readouterr().out
     assert device_hours(run.folder) == pytest.approx(3 * 1201 / 3600)
-    assert left is not None  # an interrupted training leaves its last word
-    assert left["done"] == 1501
-    with StepProgress(run.folder, ComputeConfig(), 10, "estimator", "samples"):
+    assert [each["done"] for each in left] == [1501]  # an interrupted training leaves its last word
+    with StepProgress(run.folder, folder, ComputeConfig(), 10, "estimator", "samples"):
         pass
-    assert read_progress(run.folder) is None
+    assert read_progress(run.folder) == []
