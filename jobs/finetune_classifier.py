@@ -29,7 +29,7 @@ def _finetune(directory: RunDirectory, reads: Sequence[str]) -> None:
     from core.data.subsets import choose
     from core.models.checkpoints import load_model
     from distributed.training.sigmas import forget_sigmas, training_sigmas
-    from distributed.training.train import Lesson, forget, train
+    from distributed.training.train import Lesson, Member, forget, train
 
     config, finetune, hashes = directory.config, directory.config.finetune, directory.model_hashes(reads)
     whole = directory.data("train")
@@ -39,24 +39,20 @@ def _finetune(directory: RunDirectory, reads: Sequence[str]) -> None:
     if len(places) < len(asked):
         print(f"fine-tuning: {len(asked) - len(places)} of {len(asked)} images cannot be read and are left out")
 
-    wrote: dict[str, str] = {}
-    losses: dict[str, list[float]] = {}
-    lessons = []
+    tuned = {role: load_model(directory.model(role)) for role in config.classifiers}
+    members: dict[str, Member] = {}
     for role, level in config.classifiers.items():
-        classifier = load_model(directory.model(role))
         # An expert learns from the samples that the estimator routes to it.
         routed = np.ones(len(places), np.bool_) if level is None else sigma == level
         if not routed.any():
             print(f"fine-tuning: no sample is routed to {role}, it stays as it is")
-            losses[role] = []
-        else:
-            name = "finetune_classifier" if level is None else f"finetune_classifier-{level}"
-            lesson = Lesson.of(directory, name, "classifier", places[routed], sigma[routed])
-            history = train(directory, lesson, classifier, "fine-tuning" if level is None else f"fine-tuning {role}")
-            losses[role] = [record["loss"] for record in history]
-            lessons.append(lesson)
-        tuned = config.certified[role]
-        wrote[tuned] = directory.save_model(tuned, classifier)
+            continue
+        name = "finetune_classifier" if level is None else f"finetune_classifier-{level}"
+        lesson = Lesson.of(directory, name, "classifier", places[routed], sigma[routed])
+        members[role] = Member(lesson, tuned[role], "fine-tuning" if level is None else f"fine-tuning {role}")
+    histories = dict(zip(members, train(directory, [*members.values()]), strict=True))
+    losses = {role: [record["loss"] for record in histories.get(role, [])] for role in config.classifiers}
+    wrote = {config.certified[role]: directory.save_model(config.certified[role], tuned[role]) for role in tuned}
     shares = {str(level): float((sigma == level).mean()) for level in config.sigmas}
     directory.finish(
         "finetune_classifier",
@@ -70,8 +66,8 @@ def _finetune(directory: RunDirectory, reads: Sequence[str]) -> None:
             "workers": max(1, config.compute.train_workers),
         },
     )
-    for lesson in lessons:
-        forget(lesson)
+    for member in members.values():
+        forget(member.lesson)
     forget_sigmas(directory.folder)
 
 

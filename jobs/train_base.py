@@ -1,10 +1,10 @@
 """Step 1: the denoiser (if any) and the classifier, or an expert for each sigma, trained here or taken from files."""
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from core.errors import ModelError
-from core.progress import Progress
 from distributed.store.run_directory import RunDirectory
 from jobs._cli import job_parser, run_step
 
@@ -12,57 +12,105 @@ if TYPE_CHECKING:
     from torch import nn
 
     from core.data import Dataset
+    from distributed.training.train import Member
+
+DENOISER = "denoiser"
 
 
 def run(directory: RunDirectory) -> None:
     """Write the networks of `Config.base_models`, unless they are done."""
-    config, base = directory.config, directory.config.base
-    if directory.is_done("train_base", writes=config.base_models):
+    if directory.is_done("train_base", writes=directory.config.base_models):
         return
-    from core.machine.cpu import settle
-    from core.models.checkpoints import load_classifier, load_denoiser
-    from core.models.classifiers import ImageClassifier
-    from core.models.weights import check_weights
-    from core.training.base import train_classifier, train_denoiser
-    from distributed.cluster.cluster import train_device
+    from distributed.cluster.cluster import train_cluster
 
+    with train_cluster(directory.config.compute):
+        _make(directory)
+
+
+def _make(directory: RunDirectory) -> None:
+    from core.machine.cpu import settle
+    from distributed.cluster.cluster import train_device
+    from distributed.training.train import Member, forget
+
+    config = directory.config
     settle(config.compute.train_threads)
     # With training workers the driver need not have a GPU.
     device = "cpu" if config.compute.train_workers else train_device(config.compute)
-    interval = config.compute.progress_interval_s
-    train, test = directory.data("train"), directory.data("test")
-    taken: dict[str, dict[str, Any]] = {}
-    denoiser, wrote = None, {}
+    test = directory.data("test")
     if not config.denoisers:
         print("base.denoiser is none: the networks read the noisy images themselves")
-    elif base.denoiser is not None:
-        denoiser = load_denoiser(base.denoiser, schedule=base.denoiser_schedule, head_dim=base.denoiser_head_dim)
-        taken["denoiser"] = denoiser.taken
-        denoiser.check_images(train.shape)
-    else:
-        with Progress(base.denoiser_steps, "denoiser", "steps", interval_s=interval) as progress:
-            denoiser = train_denoiser(train, base, config.seed, progress)
-        check_weights(f"denoiser (trained here, base.denoiser_lr={base.denoiser_lr:g})", denoiser)
-    if denoiser is not None:
-        wrote["denoiser"] = directory.save_model("denoiser", denoiser)
-    accuracy = {}
-    for role in config.classifiers:
-        own = config.own_classifier(role)
-        if own is not None:
-            names = train.class_names
-            classifier: nn.Module = load_classifier(own, train.num_classes, train.shape[0], class_names=names)
-            if isinstance(classifier, ImageClassifier):
-                taken[role] = classifier.taken
-        else:
-            with Progress(base.classifier_epochs, role, "epochs", interval_s=interval) as progress:
-                classifier = train_classifier(train, denoiser, config.training_of(role), config.seed + 1, progress)
-            check_weights(f"{role} (trained here, base.classifier_lr={base.classifier_lr:g})", classifier)
-        accuracy[role] = clean_accuracy(role, classifier.to(device), test, config.compute.training_batch_size)
-        wrote[role] = directory.save_model(role, classifier)
+    wrote: dict[str, str] = {}
+    accuracy: dict[str, float] = {}
+    taken: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
+    members: dict[str, Member] = {}
+    for roles in (config.denoisers, (*config.classifiers,)):  # the classifiers learn behind the denoiser
+        made = _networks(directory, roles, wrote.get(DENOISER), members, trained)
+        for role, network in made.items():
+            if facts := getattr(network, "taken", None):
+                taken[role] = facts
+            if role != DENOISER:
+                size = config.compute.training_batch_size
+                accuracy[role] = clean_accuracy(role, network.to(device), test, size)
+            wrote[role] = directory.save_model(role, network)
     for role, facts in taken.items():
         print(f"{role}: taken as " + "; ".join(f"{key} {value}" for key, value in facts.items()))
-    facts = {"clean_accuracy": accuracy.get("classifier", accuracy)} | ({"taken": taken} if taken else {})
+    found = {"taken": taken, "trained": trained}
+    facts = {"clean_accuracy": accuracy.get("classifier", accuracy)} | {
+        key: some for key, some in found.items() if some
+    }
     directory.finish("train_base", read={}, wrote=wrote, facts=facts)
+    for member in members.values():
+        forget(member.lesson)
+
+
+def _networks(
+    directory: RunDirectory,
+    roles: Sequence[str],
+    denoiser: str | None,
+    members: dict[str, "Member"],
+    trained: dict[str, Any],
+) -> dict[str, "nn.Module"]:
+    """Some of the base networks: taken from files, and trained where the configuration says so.
+
+    Args:
+        directory: the run.
+        roles: which.
+        denoiser: SHA-256 of the one that they learn behind, None for none.
+        members: takes those that are trained.
+        trained: takes what is to be said of each training.
+    """
+    import torch
+
+    from core.models.denoiser import OneShotDenoiser
+    from core.models.weights import check_weights
+    from core.training.base_networks import base_network
+    from distributed.training.train import Lesson, Member, train
+
+    config, data = directory.config, directory.data("train")
+    made: dict[str, nn.Module] = {}
+    with torch.random.fork_rng(devices=[]):
+        for role in roles:
+            torch.manual_seed(config.seed + (role != DENOISER))
+            made[role] = base_network(config, role, data.shape, data.num_classes, data.class_names)
+    if isinstance(first := made.get(DENOISER), OneShotDenoiser):
+        first.check_images(data.shape)
+    learning = {
+        role: Member(Lesson.base(directory, role, denoiser), network, role)
+        for role, network in made.items()
+        if config.training_of(role) is not None
+    }
+    members |= learning
+    for (role, member), history in zip(learning.items(), train(directory, [*learning.values()]), strict=True):
+        settings = config.training_of(role)
+        assert settings is not None
+        check_weights(f"{role} (trained here, lr={settings.lr:g})", member.model)
+        trained[role] = {
+            "loss": [record["loss"] for record in history],
+            "seconds": history[-1]["seconds"],
+            "workers": max(1, config.compute.train_workers),
+        }
+    return made
 
 
 def clean_accuracy(role: str, classifier: "nn.Module", test: "Dataset", batch_size: int) -> float:

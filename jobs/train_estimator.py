@@ -30,7 +30,7 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     from core.models.features import FeatureRouter
     from core.training.estimator import hold_out, learnable, new_estimator
     from distributed.training.labels import training_radii
-    from distributed.training.train import Lesson, forget, train
+    from distributed.training.train import Lesson, Member, forget, train
 
     config, hashes = directory.config, directory.model_hashes(reads)
     data = directory.data("train")
@@ -48,7 +48,7 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     also = f"; {len(held)} of them are held out" if len(held) else ""
     print(f"estimator: trained on {len(kept)} of {len(radii)} samples (the others have radius 0 at every sigma){also}")
     lesson = Lesson.of(directory, "train_estimator", "estimator", kept, radii[kept])
-    history = train(directory, lesson, learner, "estimator")
+    (history,) = train(directory, [Member(lesson, learner, "estimator")])
     digest = directory.save_model("estimator", estimator)
     facts = {
         **({"taken": taken} if taken else {}),

@@ -7,10 +7,11 @@ runs with the same identity and the same seed hold the same counts.
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig, SplitConfig
 from core.config.loading import load_config, parse_config, parse_values
-from core.config.models import BaseModelsConfig, ClassifierConfig
+from core.config.models import BaseModelsConfig, ClassifierConfig, DenoiserConfig
 from core.config.run import Config
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
 from core.config.sweep import Setting, Sweep, load_sweep
+from core.config.training import DenoiserTrainConfig, TrainConfig
 
 __all__ = [
     "BaseModelsConfig",
@@ -19,6 +20,8 @@ __all__ = [
     "ComputeConfig",
     "Config",
     "DatasetConfig",
+    "DenoiserConfig",
+    "DenoiserTrainConfig",
     "EstimatorConfig",
     "FinetuneConfig",
     "LabelConfig",
@@ -26,6 +29,7 @@ __all__ = [
     "Setting",
     "SplitConfig",
     "Sweep",
+    "TrainConfig",
     "load_config",
     "load_sweep",
     "parse_config",

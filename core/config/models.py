@@ -1,25 +1,48 @@
 """`base`: the denoiser and the classifiers, taken from files or trained here."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from core.config.training import NETWORK_KEYS, DenoiserTrainConfig, TrainConfig
 from core.config.values import Count, Positive, Section
 
-__all__ = ["NO_DENOISER", "BaseModelsConfig", "ClassifierConfig"]
+__all__ = ["NO_DENOISER", "SMALL_CNN", "BaseModelsConfig", "ClassifierConfig", "DenoiserConfig"]
 
 NO_DENOISER = "none"
 """As `base.denoiser`; a folder of that name is ./none."""
 
+SMALL_CNN = "small_cnn"
+"""As `arch`: `core.models.small.SmallConvNet`."""
+
 Width = Annotated[int, Field(ge=4, multiple_of=4)]
 """Channels of the small CNN's first layer: its normalisation takes them in groups of four."""
+
+_MOVED = {
+    "denoiser_schedule": "denoiser.schedule",
+    "denoiser_head_dim": "denoiser.head_dim",
+    "denoiser_steps": "denoiser.train.steps",
+    "denoiser_batch": "denoiser.train.batch_size",
+    "denoiser_lr": "denoiser.train.lr",
+    "denoiser_ema": "denoiser.train.ema",
+    "noise_range": "denoiser.train.sigma and base.classifier.train.sigma",
+    "classifier_epochs": "classifier.train.epochs",
+    "classifier_batch": "classifier.train.batch_size",
+    "classifier_lr": "classifier.train.lr",
+    "classifier_width": "classifier.width (the estimator's: estimator.backbone: {arch: small_cnn, width: WIDTH})",
+    "train_experts": "experts: {SIGMA: {width: WIDTH, train: {}}}",
+}
+"""Keys of earlier versions, and what says it now."""
 
 
 class ClassifierConfig(Section):
     """An image classifier: an architecture and where its weights are."""
 
     arch: str | None = None
-    """A timm architecture such as `vit_base_patch16_224`, or `resnet110`; none for a checkpoint of our own format."""
+    """A timm architecture such as `vit_base_patch16_224`, `resnet110`, or `small_cnn` (three convolutions); none for a
+    checkpoint of our own format. What is trained here is `small_cnn` unless given."""
+    width: Width = 16
+    """Channels of the first layer of `small_cnn`."""
     checkpoint: str | None = None
     """File or folder with its weights: timm's, transformers' (ViT), a plain state dict, or our own format."""
     pretrained: bool = False
@@ -36,8 +59,29 @@ class ClassifierConfig(Section):
     ema: bool = True
     """Of a checkpoint with raw weights and their moving average, take the average, as timm does."""
 
+    train: TrainConfig | None = None
+    """How it is trained here: from its weights, where it has some, or from scratch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small(cls, value: Any) -> Any:
+        """What is trained here is a small CNN unless it says otherwise."""
+        trained = isinstance(value, dict) and value.get("train") is not None
+        if trained and value.get("arch") is None and value.get("checkpoint") is None:
+            return {**value, "arch": SMALL_CNN}
+        return value
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        small = self.arch == SMALL_CNN
+        for key, field in type(self).model_fields.items():
+            unfit = key not in ("arch", "width", "train") if small else key == "width"
+            if unfit and getattr(self, key) != field.default:
+                raise ValueError(
+                    f"{key}: says nothing about {self.arch or 'a checkpoint of our own format'}; remove it"
+                )
+        if self.train is not None and self.label_map is not None:
+            raise ValueError("label_map: what is trained here has the classes of the data set; remove it")
         if self.checkpoint is not None and self.pretrained:
             raise ValueError("checkpoint and pretrained: give one of them, both name weights")
         if self.arch is None and self.checkpoint is None:
@@ -45,57 +89,67 @@ class ClassifierConfig(Section):
         return self
 
 
-class BaseModelsConfig(Section):
-    """The base models (`jobs.train_base`): trained here, or models of your own, of which nothing is trained."""
+class DenoiserConfig(Section):
+    """A denoiser: where its weights are, or how it is trained here."""
 
-    denoiser: str | None = None
-    """A denoiser of your own: a diffusers folder, an OpenAI checkpoint (.pt), a file of our own format (.safetensors),
-    or a name on the Hugging Face hub; `none`: the networks read the noisy image itself. Unless given, a small one is
+    checkpoint: str | None = None
+    """A diffusers folder, an OpenAI checkpoint (.pt), a file of our own format (.safetensors), or a name on the Hugging
+    Face hub; `none`: no denoiser, the networks read the noisy image itself."""
+    schedule: Annotated[str, Field(pattern=r"^(linear|cosine)-[1-9]\d*$")] | None = None
+    """Noise schedule that it is trained with (`linear-1000` unless given), or was trained with where it does not say so
+    itself (an OpenAI checkpoint that is none of the published ones, a folder without a scheduler), and the number of
+    its timesteps."""
+    head_dim: Count | None = None
+    """Channels of an attention head: of such an OpenAI checkpoint num_head_channels, or the width that attends divided
+    by num_heads; of one that is trained here 8 unless given."""
+    train: DenoiserTrainConfig | None = None
+    """How it is trained here: from the weights of `checkpoint`, where given, or from scratch."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        for key in ("schedule", "head_dim", "train"):
+            if self.checkpoint == NO_DENOISER and getattr(self, key) is not None:
+                raise ValueError(f"{key}: says something about base.denoiser, which is none; remove one of the two")
+        if self.checkpoint is None and self.train is None:
+            raise ValueError("checkpoint: is missing; give it, or train")
+        for key in NETWORK_KEYS if self.checkpoint is not None and self.train is not None else ():
+            if getattr(self.train, key) != DenoiserTrainConfig.model_fields[key].default:
+                raise ValueError(f"train.{key}: {self.checkpoint} has a network of its own; remove it")
+        return self
+
+
+class BaseModelsConfig(Section):
+    """The base models (`jobs.train_base`): trained here, or models of your own."""
+
+    denoiser: DenoiserConfig | None = None
+    """Its checkpoint, or a section; `none`: the networks read the noisy image itself. Unless given, a small one is
     trained."""
-    denoiser_schedule: Annotated[str, Field(pattern=r"^(linear|cosine)-[1-9]\d*$")] | None = None
-    """Noise schedule that it was trained with and its number of timesteps, `linear-1000` or `cosine-4000`, where it
-    does not say so itself: an OpenAI checkpoint that is none of the published ones, a folder without a scheduler."""
-    denoiser_head_dim: Count | None = None
-    """Channels of an attention head of such an OpenAI checkpoint: num_head_channels, or the width that attends divided
-    by num_heads."""
     classifier: ClassifierConfig | None = None
-    """A classifier of your own. Unless given, a small one is trained."""
+    """The classifier. Unless given, a small one is trained."""
     experts: dict[Annotated[Positive, Field(strict=False)], ClassifierConfig] | None = None
-    """Instead of `classifier`: a classifier of your own for each sigma, and each exactly once. The estimator routes."""
-    train_experts: dict[Annotated[Positive, Field(strict=False)], Width] | None = None
-    """Instead of `classifier` and `experts`: a pool that is trained here, a small CNN for each sigma on images at that
-    sigma alone, {sigma: channels of its first layer}. The estimator routes."""
-    denoiser_steps: Count = 800
-    """Steps of AdamW in training the small denoiser."""
-    denoiser_batch: Count = 128
-    """Images of each step."""
-    denoiser_lr: Positive = 8e-3
-    """Highest learning rate of its one-cycle schedule."""
-    denoiser_ema: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    """Decay of the exponential moving average of the weights."""
-    noise_range: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.05, 1.5)
-    """What is trained here sees noise levels drawn log-uniformly from this range."""
-    classifier_epochs: Count = 40
-    """Passes over the training split in training the small classifier."""
-    classifier_batch: Count = 128
-    """Images of each step."""
-    classifier_lr: Positive = 5e-3
-    """Highest learning rate of its one-cycle schedule."""
-    classifier_width: Width = 16
-    """Channels of the small CNN's first layer (the estimator uses the same)."""
+    """Instead of `classifier`: one for each sigma, and each exactly once. The estimator routes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moved(cls, value: Any) -> Any:
+        for key, now in _MOVED.items() if isinstance(value, dict) else ():
+            if key in value:
+                raise ValueError(f"{key}: is now base.{now}")
+        return value
+
+    @field_validator("denoiser", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"checkpoint": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _trained(self) -> Self:
-        if sum(given is not None for given in (self.classifier, self.experts, self.train_experts)) > 1:
-            raise ValueError("experts: goes without base.classifier and base.train_experts; give one of them")
-        for key in ("denoiser_schedule", "denoiser_head_dim"):
-            if self.denoiser is None and getattr(self, key) is not None:
-                raise ValueError(f"{key}: says something about base.denoiser, which is not given")
-        for key, field in type(self).model_fields.items():
-            if self.denoiser == NO_DENOISER and key.startswith("denoiser_") and getattr(self, key) != field.default:
-                raise ValueError(f"{key}: says something about base.denoiser, which is none; remove one of the two")
+        if self.classifier is not None and self.experts is not None:
+            raise ValueError("experts: goes without base.classifier; give one of them")
         experts = {f"experts.{sigma}": expert for sigma, expert in (self.experts or {}).items()}
         for key, own in {"classifier": self.classifier, **experts}.items():
-            if own is not None and own.checkpoint is None and not own.pretrained:
-                raise ValueError(f"{key}: {own.arch} is not trained here; give {key}.checkpoint or {key}.pretrained")
+            if own is not None and own.checkpoint is None and not own.pretrained and own.train is None:
+                raise ValueError(
+                    f"{key}: {own.arch} has no weights; give {key}.checkpoint or {key}.pretrained, or {key}.train"
+                )
         return self

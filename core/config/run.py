@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
-from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig
+from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig, DenoiserConfig
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
+from core.config.training import DenoiserTrainConfig, OptimisationConfig, TrainConfig
 from core.config.values import Count, Positive, Section
 from core.errors import ConfigError
 from core.procedures.multiscale import level_alphas
@@ -55,12 +56,12 @@ class Config(Section):
                 f"sigma_e: must be at least max(sigmas) = {top}, got {self.sigma_e}: a smaller one caps every radius; "
                 "raise it, leave it out, or use certify.claim=agreement"
             )
-        for key, pool in (("experts", self.base.experts), ("train_experts", self.base.train_experts)):
-            if pool is not None and sorted(pool) != list(self.sigmas):
-                raise ValueError(
-                    f"base.{key}: has experts for {sorted(pool)}, expected one for each of sigmas = "
-                    f"{list(self.sigmas)} and no other; add or drop some, or change sigmas"
-                )
+        pool = self.base.experts
+        if pool is not None and sorted(pool) != list(self.sigmas):
+            raise ValueError(
+                f"base.experts: has experts for {sorted(pool)}, expected one for each of sigmas = "
+                f"{list(self.sigmas)} and no other; add or drop some, or change sigmas"
+            )
         if self.reach <= 0:
             raise ValueError(
                 f"certify.num_estimation: {self.certify.num_estimation} draws at {self._stages} cannot "
@@ -98,15 +99,12 @@ class Config(Section):
                 f"rounds: {self.rounds} rounds, but finetune.epochs is 0: each begins with the classifier that the one "
                 "before has fine-tuned; raise finetune.epochs, or set rounds to 1"
             )
-        low, high = self.base.noise_range
-        if low >= high:
-            raise ValueError(f"base.noise_range: must be (low, high) with low < high, got ({low}, {high})")
         return self
 
     @property
     def has_experts(self) -> bool:
         """Whether there is a classifier for each sigma, rather than one for all."""
-        return self.base.experts is not None or self.base.train_experts is not None
+        return self.base.experts is not None
 
     @property
     def classifiers(self) -> dict[str, float | None]:
@@ -118,7 +116,7 @@ class Config(Section):
     @property
     def denoisers(self) -> tuple[str, ...]:
         """`denoiser`; empty where the networks read the noisy image itself."""
-        return () if self.base.denoiser == NO_DENOISER else ("denoiser",)
+        return () if self.denoiser is None else ("denoiser",)
 
     @property
     def base_models(self) -> tuple[str, ...]:
@@ -133,22 +131,44 @@ class Config(Section):
         tuned = f"{CLASSIFIER}_finetuned" if self.finetune.epochs else CLASSIFIER
         return {role: role.replace(CLASSIFIER, tuned, 1) for role in self.base_models}
 
-    def own_classifier(self, role: str) -> ClassifierConfig | None:
-        """Which file or architecture a network of `classifiers` is taken from; None where it is trained here."""
-        sigma = self.classifiers[role]
-        if sigma is None:
-            return self.base.classifier
-        return None if self.base.experts is None else self.base.experts[sigma]
+    @property
+    def denoiser(self) -> DenoiserConfig | None:
+        """`base.denoiser` with what stands for an unset one, and its training with the noise levels that it sees; None
+        where the networks read the noisy image itself.
+        """
+        own = self.base.denoiser or DenoiserConfig(train=DenoiserTrainConfig())
+        if own.checkpoint == NO_DENOISER:
+            return None
+        if own.train is None:
+            return own
+        return own.model_copy(update={"train": own.train.model_copy(update={"sigma": self._levels(own.train)})})
 
-    def training_of(self, role: str) -> BaseModelsConfig:
-        """How a network of `classifiers` that is trained here is trained: an expert has a width of its own, and sees no
-        noise level but its own.
+    def classifier(self, role: str) -> ClassifierConfig:
+        """A network of `classifiers`, with what stands for an unset one, and its training with the noise levels that it
+        sees and whether it learns clean images too.
         """
         sigma = self.classifiers[role]
-        if sigma is None or self.base.train_experts is None:
-            return self.base
-        width = self.base.train_experts[sigma]
-        return self.base.model_copy(update={"classifier_width": width, "noise_range": (sigma, sigma)})
+        own = self.base.classifier if self.base.experts is None or sigma is None else self.base.experts[sigma]
+        own = own or ClassifierConfig(train=TrainConfig())
+        if own.train is None:
+            return own
+        clean = own.train.clean
+        if clean is None:
+            clean = self.denoiser is not None and own.train.loss.name == "gaussian"
+        return own.model_copy(
+            update={"train": own.train.model_copy(update={"sigma": self._levels(own.train, sigma), "clean": clean})}
+        )
+
+    def training_of(self, role: str) -> OptimisationConfig | None:
+        """How a network of `base_models` is trained here; None where it is taken as it is."""
+        own = self.denoiser if role in self.denoisers else self.classifier(role)
+        return None if own is None else own.train
+
+    def _levels(self, train: OptimisationConfig, sigma: float | None = None) -> tuple[float, float]:
+        """The noise levels that a network trained here sees, lowest and highest."""
+        if train.sigma is not None:
+            return train.sigma
+        return (sigma, sigma) if sigma is not None else (min(self.sigmas), max(self.sigmas))
 
     @property
     def stage_alphas(self) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from core.agreement_records import Claim, Router
 from core.config.models import ClassifierConfig
-from core.config.values import Alpha, Count, NonNegative, Positive, Section, Share
+from core.config.values import Alpha, Augment, Count, NonNegative, Positive, Section, Share
 
 __all__ = ["CertifyConfig", "EstimatorConfig", "FinetuneConfig", "LabelConfig", "ReportConfig"]
 
@@ -30,7 +30,7 @@ class EstimatorConfig(Section):
 
     backbone: ClassifierConfig | None = None
     """Its network, with one output per sigma, trained from the weights given or from scratch; a checkpoint's last layer
-    is replaced where it has another width. Unless given, the small CNN. `features`: a small head on what the classifier
+    is replaced where it has another width. Unless given, `small_cnn`. `features`: a small head on what the classifier
     says before fine-tuning: log-probabilities (of every expert), and the features of the one nearest to sigma_e."""
     hidden: Count = 128
     """Width of that head's hidden layer."""
@@ -59,6 +59,9 @@ class EstimatorConfig(Section):
     """Weight of the entropy term, eta."""
     num_copies: Annotated[int, Field(ge=1)] = 2
     """Noisy copies of each sample in a step, m."""
+    augment: Augment = "none"
+    """Of each sample in each epoch, before it is noised; labels are those of the image as it is. `flip`; `crop_flip`: 4
+    pixels of padding, a crop, a flip (CIFAR); `resized_crop`: 8% to 100% of the image, resized, a flip (ImageNet)."""
     denoiser: bool = True
     """Whether the estimator reads denoised images, as published, or the noisy ones: a denoiser-free, light one. Without
     `base.denoiser` it reads the noisy ones."""
@@ -116,6 +119,11 @@ class EstimatorConfig(Section):
             )
         if self.reads_features and self.backbone != ClassifierConfig(arch=FEATURES):
             raise ValueError("backbone: features takes no other keys; its weights are those of the classifier")
+        if self.reads_features and self.augment != "none":
+            raise ValueError(
+                f"augment: is {self.augment}, but backbone: features computes the copies of each sample once, from the "
+                "image as it is; remove it"
+            )
         if self.reads_features and self.feature_copies < self.num_copies:
             raise ValueError(
                 f"feature_copies: {self.feature_copies} copies are fewer than num_copies = {self.num_copies}; raise it"
@@ -123,7 +131,9 @@ class EstimatorConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _no_labels(self) -> Self:
+    def _own_keys(self) -> Self:
+        if self.backbone is not None and self.backbone.train is not None:
+            raise ValueError("backbone.train: the estimator is trained as the keys of estimator say; remove it")
         if self.backbone is not None and self.backbone.label_map is not None:
             raise ValueError(
                 "backbone.label_map: has no meaning for an estimator, its classes are the sigmas; remove it"
@@ -144,6 +154,8 @@ class FinetuneConfig(Section):
     """Learning rate of AdamW."""
     weight_decay: NonNegative = 0.01
     """Of AdamW."""
+    augment: Augment = "none"
+    """As `estimator.augment`; the sigma of a sample is that of the image as it is."""
     num_sigma_draws: Count = 100
     """Noisy copies over which the estimator's majority picks the sigma of a training sample."""
 

@@ -1,14 +1,14 @@
 """What the sections of the configuration share: ranges, and a model that refuses unknown keys and wrong types."""
 
 import math
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from core.addresses import check_address
 from core.errors import ConfigError
 
-__all__ = ["Alpha", "Count", "NonNegative", "Positive", "Section", "Share"]
+__all__ = ["Alpha", "Augment", "Count", "NonNegative", "Positive", "Section", "Share"]
 
 
 def _finite(value: float) -> float:
@@ -22,6 +22,8 @@ NonNegative = Annotated[float, Field(ge=0), AfterValidator(_finite)]
 Count = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0, lt=1, description="failure probability")]
 Share = Annotated[float, Field(gt=0, le=1)]
+Augment = Literal["none", "flip", "crop_flip", "resized_crop"]
+"""What is done to a training image in each epoch, see `core.training.augment`."""
 
 
 class Section(BaseModel):

@@ -21,12 +21,12 @@ def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int
 
 
 def training_key(seed: int, training: str, use: str, epoch: int, where: str) -> bytes:
-    """The 16-byte key of something random in an epoch of a training: an example's noise, the order, dropout.
+    """The 16-byte key of something random in an epoch of a training: an example's noise or augmentation, the order, ...
 
     Args:
         seed: of the run.
         training: its name; neither it nor `use` holds "|", and no phase of `chunk_key` is called so.
-        use: `noise`, `order` or `dropout`.
+        use: `noise`, `augment`, `order`, `dropout`, ...
         epoch: from 0.
         where: an example id, or a place in the epoch.
     """

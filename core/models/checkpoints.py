@@ -160,17 +160,17 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
         path = _from_hub(str(source))
     folder, own = path.is_dir(), not path.is_dir() and _is_own(path)
     if head_dim is not None and (folder or own):
-        raise ConfigError(f"{name} says its attention heads itself; remove denoiser_head_dim")
+        raise ConfigError(f"{name} says its attention heads itself; remove head_dim")
     if folder:
         config, weights, described = read_folder(path)
         if described is not None and schedule is not None:
-            raise ConfigError(f"{name} says its noise schedule itself; remove denoiser_schedule")
+            raise ConfigError(f"{name} says its noise schedule itself; remove schedule")
         whence = "scheduler_config.json"
         if schedule is not None:  # diffusers trains on integer timesteps, whatever their number
             described, whence = {**parse_schedule(schedule), "rescale_timesteps": False}, "the configuration"
         if described is None:
             raise ModelError(
-                f"{name} has no scheduler_config.json, so its noise schedule is unknown: give denoiser_schedule, for "
+                f"{name} has no scheduler_config.json, so its noise schedule is unknown: give schedule, for "
                 "example linear-1000"
             )
         return _noted(assemble_denoiser(config, weights, described, name), source, schedule=whence)
@@ -179,7 +179,7 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
         if not isinstance(module, OneShotDenoiser):
             raise ModelError(f"{name} holds a {type(module).__name__}, expected a denoiser")
         if schedule is not None:
-            raise ConfigError(f"{name} says its noise schedule itself; remove denoiser_schedule")
+            raise ConfigError(f"{name} says its noise schedule itself; remove schedule")
         return _noted(module, source, schedule="the file")
     checkpoint = read_checkpoint(path)
     if not is_openai_unet(checkpoint.weights) and "conv_in.weight" in checkpoint.weights:

@@ -220,8 +220,8 @@ def _unseen(
         published = ", ".join(each for each, *_ in _PUBLISHED.values())
         raise ModelError(
             f"{source} is none of the published networks ({published}), and no state dict says its attention heads and "
-            "its noise schedule: give denoiser_head_dim (--head-dim: num_head_channels, or "
-            f"{' and '.join(map(str, widths))} / num_heads) and denoiser_schedule (--schedule: noise_schedule and "
+            "its noise schedule: give head_dim (--head-dim: num_head_channels, or "
+            f"{' and '.join(map(str, widths))} / num_heads) and schedule (--schedule: noise_schedule and "
             "diffusion_steps, linear-1000 or cosine-4000 for example)"
         )
     if any(width % head_dim for width in widths):

@@ -1,6 +1,5 @@
 """The variance estimator h_e (arXiv 2512.01782, section 5): its targets, its loss, its training."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,17 +9,18 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import Tensor, nn
 
-from core.config import CertifyConfig, Config, EstimatorConfig
+from core.config import CertifyConfig, ClassifierConfig, Config, EstimatorConfig
+from core.config.models import SMALL_CNN
 from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.machine.network import Denoiser
 from core.machine.noise_key import training_key
-from core.models.checkpoints import load_classifier
 from core.models.features import FeatureExtractor, FeatureHead, expert_place, new_router
-from core.models.small import SmallConvNet
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
+from core.training.classifier import new_classifier
 from core.training.features import Features
 from core.training.loop import Objective, Schedule
+from core.training.losses import consistency_terms
 from core.training.radius_loss import largest_share, radius_losses, voted_radius
 from core.training.samples import Samples
 
@@ -148,8 +148,7 @@ def estimator_losses(logits: Tensor, radii: Tensor, weight: Tensor, config: Esti
 
     CE is averaged over the m copies; its target is softmax(radii), or the best sigma (`loss: hard`). With the mean
     prediction f = mean_i p_i, KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log f_k (Jeong & Shin
-    2020), with the gradient through f too. All of it stays in the log domain: in the textbook form a probability that
-    underflows in float32 makes the gradient NaN.
+    2020), with the gradient through f too.
 
     Args:
         logits: ``(m, B, K)`` of m noisy copies.
@@ -168,10 +167,7 @@ def estimator_losses(logits: Tensor, radii: Tensor, weight: Tensor, config: Esti
     cross_entropy = weight * -(target * log_p).sum(dim=2).mean(dim=0)
     if config.loss != "consistency":
         return {"loss": cross_entropy, "cross_entropy": cross_entropy}
-    log_mean = torch.logsumexp(log_p, dim=0) - math.log(len(log_p))
-    mean = log_mean.exp()
-    divergence = (mean * (log_mean - log_p)).sum(dim=2).mean(dim=0)
-    entropy = -(mean * log_mean).sum(dim=1)
+    divergence, entropy = consistency_terms(log_p)
     consistency = config.consistency_lambda * divergence + config.consistency_eta * entropy
     w_r = consistency_radius(logits, radii, config.consistency_weight)
     return {"loss": cross_entropy + weight * w_r * consistency, "cross_entropy": cross_entropy}
@@ -218,9 +214,7 @@ def new_estimator(config: Config, shape: Sequence[int], classifier: Callable[[st
     if config.estimator.reads_features:
         place = expert_place(config.classifiers.values(), config.estimator_sigma)
         return new_router([*map(classifier, config.classifiers)], place, shape, config.estimator.hidden, outputs)
-    if backbone is None:
-        return SmallConvNet.for_images(shape, outputs, config.base.classifier_width)
-    return load_classifier(backbone, outputs, shape[0], new_head=True)
+    return new_classifier(backbone or ClassifierConfig(arch=SMALL_CNN), shape, outputs, new_head=True)
 
 
 class EstimatorObjective(Objective):
@@ -267,7 +261,8 @@ class EstimatorObjective(Objective):
             config.epochs, config.batch_size, config.lr, config.weight_decay, config.lr_step, config.lr_gamma
         )
         self._samples, self._held = (
-            Samples(data, kept[part], self.name, seed, processes=processes) for part in (learnt, held)
+            Samples(data, kept[part], self.name, seed, augment=how, processes=processes)
+            for part, how in ((learnt, config.augment), (held, "none"))
         )
         self.threads, self.num_held_out = self._samples.threads, len(held)
         if config.loss != "radius":

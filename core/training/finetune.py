@@ -52,7 +52,7 @@ class FinetuneObjective(Objective):
     ) -> None:
         self.seed, self._denoiser = seed, denoiser
         self.schedule = Schedule(config.epochs, config.batch_size, config.lr, config.weight_decay)
-        self._samples = Samples(data, places, self.name, seed, processes=processes)
+        self._samples = Samples(data, places, self.name, seed, augment=config.augment, processes=processes)
         self.threads = self._samples.threads
         self._labels = torch.from_numpy(data.labels[places])
         self._sigma = torch.from_numpy(sigma).float()

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,27 +20,32 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from core.config.training import OptimisationConfig
 from core.errors import ModelError
 from core.machine.network import set_tf32
 from core.machine.noise_key import training_key
+from core.models.denoiser import OneShotDenoiser
 
 __all__ = ["Objective", "Record", "Schedule", "Training", "slice_of"]
 
 T = TypeVar("T")
 Record = dict[str, float]
 """What an epoch came to: `epoch` (from 1), each term of the loss (its mean over the samples), `lr`, `samples_per_s`,
-and `held_out`, the mean worth of the samples that are held out, where there are any."""
+`seconds` of all epochs so far (as far as their batches were not done again), and `held_out`, the mean worth of the
+samples that are held out, where there are any."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and rates of a training with AdamW.
+    """Length, optimiser, rates and arithmetic of a training.
 
     Attributes:
         epochs, batch_size: passes over the samples, samples of a batch (of all workers together).
-        lr, weight_decay: AdamW's.
-        lr_step: the learning rate is multiplied by `lr_gamma` every so many epochs; None: never.
+        lr, weight_decay: the highest learning rate; of all parameters.
+        lr_step: `kind` step: the learning rate is multiplied by `lr_gamma` every so many epochs; None: never.
         lr_gamma: see there.
+        kind, warmup, lr_every, optimizer, momentum, ema, precision, compile: see `OptimisationConfig`.
+        steps: batches of the whole training, where it is to end before the last epoch does.
     """
 
     epochs: int
@@ -49,10 +54,54 @@ class Schedule:
     weight_decay: float
     lr_step: int | None = None
     lr_gamma: float = 1.0
+    kind: Literal["constant", "step", "cosine", "one_cycle"] = "step"
+    warmup: float = 0.0
+    lr_every: Literal["batch", "epoch"] = "batch"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
+    ema: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    steps: int | None = None
 
-    def rate(self, epoch: int) -> float:
-        """The learning rate of an epoch, from 0."""
-        return self.lr if self.lr_step is None else self.lr * self.lr_gamma ** (epoch // self.lr_step)
+    @classmethod
+    def of(cls, config: OptimisationConfig, size: int, *, epochs: int | None = None, steps: int | None = None) -> Self:
+        """As the configuration says, for a training on `size` samples of so many epochs or steps, one of them."""
+        assert (epochs is None) != (steps is None)
+        shared = {"batch_size", "lr", "weight_decay", "lr_step", "lr_gamma", "warmup", "lr_every", "optimizer"}
+        values = config.model_dump(include=shared | {"momentum", "ema", "precision", "compile"})
+        epochs = epochs or math.ceil((steps or 0) / math.ceil(size / config.batch_size))
+        return cls(epochs=epochs, steps=steps, kind=config.schedule, **values)
+
+    def num_batches(self, per_epoch: int) -> int:
+        """Of the whole training."""
+        return self.epochs * per_epoch if self.steps is None else self.steps
+
+    def rate(self, batch: int, per_epoch: int = 1) -> float:
+        """The learning rate of a batch, counted from 0 through all epochs."""
+        total, unit = self.num_batches(per_epoch), 1 if self.lr_every == "batch" else per_epoch
+        at, warm = batch // unit * unit, self.warmup * total
+        if self.kind == "one_cycle":
+            peak, low = 0.3 * total - 1, self.lr / 25
+            if at <= peak:
+                return _along_cosine(low, self.lr, at / peak)
+            return _along_cosine(self.lr, low / 1e4, (at - peak) / (total - 1 - peak))
+        lr = self.lr
+        if self.kind == "cosine" and at >= warm:
+            lr = _along_cosine(lr, 0.0, (at - warm) / (total - warm))
+        elif self.kind == "step" and self.lr_step is not None:
+            lr = lr * self.lr_gamma ** (batch // per_epoch // self.lr_step)
+        return lr * min(1.0, (at + unit) / warm) if warm else lr
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW or SGD (without Nesterov's momentum) on all parameters."""
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+def _along_cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 class Objective(Protocol):
@@ -61,7 +110,7 @@ class Objective(Protocol):
     Attributes:
         name: of the training; part of the key of its noise and its order.
         seed: the run's.
-        schedule: length and rates.
+        schedule: length, optimiser and rates.
         threads: that read and noise batches ahead of the network.
         num_held_out: samples that are not learnt from: the epoch that is worth most on them is the one that is kept.
     """
@@ -111,25 +160,44 @@ class Training:
         self.batch = 0
         """Batches of the present epoch that are complete."""
         self.history: list[Record] = []
+        self._seconds = 0.0
         self._best: dict[str, Tensor] = {}
         """Weights of the epoch that is worth most on the samples held out."""
+        self._average: dict[str, Tensor] = {}
+        """The exponential moving average of weights and buffers, with `Schedule.ema`."""
         self._sums: dict[str, Tensor] = {}
         schedule = objective.schedule
-        self._optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
+        self._per_epoch = math.ceil(len(objective) / schedule.batch_size)
+        self._optimizer = schedule.make_optimizer(model)
         self._device = next(model.parameters()).device
         if self._device.type == "cuda":
-            set_tf32(False)  # training is float32, all of it
+            set_tf32(False)  # training is float32, all of it, or bfloat16 by autocast
 
     @property
     def samples_done(self) -> int:
         """Samples seen so far, those of earlier epochs included."""
-        size = len(self.objective)
-        return self.epoch * size + min(self.batch * self.objective.schedule.batch_size, size)
+        return min(self._samples(self._batches_done), self.samples_total)
 
     @property
     def samples_total(self) -> int:
         """Samples that all epochs will have seen."""
-        return self.objective.schedule.epochs * len(self.objective)
+        return self._samples(self.objective.schedule.num_batches(self._per_epoch))
+
+    @property
+    def _batches_done(self) -> int:
+        return self.epoch * self._per_epoch + self.batch
+
+    @property
+    def _end(self) -> int:
+        """Batches of the present epoch."""
+        total = self.objective.schedule.num_batches(self._per_epoch)
+        return min(self._per_epoch, total - self.epoch * self._per_epoch)
+
+    def _samples(self, batches: int) -> int:
+        """Samples of the first batches, counted through all epochs."""
+        epoch, batch = divmod(batches, self._per_epoch)
+        size = len(self.objective)
+        return epoch * size + min(batch * self.objective.schedule.batch_size, size)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on: plain values and the live tensors, to be saved before the next batch.
@@ -140,8 +208,10 @@ class Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
+            "seconds": self._seconds,
             "sums": self._sums,
             "best": self._best,
+            "average": self._average,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
         }
@@ -150,8 +220,10 @@ class Training:
         """Be where `state` was taken."""
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
         self.history = [dict(record) for record in state["history"]]
+        self._seconds = float(state.get("seconds", 0.0))
         self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
         self._best = {name: value.to(self._device) for name, value in state.get("best", {}).items()}
+        self._average = {name: value.to(self._device) for name, value in state.get("average", {}).items()}
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -159,40 +231,51 @@ class Training:
         """Train to the end; a record at the end of each epoch, None after every other batch: moments to take `state`.
 
         Leaves the model in evaluation mode. Where samples are held out, its weights are then (and in the `state` behind
-        the last batch) those of the epoch with the largest `held_out`, of several the first.
+        the last batch) those of the epoch with the largest `held_out`, of several the first; with `Schedule.ema` they
+        are the average.
 
         Raises:
             ModelError: when a loss or a worth is not finite.
             DataError: when an image cannot be read.
         """
-        schedule, size = self.objective.schedule, len(self.objective)
-        num_batches = math.ceil(size / schedule.batch_size)
+        schedule = self.objective.schedule
         if not self.samples_done:
             self.objective.prepare(self.model)
-        network = self.model if self._workers == 1 else DistributedDataParallel(self.model)
+            if schedule.ema is not None:
+                self._average = {name: value.clone() for name, value in self.model.state_dict().items()}
+        compiled = self.model.unet if isinstance(self.model, OneShotDenoiser) else self.model
+        if schedule.compile:
+            compiled.compile()  # of its calls: names in the state dict stay what they are
+        network: nn.Module = _Step(self.model, self.objective)
+        if self._workers > 1:
+            network = DistributedDataParallel(network)
         self.model.train()
         while self.epoch < schedule.epochs:
-            for group in self._optimizer.param_groups:
-                group["lr"] = schedule.rate(self.epoch)
-            start, before = time.perf_counter(), self.batch
+            start, before, earlier = time.perf_counter(), self.samples_done, self._seconds
+            first = self._samples(self.epoch * self._per_epoch)
             for batch, share in self._batches():
                 self._step(network, batch, share)
                 self.batch += 1
-                if self.batch < num_batches:
+                self._seconds = earlier + time.perf_counter() - start
+                if self.batch < self._end:
                     yield None
-            seconds = time.perf_counter() - start
-            means = {name: value.item() / size for name, value in self._sums.items()} | self._held_out()
+            seconds, now = self._seconds - earlier, self.samples_done
+            means = {name: value.item() / (now - first) for name, value in self._sums.items()} | self._held_out()
             if not all(map(math.isfinite, means.values())):
                 raise ModelError(
                     f"{self.objective.name}: the loss of epoch {self.epoch + 1} is not finite "
                     f"({', '.join(f'{name} {value}' for name, value in means.items())}); lower its learning rate"
                 )
-            seen = size - before * schedule.batch_size
             self.epoch, self.batch, self._sums = self.epoch + 1, 0, {}
-            record = {"epoch": float(self.epoch), **means, "lr": schedule.rate(self.epoch - 1)}
-            self.history.append({**record, "samples_per_s": seen / max(seconds, 1e-9)})
+            record = {"epoch": float(self.epoch), **means, "lr": self._optimizer.param_groups[0]["lr"]}
+            rate = (now - before) / max(seconds, 1e-9)
+            self.history.append({**record, "samples_per_s": rate, "seconds": self._seconds})
             self._keep_best()
+            if self._average and self.epoch == schedule.epochs:
+                self.model.load_state_dict(self._average)
             yield self.history[-1]
+        if schedule.compile:
+            compiled._compiled_call_impl = None
         self.model.eval()
 
     def _held_out(self) -> Record:
@@ -225,7 +308,7 @@ class Training:
         """
         epoch, size, objective = self.epoch, self.objective.schedule.batch_size, self.objective
         order = _order(objective, epoch)
-        starts = range(self.batch * size, len(order), size)
+        starts = range(self.batch * size, min(self._end * size, len(order)), size)
 
         def make(start: int) -> tuple[Sequence[Tensor], float]:
             whole = order[start : start + size]
@@ -237,15 +320,21 @@ class Training:
         return _ahead(make, starts, objective.threads)
 
     def _step(self, network: nn.Module, batch: Sequence[Tensor], weight: float) -> None:
+        schedule, done = self.objective.schedule, self._batches_done
+        for group in self._optimizer.param_groups:
+            group["lr"] = schedule.rate(done, self._per_epoch)
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             # Dropout: a function of the place too.
             torch.manual_seed(_number(self.objective, "dropout", self.epoch, f"{self.batch}/{self._rank}"))
-            terms = self.objective.losses(network, [tensor.to(self._device) for tensor in batch])
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
+                terms = network([tensor.to(self._device) for tensor in batch])
             loss = terms["loss"].sum() * weight
             self._optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self._optimizer.step()
         with torch.no_grad():
+            if schedule.ema is not None:
+                self._follow(min(schedule.ema, (done + 1) / (done + 10)))
             sums = torch.stack([term.double().sum() for term in terms.values()])
             if not weight:
                 sums.zero_()
@@ -253,6 +342,26 @@ class Training:
                 dist.all_reduce(sums)  # at every batch, so that any state of any worker is a whole one
             for name, value in zip(terms, sums, strict=True):
                 self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def _follow(self, decay: float) -> None:
+        """Move the average: weights and the statistics of BatchNorm; what counts (int64) is copied."""
+        state = self.model.state_dict()
+        moving = [name for name, value in state.items() if value.is_floating_point()]
+        means, values = ([of[name] for name in moving] for of in (self._average, state))
+        torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(means, values, 0)  # type: ignore[no-untyped-call]
+        for name in state.keys() - set(moving):
+            self._average[name].copy_(state[name])
+
+
+class _Step(nn.Module):
+    """The losses of a batch as one call of one module, however often they call the model: what workers share."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self._objective = model, objective
+
+    def forward(self, batch: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        return self._objective.losses(self.model, batch)
 
 
 def slice_of(whole: NDArray[np.int64], rank: int, workers: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""The images of a training, noised: held in memory where they fit, otherwise read and decoded as they come."""
+"""The images of a training, augmented and noised: held in memory where they fit, else decoded as they come."""
 
 import os
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from core.config.values import Augment
 from core.data import Dataset
 from core.machine.noise import fill_normal
 from core.machine.noise_key import training_key
+from core.training.augment import augment, draw_augmentation
 
 __all__ = ["MEMORY_SHARE", "Samples"]
 
@@ -19,7 +21,7 @@ MEMORY_SHARE = 0.25
 
 
 class Samples:
-    """Some examples of a data set, with noise that is a function of (seed, training, epoch, example id).
+    """Some examples of a data set; augmentation and noise are functions of (seed, training, epoch, example id).
 
     Images that are stored encoded are decoded at their first use and kept as uint8 where all of them take at most a
     quarter of the machine's memory; larger sets are decoded in every epoch.
@@ -28,11 +30,21 @@ class Samples:
         data: the split.
         places: which of its examples, int64 ``(N,)``.
         name, seed: of the training and of the run, for the noise.
+        augment: what is done to the images before they are noised.
         processes: that hold samples on this machine.
     """
 
-    def __init__(self, data: Dataset, places: NDArray[np.int64], name: str, seed: int, *, processes: int = 1) -> None:
-        self._data, self._places, self._name, self._seed = data, places, name, seed
+    def __init__(
+        self,
+        data: Dataset,
+        places: NDArray[np.int64],
+        name: str,
+        seed: int,
+        *,
+        augment: Augment = "none",
+        processes: int = 1,
+    ) -> None:
+        self._data, self._places, self._name, self._seed, self._augment = data, places, name, seed, augment
         in_memory = isinstance(data.images, np.ndarray)
         needed = processes * len(places) * int(np.prod(data.shape))
         fits = needed <= MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -45,11 +57,31 @@ class Samples:
     def __len__(self) -> int:
         return len(self._places)
 
+    def images(self, epoch: int, chosen: NDArray[np.int64]) -> Tensor:
+        """Some samples, augmented: float32 ``(B, C, H, W)`` in [0, 1].
+
+        Args:
+            epoch: the augmentation is another one in each.
+            chosen: ``(B,)`` numbers of samples.
+
+        Raises:
+            DataError: for an image that cannot be read; names it.
+        """
+        images = np.stack([self._augmented(epoch, number) for number in chosen.tolist()])
+        return torch.from_numpy(images).float().div_(255.0)
+
+    def noise(self, epoch: int, chosen: NDArray[np.int64], copies: int) -> Tensor:
+        """Standard normal noise for some samples, float32 ``(B, copies, C, H, W)``, another one in each epoch."""
+        noise = torch.empty(len(chosen), copies, *self._data.shape)
+        for row, number in zip(noise, chosen.tolist(), strict=True):
+            fill_normal(row.numpy(), self._key("noise", epoch, number))
+        return noise
+
     def noisy(self, epoch: int, chosen: NDArray[np.int64], sigmas: Sequence[float] | Tensor, copies: int) -> Tensor:
         """Noisy copies of some samples: ``(copies * B, C, H, W)``, one of each sample first, then the next of each.
 
         Args:
-            epoch: the noise is another one in each.
+            epoch: augmentation and noise are others in each; all copies of a sample have one augmentation.
             chosen: ``(B,)`` numbers of samples.
             sigmas: ``(B,)`` noise level of each.
             copies: of each sample.
@@ -57,13 +89,19 @@ class Samples:
         Raises:
             DataError: for an image that cannot be read; names it.
         """
-        noise = torch.empty(len(chosen), copies, *self._data.shape)
-        for row, number in zip(noise, chosen.tolist(), strict=True):
-            example_id = self._data.example_ids[self._places[number]]
-            fill_normal(row.numpy(), training_key(self._seed, self._name, "noise", epoch, example_id))
-        images = torch.from_numpy(np.stack([self._image(number) for number in chosen.tolist()])).float().div_(255.0)
         levels = torch.as_tensor(sigmas, dtype=torch.float32).view(-1, 1, 1, 1, 1)
+        noise, images = self.noise(epoch, chosen, copies), self.images(epoch, chosen)
         return noise.mul_(levels).add_(images[:, None]).transpose(0, 1).reshape(-1, *self._data.shape)
+
+    def _key(self, use: str, epoch: int, number: int) -> bytes:
+        return training_key(self._seed, self._name, use, epoch, self._data.example_ids[self._places[number]])
+
+    def _augmented(self, epoch: int, number: int) -> NDArray[np.uint8]:
+        image = self._image(number)
+        if self._augment == "none":
+            return image
+        height, width = image.shape[1:]
+        return augment(image, draw_augmentation(self._augment, (height, width), self._key("augment", epoch, number)))
 
     def _image(self, number: int) -> NDArray[np.uint8]:
         if self._held is None:

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from core.config import Config
+from core.config import Config, DenoiserTrainConfig, TrainConfig
 from core.data import Dataset, Split
 from core.progress import clock
 from core.records import CLASSIFIER, ESTIMATOR
+from core.training.classifier import copies_of, rows_per_image
 from distributed.execution.launch import outline, step_of, stores
 from distributed.execution.work import Work
 from distributed.methods.method import Kind
@@ -152,7 +153,7 @@ def count_parts(
     """
     config, parts = directory.config, []
     workers = max(1, config.compute.train_workers)
-    base, estimator, finetune = config.base, config.estimator, config.finetune
+    estimator, finetune = config.estimator, config.finetune
     denoises = len(config.denoisers)
 
     def training(name: str, copies: int, model: str, exact: bool = True, share: int = 1, **rows: int) -> None:
@@ -162,14 +163,16 @@ def count_parts(
     for step in steps:
         num = len(data["train"]) if "train" in data else 0
         if step == "train_base":
-            if base.denoiser is None:
-                copies = base.denoiser_steps * base.denoiser_batch
-                training("train_base, denoiser", copies, "denoiser", denoiser=copies)
-            trained = sum(config.own_classifier(role) is None for role in config.classifiers)
-            if trained:
-                copies = trained * base.classifier_epochs * num
-                each = copies * (1 + denoises)  # clean images beside denoised ones
-                training("train_base, classifier", copies, "classifier", denoiser=copies * denoises, classifier=each)
+            for role in config.base_models:
+                train = config.training_of(role)
+                if isinstance(train, DenoiserTrainConfig):
+                    copies = train.steps * min(train.batch_size, num)
+                    training(f"{step}, {role}", copies, role, False, workers, denoiser=copies)
+                elif isinstance(train, TrainConfig):
+                    images = train.epochs * num
+                    noisy, clean = images * rows_per_image(train), images * bool(train.clean)
+                    copies, front = images * copies_of(train), noisy * denoises
+                    training(f"{step}, {role}", copies, role, True, workers, denoiser=front, classifier=noisy + clean)
         elif step == "train_estimator":  # without the samples of radius 0 at every sigma
             held, epochs = round(estimator.holdout * num), estimator.epochs
             copies = epochs * ((num - held) * estimator.num_copies + held * estimator.holdout_copies)

@@ -19,23 +19,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from core.config import Config
 from core.data import Dataset, Split
 from core.errors import ConfigError
 from core.machine.cpu import settle
 from core.machine.network import Denoiser
-from core.models.checkpoints import build_denoiser, load_classifier, load_denoiser, load_model
-from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.checkpoints import load_model
+from core.models.denoiser import OneShotDenoiser
 from core.models.features import FeatureRouter
-from core.models.small import SmallConvNet
 from core.procedures.smoothing import certificate, certify
-from core.progress import Progress
 from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling
-from core.training.base import train_classifier, train_denoiser
+from core.training.base_networks import base_network, base_objective
+from core.training.classifier import copies_of
 from core.training.estimator import EstimatorObjective, new_estimator
 from core.training.finetune import FinetuneObjective, choose_sigma
 from core.training.loop import Objective, Training
-from distributed.checks.estimate import TRAINING, Part
+from distributed.checks.estimate import DENOISER, TRAINING, Part
 from distributed.execution.launch import step_of, stores, work_of
 from distributed.execution.work import Work, build_engine, make_task, warm_up
 from distributed.methods.dual import Dual
@@ -43,28 +41,10 @@ from distributed.methods.method import Kind
 from distributed.methods.rows import certificate_row
 from distributed.store.run_directory import RunDirectory
 
-__all__ = ["base_classifier", "base_denoiser", "measure_parts"]
+__all__ = ["measure_parts"]
 
 _PATIENCE_S = 20.0
 """A pass of the configured batch that would take longer is measured in a smaller batch, and training not at all."""
-
-
-def base_denoiser(config: Config, shape: Sequence[int]) -> OneShotDenoiser:
-    """The denoiser that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
-    base = config.base
-    if base.denoiser is None:
-        return build_denoiser(small_unet_config(shape[0], shape[1]))
-    return load_denoiser(base.denoiser, schedule=base.denoiser_schedule, head_dim=base.denoiser_head_dim)
-
-
-def base_classifier(
-    config: Config, role: str, shape: Sequence[int], num_classes: int, class_names: Sequence[str] | None
-) -> nn.Module:
-    """A classifier that `jobs.train_base` takes, or an untrained one of the architecture that it trains."""
-    named = config.own_classifier(role)
-    if named is None:
-        return SmallConvNet.for_images(shape, num_classes, config.training_of(role).classifier_width)
-    return load_classifier(named, num_classes, shape[0], class_names=class_names)
 
 
 def measure_parts(
@@ -117,13 +97,13 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
         (Path(aside) / "models").mkdir()
         written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
 
-        def classifier(role: str) -> nn.Module:
-            return base_classifier(config, role, shape, data.num_classes, data.class_names)
+        def base(role: str) -> nn.Module:
+            return base_network(config, role, shape, data.num_classes, data.class_names)
 
         makers: dict[str, Callable[[], nn.Module]] = {
-            **{name: partial(base_denoiser, config, shape) for name in config.denoisers},
-            "estimator": partial(new_estimator, config, shape, classifier),
-            **{role: partial(classifier, role) for role in config.classifiers},
+            **{name: partial(base, name) for name in config.denoisers},
+            "estimator": partial(new_estimator, config, shape, base),
+            **{role: partial(base, role) for role in config.classifiers},
         }
         tuned = {name: role for role, name in config.certified.items() if name not in makers}
         wrote: dict[str, str] = {}
@@ -240,14 +220,6 @@ def _one_row_s(network: Any, data: Dataset, work: Work) -> float:
     return seconds
 
 
-class _Silent(Progress):
-    def __init__(self) -> None:
-        pass
-
-    def update(self, num: int, note: str = "") -> None:
-        pass
-
-
 class _Training:
     """Rates of the trainings, on a few batches of the training split."""
 
@@ -257,27 +229,28 @@ class _Training:
 
     def rate(self, name: str) -> float | None:
         """Noisy copies per second of a part; None where one batch would take too long."""
-        config = self._config
-        base, silent, seed = config.base, _Silent(), config.seed
-        if name == "train_base, denoiser":
-            part = self._part(base.denoiser_batch)
-            return self._timed(
-                lambda num: train_denoiser(part, base.model_copy(update={"denoiser_steps": num}), seed, silent),
-                base.denoiser_batch,
-            )
-        loaded = [load_model(self._run.model(each)) for each in config.denoisers]
+        loaded = [load_model(self._run.model(each)) for each in self._config.denoisers]
         denoiser = cast(OneShotDenoiser, loaded[0]) if loaded else None
-        if name == "train_base, classifier":
-            part = self._part(base.classifier_batch)
-            pool = [config.training_of(role) for role in config.classifiers]
-            base = max(pool, key=lambda settings: settings.classifier_width)
-            return self._timed(
-                lambda num: train_classifier(
-                    part, denoiser, base.model_copy(update={"classifier_epochs": num}), seed, silent
-                ),
-                len(part),
-            )
-        return self._on_pixels(name, denoiser)
+        step, _, role = name.partition(", ")
+        return self._of_base(role, denoiser) if step == "train_base" else self._on_pixels(name, denoiser)
+
+    def _of_base(self, role: str, denoiser: OneShotDenoiser | None) -> float | None:
+        config, train = self._config, self._config.training_of(role)
+        assert train is not None, "trained here"
+        model, part = load_model(self._run.model(role)), self._part(train.batch_size)
+        made = cast(OneShotDenoiser, model) if role == DENOISER else None
+        front, behind = (made, nn.Identity()) if made else (denoiser, model)
+        objective = base_objective(config, role, part, None if made else denoiser)
+        copies = len(part) * copies_of(train)
+        if _one_image_s(front, behind, part, max(config.sigmas)) * copies > _PATIENCE_S:
+            return None
+
+        def begin(num: int) -> None:
+            objective.schedule = replace(objective.schedule, epochs=num, steps=None, compile=False)
+            for _ in Training(model, objective).run():
+                pass
+
+        return self._timed(begin, copies)
 
     def _on_pixels(self, name: str, denoiser: OneShotDenoiser | None) -> float | None:
         estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma

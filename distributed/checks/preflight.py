@@ -87,17 +87,13 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
                 found.data[split] = _check_split(directory, split, found)
     with found.collect():
         _check_pair(found.data)
-    for split, data in found.data.items():
-        if any(plan[step].pixels and split in plan[step].splits for step in found.steps):
-            with found.collect():
-                data.check_memory()
     _check_models(directory, found)
     if any(plan[step].trains for step in found.steps):
         with found.collect():
             found.facts.append(("training", training_place(compute, here)))
     elif here and "train_base" in found.steps and not compute.train_workers:
         with found.collect():
-            train_device(compute)
+            train_device(compute)  # for the clean accuracy
     if writable:
         with found.collect():
             _check_room(directory, found)
@@ -287,30 +283,29 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
 
 def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
     """What `jobs.train_base` takes from files, or trains."""
-    from distributed.checks.measure import base_classifier, base_denoiser
+    from core.training.base_networks import base_network
 
-    base, shape = config.base, _shape(config, data)
     classes = data.num_classes if data else config.dataset.known_classes
-    if config.denoisers and (data or base.denoiser):
-        with found.collect("base.denoiser"), torch.device("meta"):
-            found.networks["denoiser"] = base_denoiser(config, shape)
-    for role, sigma in config.classifiers.items():
-        own = config.own_classifier(role)
-        key = "base.classifier" if sigma is None else f"base.experts.{sigma}"
-        if own is None and data is None:
+    for role in config.base_models:
+        denoises = role in config.denoisers
+        own = config.denoiser if denoises else config.classifier(role)
+        assert own is not None, "a role of the configuration"
+        key = f"base.{role}" if "-" not in role else f"base.experts.{role.partition('-')[2]}"
+        if data is None and own.checkpoint is None:
             continue
-        if classes is None:  # the data are missing too
-            if own and own.checkpoint and not Path(own.checkpoint).exists():
+        if classes is None and not denoises:  # the data are missing too
+            if own.checkpoint and not Path(own.checkpoint).exists():
                 found.problems.append(ModelError(f"{key}: no checkpoint at {own.checkpoint!r}; look at the path"))
             continue
         # timm's own weights do not load without their tensors.
-        with found.collect(key), torch.device("cpu" if own and own.pretrained else "meta"):
-            found.networks[role] = base_classifier(config, role, shape, classes, data.class_names if data else None)
+        with found.collect(key), torch.device("cpu" if getattr(own, "pretrained", False) else "meta"):
+            names = data.class_names if data else None
+            found.networks[role] = base_network(config, role, _shape(config, data), classes or 0, names)
 
 
 def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
+    from core.training.base_networks import base_network
     from core.training.estimator import new_estimator
-    from distributed.checks.measure import base_classifier
 
     backbone = config.estimator.backbone
     if data is None and (backbone is None or config.estimator.reads_features):
@@ -318,7 +313,7 @@ def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
     with found.collect("estimator.backbone"), torch.device("cpu" if backbone and backbone.pretrained else "meta"):
         shape, classes, names = _shape(config, data), *((data.num_classes, data.class_names) if data else (0, None))
         found.networks["estimator"] = new_estimator(
-            config, shape, lambda role: base_classifier(config, role, shape, classes, names)
+            config, shape, lambda role: base_network(config, role, shape, classes, names)
         )
 
 
@@ -356,8 +351,8 @@ def _check_network(config: Config, name: str, network: nn.Module, data: Dataset 
 def _source(config: Config, name: str) -> str | None:
     """Where a network of one's own is from."""
     if name == "denoiser":
-        return config.base.denoiser
-    named = config.own_classifier(name) if name in config.classifiers else config.estimator.backbone
+        return config.denoiser.checkpoint if config.denoiser else None
+    named = config.classifier(name) if name in config.classifiers else config.estimator.backbone
     return (named.checkpoint or named.arch) if named else None
 
 

@@ -16,8 +16,6 @@ class Step(NamedTuple):
     splits: tuple[Split, ...]
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    pixels: bool = False
-    """Whether it takes all images into memory."""
     trains: bool = False
     """Whether it is a training that workers can share."""
 
@@ -25,11 +23,11 @@ class Step(NamedTuple):
 def steps_of(config: Config) -> dict[str, Step]:
     """Every step of a configuration, by its name in the manifest."""
     made, taken = config.base_models, tuple(config.certified.values())
-    own = config.base.denoiser is None or None in map(config.own_classifier, config.classifiers)
+    trained = any(config.training_of(role) is not None for role in made)
     tuned = tuple(name for name in taken if name not in made)  # none: no such step
     tuning = Step(("train",), (*made, "estimator"), tuned, trains=True)
     return {
-        "train_base": Step(("train", "test"), (), made, pixels=own),
+        "train_base": Step(("train", "test"), (), made, trains=trained),
         "build_dataset": Step(("train",), made),
         "train_estimator": Step(("train",), made, ("estimator",), trains=True),
         **({"finetune_classifier": tuning} if tuned else {}),

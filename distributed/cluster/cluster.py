@@ -25,6 +25,7 @@ __all__ = [
     "train_device",
     "train_resources",
     "training_place",
+    "trainings_at_once",
 ]
 
 
@@ -172,6 +173,14 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
             )
         print(f"waiting for room: {compute.train_workers} training workers, the cluster has {there} now", flush=True)
     return {kind: each}
+
+
+def trainings_at_once(compute: ComputeConfig) -> int:
+    """Trainings on `compute.train_workers` workers that the cluster has room for; 1 in the driver's process."""
+    if not compute.train_workers:
+        return 1
+    gpu = compute.train_device == "cuda"
+    return max(1, _room("GPU" if gpu else "CPU", 1.0 if gpu else compute.train_threads) // compute.train_workers)
 
 
 def quiet_ray_data() -> None:

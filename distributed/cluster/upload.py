@@ -64,7 +64,7 @@ def _named(config: Config, steps: Collection[str]) -> dict[str, str]:
     for split, part in (("train", data.train), ("test", data.test)):
         named |= {f"dataset.{split}.path": part.path, f"dataset.{split}.ids_file": part.ids_file}
     if "train_base" in steps:
-        denoiser = base.denoiser if config.denoisers else None
+        denoiser = config.denoiser.checkpoint if config.denoiser else None
         hub = denoiser and re.fullmatch(r"([\w.-]+)/[\w-]+", denoiser)  # or a folder, who can tell
         named["base.denoiser"] = None if hub and hub[1] not in LEFT_OUT else denoiser
         named["base.classifier.checkpoint"] = base.classifier.checkpoint if base.classifier else None

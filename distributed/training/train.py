@@ -6,7 +6,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,11 @@ from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
 from core.models.checkpoints import load_denoiser, load_model, save_model
 from core.models.features import FeatureExtractor, expert_place
+from core.training.base_networks import base_objective
 from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
 from core.training.loop import Objective, Record, Training
-from distributed.cluster.cluster import train_cluster, train_device, train_resources
+from distributed.cluster.cluster import train_cluster, train_device, train_resources, trainings_at_once
 from distributed.cluster.joining import joins
 from distributed.execution.metrics import TrainingMetrics
 from distributed.execution.work import check_visible
@@ -36,7 +38,7 @@ from distributed.store.progress import StepProgress
 from distributed.store.run_directory import RunDirectory
 from distributed.training.checkpoints import Checkpoints, Curves, identity_of
 
-__all__ = ["Lesson", "forget", "train"]
+__all__ = ["Lesson", "Member", "forget", "train"]
 
 _START = "start"
 
@@ -52,11 +54,13 @@ class Lesson:
         root: the run directory.
         models: where its networks are.
         name: of its folder in training/: that of the step, with the expert's level behind it.
-        kind: which network.
+        kind: which network, and whether it is a base network that is trained (`base`) or fine-tuned (`classifier`).
+        role: of a base network, its name.
         config: the run's.
         denoiser: SHA-256 of the run's denoiser, None where it has none.
-        places: int64 ``(N,)``, the examples of the training split that it may use.
-        values: float64; the estimator's ``(N, K)`` radii, or the classifier's ``(N,)`` noise levels.
+        places: int64 ``(N,)``, the examples of the training split that it may use; of a base network all.
+        values: float64; the estimator's ``(N, K)`` radii, or the classifier's ``(N,)`` noise levels; of a base network
+            none.
         data_digest: `Dataset.digest` of the training split.
         classifiers: SHA-256 by name of those that the estimator reads, in the order of sigma; none where it reads
             images.
@@ -65,13 +69,30 @@ class Lesson:
     root: Folder
     models: Folder
     name: str
-    kind: Literal["estimator", "classifier"]
+    kind: Literal["estimator", "classifier", "base"]
     config: Config
     denoiser: str | None
     places: NDArray[np.int64] = field(repr=False)
     values: NDArray[np.float64] = field(repr=False)
     data_digest: str
     classifiers: Mapping[str, str] = field(default_factory=dict)
+    role: str = ""
+
+    @classmethod
+    def base(cls, directory: RunDirectory, role: str, denoiser: str | None) -> "Lesson":
+        """The training of a base network of a run, behind the denoiser with this SHA-256, if any."""
+        return cls(
+            root=directory.folder,
+            models=directory.folder / "models",
+            name=f"train_base-{role}",
+            kind="base",
+            role=role,
+            config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
+            denoiser=denoiser,
+            places=np.empty(0, np.int64),
+            values=np.empty(0),
+            data_digest=directory.manifest["data"]["train"]["digest"],
+        )
 
     @classmethod
     def of(
@@ -121,8 +142,10 @@ class Lesson:
         """Its samples and its loss, with the denoiser on `device`."""
         config = self.config
         denoiser = None
-        if self.denoiser is not None and (self.kind == "classifier" or config.estimator.denoiser):
+        if self.denoiser is not None and (self.kind != "estimator" or config.estimator.denoiser):
             denoiser = load_denoiser(self.models.fetch("denoiser.safetensors", self.denoiser)).to(device)
+        if self.kind == "base":
+            return base_objective(self.config, self.role, data, denoiser, processes=processes)
         if self.kind == "estimator":
             extractor = None
             if self.classifiers:
@@ -157,21 +180,34 @@ class Sign:
     begins: bool = False
 
 
-def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) -> list[Record]:
-    """Train `model` in place, from the last checkpoint of this training on if there is one.
+@dataclass(frozen=True)
+class Member:
+    """One of the trainings of a step.
 
-    In this process, or with `compute.train_workers` on workers of Ray Train. Same configuration, data and machine: same
-    weights to the bit, however often it was interrupted; for another number of workers see `core.training.loop`.
-    The checkpoint stays until `forget`.
+    Attributes:
+        lesson: what it learns.
+        model: on the CPU; trained in place, ends there, in evaluation mode.
+        what: what progress lines call it.
+    """
+
+    lesson: Lesson
+    model: nn.Module
+    what: str
+
+
+def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Record]]:
+    """Train each from the last checkpoint of its training on, if there is one.
+
+    In this process, one after the other; or with `compute.train_workers` on workers of Ray Train, as many trainings
+    side by side as the cluster has room for. Same configuration, data and machine: same weights to the bit, however often it
+    was interrupted; for another number of workers see `core.training.loop`. The checkpoints stay until `forget`.
 
     Args:
         directory: the run.
-        lesson: what it learns.
-        model: on the CPU; ends there, in evaluation mode.
-        what: what progress lines call it.
+        members: with different names.
 
     Returns:
-        The record of each epoch.
+        For each the record of each epoch.
 
     Raises:
         ConfigError: when there is no device for it.
@@ -179,10 +215,32 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
         ModelError: when the loss is not finite.
         LimitError: when the run's device hours are spent.
     """
+    compute = directory.config.compute
+    histories: list[list[Record]] = [[] for _ in members]
+    waiting = deque(enumerate(members))
+    running: dict[int, Generator[None, None, list[Record]]] = {}
+    with train_cluster(compute), ExitStack() as stack:
+        at_once = trainings_at_once(compute)
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                place, member = waiting.popleft()
+                running[place] = stack.enter_context(closing(_training(directory, member, 0.5 / at_once)))
+            for place, training in list(running.items()):
+                try:
+                    next(training)
+                except StopIteration as ended:
+                    histories[place] = ended.value
+                    del running[place]
+    return histories
+
+
+def _training(directory: RunDirectory, member: Member, patience_s: float) -> Generator[None, None, list[Record]]:
+    """One training, told of as it goes on; yields now and then, and at the latest every `patience_s` on workers."""
+    lesson, model, what = member.lesson, member.model, member.what
     compute = lesson.config.compute
     checkpoints = Checkpoints(lesson.folder, lesson.identity(model))
     signs = (
-        _on_workers(directory, lesson, model, what)
+        _on_workers(lesson, model, what, patience_s)
         if compute.train_workers
         else _in_process(directory.data("train"), lesson, model, checkpoints)
     )
@@ -191,6 +249,9 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
         curves = stack.enter_context(Curves(lesson.folder / "tensorboard"))
         progress, epoch, note = None, 0, ""
         for sign in signs:
+            if sign is None:
+                yield
+                continue
             if progress is None:
                 progress = stack.enter_context(
                     StepProgress(
@@ -213,6 +274,7 @@ def train(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) 
                 if "held_out" in sign.record:
                     note += f", held-out radius {sign.record['held_out']:.4f}"
             progress.update(max(0, sign.done - progress.done), note)
+            yield
     state = checkpoints.read()
     assert state is not None, "every training ends with a checkpoint"
     model.cpu().load_state_dict(state["model"])
@@ -226,7 +288,7 @@ def forget(lesson: Lesson) -> None:
     lesson.folder.remove(f"{_START}.safetensors")
 
 
-def _in_process(data: Dataset, lesson: Lesson, model: nn.Module, checkpoints: Checkpoints) -> Generator[Sign]:
+def _in_process(data: Dataset, lesson: Lesson, model: nn.Module, checkpoints: Checkpoints) -> Generator[Sign | None]:
     compute = lesson.config.compute
     device = train_device(compute)
     settle(compute.train_threads)
@@ -246,14 +308,17 @@ def _advance(training: Training, checkpoints: Checkpoints, *, writes: bool) -> G
         yield Sign(training.samples_done, total, record)
 
 
-def _on_workers(directory: RunDirectory, lesson: Lesson, model: nn.Module, what: str) -> Generator[Sign]:
-    """What the first worker says, while Ray Train keeps all running; if one is lost, all go on from the checkpoint."""
+def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) -> Generator[Sign | None]:
+    """What the first worker says, while Ray Train keeps all running; if one is lost, all go on from the checkpoint.
+
+    None when it has said nothing for `patience_s`.
+    """
     compute = lesson.config.compute
     start = _save_start(lesson, model)
     if joins():
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # for the dashboard's page on trainings
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths stay what they are
-    with train_cluster(compute), tempfile.TemporaryDirectory() as aside:
+    with tempfile.TemporaryDirectory() as aside:
         import ray.train  # not before: `connected` decides how Ray authenticates
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.util.queue import Empty, Queue
@@ -299,10 +364,11 @@ def _on_workers(directory: RunDirectory, lesson: Lesson, model: nn.Module, what:
         while True:
             alive = fitting.is_alive()  # before the look: what it said last is not missed
             try:
-                sign = signs.get(timeout=0.5)
+                sign = signs.get(timeout=patience_s)
             except Empty:
                 if not alive:
                     break
+                yield None
                 continue
             if isinstance(sign, DualRSError):
                 fitting.join()

@@ -3,7 +3,9 @@
 import copy
 import hashlib
 import io
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,21 +63,35 @@ def same(one: Training, two: Training) -> bool:
     return losses[0] == losses[1] and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_training_that_goes_on_from_any_batch_ends_with_the_same_bits() -> None:
-    whole = finished(Training(network(), objective()))
-    interrupted = Training(network(), objective())
+GROWN = {
+    "optimizer": "sgd", "momentum": 0.9, "kind": "cosine", "warmup": 0.2, "ema": 0.8, "precision": "bfloat16",
+    "steps": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{}, GROWN], ids=["as it was", "all that it can"])
+def test_training_that_goes_on_from_any_batch_ends_with_the_same_bits(changes: dict[str, Any]) -> None:
+    def learner() -> EstimatorObjective:
+        learnt = objective()
+        learnt.schedule = replace(learnt.schedule, **changes)
+        return learnt
+
+    whole = finished(Training(network(), learner()))
+    interrupted = Training(network(), learner())
     states = []
     for _ in interrupted.run():
         buffer = io.BytesIO()
         torch.save(interrupted.state(), buffer)
         states.append(buffer.getvalue())
     assert same(interrupted, whole)
-    assert len(states) == 9  # three batches in each of three epochs
+    assert len(states) == changes.get("steps", 9)  # three batches in each of three epochs
+    assert interrupted.samples_done == interrupted.samples_total == (39 if len(states) == 9 else 36)
     for number, content in enumerate(states):
         torch.manual_seed(99)
-        resumed = Training(network(seed=5), objective())
+        resumed = Training(network(seed=5), learner())
         resumed.load_state(torch.load(io.BytesIO(content), weights_only=True))
-        assert (resumed.epoch, resumed.batch) == ((number + 1) // 3, (number + 1) % 3)
+        last = number + 1 == len(states)
+        assert (resumed.epoch, resumed.batch) == ((3, 0) if last else ((number + 1) // 3, (number + 1) % 3))
         assert same(finished(resumed), whole), number
 
 
@@ -156,6 +172,76 @@ def test_one_worker_equals_a_loop_written_out() -> None:
     ]
     for one, two in zip(trained.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("total", [2, 7, 40, 1000])
+def test_schedule_one_cycle_is_that_of_torch(total: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=total)
+    schedule = Schedule(1, 5, lr=0.3, weight_decay=0.0, kind="one_cycle", steps=total)
+    for batch in range(total):
+        assert schedule.rate(batch, 10**6) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), batch
+        optimizer.step()
+        if batch + 1 < total:
+            scheduler.step()
+
+
+def test_schedule_closed_forms() -> None:
+    def rates(**keys: Any) -> list[float]:
+        schedule = Schedule(4, 5, lr=1.0, weight_decay=0.0, **keys)
+        return [schedule.rate(batch, 5) for batch in range(20)]
+
+    batches = np.arange(20)
+    rise = np.minimum(1, (batches + 1) / 5)
+    assert rates(kind="constant") == [1.0] * 20
+    assert rates(kind="constant", warmup=0.25) == pytest.approx(rise)
+    assert rates(kind="constant", warmup=0.5, lr_every="epoch") == pytest.approx(np.repeat([0.5, 1, 1, 1], 5))
+    assert rates(kind="step", lr_step=2, lr_gamma=0.1) == pytest.approx(np.repeat([1, 1, 0.1, 0.1], 5))
+    assert rates(kind="step", lr_step=1, lr_gamma=0.5, warmup=0.25) == pytest.approx(
+        rise * np.repeat([1, 0.5, 0.25, 0.125], 5)
+    )
+    assert rates(kind="cosine") == pytest.approx((1 + np.cos(np.pi * batches / 20)) / 2)
+    falling = (1 + np.cos(np.pi * (batches - 5) / 15)) / 2
+    assert rates(kind="cosine", warmup=0.25) == pytest.approx(np.where(batches < 5, rise, falling))
+    assert rates(kind="cosine", lr_every="epoch") == pytest.approx(np.repeat(falling_by_epoch(), 5))
+    assert rates(kind="cosine", steps=10)[9] == pytest.approx((1 + math.cos(math.pi * 0.9)) / 2)
+
+
+def falling_by_epoch() -> list[float]:
+    return [1.0, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 - math.cos(math.pi / 4)) / 2]
+
+
+def test_training_sgd_and_average_equal_a_loop_written_out() -> None:
+    """SGD with momentum and decay; the average of weights and BatchNorm's statistics, slowly, in float64."""
+    learnt = objective()
+    learnt.schedule = Schedule(2, 5, lr=0.1, weight_decay=0.02, optimizer="sgd", momentum=0.9, ema=0.6)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    slow = copy.deepcopy(model)
+    finished(Training(model, learnt))
+    average = {name: value.double() for name, value in slow.state_dict().items()}
+    speeds = [torch.zeros_like(p) for p in slow.parameters()]
+    step = 0
+    for epoch in range(2):
+        order = np.random.default_rng(
+            int.from_bytes(
+                hashlib.blake2b(f"7|train_estimator|order|{epoch}|".encode(), digest_size=16).digest()[:7], "little"
+            )
+        ).permutation(13)
+        for start in (0, 5, 10):
+            loss = learnt.losses(slow, learnt.batch(epoch, order[start : start + 5]))["loss"].mean()
+            gradients = torch.autograd.grad(loss, list(slow.parameters()))
+            with torch.no_grad():
+                for parameter, speed, gradient in zip(slow.parameters(), speeds, gradients, strict=True):
+                    speed.mul_(0.9).add_(gradient + 0.02 * parameter)
+                    parameter.sub_(0.1 * speed)
+            step += 1
+            decay = min(0.6, step / (step + 9))
+            for name, value in slow.state_dict().items():
+                average[name] = decay * average[name] + (1 - decay) * value.double()
+    for name, value in model.state_dict().items():
+        expected = torch.tensor(6.0) if name.endswith("num_batches_tracked") else average[name]
+        torch.testing.assert_close(value.double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
 def torch_loss(logits: Tensor, radii: NDArray[np.float64], weights: NDArray[np.float64]) -> Tensor:

@@ -1,0 +1,63 @@
+"""The base networks of a run: which network each of its roles is, and how it is trained where it is trained here."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from core.config import Config, DenoiserTrainConfig
+from core.data import Dataset
+from core.models.checkpoints import load_denoiser
+from core.training.classifier import ClassifierObjective, new_classifier
+from core.training.denoising import DenoisingObjective, new_denoiser
+from core.training.loop import Objective
+
+__all__ = ["base_network", "base_objective"]
+
+DENOISER = "denoiser"
+
+
+def base_network(
+    config: Config, role: str, shape: Sequence[int], num_classes: int, class_names: Sequence[str] | None = None
+) -> nn.Module:
+    """A network of `Config.base_models`, with the weights that it has before it is trained here, if it is.
+
+    Args:
+        config: the run's.
+        role: `denoiser`, or one of `Config.classifiers`.
+        shape: ``(C, H, W)`` of the images.
+        num_classes: of the data set.
+        class_names: of the data set, where it names them.
+
+    Raises:
+        ModelError, ConfigError: as `load_denoiser` and `load_classifier`.
+    """
+    if role != DENOISER:
+        own = config.classifier(role)
+        return new_classifier(own, shape, num_classes, class_names, new_head=own.train is not None)
+    named = config.denoiser
+    assert named is not None, "a role of the configuration"
+    if named.checkpoint is None:
+        return new_denoiser(named, shape)
+    return load_denoiser(named.checkpoint, schedule=named.schedule, head_dim=named.head_dim)
+
+
+def base_objective(
+    config: Config, role: str, data: Dataset, denoiser: nn.Module | None, *, processes: int = 1
+) -> Objective:
+    """What a base network learns from the training split.
+
+    Args:
+        config: the run's.
+        role: see `base_network`; of one that is trained here.
+        data: the training split.
+        denoiser: of a classifier, on the model's device; None where it reads the noisy image itself.
+        processes: that hold the images on this machine.
+    """
+    name = f"train_base-{role}"
+    if role != DENOISER:
+        train = config.classifier(role).train
+        assert train is not None, "trained here"
+        return ClassifierObjective(data, denoiser, train, config.seed, name, processes=processes)
+    training = config.training_of(role)
+    assert isinstance(training, DenoiserTrainConfig), "trained here"
+    return DenoisingObjective(data, training, config.sigmas, config.seed, name, processes=processes)
