@@ -17,7 +17,7 @@ from core.models.denoiser import OneShotDenoiser
 from distributed.checks.estimate import Part, count_parts, format_parts, limit_notes, size
 from distributed.checks.steps import steps_of
 from distributed.cluster.cluster import check_gpus, replicas_here, train_device, training_place
-from distributed.cluster.joining import check_cluster
+from distributed.cluster.joining import check_cluster, joins
 from distributed.cluster.upload import check_upload
 from distributed.store.lock import read_lock
 from distributed.store.progress import device_hours
@@ -122,7 +122,9 @@ def refuse(problems: Sequence[DualRSError]) -> None:
 
 
 def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, seconds: float = 2.0) -> None:
-    """Print what `check` found and what the steps will take, measured here for a few seconds; write nothing.
+    """Print what `check` found and what the steps will take, measured for a few seconds; write nothing.
+
+    Measured on this machine, or where RAY_ADDRESS names a cluster, where a replica of it would run.
 
     Args:
         directory: opened `dry`.
@@ -133,7 +135,8 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     Raises:
         DualRSError: for the problems, all in one.
     """
-    found = check(directory, steps, here=False)
+    on_cluster = joins() and directory.config.compute.executor == "ray"
+    found = check(directory, steps, here=on_cluster)
     device, replicas, of = replicas_here(directory.config.compute)
     found.facts.append(("device", of))
     if holder := read_lock(directory.folder):
@@ -147,7 +150,11 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
         return
     parts = count_found(directory, found, replicas)
     notes = []
-    if parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
+    if parts and on_cluster:
+        from distributed.checks.measure import measure_on_worker
+
+        notes += measure_on_worker(directory, parts, [*found.data], seconds)
+    elif parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
         notes.append("compute.device is cuda and this machine has no GPU: nothing can be measured here")
     elif parts:
         from distributed.checks.measure import measure_parts
