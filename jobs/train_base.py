@@ -48,7 +48,8 @@ def _make(directory: RunDirectory) -> None:
         made = _networks(directory, roles, wrote.get(DENOISER), members, trained)
         for role, network in made.items():
             if facts := getattr(network, "taken", None):
-                taken[role] = facts
+                own = config.denoiser if role == DENOISER else config.classifier(role)
+                taken[role] = facts | ({"checkpoint": own.checkpoint} if own and own.checkpoint else {})
             if role != DENOISER:
                 size = config.compute.training_batch_size
                 accuracy[role] = clean_accuracy(role, network.to(device), test, size)
@@ -85,14 +86,16 @@ def _networks(
     from core.models.denoiser import OneShotDenoiser
     from core.models.weights import check_weights
     from core.training.base_networks import base_network
+    from distributed.store.sources import local_models
     from distributed.training.train import Lesson, Member, train
 
     config, data = directory.config, directory.data("train")
+    local = local_models(directory, "base")
     made: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[]):
         for role in roles:
             torch.manual_seed(config.seed + (role != DENOISER))
-            made[role] = base_network(config, role, data.shape, data.num_classes, data.class_names)
+            made[role] = base_network(local, role, data.shape, data.num_classes, data.class_names)
     if isinstance(first := made.get(DENOISER), OneShotDenoiser):
         first.check_images(data.shape)
     learning = {

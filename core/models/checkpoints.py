@@ -5,8 +5,7 @@ known kind from that description and nothing else: no code, no pickle.
 """
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,16 @@ from safetensors.torch import save
 from torch import nn
 
 from core.config import ClassifierConfig
+from core.config.models import is_own_code
 from core.errors import ConfigError, ModelError
 from core.files import write_whole
 from core.models.classifiers import ImageClassifier, build_classifier
 from core.models.denoiser import OneShotDenoiser, Schedule, parse_schedule
 from core.models.diffusers_folder import read_folder, unet_config
 from core.models.features import FeatureExtractor, FeatureHead, FeatureRouter
+from core.models.hub import local_path
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
+from core.models.own_code import check_named
 from core.models.small import SmallConvNet
 from core.models.weights import load_strictly, read_checkpoint, read_safetensors
 
@@ -97,14 +99,19 @@ def save_model(module: nn.Module, path: Path) -> None:
     write_whole(path, save(tensors, metadata={"architecture": json.dumps(_describe(module), sort_keys=True)}))
 
 
-def load_model(path: Path) -> nn.Module:
-    """Build the network that `path` describes and load its weights, strictly.
+def load_model(path: Path, code: Collection[str] = ()) -> nn.Module:
+    """Build the network that `path` describes and load its weights, strictly. Nothing is run because the file says so.
 
     Inside `with torch.device("meta")` the network has no weights: only names and shapes are read and compared. The
     same holds for `load_denoiser` and `load_classifier`.
 
+    Args:
+        path: a file of our own format.
+        code: every `module:function` that the configuration names (`Config.own_code`); the file may name no other.
+
     Raises:
-        ModelError: for a missing, truncated or foreign file, an unknown kind, or weights that do not fit.
+        ModelError: for a missing, truncated or foreign file, an unknown kind, or weights that do not fit; as
+            `check_named`.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -123,6 +130,7 @@ def load_model(path: Path) -> nn.Module:
     kind = spec.pop("kind", None)
     if kind not in _BUILDERS:
         raise ModelError(f"{str(path)!r} holds a {kind!r}; known kinds: {', '.join(sorted(_BUILDERS))}")
+    check_named(spec, code, repr(str(path)))
     try:
         with torch.random.fork_rng(devices=[]):
             module = _build(kind, **spec)
@@ -153,11 +161,7 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
         ConfigError: for a schedule or heads beside a source that says them itself.
         ModelError: for anything else, and for what one-shot denoising does not cover.
     """
-    path, name = Path(source), repr(str(source))
-    if not path.exists():
-        if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            raise ModelError(f"no checkpoint at {name}")
-        path = _from_hub(str(source))
+    path, name = local_path(source), repr(str(source))
     folder, own = path.is_dir(), not path.is_dir() and _is_own(path)
     if head_dim is not None and (folder or own):
         raise ConfigError(f"{name} says its attention heads itself; remove head_dim")
@@ -223,22 +227,6 @@ def assemble_denoiser(
     return OneShotDenoiser(unet, **arguments).eval()
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    files = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]
-    wanted = [*files, *(f"unet/{file}" for file in files), "scheduler/scheduler_config.json", "model_index.json"]
-    try:
-        folder = snapshot_download(name, allow_patterns=wanted)
-    except Exception as error:  # of the hub, of its HTTP library, of the system
-        raise ModelError(
-            f"{name!r} is no path here, and as a model of the Hugging Face hub it cannot be fetched "
-            f"({str(error).strip().partition(chr(10))[0]}): fetch it where there is a network "
-            f"(hf download {name} --local-dir FOLDER) and name the folder"
-        ) from error
-    return Path(folder)
-
-
 def _is_own(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
@@ -263,10 +251,12 @@ def load_classifier(
     """
     if config.checkpoint is None or not _is_own(Path(config.checkpoint)):
         return build_classifier(config, num_classes, channels, new_head=new_head, class_names=class_names)
-    extra = [key for key in ("arch", "input_size", "mean", "std", "label_map") if getattr(config, key) is not None]
+    code = [config.arch] if config.arch is not None and is_own_code(config.arch) else []
+    said = ("input_size", "mean", "std", "label_map") if code else ("arch", "input_size", "mean", "std", "label_map")
+    extra = [key for key in said if getattr(config, key) is not None]
     if extra:
         raise ConfigError(f"{config.checkpoint!r} is of our own format and says its {extra[0]} itself; remove the key")
-    module = load_model(Path(config.checkpoint))
+    module = load_model(Path(config.checkpoint), code)
     outputs = getattr(module, "num_outputs", None)
     if outputs != num_classes:
         raise ModelError(

@@ -34,8 +34,12 @@ class FeatureExtractor(nn.Module):
     def __init__(self, classifiers: Sequence[nn.Module], place: int) -> None:
         super().__init__()
         for module in classifiers:
-            if not isinstance(module, SmallConvNet | ImageClassifier):
-                raise ModelError(f"a {type(module).__name__} gives no features; use a classifier of a known kind")
+            net: object = getattr(module, "net", None)
+            if not isinstance(module, SmallConvNet) and not hasattr(net, "forward_head"):
+                raise ModelError(
+                    f"a {type(net or module).__name__} gives no features; use a classifier of timm's, or give yours "
+                    "timm's methods forward_features and forward_head"
+                )
         self.classifiers, self.place = nn.ModuleList(classifiers), place
         self.requires_grad_(False).eval()
 

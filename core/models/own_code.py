@@ -4,13 +4,13 @@ The configuration names it, and nothing else may: a file that names code is refu
 same (`check_named`).
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
-import os
-import re
 import socket
 import sys
+import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,7 @@ from torch import nn
 
 from core.errors import ModelError
 
-__all__ = ["build_own", "check_named", "is_own_code", "source_of"]
-
-
-def is_own_code(arch: str | None) -> bool:
-    """Whether an architecture is `module:function`."""
-    return arch is not None and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", arch) is not None
+__all__ = ["build_own", "check_named", "source_of"]
 
 
 def build_own(arch: str, num_outputs: int, channels: int) -> nn.Module:
@@ -54,7 +49,9 @@ def build_own(arch: str, num_outputs: int, channels: int) -> nn.Module:
     except Exception as error:  # the user's own code: whatever it raises
         raise ModelError(f"arch {arch!r}: the function failed ({_line(error)}): mend it") from error
     if not isinstance(module, nn.Module):
-        raise ModelError(f"arch {arch!r} returned a {type(module).__name__}, expected a torch module (nn.Module)")
+        raise ModelError(
+            f"arch {arch!r}: the function returned a {type(module).__name__}, expected a torch module (nn.Module)"
+        )
     return module.to("meta") if torch.get_default_device().type == "meta" else module
 
 
@@ -64,10 +61,18 @@ def source_of(arch: str) -> dict[str, str]:
     Raises:
         ModelError: as `build_own`, and for a module without a file.
     """
-    file = getattr(sys.modules[_function(arch).__module__], "__file__", None)
-    if file is None:
+    function, name = _function(arch), arch.partition(":")[0]
+    owner = function.__module__ if isinstance(function, types.FunctionType | type) else name
+    module = sys.modules.get(owner, sys.modules[name])
+    if getattr(module, "__file__", None) is None:
         raise ModelError(f"arch {arch!r}: the module has no source file: use one that is a .py file")
-    return {"file": Path(file).name, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    return dict(_source(module))
+
+
+@functools.cache  # what was imported, whatever becomes of the file
+def _source(module: types.ModuleType) -> tuple[tuple[str, str], ...]:
+    file = Path(str(module.__file__))
+    return ("file", file.name), ("sha256", hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def check_named(spec: Mapping[str, Any], code: Collection[str], source: str) -> None:
@@ -75,7 +80,7 @@ def check_named(spec: Mapping[str, Any], code: Collection[str], source: str) -> 
 
     Args:
         spec: of a network, from the header of a file.
-        code: what the configuration names (`Config.own_code`).
+        code: what the configuration names (the values of `Config.own_code`).
         source: what messages call the file.
 
     Raises:
@@ -89,9 +94,9 @@ def check_named(spec: Mapping[str, Any], code: Collection[str], source: str) -> 
             )
         if (found := source_of(arch)) != made_with:
             raise ModelError(
-                f"arch {arch!r}: {found['file']} on {socket.gethostname()} has SHA-256 {found['sha256'][:16]}, {source} "
-                f"was made with {str(made_with.get('sha256'))[:16]}: put the source back as it was (the same on all "
-                "nodes), or use another --out"
+                f"arch {arch!r}: {found['file']} on {socket.gethostname()} has SHA-256 {found['sha256'][:16]}, but "
+                f"{source} was made with {str(made_with.get('sha256'))[:16]}: put the source back as it was (the same "
+                "on all nodes), or use another --out"
             )
 
 
@@ -108,10 +113,8 @@ def _named(spec: Any) -> Iterator[tuple[str, Mapping[str, str]]]:
 
 
 def _function(arch: str) -> Callable[..., Any]:
-    if not is_own_code(arch):
-        raise ModelError(f"arch {arch!r}: expected module:function, for example my_models:resnet")
     name, _, attribute = arch.partition(":")
-    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
         sys.path.append(here)  # a console script does not look where it is started
     try:
         module = importlib.import_module(name)

@@ -45,6 +45,7 @@ from distributed.methods.dual import Dual
 from distributed.methods.method import Kind
 from distributed.methods.rows import certificate_row
 from distributed.store.run_directory import RunDirectory
+from distributed.store.sources import local_models
 
 __all__ = ["measure_on_worker", "measure_parts"]
 
@@ -141,11 +142,11 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
         written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
 
         def base(role: str) -> nn.Module:
-            return base_network(config, role, shape, data.num_classes, data.class_names)
+            return base_network(local_models(directory, "base"), role, shape, data.num_classes, data.class_names)
 
         makers: dict[str, Callable[[], nn.Module]] = {
             **{name: partial(base, name) for name in config.denoisers},
-            "estimator": partial(new_estimator, config, shape, base),
+            "estimator": lambda: new_estimator(local_models(directory, "estimator"), shape, base),
             **{role: partial(base, role) for role in config.classifiers},
         }
         tuned = {name: role for role, name in config.certified.items() if name not in makers}
@@ -269,11 +270,11 @@ class _Training:
     def __init__(self, run: RunDirectory, train: Dataset, seconds: float) -> None:
         self._run, self._config, self._train, self._seconds = run, run.config, train, seconds
         gpu = run.config.compute.train_device == "cuda" and torch.cuda.is_available()
-        self._device = "cuda" if gpu else "cpu"
+        self._device, self._code = "cuda" if gpu else "cpu", run.config.own_code.values()
         settle(run.config.compute.train_threads)
 
     def _load(self, name: str) -> nn.Module:
-        return load_model(self._run.model(name)).to(self._device)
+        return load_model(self._run.model(name), self._code).to(self._device)
 
     def rate(self, name: str) -> float | None:
         """Noisy copies per second of a part; None where one batch would take too long."""

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from core.config import ComputeConfig, Config
 from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import load_model
+from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser
 from distributed.checks.estimate import Part, count_parts, format_parts, limit_notes, size
 from distributed.checks.steps import steps_of
@@ -22,6 +22,7 @@ from distributed.cluster.upload import check_upload
 from distributed.store.lock import read_lock
 from distributed.store.progress import device_hours
 from distributed.store.run_directory import RunDirectory
+from distributed.store.sources import local_models
 from distributed.views.exchange import imported_rows
 
 __all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
@@ -51,7 +52,7 @@ class Found:
         try:
             yield
         except DualRSError as error:
-            named = type(error)(f"{key}: {error}") if key else error
+            named = error if str(error).startswith(key) else type(error)(f"{key}: {error}")
             if str(named) not in map(str, self.problems):
                 self.problems.append(named)
         except OSError as error:
@@ -265,11 +266,11 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
                 continue
             with found.collect(), torch.device("meta"):
                 directory.model_hashes([name])
-                found.networks[name] = load_model(directory.model(name))
+                found.networks[name] = load_model(directory.model(name), directory.config.own_code.values())
         if step == "train_base":
-            _check_base(directory.config, data, found)
+            _check_base(directory, data, found)
         if step == "train_estimator":
-            _check_backbone(directory.config, data, found)
+            _check_backbone(directory, data, found)
             if "build_dataset" not in {*directory.manifest["steps"], *found.steps}:
                 missing.append("the dataset")
         made |= set(plan[step].writes)
@@ -288,10 +289,11 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
             _check_network(directory.config, name, network, data)
 
 
-def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
+def _check_base(directory: RunDirectory, data: Dataset | None, found: Found) -> None:
     """What `jobs.train_base` takes from files, or trains."""
     from core.training.base_networks import base_network
 
+    config = directory.config
     classes = data.num_classes if data else config.dataset.known_classes
     for role in config.base_models:
         denoises = role in config.denoisers
@@ -300,27 +302,29 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
         key = f"base.{role}" if "-" not in role else f"base.experts.{role.partition('-')[2]}"
         if data is None and own.checkpoint is None:
             continue
-        if classes is None and not denoises:  # the data are missing too
-            if own.checkpoint and not Path(own.checkpoint).exists():
-                found.problems.append(ModelError(f"{key}: no checkpoint at {own.checkpoint!r}; look at the path"))
-            continue
-        # timm's own weights do not load without their tensors.
-        with found.collect(key), torch.device("cpu" if getattr(own, "pretrained", False) else "meta"):
-            names = data.class_names if data else None
-            found.networks[role] = base_network(config, role, _shape(config, data), classes or 0, names)
+        with found.collect(key):
+            local = local_models(directory, key)
+            if classes is None and not denoises:  # the data are missing too
+                continue
+            # timm's own weights do not load without their tensors.
+            with torch.device("cpu" if getattr(own, "pretrained", False) else "meta"):
+                names = data.class_names if data else None
+                found.networks[role] = base_network(local, role, _shape(config, data), classes or 0, names)
 
 
-def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
+def _check_backbone(directory: RunDirectory, data: Dataset | None, found: Found) -> None:
     from core.training.base_networks import base_network
     from core.training.estimator import new_estimator
 
-    backbone = config.estimator.backbone
+    config, backbone = directory.config, directory.config.estimator.backbone
     if data is None and (backbone is None or config.estimator.reads_features):
         return
     with found.collect("estimator.backbone"), torch.device("cpu" if backbone and backbone.pretrained else "meta"):
         shape, classes, names = _shape(config, data), *((data.num_classes, data.class_names) if data else (0, None))
         found.networks["estimator"] = new_estimator(
-            config, shape, lambda role: base_network(config, role, shape, classes, names)
+            local_models(directory, "estimator"),
+            shape,
+            lambda role: base_network(local_models(directory, "base"), role, shape, classes, names),
         )
 
 
@@ -341,9 +345,12 @@ def _check_network(config: Config, name: str, network: nn.Module, data: Dataset 
     if data is None:
         return
     outputs = len(config.sigmas) if name == "estimator" else data.num_classes
+    place = "meta"
+    if isinstance(network, ImageClassifier) and network.spec["arch"] in config.own_code.values():
+        network, place = ImageClassifier(**network.spec), "cpu"  # own code may do what needs numbers
     try:
         with torch.inference_mode():
-            logits = network.to("meta").eval()(torch.zeros((2, *data.shape), device="meta"))
+            logits = network.to(place).eval()(torch.zeros((2, *data.shape), device=place))
     except NotImplementedError:  # an operation that cannot be run without data
         return
     except Exception as error:  # networks have words of their own for a shape that they do not take

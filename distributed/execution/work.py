@@ -136,7 +136,8 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
     if isinstance(denoiser, OneShotDenoiser):
         for sigma in {*config.sigmas, config.estimator_sigma}:
             denoiser.timestep(sigma)
-    loaded = {role: load_model(file) for role, file in models.items() if role != "denoiser"}
+    code = config.own_code.values()
+    loaded = {role: load_model(file, code) for role, file in models.items() if role != "denoiser"}
     heads = {}
     if CLASSIFIER in loaded:
         heads[CLASSIFIER] = Head(loaded[CLASSIFIER], num_classes)
