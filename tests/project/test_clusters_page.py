@@ -60,18 +60,19 @@ def ray_nodes(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, temp, ignore_errors=True)
         log = stack.enter_context((folder / "ray.log").open("ab"))
-        for options in (head, worker, worker):
+        for number, options in enumerate((head, worker, worker), 1):
             node = subprocess.Popen(
                 [BIN / "ray", "start", "--block", "--disable-usage-stats", *options],
                 env=environment, cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
             stack.callback(_end, node)
-            deadline = time.monotonic() + 120
-            while subprocess.run(
-                [BIN / "ray", "health-check", f"--address=127.0.0.1:{port}"], env=environment, capture_output=True
-            ).returncode:
+            deadline, there = time.monotonic() + 180, 0
+            while there < number:
                 assert node.poll() is None, (folder / "ray.log").read_text()
-                assert time.monotonic() < deadline, "no head"
+                assert time.monotonic() < deadline, (folder / "ray.log").read_text()
+                status = [BIN / "ray", "status", f"--address=127.0.0.1:{port}"]
+                said = subprocess.run(status, env=environment, capture_output=True, text=True).stdout
+                there = said.partition("Pending:")[0].count(" node_")
         yield f"http://127.0.0.1:{dashboard}"
 
 
@@ -130,6 +131,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         environment |= {
             "RAY_AUTH_MODE": "disabled",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "RAY_raylet_start_wait_time_s": "150",  # a busy machine
             "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{store.port}",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{BIN}:{os.environ['PATH']}",
