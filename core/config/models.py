@@ -106,9 +106,14 @@ class ClassifierConfig(Section):
 class DenoiserConfig(Section):
     """A denoiser: where its weights are, or how it is trained here."""
 
+    arch: str | None = None
+    """`module:function`, a function of your own that returns a noise predictor: a torch module that takes images of the
+    diffusion scale at integer timesteps, ``(B, C, H, W)`` and ``(B,)``, and returns their noise. Called with channels
+    where it takes it, on the driver and on every node; needs `schedule`."""
     checkpoint: str | None = None
     """A diffusers folder, an OpenAI checkpoint (.pt), a file of our own format (.safetensors), or a name on the Hugging
-    Face hub; `none`: no denoiser, the networks read the noisy image itself."""
+    Face hub; with `arch` a state dict. A path or an address (s3://, gs://, ...); nothing in it is run. `none`: no
+    denoiser, the networks read the noisy image itself."""
     schedule: Annotated[str, Field(pattern=r"^(linear|cosine)-[1-9]\d*$")] | None = None
     """Noise schedule that it is trained with (`linear-1000` unless given), or was trained with where it does not say so
     itself (an OpenAI checkpoint that is none of the published ones, a folder without a scheduler), and the number of
@@ -124,11 +129,18 @@ class DenoiserConfig(Section):
         for key in ("schedule", "head_dim", "train"):
             if self.checkpoint == NO_DENOISER and getattr(self, key) is not None:
                 raise ValueError(f"{key}: says something about base.denoiser, which is none; remove one of the two")
-        if self.checkpoint is None and self.train is None:
-            raise ValueError("checkpoint: is missing; give it, or train")
-        for key in NETWORK_KEYS if self.checkpoint is not None and self.train is not None else ():
+        if self.arch is not None and (not is_own_code(self.arch) or self.checkpoint == NO_DENOISER):
+            raise ValueError(
+                f"arch: is {self.arch!r}, expected module:function such as my_models:unet, with a denoiser"
+            )
+        if self.arch is not None and (self.schedule is None or self.head_dim is not None):
+            raise ValueError(f"schedule: {self.arch} needs it (linear-1000), and no head_dim: nothing else says it")
+        if self.checkpoint is None and self.train is None and self.arch is None:
+            raise ValueError("checkpoint: is missing; give it, or arch, or train")
+        own = self.arch or self.checkpoint
+        for key in NETWORK_KEYS if own is not None and self.train is not None else ():
             if getattr(self.train, key) != DenoiserTrainConfig.model_fields[key].default:
-                raise ValueError(f"train.{key}: {self.checkpoint} has a network of its own; remove it")
+                raise ValueError(f"train.{key}: {own} has a network of its own; remove it")
         return self
 
 

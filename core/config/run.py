@@ -10,7 +10,7 @@ from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
 from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig, DenoiserConfig, is_own_code
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
-from core.config.training import DenoiserTrainConfig, OptimisationConfig, TrainConfig
+from core.config.training import ALL_LEVELS, DenoiserTrainConfig, OptimisationConfig, TrainConfig
 from core.config.values import Count, Positive, Section
 from core.errors import ConfigError
 from core.procedures.multiscale import level_alphas
@@ -183,10 +183,13 @@ class Config(Section):
         return None if own is None else own.train
 
     def _levels(self, train: OptimisationConfig, sigma: float | None = None) -> tuple[float, float]:
-        """The noise levels that a network trained here sees, lowest and highest."""
+        """The noise levels that a network trained here sees, lowest and highest.
+
+        Those of a network for all levels do not follow `sigmas`: runs that differ in them share it.
+        """
         if train.sigma is not None:
             return train.sigma
-        return (sigma, sigma) if sigma is not None else (min(self.sigmas), max(self.sigmas))
+        return (sigma, sigma) if sigma is not None else ALL_LEVELS
 
     @property
     def stage_alphas(self) -> tuple[float, float]:

@@ -7,10 +7,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from core.config.losses import LossConfig
 from core.config.values import Augment, Count, NonNegative, Positive, Section, Share
 
-__all__ = ["NETWORK_KEYS", "DenoiserTrainConfig", "OptimisationConfig", "TrainConfig"]
+__all__ = ["ALL_LEVELS", "NETWORK_KEYS", "DenoiserTrainConfig", "OptimisationConfig", "TrainConfig"]
 
 NETWORK_KEYS = ("channels", "layers", "attention", "groups", "dropout")
 """Of `DenoiserTrainConfig`: those that say what its network is."""
+
+ALL_LEVELS = (0.05, 1.5)
+"""`OptimisationConfig.sigma` of a network for all levels, unless given."""
 
 Part = Annotated[float, Field(ge=0, lt=1)]
 
@@ -23,8 +26,8 @@ class OptimisationConfig(Section):
     """What the trainings of base networks share: noise levels, batches, optimiser, rates."""
 
     sigma: Annotated[tuple[Positive, Positive], Field(strict=False), BeforeValidator(_as_range)] | None = None
-    """Noise level, or (low, high) of a log-uniform draw for each image. Unless given: of an expert its own level,
-    otherwise from the smallest to the largest level of the run."""
+    """Noise level, or [low, high] of a log-uniform draw for each image. Unless given: of an expert its own level,
+    otherwise [0.05, 1.5]."""
     batch_size: Count = 128
     """Images of each step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"

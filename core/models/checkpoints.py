@@ -5,7 +5,7 @@ known kind from that description and nothing else: no code, no pickle.
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,19 @@ from core.models.diffusers_folder import read_folder, unet_config
 from core.models.features import FeatureExtractor, FeatureHead, FeatureRouter
 from core.models.hub import local_path
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
-from core.models.own_code import check_named
+from core.models.own_code import build_own, check_named, described, source_of
 from core.models.small import SmallConvNet
 from core.models.weights import load_strictly, read_checkpoint, read_safetensors
 
-__all__ = ["assemble_denoiser", "build_denoiser", "load_classifier", "load_denoiser", "load_model", "save_model"]
+__all__ = [
+    "assemble_denoiser",
+    "build_denoiser",
+    "build_own_denoiser",
+    "load_classifier",
+    "load_denoiser",
+    "load_model",
+    "save_model",
+]
 
 
 def build_denoiser(
@@ -48,7 +56,27 @@ def build_denoiser(
     )
 
 
+def build_own_denoiser(
+    arch: str, schedule: str, channels: int, source: Mapping[str, str] | None = None
+) -> OneShotDenoiser:
+    """A `OneShotDenoiser` around what a function of the user's own returns (`core.models.own_code`): that is run.
+
+    Args:
+        arch: `module:function`.
+        schedule: such as `linear-1000`; the network is given its integer timesteps.
+        channels: of the images.
+        source: see `ImageClassifier`.
+    """
+    denoiser = OneShotDenoiser(build_own(arch, None, channels), **parse_schedule(schedule), rescale_timesteps=False)
+    made_with = source_of(arch) if source is None else dict(source)
+    denoiser.own = {"arch": arch, "schedule": schedule, "channels": channels, "source": made_with}
+    denoiser.taken = {"code": described(arch, made_with), "schedule": f"{schedule} (the configuration)"}
+    return denoiser
+
+
 def _describe(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, OneShotDenoiser) and module.own:
+        return {"kind": "own_denoiser", **module.own}
     if isinstance(module, OneShotDenoiser):
         config: Any = module.unet.config
         return {
@@ -89,6 +117,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "feature_head": FeatureHead,
     "feature_router": _build_router,
     "image_classifier": ImageClassifier,
+    "own_denoiser": build_own_denoiser,
     "small_conv_net": SmallConvNet,
 }
 
@@ -140,7 +169,9 @@ def load_model(path: Path, code: Collection[str] = ()) -> nn.Module:
     return module.eval()
 
 
-def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: int | None = None) -> OneShotDenoiser:
+def load_denoiser(
+    source: str | Path, *, schedule: str | None = None, head_dim: int | None = None, code: Collection[str] = ()
+) -> OneShotDenoiser:
     """A denoiser from whatever `source` is.
 
     - A folder: diffusers' format, a `UNet2DModel` or a pipeline; the schedule is read from its scheduler_config.json.
@@ -153,6 +184,7 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
         schedule: the noise schedule that the network was trained with, such as `linear-1000`, where the source does not
             say it itself.
         head_dim: see `convert_openai_unet`; of no meaning for other sources.
+        code: see `load_model`.
 
     Returns:
         The denoiser in evaluation mode; its `taken` says where the schedule is from.
@@ -179,7 +211,7 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
             )
         return _noted(assemble_denoiser(config, weights, described, name), source, schedule=whence)
     if own:
-        module = load_model(path)
+        module = load_model(path, code)
         if not isinstance(module, OneShotDenoiser):
             raise ModelError(f"{name} holds a {type(module).__name__}, expected a denoiser")
         if schedule is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from core.config import ClassifierConfig
 from core.errors import ModelError
 from core.models.hf_vit import is_hf_vit, to_timm
-from core.models.hub import local_path
+from core.models.hub import CLASSIFIER_WEIGHTS, local_path, weights_file
 from core.models.stated import (
     Stated,
     agreed,
@@ -22,10 +21,7 @@ from core.models.stated import (
 )
 from core.models.weights import read_checkpoint, read_json, unwrapped
 
-__all__ = ["ClassifierFile", "check_normalisation", "outputs_by_name", "read_classifier", "weights_file"]
-
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Weights in a folder of the Hugging Face hub, the ones that are taken first."""
+__all__ = ["ClassifierFile", "check_normalisation", "outputs_by_name", "read_classifier"]
 
 
 @dataclass
@@ -64,7 +60,7 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
         return found
     name, path, said = config.checkpoint, local_path(config.checkpoint), dict[str, Stated]()
     plain: dict[str, Any] = {}
-    if path.is_dir() or path.name in _HUB_FILES:  # what is said of such a file stands beside it
+    if path.is_dir() or path.name in CLASSIFIER_WEIGHTS:  # what is said of such a file stands beside it
         folder = path if path.is_dir() else path.parent
         if (folder / "config.json").exists():
             plain = read_json(folder / "config.json")
@@ -102,20 +98,6 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
     return found
 
 
-def weights_file(path: Path) -> Path:
-    """The file with the weights: of a folder of the Hugging Face hub the one inside.
-
-    Raises:
-        ModelError: for a folder with its weights in several files.
-    """
-    if not path.is_dir():
-        return path
-    files = [path / file for file in _HUB_FILES]
-    if shards := sorted(path.glob("*.index.json")) if not any(map(Path.exists, files)) else ():
-        raise ModelError(f"{str(path)!r} has its weights in shards ({shards[0].name}): save them as {_HUB_FILES[0]}")
-    return next((file for file in files if file.exists()), files[0])
-
-
 def _imagenet() -> tuple[str, ...]:
     """Names of the outputs of all networks with 1,000 that timm publishes: the folders of ImageNet."""
     from timm.data.imagenet_info import ImageNetInfo
@@ -145,7 +127,8 @@ def check_normalisation(found: ClassifierFile, config: ClassifierConfig, unpubli
         raise ModelError(
             f"{config.checkpoint!r} does not say how its pixels are normalised ({why}): give mean and std, in the "
             "scale [0, 1] (Cohen et al. 2019: [0.4914, 0.4822, 0.4465] and [0.2023, 0.1994, 0.2010] for CIFAR-10, "
-            "[0.485, 0.456, 0.406] and [0.229, 0.224, 0.225] for ImageNet)"
+            "[0.485, 0.456, 0.406] and [0.229, 0.224, 0.225] for ImageNet; std: [1] for a layer that only centres, as "
+            "one of Salman et al.'s does)"
         )
 
 

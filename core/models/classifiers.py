@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from core.config import ClassifierConfig
 from core.config.models import is_own_code
 from core.errors import ModelError
-from core.models.classifier_files import check_normalisation, outputs_by_name, read_classifier, weights_file
+from core.models.classifier_files import check_normalisation, outputs_by_name, read_classifier
 from core.models.hf_vit import check_hf_config
-from core.models.hub import local_path
-from core.models.own_code import build_own, source_of
+from core.models.own_code import build_own, described, load_own, source_of
 from core.models.resnet_cifar import ResNetCifar
-from core.models.weights import load_strictly, read_checkpoint, unwrapped
+from core.models.weights import load_strictly
 
 __all__ = ["ImageClassifier", "build_classifier"]
 
@@ -204,15 +203,9 @@ def _own_classifier(config: ClassifierConfig, num_classes: int, channels: int) -
     assert config.arch is not None
     model = ImageClassifier(config.arch, num_classes, channels, config.input_size, config.mean, config.std)
     _check_pixel_scale(model.spec, config)
-    source = model.spec["source"]
-    model.taken = {"code": f"{config.arch} ({source['file']}, SHA-256 {source['sha256']})"}
+    model.taken = {"code": described(config.arch, model.spec["source"])}
     if config.checkpoint is not None:
-        path = weights_file(local_path(config.checkpoint))
-        checkpoint = read_checkpoint(path, ema=config.ema)
-        _, prefix = unwrapped(model.net.state_dict())  # what wraps the network itself is there in both
-        weights = {prefix + key: value for key, value in checkpoint.weights.items()}
-        load_strictly(model.net, weights, f"{config.checkpoint!r} (as {config.arch})")
-        model.taken |= {"checkpoint": config.checkpoint, "weights": ".".join(checkpoint.under) or "all of the file"}
+        model.taken |= load_own(model.net, config.checkpoint, config.arch, config.ema)
     return model.eval()
 
 

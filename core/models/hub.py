@@ -5,13 +5,15 @@ from pathlib import Path
 
 from core.errors import ModelError
 
-__all__ = ["FOLDERS", "WEIGHTS", "files_of", "is_hub_name", "local_path"]
+__all__ = ["CLASSIFIER_WEIGHTS", "FOLDERS", "WEIGHTS", "files_of", "is_hub_name", "local_path", "weights_file"]
 
+CLASSIFIER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Weights of a classifier in a folder of the hub, the ones that are taken first."""
 WEIGHTS = (
     *("model.safetensors", "diffusion_pytorch_model.safetensors"),
     *("pytorch_model.bin", "diffusion_pytorch_model.bin"),
 )
-"""Files with weights in a folder of the hub; a .bin is a pickle, and only for folders without the others."""
+"""Files with weights in such a folder; a .bin is fetched only where there are no others."""
 FOLDERS = ("", "unet", "unet_ema", "scheduler")
 """Parts of such a folder that may be read."""
 _OURS = ("build", "checkpoints", "data", "dist", "docs", "models", "runs", "site", "tests")
@@ -20,10 +22,10 @@ _OURS = ("build", "checkpoints", "data", "dist", "docs", "models", "runs", "site
 
 def is_hub_name(source: str) -> bool:
     """Whether a model can only be one of the hub: OWNER/NAME, and no file or folder that is there or should be."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) is None or Path(source).exists():
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is None or Path(source).exists():
         return False
     path = Path(source)
-    named = path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parts[0] in (*_OURS, ".", "..")
+    named = path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.parts[0] in _OURS
     return not named and not Path(path.parts[0]).is_dir()
 
 
@@ -66,3 +68,19 @@ def files_of(folder: Path, names: tuple[str, ...] = ("*.json", *WEIGHTS)) -> lis
     """The files of a model's folder that may be read, relative to it: configurations, weights, or what is named."""
     found = {path for part in FOLDERS for name in names for path in (folder / part).glob(name)}
     return sorted(path.relative_to(folder) for path in found)
+
+
+def weights_file(path: Path) -> Path:
+    """The file with the weights: of a folder of the Hugging Face hub the one inside.
+
+    Raises:
+        ModelError: for a folder with its weights in several files.
+    """
+    if not path.is_dir():
+        return path
+    files = [path / file for file in CLASSIFIER_WEIGHTS]
+    if shards := sorted(path.glob("*.index.json")) if not any(map(Path.exists, files)) else ():
+        raise ModelError(
+            f"{str(path)!r} has its weights in shards ({shards[0].name}): save them as {CLASSIFIER_WEIGHTS[0]}"
+        )
+    return next((file for file in files if file.exists()), files[0])

@@ -19,11 +19,13 @@ import torch
 from torch import nn
 
 from core.errors import ModelError
+from core.models.hub import local_path, weights_file
+from core.models.weights import load_strictly, read_checkpoint, unwrapped
 
-__all__ = ["build_own", "check_named", "source_of"]
+__all__ = ["build_own", "check_named", "described", "load_own", "source_of"]
 
 
-def build_own(arch: str, num_outputs: int, channels: int) -> nn.Module:
+def build_own(arch: str, num_outputs: int | None, channels: int) -> nn.Module:
     """Call the function that `arch` names; this runs the user's code.
 
     It is given `num_classes` and `channels` where it takes arguments of these names, and nothing else. It is called on
@@ -31,7 +33,7 @@ def build_own(arch: str, num_outputs: int, channels: int) -> nn.Module:
 
     Args:
         arch: `module:function`.
-        num_outputs: `num_classes`, the logits that the network is to return.
+        num_outputs: `num_classes`, the logits that the network is to return; None for a denoiser.
         channels: of the images.
 
     Returns:
@@ -41,7 +43,8 @@ def build_own(arch: str, num_outputs: int, channels: int) -> nn.Module:
         ModelError: names the module and this machine when it cannot be imported, has no such function, or the function
             fails or returns something else.
     """
-    function, given = _function(arch), {"num_classes": num_outputs, "channels": channels}
+    function = _function(arch)
+    given = {"channels": channels} | ({} if num_outputs is None else {"num_classes": num_outputs})
     try:
         taken = inspect.signature(function).parameters
         with torch.device("cpu"):
@@ -53,6 +56,20 @@ def build_own(arch: str, num_outputs: int, channels: int) -> nn.Module:
             f"arch {arch!r}: the function returned a {type(module).__name__}, expected a torch module (nn.Module)"
         )
     return module.to("meta") if torch.get_default_device().type == "meta" else module
+
+
+def load_own(module: nn.Module, checkpoint: str, arch: str, ema: bool = True) -> dict[str, str]:
+    """Load a state dict into a network that `build_own` has made, strictly; returns what there is to note of it.
+
+    Raises:
+        ModelError: as `read_checkpoint` and `load_strictly`.
+    """
+    path = local_path(checkpoint)
+    found = read_checkpoint(weights_file(path), ema=ema)
+    _, prefix = unwrapped(module.state_dict())  # what wraps the network itself is there in both
+    weights = {prefix + key: value for key, value in found.weights.items()}
+    load_strictly(module, weights, f"{checkpoint!r} (as {arch})")
+    return {"checkpoint": checkpoint, "weights": ".".join(found.under) or "all of the file"}
 
 
 def source_of(arch: str) -> dict[str, str]:
@@ -73,6 +90,11 @@ def source_of(arch: str) -> dict[str, str]:
 def _source(module: types.ModuleType) -> tuple[tuple[str, str], ...]:
     file = Path(str(module.__file__))
     return ("file", file.name), ("sha256", hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def described(arch: str, source: Mapping[str, str]) -> str:
+    """For the manifest."""
+    return f"{arch} ({source['file']}, SHA-256 {source['sha256']})"
 
 
 def check_named(spec: Mapping[str, Any], code: Collection[str], source: str) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from core.csv_text import csv_text
 from core.errors import DataError
-from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval
+from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval, paired_difference, reached
 from core.files import write_whole
-from core.report import Kind, Method, ReportData
+from core.report import Floats, Kind, Method, ReportData
+from core.report.headroom import radius_cells
 from core.report.pages import (
     NONE,
     Block,
@@ -25,9 +26,10 @@ from core.report.pages import (
     percent,
 )
 
-__all__ = ["accuracy_table", "format_comparison", "write_comparison"]
+__all__ = ["accuracy_table", "format_comparison", "paired_table", "write_comparison"]
 
 _TITLE: Final = "Comparison of runs"
+_PAIRED: Final = "± is the standard error of a mean difference over the same examples."
 
 
 def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]:
@@ -61,6 +63,8 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
              "test of one against the other."),
         Text(_sets_sentence(runs)), Heading("Certified accuracy"), accuracy,
     ]  # fmt: skip
+    if (paired := paired_table(runs)).rows:
+        blocks += [Heading("Less the first run"), Text(_PAIRED), paired]
     for title, figure in figures.items():
         caption = f"{title}: certified accuracy against the radius, run by run."
         blocks += [Heading(title), plots.to_picture(figure, files_of[title], caption)]
@@ -82,9 +86,11 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
 
 
 def format_comparison(runs: Mapping[str, ReportData]) -> str:
-    """The table of certified accuracies for a terminal, and on which test sets they are."""
+    """The tables of certified accuracies and of their differences for a terminal, and on which test sets they are."""
     runs = _marked(runs)
-    return f"{markdown_table(accuracy_table(runs))}\n{_sets_sentence(runs)}"
+    shown = f"{markdown_table(accuracy_table(runs))}\n{_sets_sentence(runs)}"
+    paired = paired_table(runs)
+    return f"{shown}\n\n{markdown_table(paired)}\n{_PAIRED}" if paired.rows else shown
 
 
 def accuracy_table(runs: Mapping[str, ReportData]) -> Table:
@@ -105,6 +111,33 @@ def accuracy_table(runs: Mapping[str, ReportData]) -> Table:
     )
     cells = tuple((f"{name}: {_name(method)}", *(f"{100.0 * s:.2f}" for s in shares)) for name, method, shares in rows)
     return Table(("Certified accuracy [%] beyond radius", *(f"{r:g}" for r in radii)), cells, bold)
+
+
+def paired_table(runs: Mapping[str, ReportData]) -> Table:
+    """What each certificate of the other runs has beyond the first run's of the same name, with its paired standard
+    error: mean radius, then certified accuracy. Without rows where the runs are not on the same examples.
+    """
+    (first, base), *others = runs.items()
+    radii, own = base.radii, {method.name: method for method in base.methods() if method.is_certificate}
+
+    def columns(method: Method) -> Floats:
+        radius = np.where(method.correct, method.radius, 0.0)
+        return np.column_stack([radius, reached(radius, radii, method.strict)])
+
+    def gap(method: Method) -> list[str]:
+        return radius_cells(*paired_difference(columns(method), columns(own[method.name])))
+
+    rows = tuple(
+        (
+            f"{name} less {first}: {method.name}",
+            *radius_cells(*paired_difference(columns(method), columns(own[method.name]))),
+        )
+        for name, data in others
+        if _test_set(data) == _test_set(base)
+        for method in data.methods()
+        if method.is_certificate and method.name in own
+    )
+    return Table(("Certified accuracy [%] beyond radius", "Mean radius", *(f"{r:g}" for r in radii)), rows)
 
 
 def _curves(runs: Mapping[str, ReportData]) -> dict[str, dict[str, Method]]:

@@ -19,7 +19,7 @@ from core.report.pages import Block, Heading, Section, Table, Text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Routed", "agreement_claims", "dual_claim", "headroom", "headroom_sections"]
+__all__ = ["Routed", "agreement_claims", "dual_claim", "headroom", "headroom_sections", "radius_cells"]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -222,14 +222,17 @@ def _section(radii: Floats, best: str, single: Floats, ways: Sequence[_Way]) -> 
     from core.report import plots
 
     header = ("Mean certified radius", *(f"{radius:g}" for radius in radii))
-    lines = [(best, *_cells(single)), ("Oracle (not a certificate)", *_cells(ways[0].stations[_ORACLE]))]
+    lines = [
+        (best, *radius_cells(single)),
+        ("Oracle (not a certificate)", *radius_cells(ways[0].stations[_ORACLE])),
+    ]
     for way in ways:
         lines += [
-            (f"{way.name}: its choice, not certified", *_cells(way.stations[_LEVEL])),
-            (way.name, *_cells(way.stations[_ABSTAINED])),
-            (f"{way.name} less the best single level", *_cells(way.gap, way.error)),
+            (f"{way.name}: its choice, not certified", *radius_cells(way.stations[_LEVEL])),
+            (way.name, *radius_cells(way.stations[_ABSTAINED])),
+            (f"{way.name} less the best single level", *radius_cells(way.gap, way.error)),
         ]
-    parts = tuple((f"{way.name}: {name}", *_cells(part)) for way in ways for name, part in way.parts.items())
+    parts = tuple((f"{way.name}: {name}", *radius_cells(part)) for way in ways for name, part in way.parts.items())
     said = [_sentence(way) for way in ways]
     figure = _figure(radii, best, single, ways)
     blocks: list[Block] = [
@@ -250,7 +253,7 @@ def _section(radii: Floats, best: str, single: Floats, ways: Sequence[_Way]) -> 
     return Section("\n".join(said), tuple(blocks), files)
 
 
-def _cells(values: Floats, error: Floats | None = None) -> list[str]:
+def radius_cells(values: Floats, error: Floats | None = None) -> list[str]:
     """A radius, then percentages; differences have a sign, and a standard error where there is one."""
     formats = [(1.0, 4), *[(100.0, 2)] * (values.size - 1)]
     if error is None:
@@ -268,7 +271,7 @@ def _sentence(way: _Way) -> str:
     largest, total = max(parts, key=parts.__getitem__), oracle - certified
     text = (
         f"{way.name}: mean certified radius {certified:.4f} of the oracle's {oracle:.4f}, "
-        f"{_cells(way.gap, way.error)[0]} against the best single level."
+        f"{radius_cells(way.gap, way.error)[0]} against the best single level."
     )
     if not parts[largest] > 0.0:
         return f"{text} Nothing is lost on the way."

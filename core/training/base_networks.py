@@ -6,9 +6,8 @@ from torch import nn
 
 from core.config import Config, DenoiserTrainConfig
 from core.data import Dataset
-from core.models.checkpoints import load_denoiser
 from core.training.classifier import ClassifierObjective, new_classifier
-from core.training.denoising import DenoisingObjective, new_denoiser
+from core.training.denoising import DenoiserObjective, new_denoiser
 from core.training.loop import Objective
 
 __all__ = ["base_network", "base_objective"]
@@ -36,9 +35,7 @@ def base_network(
         return new_classifier(own, shape, num_classes, class_names, new_head=own.train is not None)
     named = config.denoiser
     assert named is not None, "a role of the configuration"
-    if named.checkpoint is None:
-        return new_denoiser(named, shape)
-    return load_denoiser(named.checkpoint, schedule=named.schedule, head_dim=named.head_dim)
+    return new_denoiser(named, shape)
 
 
 def base_objective(
@@ -53,11 +50,10 @@ def base_objective(
         denoiser: of a classifier, on the model's device; None where it reads the noisy image itself.
         processes: that hold the images on this machine.
     """
-    name = f"train_base-{role}"
     if role != DENOISER:
         train = config.classifier(role).train
         assert train is not None, "trained here"
-        return ClassifierObjective(data, denoiser, train, config.seed, name, processes=processes)
+        return ClassifierObjective(data, denoiser, train, config.seed, role, processes=processes)
     training = config.training_of(role)
     assert isinstance(training, DenoiserTrainConfig), "trained here"
-    return DenoisingObjective(data, training, config.sigmas, config.seed, name, processes=processes)
+    return DenoiserObjective(data, training, config.seed, processes=processes)

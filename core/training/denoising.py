@@ -11,16 +11,25 @@ from torch import Tensor, nn
 from core.config import DenoiserConfig, DenoiserTrainConfig
 from core.data import Dataset
 from core.machine.noise_key import training_key
-from core.models.checkpoints import build_denoiser
+from core.models.checkpoints import build_denoiser, build_own_denoiser, load_denoiser
 from core.models.denoiser import OneShotDenoiser, parse_schedule
+from core.models.own_code import load_own
 from core.training.loop import Objective, Schedule
 from core.training.samples import Samples
 
-__all__ = ["DenoisingObjective", "new_denoiser"]
+__all__ = ["DenoiserObjective", "new_denoiser"]
 
 
 def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoiser:
     """Initialised by torch's generator."""
+    if config.arch is not None:
+        assert config.schedule is not None, "as checked with the configuration"
+        denoiser = build_own_denoiser(config.arch, config.schedule, shape[0])
+        if config.checkpoint is not None:
+            denoiser.taken |= load_own(denoiser.unet, config.checkpoint, config.arch)
+        return denoiser.eval()
+    if config.checkpoint is not None:
+        return load_denoiser(config.checkpoint, schedule=config.schedule, head_dim=config.head_dim)
     train = config.train
     assert train is not None
     unet = {
@@ -37,19 +46,20 @@ def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoise
     return build_denoiser(unet, **parse_schedule(config.schedule or "linear-1000"))
 
 
-class DenoisingObjective(Objective):
+class DenoiserObjective(Objective):
+    name = "denoiser"
+
     def __init__(
         self,
         data: Dataset,
         config: DenoiserTrainConfig,
-        sigmas: Sequence[float],
         seed: int,
-        name: str,
         *,
         processes: int = 1,
     ) -> None:
         assert config.sigma is not None
-        self.seed, self.name = seed, name
+        self.seed = seed
+        name = self.name
         self._low, self._high = map(math.log, config.sigma)
         self.schedule = Schedule.of(config, len(data), steps=config.steps)
         self._samples = Samples(data, np.arange(len(data)), name, seed, augment=config.augment, processes=processes)

@@ -11,7 +11,7 @@ from torch import nn
 from core.config import ComputeConfig, Config
 from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
-from core.models.checkpoints import load_model
+from core.models.checkpoints import build_own_denoiser, load_model
 from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser
 from distributed.checks.estimate import Part, count_parts, format_parts, limit_notes, size
@@ -341,25 +341,33 @@ def _check_network(config: Config, name: str, network: nn.Module, data: Dataset 
         network.timestep(max(*config.sigmas, config.estimator_sigma))
         if data:
             network.check_images(data.shape)
+        if data and network.own:
+            _pass(build_own_denoiser(**network.own), data.shape, "cpu", torch.full((2,), config.sigmas[0]))
         return
     if data is None:
         return
     outputs = len(config.sigmas) if name == "estimator" else data.num_classes
-    place = "meta"
     if isinstance(network, ImageClassifier) and network.spec["arch"] in config.own_code.values():
-        network, place = ImageClassifier(**network.spec), "cpu"  # own code may do what needs numbers
+        logits = _pass(ImageClassifier(**network.spec), data.shape, "cpu")  # own code may do what needs numbers
+    else:
+        logits = _pass(network, data.shape, "meta")
+    if logits is not None and tuple(logits.shape) != (2, outputs):
+        raise ModelError(f"returns {tuple(logits.shape)[1:]} logits an image, expected {outputs}; use another network")
+
+
+def _pass(network: nn.Module, shape: Sequence[int], place: str, *more: torch.Tensor) -> torch.Tensor | None:
+    """What a network says of two images; None where that cannot be told without weights."""
     try:
         with torch.inference_mode():
-            logits = network.to(place).eval()(torch.zeros((2, *data.shape), device=place))
+            output: torch.Tensor = network.to(place).eval()(torch.zeros((2, *shape), device=place), *more)
+            return output
     except NotImplementedError:  # an operation that cannot be run without data
-        return
+        return None
     except Exception as error:  # networks have words of their own for a shape that they do not take
         raise ModelError(
-            f"does not take images of shape {data.shape}: {str(error).strip().partition(chr(10))[0]}; use another "
+            f"does not take images of shape {tuple(shape)}: {str(error).strip().partition(chr(10))[0]}; use another "
             "network, set its input_size, or dataset.resize and dataset.crop"
         ) from error
-    if tuple(logits.shape) != (2, outputs):
-        raise ModelError(f"returns {tuple(logits.shape)[1:]} logits an image, expected {outputs}; use another network")
 
 
 def _source(config: Config, name: str) -> str | None:

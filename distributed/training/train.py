@@ -140,10 +140,10 @@ class Lesson:
 
     def objective(self, data: Dataset, device: str, processes: int) -> Objective:
         """Its samples and its loss, with the denoiser on `device`."""
-        config = self.config
+        config, code = self.config, self.config.own_code.values()
         denoiser = None
         if self.denoiser is not None and (self.kind != "estimator" or config.estimator.denoiser):
-            denoiser = load_denoiser(self.models.fetch("denoiser.safetensors", self.denoiser)).to(device)
+            denoiser = load_denoiser(self.models.fetch("denoiser.safetensors", self.denoiser), code=code).to(device)
         if self.kind == "base":
             return base_objective(self.config, self.role, data, denoiser, processes=processes)
         if self.kind == "estimator":
@@ -151,9 +151,7 @@ class Lesson:
             if self.classifiers:
                 files = (self.models.fetch(f"{role}.safetensors", sha) for role, sha in self.classifiers.items())
                 place = expert_place(config.classifiers.values(), config.estimator_sigma)
-                extractor = FeatureExtractor([load_model(each, config.own_code.values()) for each in files], place).to(
-                    device
-                )
+                extractor = FeatureExtractor([load_model(each, code) for each in files], place).to(device)
             return EstimatorObjective(
                 data.take(self.places),
                 self.values,
@@ -201,8 +199,9 @@ def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Recor
     """Train each from the last checkpoint of its training on, if there is one.
 
     In this process, one after the other; or with `compute.train_workers` on workers of Ray Train, as many trainings
-    side by side as the cluster has room for. Same configuration, data and machine: same weights to the bit, however often it
-    was interrupted; for another number of workers see `core.training.loop`. The checkpoints stay until `forget`.
+    side by side as the cluster has room for. Same configuration, data and machine: same weights to the bit, however
+    often it was interrupted; for another number of workers see `core.training.loop`. The checkpoints stay until
+    `forget`.
 
     Args:
         directory: the run.

@@ -32,6 +32,7 @@ SMALL = (
     "compute.device=cpu",
     "compute.train_device=cpu",
     "compute.batch_size=16",
+    "compute.precision=float32",  # float16 is for GPUs: on this CPU a convolution takes a hundred times as long
     "compute.chunk_size=8",
     "compute.shard_examples=5",
     "labels.num_selection=2",
@@ -102,7 +103,7 @@ def openai_unet(path: Path, shape: Any = IMPROVED) -> dict[str, Any]:
     not say."""
     torch.save(randomised(shape).state_dict(), path)
     schedule = "linear-1000" if shape.updown else "cosine-4000"
-    return {"base__denoiser": str(path), "base__denoiser_schedule": schedule, "base__denoiser_head_dim": 64}
+    return {"base__denoiser": {"checkpoint": str(path), "schedule": schedule, "head_dim": 64}}
 
 
 def vit_folder(folder: Path, classes: int = 10, favourite: int = 3) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def tiny_run(path: Path, *overrides: str, weight_seed: int = 0) -> RunDirectory:
     torch.manual_seed(weight_seed)
     models = {
         "denoiser": build_denoiser(small_unet_config(1, 8)),
-        **{role: SmallConvNet(1, 8, 10, config.training_of(role).classifier_width) for role in config.classifiers},
+        **{role: SmallConvNet(1, 8, 10, config.classifier(role).width) for role in config.classifiers},
         "estimator": SmallConvNet(1, 8, 2),
     }
     for name, model in models.items():

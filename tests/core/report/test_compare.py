@@ -57,6 +57,27 @@ def test_distinct_names_are_the_shortest_endings() -> None:
         distinct_names(["x/run", "x/run/"])
 
 
+def test_comparison_has_the_paired_difference_to_the_first_run_of_each_certificate(tmp_path: Path) -> None:
+    own = report()
+    more = replace(
+        own.standard[0],
+        correct=np.ones(5, np.bool_),
+        radius=np.array([0.3, 0.6, 0.2, 0.1, 0.1]),
+        abstained=np.zeros(5, np.bool_),
+    )
+    runs = {"a": own, "b": replace(own, standard=(more, *own.standard[1:])), "c": replace(own, dual=None)}
+    found = cells(format_comparison(runs))
+    # Differences 0, .3, 0, 0, .1: mean .08, standard deviation (.068 / 4)^(1/2), over the root of 5.
+    expected = ["+0.0800 ± 0.0583", "+20.00 ± 20.00", "+0.00 ± 0.00", "+20.00 ± 20.00", "+0.00 ± 0.00", "+0.00 ± 0.00"]
+    assert found["b less a: Standard RS, sigma = 0.25"] == expected
+    assert found["c less a: Standard RS, sigma = 0.5"] == ["+0.0000 ± 0.0000", *["+0.00 ± 0.00"] * 5]
+    assert not {"c less a: Dual RS", "a less a: Dual RS"} & found.keys()
+    assert not [name for name in found if "less" in name and "Oracle" in name]
+    write_comparison(runs, tmp_path)
+    assert "b less a: Dual RS" in (tmp_path / "comparison.md").read_text()
+    assert "less" not in format_comparison({"a": own, "b": report_of(3)})  # of other examples
+
+
 def of_set(digest: str) -> dict[str, object]:
     return {"data": {"test": {"digest": digest}}}
 

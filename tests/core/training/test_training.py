@@ -4,13 +4,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from core.config import BaseModelsConfig, EstimatorConfig, FinetuneConfig
+from core.config import EstimatorConfig, FinetuneConfig
 from core.data import Dataset
 from core.errors import DataError
 from core.models.small import SmallConvNet
 from core.progress import Progress
 from core.records import ESTIMATOR
-from core.training.base import train_classifier, train_denoiser
 from core.training.estimator import EstimatorObjective, class_weights, estimator_losses, label_radii
 from core.training.finetune import FinetuneObjective, choose_sigma
 from core.training.loop import Record, Training
@@ -173,16 +172,3 @@ def test_classifier_is_finetuned_on_each_sample_at_its_own_sigma() -> None:
 
 def test_choose_sigma_is_the_majority() -> None:
     assert drive(choose_sigma((0.1, 0.2, 0.3), 0.3, 10), lambda d: {ESTIMATOR: np.array([2, 3, 5])}) == 0.3
-
-
-def test_train_base_models_are_repeatable_and_better_than_chance() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.arange(64) % 2
-    images = (rng.integers(0, 60, (64, 1, 8, 8)) + 150 * labels[:, None, None, None]).astype(np.uint8)
-    data = Dataset("toy", tuple(map(str, range(64))), images, labels.astype(np.int64), 2)
-    config = BaseModelsConfig(denoiser_steps=30, denoiser_batch=16, classifier_epochs=4, classifier_batch=16)
-    one, two = (train_denoiser(data, config, 0, progress()) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    model = train_classifier(data, one, config, 0, progress())
-    with torch.inference_mode():
-        assert (model(data.pixels()).argmax(1).numpy() == labels).mean() > 0.9

@@ -136,11 +136,11 @@ def test_rows_of_sequential_budgets_stay_below_the_bound(
 
 
 def test_count_parts_of_a_pipeline_and_of_one_that_has_begun(tmp_path: Path) -> None:
-    config = parse_config(PLAIN, ["base.denoiser_steps=10", "finetune.epochs=2", "compute.executor=local"])
+    config = parse_config(PLAIN, ["base.denoiser.train.steps=10", "finetune.epochs=2", "compute.executor=local"])
     found = check(dry(tmp_path / "new", config), ALL)
     parts = {part.name: part for part in count_parts(dry(tmp_path / "new", config), ALL, found.data, {}, 2)}
     assert {name: (part.num_copies, part.exact) for name, part in parts.items()} == {
-        "train_base, denoiser": (10 * 128, True),
+        "train_base, denoiser": (10 * 97, False),
         "train_base, classifier": (40 * 97, True),
         "build_dataset": (97 * 2 * 80, True),
         "train_estimator": (90 * 97 * 2, False),
@@ -184,7 +184,12 @@ def test_part_time_and_money() -> None:
 
 
 def test_dry_run_prints_the_table_and_leaves_no_trace(tmp_path: Path) -> None:
-    small = ["base.denoiser_steps=20", "compute.executor=local", "certify.num_estimation=200", "report.radii=[0, 0.5]"]
+    small = [
+        "base.denoiser.train.steps=20",
+        "compute.executor=local",
+        "certify.num_estimation=200",
+        "report.radii=[0, 0.5]",
+    ]
     where = tmp_path / "runs" / "one"
     result = call(
         "pipeline", "--config", "configs/digits.yaml", "--out", str(where), "--dry-run", "--price", "3", *small

@@ -191,9 +191,7 @@ def test_train_base_weights_that_are_not_finite_are_one_message(
     save_model(network, tmp_path / "spoilt.safetensors")
     _spoil(tmp_path / "spoilt.safetensors", value)
     spoilt = str(tmp_path / "spoilt.safetensors")
-    given[f"base__{role}"] = spoilt if role == "denoiser" else {"checkpoint": spoilt}
-    if role == "denoiser":  # ours says its schedule itself
-        del given["base__denoiser_schedule"], given["base__denoiser_head_dim"]
+    given[f"base__{role}"] = {"checkpoint": spoilt}  # a denoiser of ours says its schedule itself
     code, said = job("train_base", tmp_path / "run", **given)
     assert (code, said.count("error: "), "Traceback" in said) == (3, 1, False)
     assert message.format(tmp=tmp_path) in said

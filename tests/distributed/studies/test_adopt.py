@@ -109,7 +109,7 @@ def test_shared_config_holds_what_the_step_reads_and_nothing_else() -> None:
     moves = {
         "seed=1": ("train_base", "build_dataset", "certify-standard-base"),
         "dataset.train.share=0.5": ("train_base", "build_dataset", "certify-standard-base"),
-        "base.classifier_epochs=2": ("train_base", "build_dataset", "certify-standard-base"),
+        "base.classifier.train.epochs=2": ("train_base", "build_dataset", "certify-standard-base"),
         "noise=exact": ("build_dataset", "certify-standard-base"),
         "labels.alpha=0.02": ("build_dataset",),
         "certify.alpha=0.02": ("certify-standard-base",),

@@ -22,7 +22,7 @@ from jobs.sweep import STEPS
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
-    "dataset.test_size=1700", "dataset.test.first=8", "base.denoiser_steps=20", "base.classifier_epochs=2",
+    "dataset.test_size=1700", "dataset.test.first=8", "base.denoiser.train.steps=20", "base.classifier.train.epochs=2",
     "labels.num_selection=5", "labels.alpha=0.1", "dataset.train.first=40", "certify.num_selection=5",
     "certify.num_estimation=40", "certify.alpha=0.1", "report.radii=[0,0.1]", "estimator.epochs=1",
     "finetune.epochs=1", "finetune.num_sigma_draws=5", "compute.shard_examples=20", "compute.batch_size=100",

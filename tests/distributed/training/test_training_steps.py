@@ -34,7 +34,7 @@ QUICK = ("estimator.epochs=3", "estimator.batch_size=16", "estimator.lr=1e-3", "
 FEATURES = (
     "estimator.backbone=features", "estimator.loss=radius", "estimator.label_radius=shrunk",
     "estimator.feature_copies=3", "estimator.holdout=0.25",
-    "estimator.holdout_copies=3", "base.train_experts={0.25: 4, 0.5: 8}",
+    "estimator.holdout_copies=3", "base.experts={0.25: {width: 4, train: {}}, 0.5: {width: 8, train: {}}}",
 )  # fmt: skip
 FINETUNE = ("finetune.batch_size=16", "finetune.num_sigma_draws=20", "finetune.lr=1e-3")
 
