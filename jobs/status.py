@@ -24,6 +24,8 @@ def show(directory: RunDirectory) -> bool:
     )
     if holder := read_lock(directory.folder):
         print(f"locked by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}")
+        if waits_for := holder.get("waits_for"):
+            print(waits_for)
     if spent := spent_line(directory):
         print(spent)
     places = [("", directory)]
@@ -65,7 +67,8 @@ def write_page(directory: RunDirectory) -> None:
     now, holder = time.time(), read_lock(directory.folder)
     steps = ", ".join(directory.manifest["steps"]) or "none"
     work = holder and f"Locked by process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}."
-    told = (f"Steps finished: {steps}.", work, *training_lines(directory, now), spent_line(directory))
+    waits = holder and holder.get("waits_for")
+    told = (f"Steps finished: {steps}.", work, waits, *training_lines(directory, now), spent_line(directory))
     directory.folder.write("status.html", live_page(directory, now, [each for each in told if each]))
     print(f"page: {directory.folder.where('status.html')}", flush=True)
 

@@ -15,6 +15,7 @@ import torch
 from core import errors
 from core.progress import Progress
 from distributed.execution.replica import Facts, Replica, is_device_error
+from distributed.execution.watch import Board, Scout, Seen, Watch
 from distributed.execution.work import Work, measure_rate, probe_batch_size
 from distributed.store.plan import Plan
 from distributed.store.progress import Meter
@@ -37,6 +38,7 @@ class Executor:
         measure: rows per second of one replica's bare forward passes, at a batch size.
         run: certify these shards; facts come as they are committed, in any order.
         on_ray: whether Ray's metrics are there.
+        watch: is told of the commits.
     """
 
     device: str
@@ -45,6 +47,7 @@ class Executor:
     measure: Callable[[int], float]
     run: Callable[[Sequence[int]], Iterator[Facts]]
     on_ray: bool
+    watch: Watch
     share: float = 1.0
     """Of a device, that a replica takes."""
 
@@ -220,6 +223,7 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _
         with Progress(total, work.store, "examples", done=done, interval_s=interval) as progress:
             for facts in executor.run(pending):
                 tally.add(facts)
+                executor.watch.committed(facts.seconds)
                 done += facts.examples
                 elapsed = time.monotonic() - start
                 progress.update(
@@ -233,6 +237,7 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _
         tally.errors = 0
         for facts in executor.run(failed):
             tally.add(facts)
+            executor.watch.committed(facts.seconds)
         if left := store.read_errors().num_rows:
             print(
                 f"{work.store}: {left} rows could not be run, they certify nothing; why: {store.errors} "
@@ -248,9 +253,10 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     placed = replace(work, device=device)
+    board = _Here()
 
     def run(pending: Sequence[int]) -> Iterator[Facts]:
-        replica = replica_class(placed)
+        replica = replica_class(placed, board=board)
         in_flight: deque[Future[Any]] = deque()
         try:
             waiting = deque(pending)
@@ -261,9 +267,64 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         finally:
             replica.close()
 
-    yield Executor(
-        device, 1, lambda: probe_batch_size(placed), lambda size: measure_rate(placed, size), run, on_ray=False
-    )
+    with Watch(work.store, work.config.compute, board, 1) as watch:
+        probe, measure = partial(probe_batch_size, placed), partial(measure_rate, placed)
+        yield Executor(device, 1, probe, measure, run, on_ray=False, watch=watch)
+
+
+class _Here(Board):
+    """The replica of this process, which nothing can end."""
+
+    def end(self, _: Seen) -> bool:
+        return False
+
+    def room(self) -> str:
+        return "the replica of this process has not begun"
+
+
+class _Cluster:
+    """The replicas on Ray, by their signs on a board that lives beside the driver."""
+
+    def __init__(self, resource: str, each: float) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._resource, self._each = resource, each
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board).remote()
+
+    def look(self) -> list[Seen]:
+        """Those that live, as far as Ray knows."""
+        import ray
+        from ray.core.generated.gcs_pb2 import ActorTableData
+
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        gone = {ActorTableData.DEAD}  # a pool that shrinks; one that is loading again is RESTARTING as well
+        return [
+            seen
+            for seen in ray.get(self.board.look.remote(), timeout=60.0)
+            if seen.sign.node_id in nodes
+            and seen.sign.handle._get_local_state()
+            not in (gone if seen.sign.stage == "loading" else gone | {ActorTableData.RESTARTING})
+        ]
+
+    def end(self, seen: Seen) -> bool:
+        """Have its node end it; Ray starts another one."""
+        import ray
+
+        ray.kill(seen.sign.handle, no_restart=False)
+        self.board.forget.remote(seen.sign.key)
+        return True
+
+    def room(self) -> str:
+        """Why there is no replica."""
+        import ray
+
+        kind, nodes = self._resource, sum(node["Alive"] for node in ray.nodes())
+        there, free = (every.get(kind, 0.0) for every in (ray.cluster_resources(), ray.available_resources()))
+        if there < self._each:
+            return f"no node with a {kind} yet ({nodes} nodes in the cluster)"
+        return f"no {kind} is free of {there:g}" if free < self._each else "a replica is about to start"
 
 
 @contextmanager
@@ -284,12 +345,14 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         pool = replica_pool(work.config.compute)
         placed = replace(work, device=pool.device)
         resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
+        cluster = _Cluster("GPU" if pool.num_gpus else "CPU", pool.num_gpus or pool.num_cpus)
 
         def ask(question: Callable[..., Any], *args: Any) -> Any:
             """Have a replica's place answer, as soon as there is one."""
             print(f"{work.store}: waiting for a replica to measure", flush=True)
             try:
-                return ray.get(ray.remote(**resources)(question).remote(placed, *args))
+                scout = ray.remote(**resources, max_restarts=-1, max_task_retries=-1)(Scout).remote()
+                return ray.get(scout.ask.remote(question, cluster.board, placed, *args))
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, errors.DualRSError):
                     raise error.cause from None
@@ -311,7 +374,7 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             smallest = min(pool.smallest, len(pending))
             done = numbers.map_batches(
                 replica_class,
-                fn_constructor_args=(placed, True),
+                fn_constructor_args=(placed, True, cluster.board),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=smallest,
@@ -325,4 +388,6 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             for row in done.iter_rows():
                 yield Facts(**row)
 
-        yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True, share=pool.num_gpus or 1.0)
+        share = pool.num_gpus or 1.0
+        with Watch(work.store, work.config.compute, cluster, pool.largest) as watch:
+            yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True, watch=watch, share=share)

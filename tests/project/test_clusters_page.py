@@ -62,7 +62,7 @@ def ray_nodes(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         log = stack.enter_context((folder / "ray.log").open("ab"))
         for number, options in enumerate((head, worker, worker), 1):
             node = subprocess.Popen(
-                [BIN / "ray", "start", "--block", "--disable-usage-stats", *options],
+                [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *options],
                 env=environment, cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
             stack.callback(_end, node)
@@ -70,7 +70,7 @@ def ray_nodes(folder: Path, environment: dict[str, str]) -> Iterator[str]:
             while there < number:
                 assert node.poll() is None, (folder / "ray.log").read_text()
                 assert time.monotonic() < deadline, (folder / "ray.log").read_text()
-                status = [BIN / "ray", "status", f"--address=127.0.0.1:{port}"]
+                status = [str(BIN / "ray"), "status", f"--address=127.0.0.1:{port}"]
                 said = subprocess.run(status, env=environment, capture_output=True, text=True).stdout
                 there = said.partition("Pending:")[0].count(" node_")
         yield f"http://127.0.0.1:{dashboard}"
