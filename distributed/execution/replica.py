@@ -102,7 +102,7 @@ class Replica:
 
     def __init__(self, work: Work, on_ray: bool = False, board: Any = None) -> None:
         self.work = work
-        self._begun = time.monotonic()
+        self._since = time.monotonic()
         self.id = uuid.uuid4().hex[:12]
         self._on_ray = on_ray
         self._metrics = ReplicaMetrics(work.store) if on_ray else None
@@ -228,7 +228,7 @@ class Replica:
             attempt=shard.attempt,
             replica=self.id,
             first_error=f"{first['example_id']}: {first['message']}" if first else "",
-            held_s=time.monotonic() - self._begun,
+            held_s=time.monotonic() - self._since,
             seconds=seconds,
         )
 
