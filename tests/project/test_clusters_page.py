@@ -108,7 +108,7 @@ class Desk:
             return ""
         words[0] = str(BIN / words[0])
         result = subprocess.run(
-            [*words, *more], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600
+            [*words, *more], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=3000
         )
         text = result.stdout + result.stderr
         print(f"$ {command}\n{text}", flush=True)
@@ -132,6 +132,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
             "RAY_AUTH_MODE": "disabled",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_raylet_start_wait_time_s": "150",  # a busy machine
+            "RAY_worker_register_timeout_seconds": "600",
             "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{store.port}",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -147,7 +148,7 @@ def small(**keys: object) -> list[str]:
     """What makes the run small; its place and its paths stay as printed."""
     here = ("compute.executor", "compute.device", "compute.shard_examples")
     plain = [each for each in miniatures.overrides(**keys) if each.partition("=")[0] not in here]
-    return [*plain, "compute.shard_examples=1", "compute.progress_interval_s=1"]
+    return [*plain, "compute.shard_examples=2", "compute.progress_interval_s=1"]
 
 
 def finished(where: str) -> RunDirectory:
@@ -163,7 +164,7 @@ def test_page_runs_as_printed_from_the_upload_to_the_report(desk: Desk) -> None:
     home = desk.folder
     (home / "data").mkdir()
     (home / "checkpoints").mkdir()
-    miniatures.cifar10_pickles(home / "data" / "cifar-10-batches-py")
+    miniatures.cifar10_pickles(home / "data" / "cifar-10-batches-py", labels=(3, 5))
     miniatures.openai_unet(home / "checkpoints" / "cifar10_uncond_50M_500K.pt")
     vit = miniatures.vit_folder(home / "checkpoints" / "vit-base-patch16-224-cifar10")
     shape = {f"base__classifier__{key}": vit[key] for key in ("arch", "input_size")}
@@ -187,7 +188,7 @@ def test_page_runs_as_printed_from_the_upload_to_the_report(desk: Desk) -> None:
     assert len(submits) == 2
     desk.run(submits[0], *small(**shape))
     status = next(c for c in rest if "jobs.status" in c)
-    deadline, seen = time.monotonic() + 300, ""
+    deadline, seen = time.monotonic() + 900, ""
     while "dataset: " not in seen:  # at work on the labels
         assert time.monotonic() < deadline, seen
         time.sleep(1)
