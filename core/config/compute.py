@@ -61,6 +61,13 @@ class ComputeConfig(Section):
     """A step gives up when more examples than this cannot be run."""
     max_attempts: Count = 20
     """A step gives up on a shard that so many replicas have begun and none has finished."""
+    max_device_hours: Positive | None = None
+    """The run stops when it has taken so many hours of GPUs (on CPUs: of replicas and training workers), all its starts
+    together; a larger number goes on. What is committed stays."""
+    hang_s: Annotated[float, Field(ge=0)] = 1200.0
+    """A replica that gets nothing done for so many seconds (no batch, no loaded file, no commit) is ended, and another
+    one starts in its place. Longer than loading, compiling or a batch may take, and than a store may fail (ten
+    minutes). 0: never."""
     progress_interval_s: Positive = 10.0
     """Seconds between two progress lines where there is no terminal."""
 

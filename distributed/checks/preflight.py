@@ -14,17 +14,16 @@ from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import build_own_denoiser, load_model
 from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser
-from distributed.checks.estimate import Part, count_parts, format_parts, size
+from distributed.checks.estimate import Part, count_parts, size
 from distributed.checks.steps import steps_of
-from distributed.cluster.cluster import check_gpus, replicas_here, train_device, training_place
-from distributed.cluster.joining import check_cluster, joins
+from distributed.cluster.cluster import check_gpus, train_device, training_place
+from distributed.cluster.joining import check_cluster
 from distributed.cluster.upload import check_upload
-from distributed.store.lock import read_lock
 from distributed.store.run_directory import RunDirectory
 from distributed.store.sources import local_models
 from distributed.views.exchange import imported_rows
 
-__all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
+__all__ = ["Found", "check", "check_place", "count_found", "refuse"]
 
 
 @dataclass
@@ -76,7 +75,7 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     found.steps = _unfinished(directory, steps, found)
     if here and found.steps:
         check_upload(config, found.steps, directory.folder)  # before all others: they would follow from it
-    _check_place(config, found, here)
+    check_place(config, found, here)
     before = len(found.problems)
     with found.collect():
         directory.folder.check_writable()
@@ -115,55 +114,7 @@ def refuse(problems: Sequence[DualRSError]) -> None:
     raise kind(f"{len(problems)} problems\n" + "\n".join(f"  {line}" for line in lines))
 
 
-def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, seconds: float = 2.0) -> None:
-    """Print what `check` found and what the steps will take, measured here for a few seconds; write nothing.
-
-    Args:
-        directory: opened `dry`.
-        steps: as for `check`.
-        price: of a device hour.
-        seconds: that each of the measurements takes.
-
-    Raises:
-        DualRSError: for the problems, all in one.
-    """
-    found = check(directory, steps, here=False)
-    device, replicas, of = replicas_here(directory.config.compute)
-    found.facts.append(("device", of))
-    if holder := read_lock(directory.folder):
-        found.facts.append(("in use", f"by process {holder.get('pid')} on {holder.get('host')}"))
-    width = max(len(topic) for topic, _ in found.facts)
-    for topic, fact in found.facts:
-        print(f"{topic:<{width}}  {fact}")
-    refuse(found.problems)
-    if not found.steps:
-        print("everything is finished: nothing to do")
-        return
-    parts = count_found(directory, found, replicas)
-    notes = []
-    if not joins():
-        blocked = Found(found.steps)
-        _check_place(directory.config, blocked, here=True)
-        notes += [f"refused on this machine, without a cluster (RAY_ADDRESS): {each}" for each in blocked.problems]
-    if parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
-        notes.append("compute.device is cuda and this machine has no GPU: nothing can be measured here")
-    elif parts:
-        from distributed.checks.measure import measure_parts
-
-        print(f"measuring on {device}, {seconds:g} s each ...", flush=True)
-        notes += measure_parts(directory, parts, found.data, device, seconds)
-    print(f"\n{format_parts(parts, price)}\n")
-    if any(not part.exact for part in parts):
-        notes.append(
-            "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies), abstains or, "
-            "under claim agreement, excludes a level, Multiscale where a level above the smallest sigma decides, "
-            "sequential budgets where they stop early; training leaves out samples of radius 0"
-        )
-    notes.append("wall: with all replicas from the start; without the start of Ray, of machines, and of Python")
-    print("\n".join(notes))
-
-
-def _check_place(config: Config, found: Found, here: bool) -> None:
+def check_place(config: Config, found: Found, here: bool) -> None:
     """Whether the cluster that is named, or the GPUs that are asked for, are there; `here` as for `check`."""
     compute = config.compute
     if any(steps_of(config)[step].trains for step in found.steps):

@@ -26,6 +26,7 @@ import torch
 from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.engine import Task
 from distributed.execution.metrics import ReplicaMetrics
+from distributed.execution.watch import Pulse
 from distributed.execution.work import (
     Rows,
     Work,
@@ -50,7 +51,9 @@ CLOSE_S = 10.0
 
 @dataclass(frozen=True)
 class Facts:
-    """What is said of a shard when it is committed, or why it was not (`failure`, "Type: message")."""
+    """What is said of a shard when it is committed, `seconds` after it came, or why it was not (`failure`,
+    "Type: message").
+    """
 
     shard: int
     examples: int = 0
@@ -60,6 +63,9 @@ class Facts:
     replica: str = ""
     first_error: str = ""
     failure: str = ""
+    held_s: float = 0.0
+    """Seconds since the replica began to load."""
+    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -91,10 +97,12 @@ class Replica:
         work: what to do.
         on_ray: whether it lives in an actor: then it reports metrics, and an error of the device ends the process, so
             that Ray starts another one and hands its shards on.
+        board: where it signs that it lives (`distributed.execution.watch`); None: nowhere.
     """
 
-    def __init__(self, work: Work, on_ray: bool = False) -> None:
+    def __init__(self, work: Work, on_ray: bool = False, board: Any = None) -> None:
         self.work = work
+        self._since = time.monotonic()
         self.id = uuid.uuid4().hex[:12]
         self._on_ray = on_ray
         self._metrics = ReplicaMetrics(work.store) if on_ray else None
@@ -104,6 +112,9 @@ class Replica:
         self._failure: BaseException | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._stage, self._steps = "loading", 0
+        self._begun: dict[int, float] = {}
+        self._pulse = None if board is None else Pulse(board, work.config.compute, self.id, self._state).__enter__()
         try:
             self._load(work)
         except DualRSError as error:
@@ -114,6 +125,8 @@ class Replica:
                 raise
             self._failure = self._retire(error)
             return
+        finally:
+            self._stage = "working"
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -125,6 +138,7 @@ class Replica:
                 f"dataset.{work.split}: {socket.gethostname()} has another data set than the driver (fingerprint "
                 f"{self._data.digest()}, expected {work.data_digest}); give all machines the same files"
             )
+        self._steps += 1
         self._store = ShardStore(work.root, work.store)
         check_visible(work.root)
         plan = self._store.read_plan()
@@ -132,8 +146,16 @@ class Replica:
             raise ConfigError(f"the plan {self._store.plan_file!r} is gone")
         self._plan = plan
         self.work = work = work.under(plan)
+        self._steps += 1
         self._engine = build_engine(work, self._data.num_classes, plan.batch_size)
+        self._steps += 1
         warm_up(self._engine, work, self._data)
+
+    def _state(self) -> tuple[str, int, dict[int, float]]:
+        """Of `Pulse`: what it does, how much it has done, and since when it has had which shards."""
+        batches = self._engine.rows_run if self._stage == "working" and hasattr(self, "_engine") else 0
+        now = time.monotonic()
+        return self._stage, self._steps + batches, {number: now - begun for number, begun in [*self._begun.items()]}
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Ray Data's way in: a batch of shard numbers -> one line of facts per committed shard.
@@ -153,12 +175,14 @@ class Replica:
                 facts = Facts(
                     shard=int(number), failure=f"ModelError: failed on {_node()}: {type(error).__name__}: {error}"
                 )
+            self._begun.pop(int(number), None)
             yield {key: np.array([value]) for key, value in asdict(facts).items()}
 
     def submit(self, number: int) -> "Future[_OpenShard]":
         """Give a shard to the engine; the future holds it when all its rows are there. Several may be in flight."""
         if self._failure is not None:
             raise self._failure
+        self._begun[number] = time.monotonic()
         before = self._store.read_shard(number)
         attempt = self._store.begin(number, self.id) if before is None else 1
         kept = [] if before is None else [row for row in before.to_pylist() if row["status"] == OK]
@@ -190,8 +214,10 @@ class Replica:
             self._store.commit(shard.number, shard.rows, self.work.method.schema, self._made_on(), shard.errors)
         draws = sum(row["num_draws"] for row in shard.rows) if fresh else 0
         failed = {row["example_id"] for row in shard.errors}
+        seconds = time.monotonic() - shard.started
+        self._steps += 1
+        self._begun.pop(shard.number, None)
         if self._metrics is not None:
-            seconds = time.monotonic() - shard.started
             self._metrics.committed(examples, draws, len(failed), shard.attempt > 1, seconds)
         first = shard.errors[0] if shard.errors else None
         return Facts(
@@ -202,6 +228,8 @@ class Replica:
             attempt=shard.attempt,
             replica=self.id,
             first_error=f"{first['example_id']}: {first['message']}" if first else "",
+            held_s=time.monotonic() - self._since,
+            seconds=seconds,
         )
 
     def _made_on(self) -> str:
@@ -214,6 +242,8 @@ class Replica:
 
         A network that hangs keeps nobody: after `CLOSE_S` seconds the thread is left to end with the process.
         """
+        if self._pulse is not None:
+            self._pulse.__exit__(None, None, None)
         if self._thread is not None:
             self._closing.set()
             self._inbox.put(None)

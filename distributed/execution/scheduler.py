@@ -15,8 +15,10 @@ import torch
 from core import errors
 from core.progress import Progress
 from distributed.execution.replica import Facts, Replica, is_device_error
+from distributed.execution.watch import Board, Scout, Seen, Watch
 from distributed.execution.work import Work, measure_rate, probe_batch_size
 from distributed.store.plan import Plan
+from distributed.store.progress import Meter
 from distributed.store.shards import ShardStore
 
 __all__ = ["run_work"]
@@ -36,6 +38,7 @@ class Executor:
         measure: rows per second of one replica's bare forward passes, at a batch size.
         run: certify these shards; facts come as they are committed, in any order.
         on_ray: whether Ray's metrics are there.
+        watch: is told of the commits.
     """
 
     device: str
@@ -44,6 +47,9 @@ class Executor:
     measure: Callable[[int], float]
     run: Callable[[Sequence[int]], Iterator[Facts]]
     on_ray: bool
+    watch: Watch
+    share: float = 1.0
+    """Of a device, that a replica takes."""
 
 
 def run_work(
@@ -82,7 +88,11 @@ def run_work(
     done = _Tally(work)
     if plan is None or set(range(len(plan))) - store.committed() or store.shards_with_errors():
         compute = work.config.compute
-        with (_local if compute.executor == "local" else _on_ray)(work, replica) as executor:
+        with (
+            Meter(work.root, compute) as meter,
+            (_local if compute.executor == "local" else _on_ray)(work, replica) as executor,
+        ):
+            done.meter = meter
             if plan is None:
                 plan = _make_plan(work, executor, origin, settings or {}, len(example_ids))
                 store.write_plan(plan, example_ids)
@@ -91,6 +101,8 @@ def run_work(
                     f"{work.store} was begun on {plan.device!r} and would go on on {executor.device!r}, with other "
                     f"noise; set compute.device={plan.device}, or use another --out"
                 )
+            done.share = executor.share
+            _foresee(work, plan, store, executor, meter)
             _run(work, plan, store, executor, done)
     attempts = store.attempts()
     verified = store.finish(plan, example_ids, work.levels, work.config.compute.part_rows)
@@ -139,6 +151,21 @@ def _make_plan(
     return divide(size, work.rows_per_example, origin, executor.device, executor.slots)
 
 
+def _foresee(work: Work, plan: Plan, store: ShardStore, executor: Executor, meter: Meter) -> None:
+    """Say, before the work begins, where what is left of the run's device hours will not do."""
+    committed = store.committed()
+    left = int(sum(size for shard, size in enumerate(plan.sizes.tolist()) if shard not in committed))
+    if meter.left is None or not left:
+        return
+    rate = executor.measure(plan.batch_size or work.config.compute.training_batch_size)
+    hours = left * work.draws_per_example / rate * executor.share / 3600
+    beyond = f"; it will stop at about {meter.left / hours:.0%} of it" if hours > meter.left else ""
+    print(
+        f"{work.store}: up to {hours:.3g} device hours, of compute.max_device_hours are left {meter.left:.3g}{beyond}",
+        flush=True,
+    )
+
+
 class _Tally:
     """What this call has done, as progress, metrics and limits need it."""
 
@@ -146,13 +173,16 @@ class _Tally:
         self.work = work
         self.draws = self.errors = self.retries = 0
         self.first_error = ""
+        self.meter: Meter | None = None
+        self.share = 1.0
         self._seen: dict[str, float] = {}
+        self._held: dict[str, float] = {}
 
     def add(self, facts: Facts) -> None:
         """Count a shard.
 
         Raises:
-            DualRSError: that a replica reports, or because too many examples fail.
+            DualRSError: that a replica reports, or because too many examples fail, or the device hours are spent.
         """
         if facts.failure:
             name, _, message = facts.failure.partition(": ")
@@ -162,11 +192,14 @@ class _Tally:
         self.retries += facts.attempt - 1
         self.first_error = self.first_error or facts.first_error
         self._seen[facts.replica] = time.monotonic()
+        self._held[facts.replica] = facts.held_s
         if self.errors > self.work.config.compute.max_errors:
             raise errors.DataError(
                 f"{self.errors} examples of {self.work.store} could not be run, more than compute.max_errors = "
                 f"{self.work.config.compute.max_errors}; the first: {self.first_error}"
             )
+        if self.meter is not None:
+            self.meter.count(math.fsum(self._held.values()) * self.share)
 
     def replicas(self) -> int:
         """Replicas that have committed in the last ten minutes."""
@@ -190,6 +223,7 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _
         with Progress(total, work.store, "examples", done=done, interval_s=interval) as progress:
             for facts in executor.run(pending):
                 tally.add(facts)
+                executor.watch.committed(facts.seconds)
                 done += facts.examples
                 elapsed = time.monotonic() - start
                 progress.update(
@@ -203,6 +237,7 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _
         tally.errors = 0
         for facts in executor.run(failed):
             tally.add(facts)
+            executor.watch.committed(facts.seconds)
         if left := store.read_errors().num_rows:
             print(
                 f"{work.store}: {left} rows could not be run, they certify nothing; why: {store.errors} "
@@ -218,9 +253,10 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     placed = replace(work, device=device)
+    board = _Here()
 
     def run(pending: Sequence[int]) -> Iterator[Facts]:
-        replica = replica_class(placed)
+        replica = replica_class(placed, board=board)
         in_flight: deque[Future[Any]] = deque()
         try:
             waiting = deque(pending)
@@ -231,9 +267,64 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         finally:
             replica.close()
 
-    yield Executor(
-        device, 1, lambda: probe_batch_size(placed), lambda size: measure_rate(placed, size), run, on_ray=False
-    )
+    with Watch(work.store, work.config.compute, board, 1) as watch:
+        probe, measure = partial(probe_batch_size, placed), partial(measure_rate, placed)
+        yield Executor(device, 1, probe, measure, run, on_ray=False, watch=watch)
+
+
+class _Here(Board):
+    """The replica of this process, which nothing can end."""
+
+    def end(self, _: Seen) -> bool:
+        return False
+
+    def room(self) -> str:
+        return "the replica of this process has not begun"
+
+
+class _Cluster:
+    """The replicas on Ray, by their signs on a board that lives beside the driver."""
+
+    def __init__(self, resource: str, each: float) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._resource, self._each = resource, each
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board).remote()
+
+    def look(self) -> list[Seen]:
+        """Those that live, as far as Ray knows."""
+        import ray
+        from ray.core.generated.gcs_pb2 import ActorTableData
+
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        gone = {ActorTableData.DEAD}  # a pool that shrinks; one that is loading again is RESTARTING as well
+        return [
+            seen
+            for seen in ray.get(self.board.look.remote(), timeout=60.0)
+            if seen.sign.node_id in nodes
+            and seen.sign.handle._get_local_state()
+            not in (gone if seen.sign.stage == "loading" else gone | {ActorTableData.RESTARTING})
+        ]
+
+    def end(self, seen: Seen) -> bool:
+        """Have its node end it; Ray starts another one."""
+        import ray
+
+        ray.kill(seen.sign.handle, no_restart=False)
+        self.board.forget.remote(seen.sign.key)
+        return True
+
+    def room(self) -> str:
+        """Why there is no replica."""
+        import ray
+
+        kind, nodes = self._resource, sum(node["Alive"] for node in ray.nodes())
+        there, free = (every.get(kind, 0.0) for every in (ray.cluster_resources(), ray.available_resources()))
+        if there < self._each:
+            return f"no node with a {kind} yet ({nodes} nodes in the cluster)"
+        return f"no {kind} is free of {there:g}" if free < self._each else "a replica is about to start"
 
 
 @contextmanager
@@ -254,12 +345,14 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         pool = replica_pool(work.config.compute)
         placed = replace(work, device=pool.device)
         resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
+        cluster = _Cluster("GPU" if pool.num_gpus else "CPU", pool.num_gpus or pool.num_cpus)
 
         def ask(question: Callable[..., Any], *args: Any) -> Any:
             """Have a replica's place answer, as soon as there is one."""
             print(f"{work.store}: waiting for a replica to measure", flush=True)
             try:
-                return ray.get(ray.remote(**resources)(question).remote(placed, *args))
+                scout = ray.remote(**resources, max_restarts=-1, max_task_retries=-1)(Scout).remote()
+                return ray.get(scout.ask.remote(question, cluster.board, placed, *args))
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, errors.DualRSError):
                     raise error.cause from None
@@ -281,7 +374,7 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             smallest = min(pool.smallest, len(pending))
             done = numbers.map_batches(
                 replica_class,
-                fn_constructor_args=(placed, True),
+                fn_constructor_args=(placed, True, cluster.board),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=smallest,
@@ -295,4 +388,6 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             for row in done.iter_rows():
                 yield Facts(**row)
 
-        yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True)
+        share = pool.num_gpus or 1.0
+        with Watch(work.store, work.config.compute, cluster, pool.largest) as watch:
+            yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True, watch=watch, share=share)

@@ -22,7 +22,7 @@ import psutil
 from core.errors import ConfigError
 from distributed.files.storage import Folder
 
-__all__ = ["RunLock", "read_lock"]
+__all__ = ["RunLock", "interrupt", "read_lock", "waits_for"]
 
 _log = logging.getLogger(__name__)
 _NAME = "lock.json"
@@ -35,8 +35,22 @@ STALE_S = 60.0
 clocks of machines differ."""
 
 
+_waits_for = ""
+
+
+def waits_for(text: str) -> None:
+    """Say in the locks of this process, at their next sign of life, what it waits for; empty: nothing."""
+    global _waits_for
+    _waits_for = text
+
+
+def interrupt() -> None:
+    """Interrupt the main thread. In a shell's background SIGINT is ignored; the jobs' SIGTERM is not."""
+    _thread.interrupt_main(signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT)
+
+
 def read_lock(folder: Folder) -> dict[str, Any] | None:
-    """Who holds the lock (host, pid, since, beat, command), or None."""
+    """Who holds the lock (host, pid, since, beat, command, waits_for), or None."""
     try:
         return dict(json.loads(folder.read(_NAME)))
     except FileNotFoundError:
@@ -99,6 +113,7 @@ class RunLock:
                 "since": self._since,
                 "beat": self._beat,
                 "command": " ".join(sys.orig_argv[1:4]),
+                "waits_for": _waits_for,
             }
         ).encode()
 
@@ -138,10 +153,7 @@ class RunLock:
                 if not self._still_mine():
                     gone = read_lock(self._folder) is None
                     _log.error("the lock is gone from %s" if gone else "another driver has taken over %s", self._folder)
-                    # In a shell's background SIGINT is ignored; the jobs' SIGTERM is not.
-                    _thread.interrupt_main(
-                        signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT
-                    )
+                    interrupt()
                     return
                 self._beat += 1
                 self._folder.write(_NAME, self._content())

@@ -24,7 +24,6 @@ from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
 from core.models.checkpoints import load_denoiser, load_model, save_model
 from core.models.features import FeatureExtractor, expert_place
-from core.progress import Progress
 from core.training.base_networks import base_objective
 from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
@@ -35,6 +34,7 @@ from distributed.execution.metrics import TrainingMetrics
 from distributed.execution.work import check_visible
 from distributed.files.datasets import absolute, load_dataset
 from distributed.files.storage import Folder
+from distributed.store.progress import StepProgress
 from distributed.store.run_directory import RunDirectory
 from distributed.training.checkpoints import Checkpoints, Curves, identity_of
 
@@ -214,6 +214,7 @@ def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Recor
         ConfigError: when there is no device for it.
         DataError: for an image that cannot be read, a damaged checkpoint.
         ModelError: when the loss is not finite.
+        LimitError: when the run's device hours are spent.
     """
     compute = directory.config.compute
     histories: list[list[Record]] = [[] for _ in members]
@@ -254,7 +255,16 @@ def _training(directory: RunDirectory, member: Member, patience_s: float) -> Gen
                 continue
             if progress is None:
                 progress = stack.enter_context(
-                    Progress(sign.total, what, "samples", done=sign.done, interval_s=compute.progress_interval_s)
+                    StepProgress(
+                        lesson.root,
+                        lesson.folder,
+                        compute,
+                        sign.total,
+                        what,
+                        "samples",
+                        done=sign.done,
+                        devices=max(1, compute.train_workers),
+                    )
                 )
             elif sign.begins:
                 print(f"{what}: a worker was lost, all go on from {sign.done:,} samples", flush=True)

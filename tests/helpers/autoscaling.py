@@ -42,7 +42,9 @@ while True:
 
 
 @contextmanager
-def autoscaling_cluster(autoscaler: Literal["v1", "v2"], max_workers: int, idle_s: float, log: Path) -> Iterator[str]:
+def autoscaling_cluster(
+    autoscaler: Literal["v1", "v2"], max_workers: int, idle_s: float, log: Path, gpus: int = 0
+) -> Iterator[str]:
     """A head without CPUs, and nodes of one CPU each that Ray's autoscaler starts and ends.
 
     Args:
@@ -50,6 +52,7 @@ def autoscaling_cluster(autoscaler: Literal["v1", "v2"], max_workers: int, idle_
         max_workers: nodes at most; there are none in the beginning.
         idle_s: seconds without work after which a node goes.
         log: for the autoscaler's output.
+        gpus: that each node says it has.
 
     Yields:
         The address of the cluster.
@@ -58,7 +61,7 @@ def autoscaling_cluster(autoscaler: Literal["v1", "v2"], max_workers: int, idle_
     folder = Path(tempfile.mkdtemp(prefix="fake-nodes-", dir="/tmp"))
     address = f"127.0.0.1:{_free_port()}"
     config = folder / "autoscaler.json"
-    config.write_text(json.dumps(_config(autoscaler, address, max_workers, idle_s)))
+    config.write_text(json.dumps(_config(autoscaler, address, max_workers, idle_s, gpus)))
     environment = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     environment["RAY_AUTH_MODE"] = "disabled"
     environment.pop("RAY_ADDRESS", None)
@@ -122,7 +125,9 @@ def workers_alive(address: str, limit_s: float) -> Iterator[Iterator[int]]:
             process.kill()
 
 
-def _config(autoscaler: Literal["v1", "v2"], address: str, max_workers: int, idle_s: float) -> dict[str, Any]:
+def _config(
+    autoscaler: Literal["v1", "v2"], address: str, max_workers: int, idle_s: float, gpus: int
+) -> dict[str, Any]:
     provider: dict[str, Any] = {
         "gcs_address": address,
         "use_node_id_as_ip": True,
@@ -140,7 +145,12 @@ def _config(autoscaler: Literal["v1", "v2"], address: str, max_workers: int, idl
         }
     types = {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-        "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": max_workers},
+        "worker": {
+            "resources": {"CPU": 1, "GPU": gpus},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": max_workers,
+        },
     }
     return {
         "cluster_name": "autoscaling",

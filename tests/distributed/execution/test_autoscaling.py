@@ -8,7 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import pyarrow as pa
 import pytest
 
 from core.data import load_dataset
@@ -21,16 +20,14 @@ from tests.helpers.tiny import tiny_run
 ROOT = Path(__file__).parents[3]
 NODES = 3
 LIMIT_S = 600.0  # 100 s on two idle cores, 310 s at a load of 20
-WORK = ("labels.num_estimation=3500", "compute.shard_examples=auto", "compute.shard_seconds=2")
-"""About a minute of one core, in shards of about two."""
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """The dataset by the local executor."""
-    run = tiny_run(tmp_path_factory.mktemp("local"), "compute.executor=local", *WORK)
-    build_dataset.run(run)
-    return ShardStore(run.path, "dataset").read()
+KINDS = {
+    "cpu": (
+        ["jobs.build_dataset", "compute.device=cpu"],
+        ("labels.num_estimation=3500", "compute.shard_examples=auto", "compute.shard_seconds=2"),
+    ),
+    "gpu": (["tests.helpers.replicas", "Slow", "compute.device=cuda"], ("compute.shard_examples=2",)),
+}
+"""The job and its work: a minute of one core in shards of two seconds; 49 shards that sleep for three each."""
 
 
 class Sample(NamedTuple):
@@ -50,19 +47,23 @@ def time_line(samples: list[Sample], ended: float) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
 @pytest.mark.parametrize("autoscaler", ["v1", "v2"])
 def test_build_dataset_nodes_come_by_demand_and_go_after_the_end(
-    autoscaler: Literal["v1", "v2"], reference: pa.Table, tmp_path: Path
+    autoscaler: Literal["v1", "v2"], kind: str, tmp_path: Path
 ) -> None:
-    run = tiny_run(tmp_path / "run", *WORK)
+    (module, *arguments), work = KINDS[kind]
+    run = tiny_run(tmp_path / "run", *work)
     store = ShardStore(run.path, "dataset")
-    command = [sys.executable, "-m", "jobs.build_dataset", "--out", str(run.path)]
-    command += ["compute.device=cpu", "compute.min_replicas=1", f"compute.max_replicas={NODES}"]
+    command = [sys.executable, "-m", module, *arguments[:-1], "--out", str(run.path), arguments[-1]]
+    command += ["compute.min_replicas=1", f"compute.max_replicas={NODES}"]
     samples: list[Sample] = []
     replicas: set[str] = set()
     log, ended = tmp_path / "driver.log", None
     with (
-        autoscaling_cluster(autoscaler, NODES, idle_s=10.0, log=tmp_path / "autoscaler.log") as address,
+        autoscaling_cluster(
+            autoscaler, NODES, idle_s=10.0, log=tmp_path / "autoscaler.log", gpus=kind == "gpu"
+        ) as address,
         workers_alive(address, LIMIT_S) as alive,
         log.open("wb") as output,
     ):
@@ -82,7 +83,7 @@ def test_build_dataset_nodes_come_by_demand_and_go_after_the_end(
             if job.poll() is None:
                 job.kill()
                 job.wait()
-            print(f"\nautoscaler {autoscaler}\n{time_line(samples, ended or -1.0)}\n{log.read_text()}")
+            print(f"\nautoscaler {autoscaler}, {kind}\n{time_line(samples, ended or -1.0)}\n{log.read_text()}")
     assert job.returncode == 0
     assert samples[0].nodes == samples[-1].nodes == 0
     assert 2 <= max(one.nodes for one in samples) <= NODES
@@ -92,5 +93,7 @@ def test_build_dataset_nodes_come_by_demand_and_go_after_the_end(
     assert plan is not None
     verified = store.verify(plan, load_dataset(run.config.dataset, "train").example_ids, run.config.sigmas)
     assert (verified.rows, verified.error_rows) == (97 * 2, 0)
-    assert store.read().equals(reference)  # every column of every row
+    undisturbed = tiny_run(tmp_path / "local", "compute.executor=local", *work)
+    build_dataset.run(undisturbed)
+    assert store.read().equals(ShardStore(undisturbed.path, "dataset").read())  # every column of every row
     assert RunDirectory(run.path, None).manifest["steps"]["build_dataset"]["retries"] == 0
