@@ -3,12 +3,13 @@
     DualRSError
     ├── ConfigError        a configuration that cannot be run, or does not match the run directory
     ├── DataError          an image, a label or a stored row that is not what it should be
-    └── ModelError         weights or a network that do not fit
+    ├── ModelError         weights or a network that do not fit
+    └── LimitError         a limit on what a run may take is reached
 
 Each message says what was got, what was expected and what to do.
 """
 
-__all__ = ["ConfigError", "DataError", "DualRSError", "ModelError"]
+__all__ = ["ConfigError", "DataError", "DualRSError", "LimitError", "ModelError"]
 
 
 class DualRSError(Exception):
@@ -25,3 +26,7 @@ class DataError(DualRSError):
 
 class ModelError(DualRSError):
     """A checkpoint that does not fit its architecture, or a network with a wrong output."""
+
+
+class LimitError(DualRSError):
+    """A limit on what a run may take (`compute.max_device_hours`) is reached; what is committed stays."""

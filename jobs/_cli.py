@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Literal
 
 from core.config import load_config, parse_config
-from core.errors import ConfigError, DualRSError
+from core.errors import ConfigError, DualRSError, LimitError
 from distributed.store.lock import RunLock
 from distributed.store.run_directory import RunDirectory
 
 __all__ = ["EXIT_CODES", "job_parser", "number", "open_run", "retry_errors_option", "run_job", "run_step"]
 
-EXIT_USAGE, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
-EXIT_CODES = "Exit codes: 0 done, 2 usage or configuration, 3 data, model or findings, 130 interrupted."
+EXIT_USAGE, EXIT_FAILED, EXIT_SPENT, EXIT_INTERRUPTED = 2, 3, 4, 130
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 usage or configuration, 3 data, model or findings, 4 compute.max_device_hours are spent, "
+    "130 interrupted."
+)
 
 
 def job_parser(module: str, description: str, needs_out: bool = True) -> argparse.ArgumentParser:
@@ -92,7 +95,8 @@ def run_job(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace],
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+        kinds = {ConfigError: EXIT_USAGE, LimitError: EXIT_SPENT}
+        return next((code for kind, code in kinds.items() if isinstance(error, kind)), EXIT_FAILED)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -112,7 +116,7 @@ def run_step(
     """`run_job` for a job that writes into its run directory: with a check of all that it needs, and under the lock.
 
     Args:
-        parser: of the job; gets --dry-run, --price and --rate.
+        parser: of the job; gets --dry-run, --price, --rate and --max-cost.
         run: the job.
         steps: its steps, by their names in the manifest.
         after_dry_run: says what --dry-run does not count.
@@ -123,7 +127,9 @@ def run_step(
         help="check everything that the job needs, measure for a few seconds here, print what it will take, and stop: "
         "nothing is written",
     )
-    parser.add_argument("--price", type=float, metavar="PER_HOUR", help="of a device hour, for --dry-run")
+    parser.add_argument(
+        "--price", type=float, metavar="PER_HOUR", help="of a device hour, for --dry-run and --max-cost"
+    )
     parser.add_argument(
         "--rate",
         action="append",
@@ -132,15 +138,28 @@ def run_step(
         help="for --dry-run, of the denoiser, the estimator, the classifier on one device: nothing is measured, and "
         "neither weights nor the images of CIFAR-10 and ImageNet have to be here",
     )
+    parser.add_argument(
+        "--max-cost",
+        type=float,
+        metavar="MONEY",
+        help="stop when the run's device hours have cost so much at --price: compute.max_device_hours in money",
+    )
 
     def checked(args: argparse.Namespace) -> None:
-        if args.price is not None and not (args.dry_run and 0 <= args.price < float("inf")):
-            raise ConfigError("--price: goes with --dry-run, and is a number of at least 0")
+        if args.price is not None and not ((args.dry_run or args.max_cost) and 0 <= args.price < float("inf")):
+            raise ConfigError("--price: goes with --dry-run or --max-cost, and is a number of at least 0")
         if args.rate and not args.dry_run:
             raise ConfigError("--rate: goes with --dry-run")
+        if args.max_cost is not None:
+            if not args.price or not 0 < args.max_cost < float("inf"):
+                raise ConfigError("--max-cost: is a number above 0, and needs --price, that of a device hour, above 0")
+            args.overrides.append(f"compute.max_device_hours={args.max_cost / args.price:.6g}")
         directory = open_run(args, "dry")
-        from distributed.checks.preflight import check, dry_run, refuse  # torch takes its time: after what needs none
+        from distributed.checks.dry_run import dry_run  # torch takes its time: after what needs none
+        from distributed.checks.preflight import check, refuse
+        from distributed.cluster.cluster import placed
 
+        directory.config = placed(directory.config)
         if args.dry_run:
             if args.rate:
                 from distributed.checks.stated import parse_rates, price_at

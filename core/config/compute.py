@@ -40,7 +40,8 @@ class ComputeConfig(Section):
     threads_per_replica: Count = 1
     """CPU threads of a replica."""
     train_device: Literal["cpu", "cuda"] = "cpu"
-    """Where networks are trained."""
+    """Where the trainings run. `cuda` on a cluster whose head has no GPU: on a node that has one, as with
+    `train_workers` 1."""
     train_workers: Annotated[int, Field(ge=0)] = 0
     """Workers of Ray Train that share every batch of a training: one GPU each, or `train_threads` CPUs; trainings of a
     pool run side by side where there is room. 0: in the driver's process. The same weights up to rounding (BatchNorm's
@@ -61,6 +62,9 @@ class ComputeConfig(Section):
     """A step gives up when more examples than this cannot be run."""
     max_attempts: Count = 20
     """A step gives up on a shard that so many replicas have begun and none has finished."""
+    max_device_hours: Positive | None = None
+    """The run stops when it has taken so many hours of GPUs (on CPUs: of replicas and training workers), all its starts
+    together; a larger number goes on. What is committed stays."""
     hang_s: Annotated[float, Field(ge=0)] = 1200.0
     """A replica that gets nothing done for so many seconds (no batch, no loaded file, no commit) is ended, and another
     one starts in its place. Longer than loading, compiling or a batch may take, and than a store may fail (ten

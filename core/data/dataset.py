@@ -264,9 +264,10 @@ def as_image(
         raise DataError(f"example {name!r}: expected an image as uint8 or floating pixels, got {kind}") from error
     pixels = value_range == PIXELS
     if not tensor.numel() or not tensor.ndim or (pixels and tensor.ndim != 3):
+        grey = "a grey image needs its channel (image[None], images[:, None] of several), " * (tensor.ndim == 2)
         raise DataError(
-            f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}; inputs that are no "
-            "images have value_range=None (or their own bounds) and any shape"
+            f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}; {grey}inputs that are "
+            "no images have value_range=None (or their own bounds) and any shape"
         )
     if pixels and tensor.shape[2] <= _MOST_CHANNELS < min(tensor.shape[:2]):
         raise DataError(

@@ -223,12 +223,14 @@ class Gallery:
     Attributes:
         captions: what is said of each.
         clean, noisy, denoised: float32 ``(M, C, H, W)`` in [0, 1], C = 1 or 3; no `denoised` without a denoiser.
+        tied: examples that share the largest radius.
     """
 
     captions: tuple[str, ...]
     clean: NDArray[np.float32]
     noisy: NDArray[np.float32]
     denoised: NDArray[np.float32] | None
+    tied: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -88,6 +88,10 @@ CSS: Final = """
 """
 
 SCRIPT: Final = """
+for (const box of document.querySelectorAll(".scroll")) {
+  const look = () => box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 1);
+  box.addEventListener("scroll", look); addEventListener("resize", look); look();
+}
 for (const card of document.querySelectorAll(".chart")) {
   const chart = JSON.parse(card.querySelector("script").textContent);
   const svg = card.querySelector("svg"), at = card.querySelector(".at");

@@ -152,9 +152,13 @@ h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top:
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-size: .9rem; line-height: 1.25rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .375rem .7rem; text-align: right; border-bottom: 1px solid var(--line); background: var(--paper); }
-td { white-space: nowrap; } thead tr > th { background: var(--soft); min-width: 4rem; vertical-align: bottom; }
+thead tr > th { background: var(--soft); min-width: 4rem; vertical-align: bottom; }
 tbody tr:last-child > * { border-bottom: 0; }
 th:first-child { text-align: left; min-width: 9rem; font-weight: 500; position: sticky; left: 0; }
+/* More columns to the right: they fade, until one has scrolled to the end. */
+.scroll.more { mask-image: linear-gradient(to left, transparent, #000 3rem); }
+@media (max-width: 40rem) { th, td { padding: .3rem .4rem; } thead tr > th { min-width: 3rem; }
+  th:first-child { min-width: 6.5rem; max-width: 6.5rem; font-size: .8rem; } }
 figure { margin: 1.4rem 0; } figcaption { font-size: .85rem; opacity: .8; }
 .card { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 .card > svg { display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto; }

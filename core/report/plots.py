@@ -183,6 +183,18 @@ def curves_figure(curves: Mapping[str, Method]) -> Figure:
     return _figure([draw], height_in=3.5)
 
 
+def progress_figure(curves: Mapping[str, tuple[Floats, Floats]]) -> Figure:
+    """Examples done against the hours since the first of them, one curve per name."""
+
+    def draw(axes: Any) -> None:
+        for number, (name, (hours, done)) in enumerate(curves.items()):
+            axes.step(hours, done, where="post", label=name, color=_COLOURS[number % len(_COLOURS)], linewidth=1.8)
+        axes.set(xlabel="hours since the first shard", ylabel="examples done")
+        axes.set_ylim(bottom=0.0)
+
+    return _figure([draw], height_in=2.8)
+
+
 def severity_figure(severities: Sequence[int], methods: Sequence[Method], panels: Mapping[str, Floats]) -> Figure:
     """Certified accuracy against the severity of a corruption, one line per method.
 

@@ -280,7 +280,12 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
         text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
     blocks += [Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
     if data.gallery is not None:
-        blocks += [Heading("Most and least certified"), pictures["gallery"]]
+        blocks.append(Heading("Most and least certified"))
+        if (tied := data.gallery.tied) > 1:
+            blocks.append(
+                Text(f"{tied:,} examples share the largest radius: the first of them by their ids are shown.")
+            )
+        blocks.append(pictures["gallery"])
     steps = data.manifest.get("steps")
     if isinstance(steps, Mapping) and (table := _steps_table(steps)).rows:
         blocks += [Heading("What it took"), table]

@@ -29,6 +29,7 @@ __all__ = [
     "Part",
     "count_parts",
     "format_parts",
+    "limit_notes",
     "rows_of",
     "size",
     "store_bytes",
@@ -257,6 +258,18 @@ def _line(part: Part, price: float | None) -> tuple[str, ...]:
     if price is not None:
         cells += ["" if part.device_s is None else f"{most}{part.device_s / 3600 * price:.2f}"]
     return tuple(cells)
+
+
+def limit_notes(parts: Sequence[Part], spent: float, limit: float | None) -> list[str]:
+    """What a run has taken before, and whether the estimate goes beyond its limit, both in device hours."""
+    notes = [f"spent before, by all starts of this run: {spent:.3g} device hours"] if spent else []
+    hours = math.fsum(part.device_s or 0.0 for part in parts) / 3600
+    if limit is not None and spent + hours > limit:
+        notes.append(
+            f"compute.max_device_hours = {limit:.4g}: {max(0.0, limit - spent):.3g} are left, the estimate is "
+            f"{hours:.3g}; the run may stop before its end, and goes on from there with a larger limit"
+        )
+    return notes
 
 
 def size(num_bytes: int) -> str:

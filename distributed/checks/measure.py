@@ -5,6 +5,7 @@ forward pass does not depend on the weights.
 """
 
 import math
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from core.config import Config
 from core.data import Dataset, Split
-from core.errors import ConfigError
+from core.errors import ConfigError, DualRSError
 from core.machine.cpu import settle
 from core.machine.network import Denoiser
 from core.models.checkpoints import load_model
@@ -34,15 +36,18 @@ from core.training.estimator import EstimatorObjective, new_estimator
 from core.training.finetune import FinetuneObjective, choose_sigma
 from core.training.loop import Objective, Training
 from distributed.checks.estimate import DENOISER, TRAINING, Part
+from distributed.cluster.cluster import connected, replica_pool
 from distributed.execution.launch import step_of, stores, work_of
 from distributed.execution.work import Work, build_engine, make_task, warm_up
+from distributed.files.datasets import absolute
+from distributed.files.storage import Folder
 from distributed.methods.dual import Dual
 from distributed.methods.method import Kind
 from distributed.methods.rows import certificate_row
 from distributed.store.run_directory import RunDirectory
 from distributed.store.sources import local_models
 
-__all__ = ["measure_parts"]
+__all__ = ["measure_on_worker", "measure_parts"]
 
 _PATIENCE_S = 20.0
 """A pass of the configured batch that would take longer is measured in a smaller batch, and training not at all."""
@@ -87,6 +92,44 @@ def measure_parts(
                     part.rates[kind], start_s = known[key]
                     part.start_s = max(part.start_s, start_s)
     return notes
+
+
+def measure_on_worker(directory: RunDirectory, parts: list[Part], splits: Sequence[Split], seconds: float) -> list[str]:
+    """`measure_parts` where a replica of the cluster would run, as soon as there is one: the driver's machine is none.
+
+    Args:
+        directory: the run, which the worker sees too.
+        parts: replaced by measured ones.
+        splits: that they read.
+        seconds: that each measurement takes.
+
+    Raises:
+        DualRSError: what the worker raises; as `replica_pool`.
+    """
+    config = directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)})
+    with connected(config.compute):
+        import ray
+
+        pool = replica_pool(config.compute)
+        print(f"waiting for a replica to measure on: {pool.describe()}", flush=True)
+        measure = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)(_measured)
+        try:
+            measured, notes, where = ray.get(
+                measure.remote(directory.folder, config, parts, tuple(splits), pool.device, seconds)
+            )
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, DualRSError) else error from None
+    parts[:] = measured
+    return [f"measured on {where}, {seconds:g} s each", *notes]
+
+
+def _measured(
+    root: Folder, config: Config, parts: list[Part], splits: Sequence[Split], device: str, seconds: float
+) -> tuple[list[Part], list[str], str]:
+    run = RunDirectory(root, config, "dry")
+    notes = measure_parts(run, parts, {split: run.data(split) for split in splits}, device, seconds)
+    name = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
+    return parts, notes, f"{name} of {socket.gethostname()}"
 
 
 @contextmanager
@@ -226,12 +269,16 @@ class _Training:
 
     def __init__(self, run: RunDirectory, train: Dataset, seconds: float) -> None:
         self._run, self._config, self._train, self._seconds = run, run.config, train, seconds
-        self._code = run.config.own_code.values()
+        gpu = run.config.compute.train_device == "cuda" and torch.cuda.is_available()
+        self._device, self._code = "cuda" if gpu else "cpu", run.config.own_code.values()
         settle(run.config.compute.train_threads)
+
+    def _load(self, name: str) -> nn.Module:
+        return load_model(self._run.model(name), self._code).to(self._device)
 
     def rate(self, name: str) -> float | None:
         """Noisy copies per second of a part; None where one batch would take too long."""
-        loaded = [load_model(self._run.model(each), self._code) for each in self._config.denoisers]
+        loaded = [self._load(each) for each in self._config.denoisers]
         denoiser = cast(OneShotDenoiser, loaded[0]) if loaded else None
         step, _, role = name.partition(", ")
         return self._of_base(role, denoiser) if step == "train_base" else self._on_pixels(name, denoiser)
@@ -239,12 +286,12 @@ class _Training:
     def _of_base(self, role: str, denoiser: OneShotDenoiser | None) -> float | None:
         config, train = self._config, self._config.training_of(role)
         assert train is not None, "trained here"
-        model, part = load_model(self._run.model(role), self._code), self._part(train.batch_size)
+        model, part = self._load(role), self._part(train.batch_size)
         made = cast(OneShotDenoiser, model) if role == DENOISER else None
         front, behind = (made, nn.Identity()) if made else (denoiser, model)
         objective = base_objective(config, role, part, None if made else denoiser)
         copies = len(part) * copies_of(train)
-        if _one_image_s(front, behind, part, max(config.sigmas)) * copies > _PATIENCE_S:
+        if _one_image_s(front, behind, part, max(config.sigmas), self._device) * copies > _PATIENCE_S:
             return None
 
         def begin(num: int) -> None:
@@ -257,8 +304,7 @@ class _Training:
     def _on_pixels(self, name: str, denoiser: OneShotDenoiser | None) -> float | None:
         estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma
         learns = name == "train_estimator"
-        role = "estimator" if learns else next(iter(self._run.config.classifiers))
-        model = load_model(self._run.model(role), self._code)
+        model = self._load("estimator" if learns else next(iter(self._run.config.classifiers)))
         router = model if isinstance(model, FeatureRouter) else None
         if router is None:
             part = self._part(estimator.batch_size if learns else finetune.batch_size)
@@ -267,7 +313,7 @@ class _Training:
             part = self._part(4)
             copies = len(part) * estimator.feature_copies
         front: Denoiser | None = denoiser if estimator.denoiser or not learns else None
-        if _one_image_s(front, model, part, sigma_e) * copies > _PATIENCE_S:
+        if _one_image_s(front, model, part, sigma_e, self._device) * copies > _PATIENCE_S:
             return None
         radii = np.random.default_rng(0).random((len(part), len(self._config.sigmas)))
         sigma, seed = np.full(len(part), sigma_e), self._config.seed
@@ -306,9 +352,9 @@ class _Training:
             num = max(2 * num, math.ceil(num * self._seconds / took))
 
 
-def _one_image_s(denoiser: Denoiser | None, model: nn.Module, data: Dataset, sigma: float) -> float:
+def _one_image_s(denoiser: Denoiser | None, model: nn.Module, data: Dataset, sigma: float, device: str) -> float:
     start = time.perf_counter()
     with torch.inference_mode():
-        image = torch.zeros((1, *data.shape))
-        model(image if denoiser is None else denoiser(image, torch.full((1,), sigma)))
+        image = torch.zeros((1, *data.shape), device=device)
+        model(image if denoiser is None else denoiser(image, torch.full((1,), sigma, device=device))).sum().item()
     return time.perf_counter() - start

@@ -11,8 +11,9 @@ from core.data import Dataset, Split
 from core.data.subsets import choose
 from core.errors import ConfigError, DataError
 from core.records import CLASSIFIER, ESTIMATOR
+from distributed.checks.dry_run import show_parts
 from distributed.checks.estimate import DENOISER, TRAINING, Part, count_parts, rows_of
-from distributed.checks.preflight import Found, refuse, show_parts, unfinished
+from distributed.checks.preflight import Found, refuse, unfinished
 from distributed.cluster.cluster import replicas_here
 from distributed.store.run_directory import RunDirectory
 
@@ -83,7 +84,7 @@ def price_at(directory: RunDirectory, steps: Sequence[str], price: float | None,
         _set_rates(part, config, rates)
     said = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
     notes.append(f"rates are stated, not measured: {said} images per second of one device; without reading images")
-    show_parts(parts, price, notes)
+    show_parts(directory, parts, price, notes)
 
 
 def _published(config: Config, split: Split, error: Exception) -> Dataset:

@@ -13,9 +13,9 @@ from core.errors import ConfigError
 from core.models.hub import is_hub_name
 from distributed.files.storage import Folder
 
-__all__ = ["check_upload", "job_runtime_env"]
+__all__ = ["check_upload", "job_runtime_env", "named_files"]
 
-LEFT_OUT: Final = ("bench", "build", "comparison", "dist", "docs", "runs", "site", "tests")
+LEFT_OUT: Final = ("bench", "build", "checkpoints", "comparison", "data", "dist", "docs", "runs", "site", "tests")
 """Folders of the checkout that deploy/runtime_env.yaml and .gitignore keep at home."""
 
 
@@ -25,7 +25,8 @@ def job_runtime_env() -> dict[str, Any]:
 
 
 def check_upload(config: Config, steps: Collection[str], out: Folder) -> None:
-    """Refuse files that stayed at home, and a run directory that would go with Ray's copy of the working directory.
+    """Refuse files that are not here (most stayed at home), and a run directory that would go with Ray's copy of the
+    working directory.
 
     Args:
         config: of the run.
@@ -45,19 +46,19 @@ def check_upload(config: Config, steps: Collection[str], out: Folder) -> None:
         )
     gone = {
         key: path
-        for key, path in _named(config, steps).items()
-        if not is_address(path) and not Path(path).is_absolute() and not Path(path).exists()
+        for key, path in named_files(config, steps).items()
+        if not is_address(path) and not Path(path).exists()
     }
     if gone:
         raise ConfigError(
             ", ".join(f"{key}: {path!r}" for key, path in gone.items())
-            + f": not in the working directory that Ray has uploaded to {socket.gethostname()}, which leaves out "
-            f"{', '.join(LEFT_OUT)} and what .gitignore names; give an address, or an absolute path that all nodes "
-            "see, or copy it where it travels (checkpoints/, data/; all in all 512 MiB)"
+            + f": not on {socket.gethostname()}, to which Ray has uploaded the working directory without "
+            f"{', '.join(LEFT_OUT)} and what .gitignore names; copy them to your bucket and give the address "
+            "(s3://bucket/..., gs://...), or give an absolute path that all nodes see"
         )
 
 
-def _named(config: Config, steps: Collection[str]) -> dict[str, str]:
+def named_files(config: Config, steps: Collection[str]) -> dict[str, str]:
     """Files and folders that the configuration names, by key."""
     data = config.dataset
     named: dict[str, str | None] = {"dataset.path": data.path, "dataset.class_file": data.class_file}

@@ -63,6 +63,8 @@ class Facts:
     replica: str = ""
     first_error: str = ""
     failure: str = ""
+    held_s: float = 0.0
+    """Seconds since the replica began to load."""
     seconds: float = 0.0
 
 
@@ -100,6 +102,7 @@ class Replica:
 
     def __init__(self, work: Work, on_ray: bool = False, board: Any = None) -> None:
         self.work = work
+        self._since = time.monotonic()
         self.id = uuid.uuid4().hex[:12]
         self._on_ray = on_ray
         self._metrics = ReplicaMetrics(work.store) if on_ray else None
@@ -225,6 +228,7 @@ class Replica:
             attempt=shard.attempt,
             replica=self.id,
             first_error=f"{first['example_id']}: {first['message']}" if first else "",
+            held_s=time.monotonic() - self._since,
             seconds=seconds,
         )
 

@@ -18,6 +18,7 @@ from distributed.execution.replica import Facts, Replica, is_device_error
 from distributed.execution.watch import Board, Scout, Seen, Watch
 from distributed.execution.work import Work, measure_rate, probe_batch_size
 from distributed.store.plan import Plan
+from distributed.store.progress import Meter
 from distributed.store.shards import ShardStore
 
 __all__ = ["run_work"]
@@ -47,6 +48,8 @@ class Executor:
     run: Callable[[Sequence[int]], Iterator[Facts]]
     on_ray: bool
     watch: Watch
+    share: float = 1.0
+    """Of a device, that a replica takes."""
 
 
 def run_work(
@@ -85,7 +88,11 @@ def run_work(
     done = _Tally(work)
     if plan is None or set(range(len(plan))) - store.committed() or store.shards_with_errors():
         compute = work.config.compute
-        with (_local if compute.executor == "local" else _on_ray)(work, replica) as executor:
+        with (
+            Meter(work.root, compute) as meter,
+            (_local if compute.executor == "local" else _on_ray)(work, replica) as executor,
+        ):
+            done.meter = meter
             if plan is None:
                 plan = _make_plan(work, executor, origin, settings or {}, len(example_ids))
                 store.write_plan(plan, example_ids)
@@ -94,6 +101,8 @@ def run_work(
                     f"{work.store} was begun on {plan.device!r} and would go on on {executor.device!r}, with other "
                     f"noise; set compute.device={plan.device}, or use another --out"
                 )
+            done.share = executor.share
+            _foresee(work, plan, store, executor, meter)
             _run(work, plan, store, executor, done)
     attempts = store.attempts()
     verified = store.finish(plan, example_ids, work.levels, work.config.compute.part_rows)
@@ -142,6 +151,21 @@ def _make_plan(
     return divide(size, work.rows_per_example, origin, executor.device, executor.slots)
 
 
+def _foresee(work: Work, plan: Plan, store: ShardStore, executor: Executor, meter: Meter) -> None:
+    """Say, before the work begins, where what is left of the run's device hours will not do."""
+    committed = store.committed()
+    left = int(sum(size for shard, size in enumerate(plan.sizes.tolist()) if shard not in committed))
+    if meter.left is None or not left:
+        return
+    rate = executor.measure(plan.batch_size or work.config.compute.training_batch_size)
+    hours = left * work.draws_per_example / rate * executor.share / 3600
+    beyond = f"; it will stop at about {meter.left / hours:.0%} of it" if hours > meter.left else ""
+    print(
+        f"{work.store}: up to {hours:.3g} device hours, of compute.max_device_hours are left {meter.left:.3g}{beyond}",
+        flush=True,
+    )
+
+
 class _Tally:
     """What this call has done, as progress, metrics and limits need it."""
 
@@ -149,13 +173,16 @@ class _Tally:
         self.work = work
         self.draws = self.errors = self.retries = 0
         self.first_error = ""
+        self.meter: Meter | None = None
+        self.share = 1.0
         self._seen: dict[str, float] = {}
+        self._held: dict[str, float] = {}
 
     def add(self, facts: Facts) -> None:
         """Count a shard.
 
         Raises:
-            DualRSError: that a replica reports, or because too many examples fail.
+            DualRSError: that a replica reports, or because too many examples fail, or the device hours are spent.
         """
         if facts.failure:
             name, _, message = facts.failure.partition(": ")
@@ -165,11 +192,14 @@ class _Tally:
         self.retries += facts.attempt - 1
         self.first_error = self.first_error or facts.first_error
         self._seen[facts.replica] = time.monotonic()
+        self._held[facts.replica] = facts.held_s
         if self.errors > self.work.config.compute.max_errors:
             raise errors.DataError(
                 f"{self.errors} examples of {self.work.store} could not be run, more than compute.max_errors = "
                 f"{self.work.config.compute.max_errors}; the first: {self.first_error}"
             )
+        if self.meter is not None:
+            self.meter.count(math.fsum(self._held.values()) * self.share)
 
     def replicas(self) -> int:
         """Replicas that have committed in the last ten minutes."""
@@ -359,5 +389,6 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             for row in done.iter_rows():
                 yield Facts(**row)
 
+        share = pool.num_gpus or 1.0
         with Watch(work.store, work.config.compute, cluster, pool.largest) as watch:
-            yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True, watch=watch)
+            yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True, watch=watch, share=share)

@@ -146,6 +146,11 @@ class ShardStore:
         """How many times each shard was begun by some replica: more than once after a loss."""
         return dict(Counter(int(name.partition("/")[0]) for name in self._attempts.walk()))
 
+    def at_work(self) -> set[str]:
+        """Replicas with shards that are not there yet; those that were lost with one are among them until it is."""
+        begun, there = (name.partition("/") for name in self._attempts.walk()), self.committed()
+        return {replica for shard, _, replica in begun if int(shard) not in there}
+
     def forget_attempts(self) -> None:
         """Remove what `begin` wrote, when the step is finished."""
         self._attempts.remove_all()

@@ -16,12 +16,12 @@ from core.errors import DataError
 from core.machine.cpu import settle
 from core.machine.engine import Engine, Task
 from core.machine.noise import make_noise
-from core.progress import Progress
 from core.training.finetune import choose_sigma
 from distributed.cluster.cluster import quiet_ray_data, train_cluster, train_device, train_resources
 from distributed.execution.work import build_network, check_visible, make_task
 from distributed.files.datasets import absolute, load_dataset
 from distributed.files.storage import Folder
+from distributed.store.progress import StepProgress
 from distributed.store.run_directory import RunDirectory
 
 __all__ = ["forget_sigmas", "training_sigmas"]
@@ -102,8 +102,9 @@ def training_sigmas(
     if known is None:
         known = {}
         chosen = _on_ray(choice, places) if config.compute.train_workers else _here(choice, data, places)
-        with Progress(
-            len(places), "sigma of each sample", "samples", interval_s=config.compute.progress_interval_s
+        devices = max(1, config.compute.train_workers)
+        with StepProgress(
+            directory.folder, folder, config.compute, len(places), "sigma of each sample", "samples", devices=devices
         ) as progress:
             for place, sigma in chosen:
                 known[place] = sigma

@@ -24,7 +24,6 @@ from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
 from core.models.checkpoints import load_denoiser, load_model, save_model
 from core.models.features import FeatureExtractor, expert_place
-from core.progress import Progress
 from core.training.base_networks import base_objective
 from core.training.estimator import EstimatorObjective
 from core.training.finetune import FinetuneObjective
@@ -35,6 +34,7 @@ from distributed.execution.metrics import TrainingMetrics
 from distributed.execution.work import check_visible
 from distributed.files.datasets import absolute, load_dataset
 from distributed.files.storage import Folder
+from distributed.store.progress import StepProgress
 from distributed.store.run_directory import RunDirectory
 from distributed.training.checkpoints import Checkpoints, Curves, identity_of
 
@@ -42,6 +42,8 @@ __all__ = ["Lesson", "Member", "forget", "train"]
 
 _START = "start"
 
+_LAST_S = 10.0
+"""How long the workers may take to end after one has said why it cannot go on: others may wait for it."""
 _REPORT_S = 10.0
 """Seconds between two reports to Ray Train, at least."""
 
@@ -214,6 +216,7 @@ def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Recor
         ConfigError: when there is no device for it.
         DataError: for an image that cannot be read, a damaged checkpoint.
         ModelError: when the loss is not finite.
+        LimitError: when the run's device hours are spent.
     """
     compute = directory.config.compute
     histories: list[list[Record]] = [[] for _ in members]
@@ -254,7 +257,16 @@ def _training(directory: RunDirectory, member: Member, patience_s: float) -> Gen
                 continue
             if progress is None:
                 progress = stack.enter_context(
-                    Progress(sign.total, what, "samples", done=sign.done, interval_s=compute.progress_interval_s)
+                    StepProgress(
+                        lesson.root,
+                        lesson.folder,
+                        compute,
+                        sign.total,
+                        what,
+                        "samples",
+                        done=sign.done,
+                        devices=max(1, compute.train_workers),
+                    )
                 )
             elif sign.begins:
                 print(f"{what}: a worker was lost, all go on from {sign.done:,} samples", flush=True)
@@ -362,7 +374,7 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
                 yield None
                 continue
             if isinstance(sign, DualRSError):
-                fitting.join()
+                fitting.join(_LAST_S)
                 raise sign
             if sign.record is not None:
                 metrics.ended(sign.record)
@@ -372,7 +384,16 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
 
 
 def _worker(given: Mapping[str, Any]) -> None:
-    """What each worker of Ray Train runs."""
+    """What each worker of Ray Train runs. What no further try would mend (all workers, or a node that lacks something)
+    is said to the driver.
+    """
+    try:
+        _learn(given)
+    except (ConfigError, ModelError) as error:
+        given["signs"].put(error)
+
+
+def _learn(given: Mapping[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
@@ -396,20 +417,16 @@ def _worker(given: Mapping[str, Any]) -> None:
     checkpoints = Checkpoints(lesson.folder, given["identity"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     said = reported = 0.0
-    try:
-        for sign in _advance(training, checkpoints, writes=rank == 0):
-            if sign.record is not None:
-                # A report waits for all workers and for Ray Train's next look at them, two seconds apart.
-                due = time.monotonic() - reported >= _REPORT_S or sign.done == sign.total
-                if _as_the_first_says(due, device):
-                    ray.train.report(sign.record)
-                    reported = time.monotonic()
-            if rank == 0 and (sign.begins or sign.record is not None or time.monotonic() - said >= 1.0):
-                given["signs"].put(sign)
-                said = time.monotonic()
-    except ModelError as error:  # all workers meet it at the same batch, and again at every further try
-        if rank == 0:
-            given["signs"].put(error)
+    for sign in _advance(training, checkpoints, writes=rank == 0):
+        if sign.record is not None:
+            # A report waits for all workers and for Ray Train's next look at them, two seconds apart.
+            due = time.monotonic() - reported >= _REPORT_S or sign.done == sign.total
+            if _as_the_first_says(due, device):
+                ray.train.report(sign.record)
+                reported = time.monotonic()
+        if rank == 0 and (sign.begins or sign.record is not None or time.monotonic() - said >= 1.0):
+            given["signs"].put(sign)
+            said = time.monotonic()
 
 
 def _as_the_first_says(yes: bool, device: str) -> bool:

@@ -35,6 +35,7 @@ def gallery(directory: RunDirectory, each: int) -> Gallery | str:
     correct = table.column("correct").to_numpy()
     radius = table.column("radius").to_numpy()
     order = np.argsort(-np.where(correct, radius, -radius), kind="stable")  # ties in the order of the ids
+    tied = int((correct & (radius == radius[order[0]])).sum()) if len(order) else 0
     rows = table.take([*order[:each], *order[each:][-each:]]).to_pylist()
     config = directory.config
     sigmas = [config.sigmas[row["sigma_index"]] for row in rows]  # the choice, certified or not
@@ -58,7 +59,13 @@ def gallery(directory: RunDirectory, each: int) -> Gallery | str:
     if denoiser is not None:
         with torch.no_grad():
             denoised = denoiser(noisy, torch.tensor(sigmas, dtype=torch.float32)).numpy()
-    return Gallery(captions=tuple(captions), clean=clean.numpy(), noisy=noisy.clamp(0, 1).numpy(), denoised=denoised)
+    return Gallery(
+        captions=tuple(captions),
+        clean=clean.numpy(),
+        noisy=noisy.clamp(0, 1).numpy(),
+        denoised=denoised,
+        tied=tied,
+    )
 
 
 def _caption(row: dict[str, Any], sigma: float) -> str:

@@ -16,7 +16,7 @@ from core.models.denoiser import OneShotDenoiser, trained_unet_config
 from core.models.diffusers_folder import write_folder
 from core.models.resnet_cifar import ResNetCifar
 from core.models.small import SmallConvNet
-from distributed.checks.preflight import dry_run
+from distributed.checks.dry_run import dry_run
 from distributed.store.run_directory import RunDirectory
 from jobs import train_base, train_estimator
 from tests.core.models.test_diffusers_folder import tiny_denoiser

@@ -20,7 +20,15 @@ case "$*" in
     trap 'echo "step got TERM" >>"$LOG"; exit 0' TERM
     [[ -n ${RAY_AUTH_TOKEN:-} && $RAY_AUTH_MODE == token ]] && echo "token in the environment" >>"$LOG"
     while true; do sleep 0.05; done ;;
+*"python -c"* | *health-check* | *"driver "*) # in a container, on the first node
+    while [[ $1 == --* ]]; do shift; done
+    exec "$@" ;;
 esac
+"""
+APPTAINER = """#!/usr/bin/env bash
+echo "apptainer $*" >>"$LOG"
+shift 7
+exec "$@"
 """
 RECORDER = '#!/usr/bin/env bash\necho "$(basename "$0") $*" >>"$LOG"\n'
 DRIVER = """#!/usr/bin/env bash
@@ -35,7 +43,7 @@ while true; do sleep 0.05; done
 @pytest.fixture
 def slurm(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """The log of the shims, and an environment as sbatch gives it to the script."""
-    shims = {"srun": SRUN, "ray": RECORDER, "scontrol": RECORDER, "driver": DRIVER}
+    shims = {"srun": SRUN, "ray": RECORDER, "scontrol": RECORDER, "driver": DRIVER, "apptainer": APPTAINER}
     for name, script in shims.items():
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
@@ -94,6 +102,23 @@ def test_slurm_starts_head_and_workers_and_ends_only_its_steps(slurm: tuple[Path
     assert not re.search(r"[0-9a-f]{32}", "\n".join(lines)), "the token is on a command line"
     assert not any("ray stop" in line or line.startswith("scontrol") for line in lines)
     assert lines[-1].endswith("rm -rf -- /tmp/dual-rs-4711")
+
+
+@pytest.mark.parametrize("image", ["/shared/dual-rs.sif", "registry/dual-rs:0.1.0"])
+def test_slurm_in_a_container_runs_ray_and_the_driver_inside(slurm: tuple[Path, dict[str, str]], image: str) -> None:
+    log, environment = slurm
+    environment |= {"DUALRS_IMAGE": image, "DUALRS_MOUNTS": "/shared"}
+    job = start_slurm(environment, "driver", "exit", "0")
+    output, _ = job.communicate(timeout=20)
+    assert job.returncode == 0, output
+    here, lines = environment["SLURM_SUBMIT_DIR"], log.read_text().splitlines()
+    option = f"--bind {here},/tmp,/shared --pwd {here} {image}"
+    if not image.endswith(".sif"):
+        option = f"--container-image={image} --container-mounts={here}:{here},/tmp:/tmp,/shared:/shared"
+    inside = [line for line in lines if option in line]
+    for what in ("ray start --head", "ray start --block", "ray health-check", "python -c", "driver exit 0"):
+        assert any(what in line for line in inside), what
+    assert any(line.endswith(": exit 0") for line in lines)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -36,7 +36,10 @@ sys.path.insert(0, str(ROOT / "docs" / "_site"))
 import reference
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
-CLUSTER = ("ray ", "kubectl ", "sbatch ", "docker ", "export RAY_", "tail -f slurm-", "tensorboard --logdir ")
+CLUSTER = (
+    "ray ", "aws ", "gcloud ", "DUALRS_IMAGE=", "kubectl ", "sbatch ", "scancel ", "docker ", "export RAY_",
+    "tail -f slurm-", "tensorboard --logdir ",
+)  # fmt: skip
 """Commands of others, most of which need a cluster: what they run is parsed, and the files that they name are there."""
 ONCE = {  # commands that run elsewhere, with the test or target that runs them
     "make demo FAST=1": "test_fast_demo_certifies_with_the_models_of_the_checkout",

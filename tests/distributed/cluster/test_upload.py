@@ -36,8 +36,8 @@ def travels(root: Path, names: list[str]) -> set[str]:
 def test_upload_leaves_out_folders_of_the_checkout_and_none_of_the_data(tmp_path: Path) -> None:
     stays = [f"{name}/deep/x.png" for name in (*LEFT_OUT, ".git", ".venv", "dual_rs.egg-info")]
     stays += ["core/__pycache__/x.pyc", "bench/results.json"]
-    goes = [f"data/own/{name}/x.png" for name in (*LEFT_OUT, "dual_rs.egg-info")]
-    goes += ["core/a.py", "configs/digits.yaml", "checkpoints/runs/a.safetensors", "constraints.txt"]
+    goes = [f"own/{name}/x.png" for name in (*LEFT_OUT, "dual_rs.egg-info")]
+    goes += ["core/a.py", "configs/digits.yaml", "my_models.py", "constraints.txt", "core/data/x.py"]
     assert travels(tmp_path, [*stays, *goes]) == set(goes)
 
 
@@ -54,19 +54,21 @@ def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 OWN = (
     "base.denoiser=runs/a/denoiser.safetensors",
     "base.classifier={checkpoint: checkpoints/c.safetensors}",
-    "estimator.backbone={checkpoint: /shared/b.safetensors}",
+    "estimator.backbone={checkpoint: s3://bucket/b.safetensors}",
 )
 
 
 def test_check_upload_names_each_file_that_stayed_at_home(submitted: Path, tmp_path: Path) -> None:
     out, config = Folder(tmp_path / "run"), parse_config(PLAIN, OWN)
     steps = ["train_base", "train_estimator"]
-    with pytest.raises(ConfigError, match=r"^base.denoiser: 'runs/a/den.*', base.classifier.check") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^base.denoiser.checkpoint: 'runs/a/den.*', base.classifier.check"
+    ) as caught:
         check_upload(config, steps, out)
-    assert "/shared" not in str(caught.value)
+    assert "s3://bucket/b" not in str(caught.value)
     (submitted / "checkpoints").mkdir()
     (submitted / "checkpoints/c.safetensors").touch()
-    with pytest.raises(ConfigError, match=r"^base.denoiser: 'runs/a/denoiser.safetensors': not in the working dir"):
+    with pytest.raises(ConfigError, match=r"^base.denoiser.checkpoint: 'runs/a/denoiser.safetensors': not on "):
         check_upload(config, steps, out)
     check_upload(config, ["certify-dual"], out)  # from the run directory
     for name, refused in (("google/ddpm", False), ("runs/ddpm", True), ("a/b/ddpm", True), ("none", False)):
@@ -76,6 +78,10 @@ def test_check_upload_names_each_file_that_stayed_at_home(submitted: Path, tmp_p
             continue
         with pytest.raises(ConfigError, match=r"base\.denoiser"):
             check_upload(own, steps, out)
+    with pytest.raises(
+        ConfigError, match=r"^estimator.backbone.checkpoint: '/nowhere/b': not on .* absolute path that"
+    ):
+        check_upload(parse_config(PLAIN, ["estimator.backbone={checkpoint: /nowhere/b}"]), ["train_estimator"], out)
     data = parse_config(PLAIN | {"dataset": {"name": "cifar10", "path": "data/cifar", "test": {"ids_file": "ids"}}})
     with pytest.raises(ConfigError, match=r"^dataset.path: 'data/cifar', dataset.test.ids_file: 'ids'"):
         check_upload(data, ["certify-dual"], out)
@@ -93,4 +99,6 @@ def test_job_whose_files_stayed_at_home_says_so_in_its_first_line(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(PLAIN))
     assert run_main(build_dataset, "--config", str(config), "--out", str(tmp_path / "run"), *OWN) == 2
-    assert capsys.readouterr().err.startswith("error: base.denoiser: 'runs/a/denoiser.safetensors', base.classifier")
+    assert capsys.readouterr().err.startswith(
+        "error: base.denoiser.checkpoint: 'runs/a/denoiser.safetensors', base.classifier"
+    )

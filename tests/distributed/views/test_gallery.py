@@ -23,6 +23,7 @@ def test_gallery_shows_the_largest_and_the_smallest_certificates_in_order(run: R
     value = {row["example_id"]: row["radius"] if row["correct"] else -row["radius"] for row in rows}
     images = gallery(run, 2)
     assert not isinstance(images, str)
+    assert images.tied == list(value.values()).count(max(value.values()))
     shown = [value[caption.split(":")[0]] for caption in images.captions]
     assert shown == [*sorted(value.values())[::-1][:2], *sorted(value.values())[::-1][-2:]]
     for caption in images.captions:
