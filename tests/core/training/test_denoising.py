@@ -130,6 +130,7 @@ def test_affine_denoiser_of_gaussian_data_reaches_the_optimum(kind: str) -> None
     """x ~ N(mu, s^2): E[x | y] = mu + s^2 / (s^2 + sigma^2) (y - mu), with variance s^2 sigma^2 / (s^2 + sigma^2)."""
     random = np.random.default_rng(1)
     some = data(np.rint(random.normal(130, 20, (64, 1, 32, 32))).clip(0, 255).astype(np.uint8))
+    assert isinstance(some.images, np.ndarray)
     mu, s = some.images.mean() / 255, some.images.std() / 255
     model = OneShotDenoiser(Affine())
     sigma = math.sqrt(1 / alphas_cumprod("linear", 1000)[90] - 1) / 2 * (1 - 1e-9)  # a level that the schedule has
