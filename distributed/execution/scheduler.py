@@ -253,7 +253,7 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     placed = replace(work, device=device)
-    board = _Here()
+    board = Board()
 
     def run(pending: Sequence[int]) -> Iterator[Facts]:
         replica = replica_class(placed, board=board)
@@ -272,18 +272,8 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         yield Executor(device, 1, probe, measure, run, on_ray=False, watch=watch)
 
 
-class _Here(Board):
-    """The replica of this process, which nothing can end."""
-
-    def end(self, _: Seen) -> bool:
-        return False
-
-    def room(self) -> str:
-        return "the replica of this process has not begun"
-
-
-class _Cluster:
-    """The replicas on Ray, by their signs on a board that lives beside the driver."""
+class _Cluster(Board):
+    """The replicas on Ray, by their signs on a board that is an actor beside the driver."""
 
     def __init__(self, resource: str, each: float) -> None:
         import ray

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from core.config import ComputeConfig
 from core.errors import ModelError
@@ -75,7 +75,7 @@ class Seen:
 
 
 class Board:
-    """Where replicas leave their signs. An actor beside the driver, or an object of this process without Ray.
+    """Where replicas leave their signs: an actor beside the driver, or an object of this process without Ray.
 
     The times are its own: clocks of machines differ.
     """
@@ -106,9 +106,17 @@ class Board:
         now = time.monotonic()
         return [Seen(sign, now - entered, now - moved) for sign, entered, moved in self._last.values()]
 
+    def end(self, seen: Seen) -> bool:
+        """End a replica; False where that is not possible, as for that of this process."""
+        return False
+
+    def room(self) -> str:
+        """Why there is no replica, as far as it can be told."""
+        return "the replica of this process has not begun"
+
 
 class Pulse:
-    """A thread of a replica that signs a board. Context manager.
+    """A thread of a replica that signs a board, from now until `end`.
 
     Args:
         board: a `Board`, or the handle of its actor.
@@ -118,23 +126,14 @@ class Pulse:
     """
 
     def __init__(
-        self,
-        board: Any,
-        compute: ComputeConfig,
-        replica: str,
-        state: Callable[[], tuple[str, int, Mapping[int, float]]],
+        self, board: Any, compute: ComputeConfig, replica: str, state: Callable[[], tuple[str, int, dict[int, float]]]
     ) -> None:
         self._board, self._every_s, self._replica, self._state = board, _beat(compute), replica, state
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="pulse", daemon=True)
+        threading.Thread(target=self._live, name="pulse", daemon=True).start()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
+        """Sign no more."""
         self._ended.set()
 
     def _live(self) -> None:
@@ -162,21 +161,11 @@ class Scout:
 
     def ask(self, question: Callable[..., Any], board: Any, work: Any, *args: Any) -> Any:
         """The answer to `question(work, *args)`."""
-        with Pulse(board, work.config.compute, "that measures", lambda: ("measuring", 0, {})):
+        pulse = Pulse(board, work.config.compute, "that measures", lambda: ("measuring", 0, {}))
+        try:
             return question(work, *args)
-
-
-class Cluster(Protocol):
-    """What the watch knows and does outside its process."""
-
-    def look(self) -> Sequence[Seen]:
-        """The replicas that there are."""
-
-    def end(self, seen: Seen) -> bool:
-        """End a replica; False where that is not possible."""
-
-    def room(self) -> str:
-        """Why there is none, as far as it can be told."""
+        finally:
+            pulse.end()
 
 
 @dataclass
@@ -188,13 +177,13 @@ class Watch:
     Args:
         store: which step it is.
         compute: `hang_s`, `max_attempts`.
-        cluster: the replicas.
-        slots: replicas at most.
+        replicas: what they say of themselves, and how one is ended.
+        slots: how many there are at most.
     """
 
     store: str
     compute: ComputeConfig
-    cluster: Cluster
+    replicas: Board
     slots: int
     failure: ModelError | None = None
     """Why the step is ended: so many replicas in a row have hung that nothing is to be hoped for."""
@@ -232,7 +221,7 @@ class Watch:
 
     def check(self) -> None:
         """Look once."""
-        seen, hang_s = self.cluster.look(), self.compute.hang_s
+        seen, hang_s = self.replicas.look(), self.compute.hang_s
         for one in seen:
             if hang_s and one.silent_s > hang_s:
                 self._end(one)
@@ -260,10 +249,10 @@ class Watch:
 
     def _end(self, one: Seen) -> None:
         if one.sign.stage == "starting":  # for want of room, or it hangs before it signs: asking again does no harm
-            self.cluster.end(one)
+            self.replicas.end(one)
             return
         text = f"has hung for {clock(one.silent_s)} (compute.hang_s={self.compute.hang_s:g})"
-        if not self.cluster.end(one):
+        if not self.replicas.end(one):
             self._tell(one, "hung", f"{text}; nothing ends it but the end of this process")
             return
         _log.error("%s: %s %s and was ended; what it had goes to another one", self.store, one.sign, text)
@@ -287,7 +276,7 @@ class Watch:
         parts += [f"{len(loading)} replicas load or measure, for {clock(max(loading))}"] if loading else []
         parts += [f"{len(rest) - len(loading)} replicas are at work"] if len(rest) > len(loading) else []
         parts += [f"{len(starting)} replicas start again, for {clock(max(starting))}"] if starting else []
-        return "; ".join(parts if there else [*parts, self.cluster.room()])
+        return "; ".join(parts if there else [*parts, self.replicas.room()])
 
 
 def _beat(compute: ComputeConfig) -> float:

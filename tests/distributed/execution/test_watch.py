@@ -68,7 +68,7 @@ def test_board_silence_is_time_without_progress_and_idle_replicas_need_only_sign
     assert after(5, replace(loading, replica="t")) == (0, 0)
 
 
-class Fake:
+class Fake(Board):
     """Replicas as told."""
 
     def __init__(self, *seen: Seen, mortal: bool = True) -> None:
