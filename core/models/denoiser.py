@@ -61,7 +61,8 @@ class OneShotDenoiser(nn.Module):
     """x + delta -> the diffusion model's estimate of x, in one call.
 
     Args:
-        unet: noise predictor, a diffusers `UNet2DModel`: ``(B, C, H, W)`` in the diffusion scale and ``(B,)`` timesteps
+        unet: noise predictor, a diffusers `UNet2DModel` or a module of your own: ``(B, C, H, W)`` in the diffusion
+            scale and ``(B,)`` timesteps
             -> noise ``(B, C or 2C, H, W)`` (the second half, a learned variance, is ignored).
         schedule: the noise schedule that the network was trained with.
         num_steps: its number of timesteps.
@@ -98,6 +99,8 @@ class OneShotDenoiser(nn.Module):
         if isinstance(embedding := getattr(unet, "time_embedding", None), nn.Module):
             _keep_in_float32(embedding)
         self.unet = unet
+        self.own: dict[str, Any] = {}
+        """Of a network that is the user's own code: arguments of `core.models.checkpoints.build_own_denoiser`."""
         self.taken: dict[str, Any] = {}
         """What was taken from a checkpoint and what was found elsewhere: plain JSON for the manifest."""
         bar = alphas_cumprod(schedule, num_steps, beta_range)
@@ -166,7 +169,8 @@ class OneShotDenoiser(nn.Module):
     def predict_noise(self, scaled: Tensor, t: Tensor) -> Tensor:
         """The noise that the network sees in diffusion-scale images at integer timesteps."""
         given = t.float() * (1000.0 / self.num_steps) if self.rescale_timesteps else t
-        predicted: Tensor = self.unet(scaled, given).sample
+        output = self.unet(scaled, given)
+        predicted: Tensor = output if isinstance(output, Tensor) else output.sample
         return predicted[:, : scaled.shape[1]]
 
 

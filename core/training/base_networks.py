@@ -6,7 +6,6 @@ from torch import nn
 
 from core.config import Config, DenoiserTrainConfig
 from core.data import Dataset
-from core.models.checkpoints import load_denoiser
 from core.training.classifier import ClassifierObjective, new_classifier
 from core.training.denoising import DenoisingObjective, new_denoiser
 from core.training.loop import Objective
@@ -36,9 +35,7 @@ def base_network(
         return new_classifier(own, shape, num_classes, class_names, new_head=own.train is not None)
     named = config.denoiser
     assert named is not None, "a role of the configuration"
-    if named.checkpoint is None:
-        return new_denoiser(named, shape)
-    return load_denoiser(named.checkpoint, schedule=named.schedule, head_dim=named.head_dim)
+    return new_denoiser(named, shape)
 
 
 def base_objective(
@@ -59,5 +56,4 @@ def base_objective(
         return ClassifierObjective(data, denoiser, train, config.seed, role, processes=processes)
     training = config.training_of(role)
     assert isinstance(training, DenoiserTrainConfig), "trained here"
-    levels = sorted({*config.sigmas, config.estimator_sigma})
-    return DenoisingObjective(data, training, levels, config.seed, role, processes=processes)
+    return DenoisingObjective(data, training, config.distilled_levels, config.seed, role, processes=processes)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from core.config import DenoiserConfig, DenoiserTrainConfig
 from core.data import Dataset
-from core.models.checkpoints import build_denoiser
+from core.models.checkpoints import build_denoiser, build_own_denoiser, load_denoiser
 from core.models.denoiser import OneShotDenoiser, parse_schedule, trained_unet_config
+from core.models.own_code import load_own
 from core.training.loop import Objective, Schedule
 from core.training.samples import Samples
 
@@ -19,15 +20,24 @@ __all__ = ["DenoisingObjective", "new_denoiser"]
 
 
 def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoiser:
-    """A denoiser to be trained from scratch, initialised by torch's generator.
+    """The denoiser that the configuration names, with its weights, or initialised by torch's generator.
 
     Args:
-        config: see there; with `train`.
+        config: see there.
         shape: ``(C, H, W)`` of the images.
 
     Raises:
+        ModelError: as `load_denoiser` and `build_own`.
         ConfigError: see `trained_unet_config`.
     """
+    if config.arch is not None:
+        assert config.schedule is not None, "as checked with the configuration"
+        denoiser = build_own_denoiser(config.arch, config.schedule, shape[0])
+        if config.checkpoint is not None:
+            denoiser.taken |= load_own(denoiser.unet, config.checkpoint, config.arch)
+        return denoiser.eval()
+    if config.checkpoint is not None:
+        return load_denoiser(config.checkpoint, schedule=config.schedule, head_dim=config.head_dim)
     assert config.train is not None
     unet = trained_unet_config(shape[0], shape[1], config.train, config.head_dim)
     return build_denoiser(unet, **parse_schedule(config.schedule or "linear-1000"))
