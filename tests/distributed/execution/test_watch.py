@@ -237,7 +237,7 @@ def job_on(tmp_path: Path, kind: str, *overrides: str) -> Iterator[Job]:
 def test_build_dataset_replicas_stopped_for_good_are_named_and_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with job_on(tmp_path, "Slow", "compute.hang_s=30") as job:
+    with job_on(tmp_path, "Slow", "compute.hang_s=60") as job:
         job.wait(lambda: len(job.store.committed()) >= 3, "three shards")
         first, second = job.replicas().values()
         first.send_signal(signal.SIGSTOP)
@@ -258,14 +258,14 @@ def test_build_dataset_replicas_stopped_for_good_are_named_and_replaced(
         job.wait(status_says_so, "jobs.status says so")
         job.wait(lambda: not second.is_running() and not third.is_running(), "both are ended")
     assert RunDirectory(job.run.path, None).manifest["steps"]["build_dataset"]["retries"] >= 2
-    hung = rf"replica \w+ on \S+ \(process {first.pid}\) with shard [\d, ]+ has hung for 0:[34]\d"
+    hung = rf"replica \w+ on \S+ \(process {first.pid}\) with shard [\d, ]+ has hung for 1:\d\d"
     assert re.search(hung, job.said())
     assert "no shard of dataset committed for 0:" in job.said()
 
 
 @pytest.mark.slow
 def test_build_dataset_replicas_whose_files_never_come_are_replaced(tmp_path: Path) -> None:
-    with job_on(tmp_path, "Blocks", "compute.hang_s=30") as job:
+    with job_on(tmp_path, "Blocks", "compute.hang_s=60") as job:
         pass
     assert re.search(r"\(process \d+, loading\) has hung for", job.said())
     assert re.search(r"\(process \d+\) with shard [\d, ]+ has hung for", job.said())
