@@ -77,6 +77,7 @@ def test_training_says_how_far_it_is_and_what_it_took(
     run = tiny_run(tmp_path)
     folder, clock = run.folder / "training" / "train_estimator", [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "time", lambda: 1e9)
     compute = ComputeConfig(progress_interval_s=10.0, max_device_hours=1.0, train_workers=3)
     with StepProgress(folder, compute, 9000, "estimator", "samples", done=1000) as progress:
         clock[0] = 100.0
