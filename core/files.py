@@ -2,10 +2,13 @@
 
 import hashlib
 import os
+import tempfile
 import uuid
 from pathlib import Path
 
-__all__ = ["file_sha256", "known_sha256", "write_whole"]
+from core.errors import DataError
+
+__all__ = ["cache_folder", "file_sha256", "known_sha256", "write_whole"]
 
 _known: dict[Path, tuple[tuple[int, ...], str]] = {}
 
@@ -40,3 +43,16 @@ def known_sha256(path: Path) -> str:
     if path not in _known or _known[path][0] != state:
         _known[path] = state, file_sha256(path)
     return _known[path][1]
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps copies of what is elsewhere: a temporary folder that nobody else may read or write.
+
+    Raises:
+        DataError: when it belongs to somebody else.
+    """
+    cache = Path(tempfile.gettempdir()) / f"dual-rs-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    if cache.stat().st_uid != os.getuid():
+        raise DataError(f"{str(cache)!r} belongs to somebody else: set TMPDIR to a folder of your own")
+    return cache

@@ -39,7 +39,8 @@ def _finetune(directory: RunDirectory, reads: Sequence[str]) -> None:
     if len(places) < len(asked):
         print(f"fine-tuning: {len(asked) - len(places)} of {len(asked)} images cannot be read and are left out")
 
-    tuned = {role: load_model(directory.model(role)) for role in config.classifiers}
+    code = config.own_code.values()
+    tuned = {role: load_model(directory.model(role), code) for role in config.classifiers}
     members: dict[str, Member] = {}
     for role, level in config.classifiers.items():
         # An expert learns from the samples that the estimator routes to it.

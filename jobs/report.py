@@ -39,6 +39,7 @@ def run(directory: RunDirectory) -> None:
     folder = directory.folder / "report"
     folder.check_writable()
     from core.report.render import best_method_sentence, format_table, write_report
+    from distributed.views.card import write_card
     from distributed.views.tables import report_data
 
     data = report_data(directory.config, directory.folder, directory.manifest)
@@ -53,6 +54,7 @@ def run(directory: RunDirectory) -> None:
     shown = sections(directory, data)
     with folder.staged() as local:
         write_report(data, local, shown)
+    write_card(directory, data)
     print(format_table(data))
     print(best_method_sentence(data))
     for section in shown:

@@ -29,16 +29,18 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     from core.models.classifiers import ImageClassifier
     from core.models.features import FeatureRouter
     from core.training.estimator import hold_out, learnable, new_estimator
+    from distributed.store.sources import local_models
     from distributed.training.labels import training_radii
     from distributed.training.train import Lesson, Member, forget, train
 
     config, hashes = directory.config, directory.model_hashes(reads)
-    data = directory.data("train")
+    data, code = directory.data("train"), config.own_code.values()
     radii = training_radii(directory, data)
     kept = learnable(radii)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 2)
-        estimator = new_estimator(config, data.shape, lambda role: load_model(directory.model(role)))
+        local = local_models(directory, "estimator")
+        estimator = new_estimator(local, data.shape, lambda role: load_model(directory.model(role), code))
     backbone = config.estimator.backbone
     learner = estimator.head if isinstance(estimator, FeatureRouter) else estimator
     taken = estimator.taken if backbone and isinstance(estimator, ImageClassifier) and backbone.checkpoint else None

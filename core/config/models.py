@@ -1,5 +1,6 @@
 """`base`: the denoiser and the classifiers, taken from files or trained here."""
 
+import re
 from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -7,13 +8,15 @@ from pydantic import Field, field_validator, model_validator
 from core.config.training import NETWORK_KEYS, DenoiserTrainConfig, TrainConfig
 from core.config.values import Count, Positive, Section
 
-__all__ = ["NO_DENOISER", "SMALL_CNN", "BaseModelsConfig", "ClassifierConfig", "DenoiserConfig"]
+__all__ = ["NO_DENOISER", "SMALL_CNN", "BaseModelsConfig", "ClassifierConfig", "DenoiserConfig", "is_own_code"]
 
 NO_DENOISER = "none"
 """As `base.denoiser`; a folder of that name is ./none."""
 
 SMALL_CNN = "small_cnn"
 """As `arch`: `core.models.small.SmallConvNet`."""
+
+_OWN_CODE = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 
 Width = Annotated[int, Field(ge=4, multiple_of=4)]
 """Channels of the small CNN's first layer: its normalisation takes them in groups of four."""
@@ -35,16 +38,24 @@ _MOVED = {
 """Keys of earlier versions, and what says it now."""
 
 
+def is_own_code(arch: str | None) -> bool:
+    """Whether an architecture is `module:function`, code of the user's own."""
+    return arch is not None and _OWN_CODE.fullmatch(arch) is not None
+
+
 class ClassifierConfig(Section):
     """An image classifier: an architecture and where its weights are."""
 
     arch: str | None = None
     """A timm architecture such as `vit_base_patch16_224`, `resnet110`, or `small_cnn` (three convolutions); none for a
-    checkpoint of our own format. What is trained here is `small_cnn` unless given."""
+    checkpoint of our own format. `module:function`: a function of your own that returns a torch module, called with
+    num_classes and channels where it takes them; it is run on the driver and on every node, and gets pixels in [0, 1]
+    unless mean and std are given. What is trained here is `small_cnn` unless given."""
     width: Width = 16
     """Channels of the first layer of `small_cnn`."""
     checkpoint: str | None = None
-    """File or folder with its weights: timm's, transformers' (ViT), a plain state dict, or our own format."""
+    """File or folder with its weights: timm's, transformers' (ViT), a plain state dict, or our own format. A path, an
+    address (s3://, gs://, ...), or a name on the Hugging Face hub. Nothing in it is run."""
     pretrained: bool = False
     """Whether to take timm's weights, from its cache or the network."""
     input_size: Count | None = None
@@ -73,9 +84,12 @@ class ClassifierConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        small = self.arch == SMALL_CNN
+        small, code = self.arch == SMALL_CNN, is_own_code(self.arch)
+        if self.arch is not None and ":" in self.arch and not code:
+            raise ValueError(f"arch: is {self.arch!r}, expected a name, or module:function such as my_models:resnet")
         for key, field in type(self).model_fields.items():
             unfit = key not in ("arch", "width", "train") if small else key == "width"
+            unfit = unfit or (code and key in ("pretrained", "label_map"))
             if unfit and getattr(self, key) != field.default:
                 raise ValueError(
                     f"{key}: says nothing about {self.arch or 'a checkpoint of our own format'}; remove it"
@@ -92,9 +106,14 @@ class ClassifierConfig(Section):
 class DenoiserConfig(Section):
     """A denoiser: where its weights are, or how it is trained here."""
 
+    arch: str | None = None
+    """`module:function`, a function of your own that returns a noise predictor: a torch module that takes images of the
+    diffusion scale at integer timesteps, ``(B, C, H, W)`` and ``(B,)``, and returns their noise. Called with channels
+    where it takes it, on the driver and on every node; needs `schedule`."""
     checkpoint: str | None = None
     """A diffusers folder, an OpenAI checkpoint (.pt), a file of our own format (.safetensors), or a name on the Hugging
-    Face hub; `none`: no denoiser, the networks read the noisy image itself."""
+    Face hub; with `arch` a state dict. A path or an address (s3://, gs://, ...); nothing in it is run. `none`: no
+    denoiser, the networks read the noisy image itself."""
     schedule: Annotated[str, Field(pattern=r"^(linear|cosine)-[1-9]\d*$")] | None = None
     """Noise schedule that it is trained with (`linear-1000` unless given), or was trained with where it does not say so
     itself (an OpenAI checkpoint that is none of the published ones, a folder without a scheduler), and the number of
@@ -110,11 +129,18 @@ class DenoiserConfig(Section):
         for key in ("schedule", "head_dim", "train"):
             if self.checkpoint == NO_DENOISER and getattr(self, key) is not None:
                 raise ValueError(f"{key}: says something about base.denoiser, which is none; remove one of the two")
-        if self.checkpoint is None and self.train is None:
-            raise ValueError("checkpoint: is missing; give it, or train")
-        for key in NETWORK_KEYS if self.checkpoint is not None and self.train is not None else ():
+        if self.arch is not None and (not is_own_code(self.arch) or self.checkpoint == NO_DENOISER):
+            raise ValueError(
+                f"arch: is {self.arch!r}, expected module:function such as my_models:unet, with a denoiser"
+            )
+        if self.arch is not None and (self.schedule is None or self.head_dim is not None):
+            raise ValueError(f"schedule: {self.arch} needs it (linear-1000), and no head_dim: nothing else says it")
+        if self.checkpoint is None and self.train is None and self.arch is None:
+            raise ValueError("checkpoint: is missing; give it, or arch, or train")
+        own = self.arch or self.checkpoint
+        for key in NETWORK_KEYS if own is not None and self.train is not None else ():
             if getattr(self.train, key) != DenoiserTrainConfig.model_fields[key].default:
-                raise ValueError(f"train.{key}: {self.checkpoint} has a network of its own; remove it")
+                raise ValueError(f"train.{key}: {own} has a network of its own; remove it")
         return self
 
 
@@ -148,7 +174,7 @@ class BaseModelsConfig(Section):
             raise ValueError("experts: goes without base.classifier; give one of them")
         experts = {f"experts.{sigma}": expert for sigma, expert in (self.experts or {}).items()}
         for key, own in {"classifier": self.classifier, **experts}.items():
-            if own is not None and own.checkpoint is None and not own.pretrained and own.train is None:
+            if own is not None and not (own.checkpoint or own.pretrained or own.train or is_own_code(own.arch)):
                 raise ValueError(
                     f"{key}: {own.arch} has no weights; give {key}.checkpoint or {key}.pretrained, or {key}.train"
                 )

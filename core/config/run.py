@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
-from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig, DenoiserConfig
+from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig, DenoiserConfig, is_own_code
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
 from core.config.training import ALL_LEVELS, DenoiserTrainConfig, OptimisationConfig, TrainConfig
 from core.config.values import Count, Positive, Section
@@ -159,10 +159,36 @@ class Config(Section):
             update={"train": own.train.model_copy(update={"sigma": self._levels(own.train, sigma), "clean": clean})}
         )
 
+    @property
+    def own_code(self) -> dict[str, str]:
+        """Every `module:function` that the configuration names, by key: what may be run, and nothing else."""
+        named = {key: getattr(own, "arch", None) for key, own in self.own_models.items()}
+        return {f"{key}.arch": arch for key, arch in named.items() if arch and is_own_code(arch)}
+
+    @property
+    def own_models(self) -> dict[str, DenoiserConfig | ClassifierConfig]:
+        """The networks that the configuration describes, by key; `none` for a denoiser is none."""
+        base, denoiser = self.base, self.base.denoiser
+        named: dict[str, DenoiserConfig | ClassifierConfig | None] = {
+            "base.denoiser": denoiser if denoiser and denoiser.checkpoint != NO_DENOISER else None,
+            "base.classifier": base.classifier,
+            **{f"base.experts.{sigma}": own for sigma, own in (base.experts or {}).items()},
+            "estimator.backbone": self.estimator.backbone,
+        }
+        return {key: own for key, own in named.items() if own is not None}
+
     def training_of(self, role: str) -> OptimisationConfig | None:
         """How a network of `base_models` is trained here; None where it is taken as it is."""
         own = self.denoiser if role in self.denoisers else self.classifier(role)
         return None if own is None else own.train
+
+    @property
+    def distilled_levels(self) -> tuple[float, ...]:
+        """The levels that a `distilled` denoiser is trained for; none where there is no such one."""
+        train = None if self.denoiser is None else self.denoiser.train
+        if train is None or train.objective != "distilled":
+            return ()
+        return tuple(sorted({*self.sigmas, self.estimator_sigma}))
 
     def _levels(self, train: OptimisationConfig, sigma: float | None = None) -> tuple[float, float]:
         """The noise levels that a network trained here sees, lowest and highest.

@@ -5,8 +5,7 @@ known kind from that description and nothing else: no code, no pickle.
 """
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,28 @@ from safetensors.torch import save
 from torch import nn
 
 from core.config import ClassifierConfig
+from core.config.models import is_own_code
 from core.errors import ConfigError, ModelError
 from core.files import write_whole
 from core.models.classifiers import ImageClassifier, build_classifier
 from core.models.denoiser import OneShotDenoiser, Schedule, parse_schedule
 from core.models.diffusers_folder import read_folder, unet_config
 from core.models.features import FeatureExtractor, FeatureHead, FeatureRouter
+from core.models.hub import local_path
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
+from core.models.own_code import build_own, check_named, described, source_of
 from core.models.small import SmallConvNet
 from core.models.weights import load_strictly, read_checkpoint, read_safetensors
 
-__all__ = ["assemble_denoiser", "build_denoiser", "load_classifier", "load_denoiser", "load_model", "save_model"]
+__all__ = [
+    "assemble_denoiser",
+    "build_denoiser",
+    "build_own_denoiser",
+    "load_classifier",
+    "load_denoiser",
+    "load_model",
+    "save_model",
+]
 
 
 def build_denoiser(
@@ -46,7 +56,27 @@ def build_denoiser(
     )
 
 
+def build_own_denoiser(
+    arch: str, schedule: str, channels: int, source: Mapping[str, str] | None = None
+) -> OneShotDenoiser:
+    """A `OneShotDenoiser` around what a function of the user's own returns (`core.models.own_code`): that is run.
+
+    Args:
+        arch: `module:function`.
+        schedule: such as `linear-1000`; the network is given its integer timesteps.
+        channels: of the images.
+        source: see `ImageClassifier`.
+    """
+    denoiser = OneShotDenoiser(build_own(arch, None, channels), **parse_schedule(schedule), rescale_timesteps=False)
+    made_with = source_of(arch) if source is None else dict(source)
+    denoiser.own = {"arch": arch, "schedule": schedule, "channels": channels, "source": made_with}
+    denoiser.taken = {"code": described(arch, made_with), "schedule": f"{schedule} (the configuration)"}
+    return denoiser
+
+
 def _describe(module: nn.Module) -> dict[str, Any]:
+    if isinstance(module, OneShotDenoiser) and module.own:
+        return {"kind": "own_denoiser", **module.own}
     if isinstance(module, OneShotDenoiser):
         config: Any = module.unet.config
         return {
@@ -87,6 +117,7 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "feature_head": FeatureHead,
     "feature_router": _build_router,
     "image_classifier": ImageClassifier,
+    "own_denoiser": build_own_denoiser,
     "small_conv_net": SmallConvNet,
 }
 
@@ -97,14 +128,19 @@ def save_model(module: nn.Module, path: Path) -> None:
     write_whole(path, save(tensors, metadata={"architecture": json.dumps(_describe(module), sort_keys=True)}))
 
 
-def load_model(path: Path) -> nn.Module:
-    """Build the network that `path` describes and load its weights, strictly.
+def load_model(path: Path, code: Collection[str] = ()) -> nn.Module:
+    """Build the network that `path` describes and load its weights, strictly. Nothing is run because the file says so.
 
     Inside `with torch.device("meta")` the network has no weights: only names and shapes are read and compared. The
     same holds for `load_denoiser` and `load_classifier`.
 
+    Args:
+        path: a file of our own format.
+        code: every `module:function` that the configuration names (`Config.own_code`); the file may name no other.
+
     Raises:
-        ModelError: for a missing, truncated or foreign file, an unknown kind, or weights that do not fit.
+        ModelError: for a missing, truncated or foreign file, an unknown kind, or weights that do not fit; as
+            `check_named`.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -123,6 +159,7 @@ def load_model(path: Path) -> nn.Module:
     kind = spec.pop("kind", None)
     if kind not in _BUILDERS:
         raise ModelError(f"{str(path)!r} holds a {kind!r}; known kinds: {', '.join(sorted(_BUILDERS))}")
+    check_named(spec, code, repr(str(path)))
     try:
         with torch.random.fork_rng(devices=[]):
             module = _build(kind, **spec)
@@ -132,7 +169,9 @@ def load_model(path: Path) -> nn.Module:
     return module.eval()
 
 
-def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: int | None = None) -> OneShotDenoiser:
+def load_denoiser(
+    source: str | Path, *, schedule: str | None = None, head_dim: int | None = None, code: Collection[str] = ()
+) -> OneShotDenoiser:
     """A denoiser from whatever `source` is.
 
     - A folder: diffusers' format, a `UNet2DModel` or a pipeline; the schedule is read from its scheduler_config.json.
@@ -145,6 +184,7 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
         schedule: the noise schedule that the network was trained with, such as `linear-1000`, where the source does not
             say it itself.
         head_dim: see `convert_openai_unet`; of no meaning for other sources.
+        code: see `load_model`.
 
     Returns:
         The denoiser in evaluation mode; its `taken` says where the schedule is from.
@@ -153,11 +193,7 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
         ConfigError: for a schedule or heads beside a source that says them itself.
         ModelError: for anything else, and for what one-shot denoising does not cover.
     """
-    path, name = Path(source), repr(str(source))
-    if not path.exists():
-        if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-            raise ModelError(f"no checkpoint at {name}")
-        path = _from_hub(str(source))
+    path, name = local_path(source), repr(str(source))
     folder, own = path.is_dir(), not path.is_dir() and _is_own(path)
     if head_dim is not None and (folder or own):
         raise ConfigError(f"{name} says its attention heads itself; remove head_dim")
@@ -175,7 +211,7 @@ def load_denoiser(source: str | Path, *, schedule: str | None = None, head_dim: 
             )
         return _noted(assemble_denoiser(config, weights, described, name), source, schedule=whence)
     if own:
-        module = load_model(path)
+        module = load_model(path, code)
         if not isinstance(module, OneShotDenoiser):
             raise ModelError(f"{name} holds a {type(module).__name__}, expected a denoiser")
         if schedule is not None:
@@ -223,22 +259,6 @@ def assemble_denoiser(
     return OneShotDenoiser(unet, **arguments).eval()
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    files = ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"]
-    wanted = [*files, *(f"unet/{file}" for file in files), "scheduler/scheduler_config.json", "model_index.json"]
-    try:
-        folder = snapshot_download(name, allow_patterns=wanted)
-    except Exception as error:  # of the hub, of its HTTP library, of the system
-        raise ModelError(
-            f"{name!r} is no path here, and as a model of the Hugging Face hub it cannot be fetched "
-            f"({str(error).strip().partition(chr(10))[0]}): fetch it where there is a network "
-            f"(hf download {name} --local-dir FOLDER) and name the folder"
-        ) from error
-    return Path(folder)
-
-
 def _is_own(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
@@ -263,10 +283,12 @@ def load_classifier(
     """
     if config.checkpoint is None or not _is_own(Path(config.checkpoint)):
         return build_classifier(config, num_classes, channels, new_head=new_head, class_names=class_names)
-    extra = [key for key in ("arch", "input_size", "mean", "std", "label_map") if getattr(config, key) is not None]
+    code = [config.arch] if config.arch is not None and is_own_code(config.arch) else []
+    said = ("input_size", "mean", "std", "label_map") if code else ("arch", "input_size", "mean", "std", "label_map")
+    extra = [key for key in said if getattr(config, key) is not None]
     if extra:
         raise ConfigError(f"{config.checkpoint!r} is of our own format and says its {extra[0]} itself; remove the key")
-    module = load_model(Path(config.checkpoint))
+    module = load_model(Path(config.checkpoint), code)
     outputs = getattr(module, "num_outputs", None)
     if outputs != num_classes:
         raise ModelError(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from core.config import ClassifierConfig
 from core.errors import ModelError
 from core.models.hf_vit import is_hf_vit, to_timm
+from core.models.hub import CLASSIFIER_WEIGHTS, local_path, weights_file
 from core.models.stated import (
     Stated,
     agreed,
@@ -22,9 +22,6 @@ from core.models.stated import (
 from core.models.weights import read_checkpoint, read_json, unwrapped
 
 __all__ = ["ClassifierFile", "check_normalisation", "outputs_by_name", "read_classifier"]
-
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Weights in a folder of the Hugging Face hub, the ones that are taken first."""
 
 
 @dataclass
@@ -61,9 +58,9 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
         imagenet = {"timm": Stated(labels=_imagenet())} if found.num_outputs == 1000 else {}
         found.said, found.whence = agreed(imagenet, given, repr(config.arch))
         return found
-    name, path, said = config.checkpoint, Path(config.checkpoint), dict[str, Stated]()
+    name, path, said = config.checkpoint, local_path(config.checkpoint), dict[str, Stated]()
     plain: dict[str, Any] = {}
-    if path.is_dir() or path.name in _HUB_FILES:  # what is said of such a file stands beside it
+    if path.is_dir() or path.name in CLASSIFIER_WEIGHTS:  # what is said of such a file stands beside it
         folder = path if path.is_dir() else path.parent
         if (folder / "config.json").exists():
             plain = read_json(folder / "config.json")
@@ -72,11 +69,7 @@ def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> Classif
         if (folder / "preprocessor_config.json").exists():
             processor = read_json(folder / "preprocessor_config.json")
             said["preprocessor_config.json"] = by_transformers(processor, f"{name}, preprocessor_config.json")
-    if path.is_dir():
-        files = [path / file for file in _HUB_FILES]
-        if shards := sorted(path.glob("*.index.json")) if not any(map(Path.exists, files)) else ():
-            raise ModelError(f"{name!r} has its weights in shards ({shards[0].name}): save them as {_HUB_FILES[0]}")
-        path = next((file for file in files if file.exists()), files[0])
+    path = weights_file(path)
     checkpoint = read_checkpoint(path, ema=config.ema)
     said["the file"] = beside_weights(checkpoint.beside, repr(str(path)))
     said["its normalising layer"], weights = in_buffers(checkpoint.weights, repr(str(path)))

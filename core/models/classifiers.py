@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.config import ClassifierConfig
+from core.config.models import is_own_code
 from core.errors import ModelError
 from core.models.classifier_files import check_normalisation, outputs_by_name, read_classifier
 from core.models.hf_vit import check_hf_config
+from core.models.own_code import build_own, described, load_own, source_of
 from core.models.resnet_cifar import ResNetCifar
 from core.models.weights import load_strictly
 
@@ -32,7 +34,7 @@ class ImageClassifier(nn.Module):
     """Resizes (bicubic, antialiased, not clamped afterwards), normalises, classifies, picks classes.
 
     Args:
-        arch: a timm architecture, or `resnet110`.
+        arch: a timm architecture, `resnet110`, or `module:function` (`core.models.own_code`): that is run.
         num_outputs: width of the network's own output.
         channels: of the images.
         input_size: height and width that the network gets; the architecture's own unless given (`resnet110`: as the
@@ -42,6 +44,7 @@ class ImageClassifier(nn.Module):
         label_map: index of the output for each class of the data set; None where they are the same.
         norm_eps: epsilon of all layer norms, where it is not the architecture's.
         pretrained: load timm's weights (needs the network, or its cache).
+        source: of `module:function` in a file of our own format: what it was made with (`own_code.check_named`).
 
     Attributes:
         spec: the arguments above, as plain JSON with the defaults filled in.
@@ -67,6 +70,7 @@ class ImageClassifier(nn.Module):
         label_map: Sequence[int] | None = None,
         norm_eps: float | None = None,
         pretrained: bool = False,
+        source: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         own = describe_architecture(arch)
@@ -93,6 +97,8 @@ class ImageClassifier(nn.Module):
             "label_map": None if label_map is None else list(label_map),
             "norm_eps": None,
         }
+        if is_own_code(arch):
+            self.spec["source"] = source_of(arch) if source is None else dict(source)
         if norm_eps is not None:
             self.set_norm_eps(norm_eps)
         self.new_head = False
@@ -150,7 +156,11 @@ def build_classifier(
             leaves open how its pixels are normalised.
     """
     if config.arch is None:
-        raise ModelError("name the architecture of the checkpoint in 'arch', a timm name or resnet110")
+        raise ModelError(
+            "name the architecture of the checkpoint in 'arch': a timm name, resnet110, or module:function of your own"
+        )
+    if is_own_code(config.arch):
+        return _own_classifier(config, num_classes, channels)
     own = describe_architecture(config.arch)
     found = read_classifier(config, own)
     outputs, label_map, replaced = found.num_outputs, config.label_map, False
@@ -188,6 +198,17 @@ def build_classifier(
     return model.eval()
 
 
+def _own_classifier(config: ClassifierConfig, num_classes: int, channels: int) -> ImageClassifier:
+    """What a function of the user's own returns, with the weights of the checkpoint, if one is named."""
+    assert config.arch is not None
+    model = ImageClassifier(config.arch, num_classes, channels, config.input_size, config.mean, config.std)
+    _check_pixel_scale(model.spec, config)
+    model.taken = {"code": described(config.arch, model.spec["source"])}
+    if config.checkpoint is not None:
+        model.taken |= load_own(model.net, config.checkpoint, config.arch, config.ema)
+    return model.eval()
+
+
 def describe_architecture(arch: str) -> dict[str, Any]:
     """What an architecture is made for: `input_size`, `mean`, `std`, `head` (its last layer) and `num_classes`.
 
@@ -196,6 +217,8 @@ def describe_architecture(arch: str) -> dict[str, Any]:
     """
     if arch in _OWN:
         return _OWN[arch]
+    if is_own_code(arch):  # takes pixels as they are
+        return {"mean": (0.0,), "std": (1.0,), "input_size": None, "head": None, "num_classes": None}
     import timm
 
     if not timm.is_model(arch):
@@ -218,6 +241,8 @@ def _network(arch: str, num_outputs: int, channels: int, pretrained: bool) -> nn
         if pretrained:
             raise ModelError(f"{arch} has no published weights here; give a checkpoint")
         return ResNetCifar(num_outputs, channels)
+    if is_own_code(arch):
+        return build_own(arch, num_outputs, channels)
     import timm
 
     try:

@@ -46,13 +46,19 @@ class FeatureExtractor(nn.Module):
         """``(B, C, H, W)`` in [0, 1] -> ``(B, num_features)``."""
         said, read = [], []
         for place, classifier in enumerate(self.classifiers):
-            if place == self.place and isinstance(classifier, SmallConvNet | ImageClassifier):
+            if place == self.place and _gives_features(classifier):
+                assert isinstance(classifier, SmallConvNet | ImageClassifier)
                 features, logits = classifier.parts(images)
                 read.append(features.flatten(1))
             else:
                 logits = classifier(images)
             said.append(F.log_softmax(logits, dim=1))
         return torch.cat(said + read, dim=1)
+
+
+def _gives_features(classifier: nn.Module) -> bool:
+    """Networks of the user's own need not have timm's methods."""
+    return isinstance(classifier, SmallConvNet) or hasattr(getattr(classifier, "net", None), "forward_head")
 
 
 class FeatureHead(nn.Module):

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,12 @@ def _unpickle(path: Path, is_zip: bool) -> Any:
     except Exception as error:
         # What a damaged pickle raises depends on where it breaks: EOFError, OSError, RuntimeError, KeyError, ...
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if is_zip and _is_exported(path):
+            raise ModelError(
+                f"{str(path)!r} is a program of torch.export: refused, for reading it may run code (its loader "
+                "unpickles what weights_only refuses, and evaluates expressions of shapes). If you trust its origin, "
+                "give a function of your own that loads it (arch: module:function), or save its state dict"
+            ) from None
         if "TorchScript" in reason:
             raise ModelError(
                 f"{str(path)!r} is a TorchScript archive, which holds code: refused. If you trust its origin, give "
@@ -141,6 +148,14 @@ def _unpickle(path: Path, is_zip: bool) -> Any:
             ) from None
         kind = "an archive of torch.save" if is_zip else "a pickle"
         raise ModelError(f"{str(path)!r} is {kind} that is truncated or damaged ({reason}): fetch it again") from None
+
+
+def _is_exported(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/archive_format") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _state_dict(plain: Any, path: Path, ema: bool) -> Checkpoint:

@@ -40,6 +40,7 @@ from distributed.methods.dual import Dual
 from distributed.methods.method import Kind
 from distributed.methods.rows import certificate_row
 from distributed.store.run_directory import RunDirectory
+from distributed.store.sources import local_models
 
 __all__ = ["measure_parts"]
 
@@ -98,11 +99,11 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
         written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
 
         def base(role: str) -> nn.Module:
-            return base_network(config, role, shape, data.num_classes, data.class_names)
+            return base_network(local_models(directory, "base"), role, shape, data.num_classes, data.class_names)
 
         makers: dict[str, Callable[[], nn.Module]] = {
             **{name: partial(base, name) for name in config.denoisers},
-            "estimator": partial(new_estimator, config, shape, base),
+            "estimator": lambda: new_estimator(local_models(directory, "estimator"), shape, base),
             **{role: partial(base, role) for role in config.classifiers},
         }
         tuned = {name: role for role, name in config.certified.items() if name not in makers}
@@ -225,11 +226,12 @@ class _Training:
 
     def __init__(self, run: RunDirectory, train: Dataset, seconds: float) -> None:
         self._run, self._config, self._train, self._seconds = run, run.config, train, seconds
+        self._code = run.config.own_code.values()
         settle(run.config.compute.train_threads)
 
     def rate(self, name: str) -> float | None:
         """Noisy copies per second of a part; None where one batch would take too long."""
-        loaded = [load_model(self._run.model(each)) for each in self._config.denoisers]
+        loaded = [load_model(self._run.model(each), self._code) for each in self._config.denoisers]
         denoiser = cast(OneShotDenoiser, loaded[0]) if loaded else None
         step, _, role = name.partition(", ")
         return self._of_base(role, denoiser) if step == "train_base" else self._on_pixels(name, denoiser)
@@ -237,7 +239,7 @@ class _Training:
     def _of_base(self, role: str, denoiser: OneShotDenoiser | None) -> float | None:
         config, train = self._config, self._config.training_of(role)
         assert train is not None, "trained here"
-        model, part = load_model(self._run.model(role)), self._part(train.batch_size)
+        model, part = load_model(self._run.model(role), self._code), self._part(train.batch_size)
         made = cast(OneShotDenoiser, model) if role == DENOISER else None
         front, behind = (made, nn.Identity()) if made else (denoiser, model)
         objective = base_objective(config, role, part, None if made else denoiser)
@@ -255,7 +257,8 @@ class _Training:
     def _on_pixels(self, name: str, denoiser: OneShotDenoiser | None) -> float | None:
         estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma
         learns = name == "train_estimator"
-        model = load_model(self._run.model("estimator" if learns else next(iter(self._run.config.classifiers))))
+        role = "estimator" if learns else next(iter(self._run.config.classifiers))
+        model = load_model(self._run.model(role), self._code)
         router = model if isinstance(model, FeatureRouter) else None
         if router is None:
             part = self._part(estimator.batch_size if learns else finetune.batch_size)

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +11,8 @@ from torch import nn
 from core.config import ComputeConfig, Config
 from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
-from core.models.checkpoints import load_model
+from core.models.checkpoints import build_own_denoiser, load_model
+from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser
 from distributed.checks.estimate import Part, count_parts, format_parts, size
 from distributed.checks.steps import steps_of
@@ -21,6 +21,7 @@ from distributed.cluster.joining import check_cluster
 from distributed.cluster.upload import check_upload
 from distributed.store.lock import read_lock
 from distributed.store.run_directory import RunDirectory
+from distributed.store.sources import local_models
 from distributed.views.exchange import imported_rows
 
 __all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
@@ -50,7 +51,7 @@ class Found:
         try:
             yield
         except DualRSError as error:
-            named = type(error)(f"{key}: {error}") if key else error
+            named = error if str(error).startswith(key) else type(error)(f"{key}: {error}")
             if str(named) not in map(str, self.problems):
                 self.problems.append(named)
         except OSError as error:
@@ -255,11 +256,11 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
                 continue
             with found.collect(), torch.device("meta"):
                 directory.model_hashes([name])
-                found.networks[name] = load_model(directory.model(name))
+                found.networks[name] = load_model(directory.model(name), directory.config.own_code.values())
         if step == "train_base":
-            _check_base(directory.config, data, found)
+            _check_base(directory, data, found)
         if step == "train_estimator":
-            _check_backbone(directory.config, data, found)
+            _check_backbone(directory, data, found)
             if "build_dataset" not in {*directory.manifest["steps"], *found.steps}:
                 missing.append("the dataset")
         made |= set(plan[step].writes)
@@ -278,10 +279,11 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
             _check_network(directory.config, name, network, data)
 
 
-def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
+def _check_base(directory: RunDirectory, data: Dataset | None, found: Found) -> None:
     """What `jobs.train_base` takes from files, or trains."""
     from core.training.base_networks import base_network
 
+    config = directory.config
     classes = data.num_classes if data else config.dataset.known_classes
     for role in config.base_models:
         denoises = role in config.denoisers
@@ -290,27 +292,29 @@ def _check_base(config: Config, data: Dataset | None, found: Found) -> None:
         key = f"base.{role}" if "-" not in role else f"base.experts.{role.partition('-')[2]}"
         if data is None and own.checkpoint is None:
             continue
-        if classes is None and not denoises:  # the data are missing too
-            if own.checkpoint and not Path(own.checkpoint).exists():
-                found.problems.append(ModelError(f"{key}: no checkpoint at {own.checkpoint!r}; look at the path"))
-            continue
-        # timm's own weights do not load without their tensors.
-        with found.collect(key), torch.device("cpu" if getattr(own, "pretrained", False) else "meta"):
-            names = data.class_names if data else None
-            found.networks[role] = base_network(config, role, _shape(config, data), classes or 0, names)
+        with found.collect(key):
+            local = local_models(directory, key)
+            if classes is None and not denoises:  # the data are missing too
+                continue
+            # timm's own weights do not load without their tensors.
+            with torch.device("cpu" if getattr(own, "pretrained", False) else "meta"):
+                names = data.class_names if data else None
+                found.networks[role] = base_network(local, role, _shape(config, data), classes or 0, names)
 
 
-def _check_backbone(config: Config, data: Dataset | None, found: Found) -> None:
+def _check_backbone(directory: RunDirectory, data: Dataset | None, found: Found) -> None:
     from core.training.base_networks import base_network
     from core.training.estimator import new_estimator
 
-    backbone = config.estimator.backbone
+    config, backbone = directory.config, directory.config.estimator.backbone
     if data is None and (backbone is None or config.estimator.reads_features):
         return
     with found.collect("estimator.backbone"), torch.device("cpu" if backbone and backbone.pretrained else "meta"):
         shape, classes, names = _shape(config, data), *((data.num_classes, data.class_names) if data else (0, None))
         found.networks["estimator"] = new_estimator(
-            config, shape, lambda role: base_network(config, role, shape, classes, names)
+            local_models(directory, "estimator"),
+            shape,
+            lambda role: base_network(local_models(directory, "base"), role, shape, classes, names),
         )
 
 
@@ -327,22 +331,33 @@ def _check_network(config: Config, name: str, network: nn.Module, data: Dataset 
         network.timestep(max(*config.sigmas, config.estimator_sigma))
         if data:
             network.check_images(data.shape)
+        if data and network.own:
+            _pass(build_own_denoiser(**network.own), data.shape, "cpu", torch.full((2,), config.sigmas[0]))
         return
     if data is None:
         return
     outputs = len(config.sigmas) if name == "estimator" else data.num_classes
+    if isinstance(network, ImageClassifier) and network.spec["arch"] in config.own_code.values():
+        logits = _pass(ImageClassifier(**network.spec), data.shape, "cpu")  # own code may do what needs numbers
+    else:
+        logits = _pass(network, data.shape, "meta")
+    if logits is not None and tuple(logits.shape) != (2, outputs):
+        raise ModelError(f"returns {tuple(logits.shape)[1:]} logits an image, expected {outputs}; use another network")
+
+
+def _pass(network: nn.Module, shape: Sequence[int], place: str, *more: torch.Tensor) -> torch.Tensor | None:
+    """What a network says of two images; None where that cannot be told without weights."""
     try:
         with torch.inference_mode():
-            logits = network.to("meta").eval()(torch.zeros((2, *data.shape), device="meta"))
+            output: torch.Tensor = network.to(place).eval()(torch.zeros((2, *shape), device=place), *more)
+            return output
     except NotImplementedError:  # an operation that cannot be run without data
-        return
+        return None
     except Exception as error:  # networks have words of their own for a shape that they do not take
         raise ModelError(
-            f"does not take images of shape {data.shape}: {str(error).strip().partition(chr(10))[0]}; use another "
+            f"does not take images of shape {tuple(shape)}: {str(error).strip().partition(chr(10))[0]}; use another "
             "network, set its input_size, or dataset.resize and dataset.crop"
         ) from error
-    if tuple(logits.shape) != (2, outputs):
-        raise ModelError(f"returns {tuple(logits.shape)[1:]} logits an image, expected {outputs}; use another network")
 
 
 def _source(config: Config, name: str) -> str | None:

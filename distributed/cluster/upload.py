@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import socket
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Final
 from core.addresses import is_address
 from core.config import Config
 from core.errors import ConfigError
+from core.models.hub import is_hub_name
 from distributed.files.storage import Folder
 
 __all__ = ["check_upload", "job_runtime_env"]
@@ -59,16 +59,12 @@ def check_upload(config: Config, steps: Collection[str], out: Folder) -> None:
 
 def _named(config: Config, steps: Collection[str]) -> dict[str, str]:
     """Files and folders that the configuration names, by key."""
-    data, base, backbone = config.dataset, config.base, config.estimator.backbone
+    data = config.dataset
     named: dict[str, str | None] = {"dataset.path": data.path, "dataset.class_file": data.class_file}
     for split, part in (("train", data.train), ("test", data.test)):
         named |= {f"dataset.{split}.path": part.path, f"dataset.{split}.ids_file": part.ids_file}
-    if "train_base" in steps:
-        denoiser = config.denoiser.checkpoint if config.denoiser else None
-        hub = denoiser and re.fullmatch(r"([\w.-]+)/[\w-]+", denoiser)  # or a folder, who can tell
-        named["base.denoiser"] = None if hub and hub[1] not in LEFT_OUT else denoiser
-        named["base.classifier.checkpoint"] = base.classifier.checkpoint if base.classifier else None
-        named |= {f"base.experts.{sigma}.checkpoint": own.checkpoint for sigma, own in (base.experts or {}).items()}
-    if "train_estimator" in steps:
-        named["estimator.backbone.checkpoint"] = backbone.checkpoint if backbone else None
+    for key, own in config.own_models.items():
+        step = "train_base" if key.startswith("base.") else "train_estimator"
+        if step in steps and own.checkpoint and not is_hub_name(own.checkpoint):
+            named[f"{key}.checkpoint"] = own.checkpoint
     return {key: path for key, path in named.items() if path}

@@ -132,11 +132,12 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
     Raises:
         ModelError: for a file that cannot be loaded or a sigma beyond the denoiser's schedule.
     """
-    denoiser = load_model(models["denoiser"]) if "denoiser" in models else None
+    code = config.own_code.values()
+    denoiser = load_model(models["denoiser"], code) if "denoiser" in models else None
     if isinstance(denoiser, OneShotDenoiser):
         for sigma in {*config.sigmas, config.estimator_sigma}:
             denoiser.timestep(sigma)
-    loaded = {role: load_model(file) for role, file in models.items() if role != "denoiser"}
+    loaded = {role: load_model(file, code) for role, file in models.items() if role != "denoiser"}
     heads = {}
     if CLASSIFIER in loaded:
         heads[CLASSIFIER] = Head(loaded[CLASSIFIER], num_classes)

@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 
 from core.addresses import check_address, is_address
 from core.errors import ConfigError, DataError
-from core.files import file_sha256, known_sha256, write_whole
+from core.files import cache_folder, file_sha256, known_sha256, write_whole
 from distributed.files.stores import endpoint, file_system
 
 __all__ = ["Folder", "Stored", "file_system"]
@@ -285,11 +285,7 @@ class Folder:
                     "back, or start another --out"
                 )
             return self.local / name
-        cache = Path(tempfile.gettempdir()) / f"dual-rs-{os.getuid()}"
-        cache.mkdir(mode=0o700, exist_ok=True)
-        if cache.stat().st_uid != os.getuid():
-            raise DataError(f"{str(cache)!r} belongs to somebody else: set TMPDIR to a folder of your own")
-        copy = cache / f"{sha256}{Path(name).suffix}"
+        copy = cache_folder() / f"{sha256}{Path(name).suffix}"
         if not copy.exists() or known_sha256(copy) != sha256:
             content = self.read(name)
             if hashlib.sha256(content).hexdigest() != sha256:

@@ -282,6 +282,21 @@ class RunDirectory:
             )
         self._check_classes(f"dataset.{split}", data.class_names)
 
+    def check_source(self, key: str, named: str, sha256: str) -> None:
+        """Refuse another model (or code) at this key of the configuration than this run began with; at first, note it.
+
+        Raises:
+            ConfigError: says what has changed.
+        """
+        before = self._manifest.get("sources", {}).get(key)
+        if before is None and self._mode == "write":
+            self._merge("sources", key, {"named": named, "sha256": sha256})
+        elif before is not None and before["sha256"] != sha256:
+            raise ConfigError(
+                f"{key}: {named!r} is not the file that {str(self.folder)!r} began with (SHA-256 "
+                f"{before['sha256'][:16]} there, {sha256[:16]} now): put it back as it was, or use another --out"
+            )
+
     def _check_classes(self, key: str, names: Sequence[str] | None) -> None:
         """One list of class names for a run: noted at first use, the same ever after."""
         before = self._manifest.get("data", {}).get(_CLASS_NAMES)
@@ -321,7 +336,7 @@ class RunDirectory:
     def _merge(self, section: str, key: str, record: Mapping[str, Any] | list[str]) -> None:
         """Add to a section of the file; another job may have added something of its own in the meantime."""
         now = self._read() or self._manifest
-        for name in ("data", "steps"):
+        for name in ("data", "sources", "steps"):
             self._manifest[name] = dict(now.get(name, {}))
         self._manifest[section][key] = record if isinstance(record, list) else dict(record)
         self._write()

@@ -140,10 +140,10 @@ class Lesson:
 
     def objective(self, data: Dataset, device: str, processes: int) -> Objective:
         """Its samples and its loss, with the denoiser on `device`."""
-        config = self.config
+        config, code = self.config, self.config.own_code.values()
         denoiser = None
         if self.denoiser is not None and (self.kind != "estimator" or config.estimator.denoiser):
-            denoiser = load_denoiser(self.models.fetch("denoiser.safetensors", self.denoiser)).to(device)
+            denoiser = load_denoiser(self.models.fetch("denoiser.safetensors", self.denoiser), code=code).to(device)
         if self.kind == "base":
             return base_objective(self.config, self.role, data, denoiser, processes=processes)
         if self.kind == "estimator":
@@ -151,7 +151,7 @@ class Lesson:
             if self.classifiers:
                 files = (self.models.fetch(f"{role}.safetensors", sha) for role, sha in self.classifiers.items())
                 place = expert_place(config.classifiers.values(), config.estimator_sigma)
-                extractor = FeatureExtractor([load_model(each) for each in files], place).to(device)
+                extractor = FeatureExtractor([load_model(each, code) for each in files], place).to(device)
             return EstimatorObjective(
                 data.take(self.places),
                 self.values,
@@ -389,7 +389,8 @@ def _worker(given: Mapping[str, Any]) -> None:
             f"expected {lesson.data_digest}); give all machines the same files"
         )
     device = str(ray.train.torch.get_device())
-    model = load_model(lesson.folder.fetch(f"{_START}.safetensors", given["start"])).to(device)
+    code = lesson.config.own_code.values()
+    model = load_model(lesson.folder.fetch(f"{_START}.safetensors", given["start"]), code).to(device)
     objective = lesson.objective(data, device, context.get_local_world_size())
     training = Training(model, objective, rank, context.get_world_size())
     checkpoints = Checkpoints(lesson.folder, given["identity"])

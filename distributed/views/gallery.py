@@ -40,7 +40,9 @@ def gallery(directory: RunDirectory, each: int) -> Gallery | str:
     sigmas = [config.sigmas[row["sigma_index"]] for row in rows]  # the choice, certified or not
     try:
         data = directory.data("test")
-        denoiser = load_denoiser(directory.model("denoiser")) if config.denoisers else None
+        denoiser = (
+            load_denoiser(directory.model("denoiser"), code=config.own_code.values()) if config.denoisers else None
+        )
         places = {example_id: place for place, example_id in enumerate(data.example_ids)}
         clean = torch.stack([torch.from_numpy(data.image(places[row["example_id"]])) for row in rows]).float() / 255
     except (DualRSError, OSError) as error:

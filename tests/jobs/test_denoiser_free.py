@@ -57,7 +57,7 @@ def test_pipeline_of_a_pool_without_a_denoiser_votes_on_the_noisy_images_themsel
     written = {name for step in steps.values() for name in step["wrote"]}
     tuned = tuple(name.replace("classifier", "classifier_finetuned") for name in EXPERTS)
     assert written == {*EXPERTS, "estimator", *(tuned if epochs else ())}
-    assert {path.stem for path in (run.path / "models").iterdir()} == written
+    assert {path.stem for path in (run.path / "models").glob("*.safetensors")} == written
     assert ("finetune_classifier" in steps) == bool(epochs)
     certified = tuned if epochs else EXPERTS
     assert set(steps["certify-dual"]["read"]) == {*certified, "estimator"}
