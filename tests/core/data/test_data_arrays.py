@@ -37,7 +37,7 @@ def write_idx(
     for split, name in (("train", train), ("test", test)):
         for what, axes, array in (("images", 3, IMAGES[split]), ("labels", 1, LABELS[split] + add)):
             file = f"{name}-{what}{form.format(axes)}"
-            (folder / file).write_bytes(gzip.compress(idx(array)) if file.endswith(".gz") else idx(array))
+            (folder / file).write_bytes(gzip.compress(idx(array), mtime=0) if file.endswith(".gz") else idx(array))
 
 
 def load(name: str, path: Path | str, split: Split = "test", **keys: Any) -> Dataset:
@@ -129,13 +129,16 @@ GOOD = idx(IMAGES["test"])
         (b"\0\0\x0d\3" + GOOD[4:], r"begins with 00000d03"),
         (GOOD[:-1], r"holds only 79 bytes, expected 80 as its header says \(4, 5, 4\); get it anew"),
         (GOOD + b"\0", r"holds more bytes, expected 80 as"),
-        (gzip.compress(GOOD[:-1]), r"holds only 79 bytes"),
-        (gzip.compress(GOOD + bytes(1000)), r"holds more bytes"),
-        (gzip.compress(GOOD)[:-9], r"is not a whole gzip file"),
-        (gzip.compress(GOOD)[:-5] + b"\1" + gzip.compress(GOOD)[-4:], r"is not a whole gzip file: CRC"),
-        (gzip.compress(GOOD) + b"junk", r"is not a whole gzip file"),
+        (gzip.compress(GOOD[:-1], mtime=0), r"holds only 79 bytes"),
+        (gzip.compress(GOOD + bytes(1000), mtime=0), r"holds more bytes"),
+        (gzip.compress(GOOD, mtime=0)[:-9], r"is not a whole gzip file"),
+        (
+            gzip.compress(GOOD, mtime=0)[:-5] + b"\1" + gzip.compress(GOOD, mtime=0)[-4:],
+            r"is not a whole gzip file: CRC",
+        ),
+        (gzip.compress(GOOD, mtime=0) + b"junk", r"is not a whole gzip file"),
         (b"\0\0\x08\3" + b"\xff" * 12, r"holds only 0 bytes, expected 79,228,162,458,924,105,385,300,197,375"),
-        (gzip.compress(b"\0\0\x08\3" + b"\xff" * 12), r"holds only 0 bytes, expected 79,228"),
+        (gzip.compress(b"\0\0\x08\3" + b"\xff" * 12, mtime=0), r"holds only 0 bytes, expected 79,228"),
         (idx(IMAGES["train"]), r"holds uint8 \(12, 5, 4\), expected 4 images, as many as labels"),
         (idx(IMAGES["test"][:, :0]), r"holds uint8 \(4, 0, 4\), expected 4 images"),
         (idx(IMAGES["test"] % 2), r"no pixel is above 1: is white 1 or 255\?"),
@@ -150,7 +153,7 @@ def test_idx_wrong_images_say_what_they_hold(tmp_path: Path, content: bytes, mes
 
 def test_idx_bomb_is_not_unpacked_beyond_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_idx(tmp_path)
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(GOOD + bytes(50_000_000)))
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(GOOD + bytes(50_000_000), mtime=0))
     asked, read = [], gzip.GzipFile.read
     monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size=-1: asked.append(size) or read(self, size))  # type: ignore[func-returns-value]
     with pytest.raises(DataError, match="holds more bytes"):
