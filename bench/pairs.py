@@ -10,7 +10,7 @@ from core.machine.batch_size import DeviceProbe, choose_batch_size
 from core.machine.network import Forward, Head, Network
 from core.models.checkpoints import build_denoiser
 from core.models.classifiers import ImageClassifier
-from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.denoiser import OneShotDenoiser, trained_unet_config
 from core.models.small import SmallConvNet
 from core.records import CLASSIFIER, Draws, Phase
 
@@ -88,7 +88,7 @@ class Pair:
 def digits() -> Pair:
     """The networks of `make demo`."""
     torch.manual_seed(0)
-    denoiser = build_denoiser(small_unet_config(1, 8)).eval()
+    denoiser = build_denoiser(trained_unet_config(1, 8)).eval()
     return Pair("digits pair", denoiser, SmallConvNet(1, 8, 10).eval(), (1, 8, 8), (0.12, 0.25, 0.5), 1000)
 
 

@@ -27,7 +27,7 @@ from bench.settings import Settings
 from bench.timing import Line, spread
 from core.config import parse_config
 from core.models.checkpoints import build_denoiser
-from core.models.denoiser import small_unet_config
+from core.models.denoiser import trained_unet_config
 from core.models.small import SmallConvNet
 from distributed.cluster.cluster import connected
 from distributed.execution.launch import certify_store, work_of
@@ -78,7 +78,7 @@ def _prepare(folder: Path, tiny: bool) -> RunDirectory:
     run = RunDirectory(folder, parse_config(plain))
     torch.manual_seed(0)
     wrote = {
-        "denoiser": run.save_model("denoiser", build_denoiser(small_unet_config(1, 8))),
+        "denoiser": run.save_model("denoiser", build_denoiser(trained_unet_config(1, 8))),
         "classifier": run.save_model("classifier", SmallConvNet(1, 8, 10)),
     }
     run.finish("train_base", read={}, wrote=wrote, facts={})

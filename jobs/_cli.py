@@ -145,8 +145,11 @@ def run_step(
                 raise ConfigError("--max-cost: is a number above 0, and needs --price, that of a device hour, above 0")
             args.overrides.append(f"compute.max_device_hours={args.max_cost / args.price:.6g}")
         directory = open_run(args, "dry")
-        from distributed.checks.preflight import check, dry_run, refuse  # torch takes its time: after what needs none
+        from distributed.checks.dry_run import dry_run  # torch takes its time: after what needs none
+        from distributed.checks.preflight import check, refuse
+        from distributed.cluster.cluster import placed
 
+        directory.config = placed(directory.config)
         if args.dry_run:
             dry_run(directory, steps(args), args.price)
             if after_dry_run is not None:

@@ -60,7 +60,7 @@ def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | No
 
 
 def _dry_run(directory: RunDirectory, sets: Sequence[tuple[str, int]], args: argparse.Namespace) -> None:
-    from distributed.checks.preflight import dry_run
+    from distributed.checks.dry_run import dry_run
     from distributed.studies.shift import open_set, shifted_config
 
     print(f"{len(sets)} sets; this is {sets[0][0]}, severity {sets[0][1]}, the others take as much unless finished\n")

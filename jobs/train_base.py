@@ -31,6 +31,7 @@ def _make(directory: RunDirectory) -> None:
     from core.machine.cpu import settle
     from distributed.cluster.cluster import train_device
     from distributed.training.train import Member, forget
+    from distributed.views.card import write_card
 
     config = directory.config
     settle(config.compute.train_threads)
@@ -42,10 +43,10 @@ def _make(directory: RunDirectory) -> None:
     wrote: dict[str, str] = {}
     accuracy: dict[str, float] = {}
     taken: dict[str, Any] = {}
-    trained: dict[str, Any] = {}
+    networks: dict[str, Any] = {}
     members: dict[str, Member] = {}
     for roles in (config.denoisers, (*config.classifiers,)):  # the classifiers learn behind the denoiser
-        made = _networks(directory, roles, wrote.get(DENOISER), members, trained)
+        made = _networks(directory, roles, wrote.get(DENOISER), members, networks)
         for role, network in made.items():
             if facts := getattr(network, "taken", None):
                 own = config.denoiser if role == DENOISER else config.classifier(role)
@@ -56,11 +57,9 @@ def _make(directory: RunDirectory) -> None:
             wrote[role] = directory.save_model(role, network)
     for role, facts in taken.items():
         print(f"{role}: taken as " + "; ".join(f"{key} {value}" for key, value in facts.items()))
-    found = {"taken": taken, "trained": trained}
-    facts = {"clean_accuracy": accuracy.get("classifier", accuracy)} | {
-        key: some for key, some in found.items() if some
-    }
-    directory.finish("train_base", read={}, wrote=wrote, facts=facts)
+    facts = {"clean_accuracy": accuracy.get("classifier", accuracy), "networks": networks}
+    directory.finish("train_base", read={}, wrote=wrote, facts=facts | ({"taken": taken} if taken else {}))
+    write_card(directory)
     for member in members.values():
         forget(member.lesson)
 
@@ -70,7 +69,7 @@ def _networks(
     roles: Sequence[str],
     denoiser: str | None,
     members: dict[str, "Member"],
-    trained: dict[str, Any],
+    networks: dict[str, Any],
 ) -> dict[str, "nn.Module"]:
     """Some of the base networks: taken from files, and trained where the configuration says so.
 
@@ -79,13 +78,14 @@ def _networks(
         roles: which.
         denoiser: SHA-256 of the one that they learn behind, None for none.
         members: takes those that are trained.
-        trained: takes what is to be said of each training.
+        networks: takes what is to be said of each, and of its training.
     """
     import torch
 
     from core.models.denoiser import OneShotDenoiser
     from core.models.weights import check_weights
     from core.training.base_networks import base_network
+    from core.training.classifier import numbers_of
     from distributed.store.sources import local_models
     from distributed.training.train import Lesson, Member, train
 
@@ -104,15 +104,22 @@ def _networks(
         if config.training_of(role) is not None
     }
     members |= learning
+    compute = config.compute
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     for (role, member), history in zip(learning.items(), train(directory, [*learning.values()]), strict=True):
         settings = config.training_of(role)
         assert settings is not None
         check_weights(f"{role} (trained here, lr={settings.lr:g})", member.model)
-        trained[role] = {
+        networks[role] = {
+            "numbers": numbers_of(settings),
             "loss": [record["loss"] for record in history],
             "seconds": history[-1]["seconds"],
-            "workers": max(1, config.compute.train_workers),
+            "workers": compute.train_workers,
+            "device": here if compute.train_device == "cuda" and not compute.train_workers else compute.train_device,
         }
+    for role, network in made.items():
+        num = sum(parameter.numel() for parameter in network.parameters())
+        networks[role] = {"parameters": num, **networks.get(role, {})}
     return made
 
 

@@ -23,7 +23,7 @@ class ComputeConfig(Section):
     the memory and rows per second still grow. The plan keeps the number, for all replicas and every resumption."""
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     """Of the arithmetic in denoiser and heads when certificates are made: `tf32` on CUDA's tensor cores; `bfloat16`,
-    `float16` by autocast. Noise, images, the timestep embedding and votes stay float32. Training is float32 always."""
+    `float16` by autocast. Noise, images, the timestep embedding and votes stay float32. Trainings have their own."""
     channels_last: bool = False
     """Memory order that convolutions on tensor cores want. On a CPU it may be slower: see docs/performance.md."""
     compile: bool | Literal["graphs"] = False
@@ -40,10 +40,12 @@ class ComputeConfig(Section):
     threads_per_replica: Count = 1
     """CPU threads of a replica."""
     train_device: Literal["cpu", "cuda"] = "cpu"
-    """Where the estimator is trained and the classifier fine-tuned."""
+    """Where the trainings run. `cuda` on a cluster whose head has no GPU: on a node that has one, as with
+    `train_workers` 1."""
     train_workers: Annotated[int, Field(ge=0)] = 0
-    """Workers of Ray Train that share every batch of these two trainings: one GPU each, or `train_threads` CPUs. 0: in
-    the driver's process. The same weights up to rounding (BatchNorm's statistics come from each worker's slice)."""
+    """Workers of Ray Train that share every batch of a training: one GPU each, or `train_threads` CPUs; trainings of a
+    pool run side by side where there is room. 0: in the driver's process. The same weights up to rounding (BatchNorm's
+    statistics come from each worker's slice)."""
     train_retries: Annotated[int, Field(ge=0)] = 10
     """A training step gives up when its workers have failed more often than this; each time they go on from the last
     checkpoint."""

@@ -182,6 +182,14 @@ class Config(Section):
         own = self.denoiser if role in self.denoisers else self.classifier(role)
         return None if own is None else own.train
 
+    @property
+    def distilled_levels(self) -> tuple[float, ...]:
+        """The levels that a `distilled` denoiser is trained for; none where there is no such one."""
+        train = None if self.denoiser is None else self.denoiser.train
+        if train is None or train.objective != "distilled":
+            return ()
+        return tuple(sorted({*self.sigmas, self.estimator_sigma}))
+
     def _levels(self, train: OptimisationConfig, sigma: float | None = None) -> tuple[float, float]:
         """The noise levels that a network trained here sees, lowest and highest.
 

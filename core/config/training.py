@@ -9,7 +9,7 @@ from core.config.values import Augment, Count, NonNegative, Positive, Section, S
 
 __all__ = ["ALL_LEVELS", "NETWORK_KEYS", "DenoiserTrainConfig", "OptimisationConfig", "TrainConfig"]
 
-NETWORK_KEYS = ("channels", "layers", "attention", "groups", "dropout")
+NETWORK_KEYS = ("channels", "layers", "attention", "groups", "scale_shift", "dropout")
 """Of `DenoiserTrainConfig`: those that say what its network is."""
 
 ALL_LEVELS = (0.05, 1.5)
@@ -95,7 +95,10 @@ class DenoiserTrainConfig(OptimisationConfig):
 
     objective: Literal["plain", "distilled"] = "plain"
     """`plain`: squared error of the predicted noise, at levels log-uniform over `sigma`; `distilled`: squared error of
-    the image that one call returns, at the levels of the run, which is how smoothing uses it."""
+    the image that one call returns, at the levels of the run (sigmas and sigma_e), which is how smoothing uses it."""
+    timesteps: bool = False
+    """Whether `plain` draws uniformly from all timesteps of the noise schedule, as published, instead of from `sigma`:
+    more than one-shot denoising needs."""
     steps: Count = 800
     """Batches."""
     lr: Positive = 8e-3
@@ -110,6 +113,8 @@ class DenoiserTrainConfig(OptimisationConfig):
     """Sides of images, in pixels, at which blocks attend."""
     groups: Count = 4
     """Channels are normalised in so many groups."""
+    scale_shift: bool = False
+    """Whether the timestep scales and shifts what is normalised, as in improved-diffusion, instead of being added."""
     dropout: Part = 0.0
     """Of the residual layers."""
 
@@ -117,4 +122,10 @@ class DenoiserTrainConfig(OptimisationConfig):
     def _divisible(self) -> Self:
         if odd := [width for width in self.channels if width % self.groups]:
             raise ValueError(f"channels: {odd[0]} is no multiple of groups = {self.groups}; change one of them")
+        distilled = self.objective == "distilled"
+        if self.timesteps and distilled:
+            raise ValueError("timesteps: says nothing about objective distilled; remove one of the two")
+        if self.sigma is not None and (self.timesteps or distilled):
+            which = "all timesteps" if self.timesteps else "the levels of the run"
+            raise ValueError(f"sigma: is set to {self.sigma}, but the noise is that of {which}; remove it")
         return self

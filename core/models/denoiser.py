@@ -15,11 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from core.errors import ModelError
+from core.config.training import DenoiserTrainConfig
+from core.errors import ConfigError, ModelError
 
-__all__ = ["OneShotDenoiser", "Schedule", "alphas_cumprod", "parse_schedule", "small_unet_config"]
+__all__ = ["OneShotDenoiser", "Schedule", "alphas_cumprod", "parse_schedule", "trained_unet_config"]
 
 Schedule = Literal["linear", "cosine"]
+
+_SMALL = DenoiserTrainConfig()
 
 
 def parse_schedule(text: str) -> dict[str, Any]:
@@ -158,6 +161,11 @@ class OneShotDenoiser(nn.Module):
                 "use another one, or crop the images"
             )
 
+    def diffuse(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict_noise` takes, of images in the pixel scale and noise of a standard deviation of 1."""
+        signal, level = self._signal[t].view(-1, 1, 1, 1), self._noise[t].view(-1, 1, 1, 1)
+        return signal * (2 * images - 1) + level * noise
+
     def predict_noise(self, scaled: Tensor, t: Tensor) -> Tensor:
         """The noise that the network sees in diffusion-scale images at integer timesteps."""
         given = t.float() * (1000.0 / self.num_steps) if self.rescale_timesteps else t
@@ -202,16 +210,46 @@ def _keep_in_float32(module: nn.Module) -> None:
         module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "in_float32": True})
 
 
-def small_unet_config(channels: int, size: int) -> dict[str, Any]:
-    """A `UNet2DModel` of about 40 thousand parameters for images of a few pixels."""
-    return {
+def trained_unet_config(
+    channels: int, size: int, train: DenoiserTrainConfig = _SMALL, head_dim: int | None = None
+) -> dict[str, Any]:
+    """Of the `UNet2DModel` that is trained here; the defaults have about 40 thousand parameters.
+
+    Args:
+        channels: of the images.
+        size: their sides, in pixels.
+        train: widths, depth, attention, normalisation.
+        head_dim: channels of an attention head, 8 unless given.
+
+    Raises:
+        ConfigError: for attention at a size that no block has, or heads that do not divide the width that attends.
+    """
+    widths, head_dim = train.channels, head_dim or 8
+    sides = [math.ceil(size / 2**level) for level in range(len(widths))]
+    if absent := set(train.attention) - set(sides):
+        raise ConfigError(
+            f"base.denoiser.train.attention: blocks see images of {', '.join(map(str, sides))} pixels a side, got "
+            f"{min(absent)}; name some of these"
+        )
+    attends = [side in train.attention for side in sides]
+    # The middle, as wide as the last block, attends where any block does.
+    attended = [width for width, each in zip(widths, attends, strict=True) if each] + [widths[-1]] * any(attends)
+    if odd := [width for width in attended if width % head_dim]:
+        raise ConfigError(f"base.denoiser.head_dim: {head_dim} does not divide {odd[0]}, the channels that attend")
+    kinds = ["Attn" * each for each in attends]
+    config: dict[str, Any] = {
         "sample_size": size,
         "in_channels": channels,
         "out_channels": channels,
-        "layers_per_block": 1,
-        "block_out_channels": (8, 16),
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 4,
-        "add_attention": False,
+        "layers_per_block": train.layers,
+        "block_out_channels": tuple(widths),
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in kinds[::-1]),
+        "norm_num_groups": train.groups,
+        "dropout": train.dropout,
+        "attention_head_dim": head_dim,
+        "add_attention": any(attends),
     }
+    # With scale_shift, diffusers gives the middle attention a norm only where this says so.
+    shift = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": train.groups}
+    return config | (shift if train.scale_shift else {})

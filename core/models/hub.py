@@ -5,7 +5,16 @@ from pathlib import Path
 
 from core.errors import ModelError
 
-__all__ = ["CLASSIFIER_WEIGHTS", "FOLDERS", "WEIGHTS", "files_of", "is_hub_name", "local_path", "weights_file"]
+__all__ = [
+    "CLASSIFIER_WEIGHTS",
+    "FOLDERS",
+    "WEIGHTS",
+    "files_of",
+    "from_hub",
+    "is_hub_name",
+    "local_path",
+    "weights_file",
+]
 
 CLASSIFIER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Weights of a classifier in a folder of the hub, the ones that are taken first."""
@@ -42,10 +51,15 @@ def local_path(source: str | Path) -> Path:
         raise ModelError(f"{str(source)!r} is an address: the jobs fetch it; here give a file or a folder")
     if not is_hub_name(str(source)):
         raise ModelError(f"no checkpoint at {str(source)!r}; look at the path")
-    return _from_hub(str(source))
+    return from_hub(str(source))
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str) -> Path:
+    """A folder of the hub, in its cache: configurations, and weights that are no pickles where there are some.
+
+    Raises:
+        ModelError: when it cannot be fetched.
+    """
     from huggingface_hub import snapshot_download
 
     places = [f"{folder}/" if folder else "" for folder in FOLDERS]

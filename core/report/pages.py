@@ -123,8 +123,8 @@ def _latex(text: str) -> str:
     return "".join(marks.get(mark, mark) for mark in " ".join(text.split()))
 
 
-def markdown_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:
-    """The report as Markdown; pictures are named, not embedded."""
+def markdown_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object] | None) -> str:
+    """The report as Markdown, with the manifest folded below, if any; pictures are named, not embedded."""
     parts = [f"# {_plain(title)}"]
     for block in blocks:
         match block:
@@ -136,7 +136,7 @@ def markdown_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, ob
                 parts.append(markdown_table(block))
             case Picture(file, caption):
                 parts.append(f"![{_plain(caption)}]({file})")
-    return "\n\n".join([*parts, _manifest(manifest)]) + "\n"
+    return "\n\n".join(parts if manifest is None else [*parts, _manifest(manifest)]) + "\n"
 
 
 # HTML

@@ -48,7 +48,7 @@ def format_table(data: ReportData) -> str:
 
     The best certified methods of a column are bold, unless nothing is certified there; the oracle never is.
     """
-    return markdown_table(_accuracy_table(data))
+    return markdown_table(accuracy_table(data))
 
 
 def best_method_sentence(data: ReportData) -> str:
@@ -103,7 +103,8 @@ def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = (
 # What the report says
 
 
-def _accuracy_table(data: ReportData) -> Table:
+def accuracy_table(data: ReportData) -> Table:
+    """Certified accuracy of each method beyond each radius, the best in bold."""
     methods = data.methods()
     rows = tuple((m.name, *(f"{100.0 * a:.2f}" for a in m.accuracy(data.radii))) for m in methods)
     names = [{m.name for m in best} for best in data.leaders()]
@@ -258,7 +259,7 @@ def _dual_blocks(data: ReportData, dual: RoutedRows, pictures: Mapping[str, Pict
 def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     blocks: list[Block] = [
         Text(_summary(data)), *(Text(note) for note in (*data.notes, *_reach_notes(data), *_imported_notes(data))),
-        Heading("Certified accuracy"), Text(best_method_sentence(data)), _accuracy_table(data),
+        Heading("Certified accuracy"), Text(best_method_sentence(data)), accuracy_table(data),
         pictures["certified_accuracy"],
         Heading("How sure the accuracies are"),
         Text("Exact intervals (Clopper-Pearson, 95% each) over the draw of the test set, for one method at one radius."
@@ -305,7 +306,7 @@ def _latex(data: ReportData) -> str:
     claim = f"{data.labels}, {data.num_examples} examples, n = {data.num_estimation}, alpha = {data.alpha:g}"
     if data.imported:
         claim += "; imported logs: examples and settings of their own"
-    accuracy = latex_table(_accuracy_table(data), f"Certified accuracy ({claim}).")
+    accuracy = latex_table(accuracy_table(data), f"Certified accuracy ({claim}).")
     return (
         accuracy
         + "\n"

@@ -7,7 +7,7 @@ from torch import nn
 from core.config import Config, DenoiserTrainConfig
 from core.data import Dataset
 from core.training.classifier import ClassifierObjective, new_classifier
-from core.training.denoising import DenoiserObjective, new_denoiser
+from core.training.denoising import DenoisingObjective, new_denoiser
 from core.training.loop import Objective
 
 __all__ = ["base_network", "base_objective"]
@@ -56,4 +56,4 @@ def base_objective(
         return ClassifierObjective(data, denoiser, train, config.seed, role, processes=processes)
     training = config.training_of(role)
     assert isinstance(training, DenoiserTrainConfig), "trained here"
-    return DenoiserObjective(data, training, config.seed, processes=processes)
+    return DenoisingObjective(data, training, config.distilled_levels, config.seed, role, processes=processes)

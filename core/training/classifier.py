@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from core.training.loop import Objective, Schedule
 from core.training.losses import NoisyBatch, Predict, make_loss
 from core.training.samples import Samples
 
-__all__ = ["ClassifierObjective", "copies_of", "new_classifier", "rows_per_image"]
+__all__ = ["ClassifierObjective", "copies_of", "new_classifier", "numbers_of", "rows_per_image"]
 
 
 def new_classifier(
@@ -65,6 +67,13 @@ def _predictor(model: nn.Module, denoiser: nn.Module | None) -> Predict:
 def copies_of(config: OptimisationConfig) -> int:
     """Noisy copies of each image in a step."""
     return make_loss(config.loss).copies if isinstance(config, TrainConfig) else 1
+
+
+def numbers_of(config: OptimisationConfig) -> dict[str, Any]:
+    """Those of the loss as it is minimised; None for one that follows each image's sigma, as published."""
+    if not isinstance(config, TrainConfig):
+        return {}
+    return asdict(cast(Any, make_loss(config.loss, config.label_smoothing)))
 
 
 def rows_per_image(config: TrainConfig) -> int:

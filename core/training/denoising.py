@@ -1,4 +1,4 @@
-"""Training of a denoiser that is to be used in one shot."""
+"""Training of a denoiser: as diffusion models are trained, or for the one call that smoothing makes of it."""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +10,26 @@ from torch import Tensor, nn
 
 from core.config import DenoiserConfig, DenoiserTrainConfig
 from core.data import Dataset
-from core.machine.noise_key import training_key
 from core.models.checkpoints import build_denoiser, build_own_denoiser, load_denoiser
-from core.models.denoiser import OneShotDenoiser, parse_schedule
+from core.models.denoiser import OneShotDenoiser, parse_schedule, trained_unet_config
 from core.models.own_code import load_own
 from core.training.loop import Objective, Schedule
 from core.training.samples import Samples
 
-__all__ = ["DenoiserObjective", "new_denoiser"]
+__all__ = ["DenoisingObjective", "new_denoiser"]
 
 
 def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoiser:
-    """Initialised by torch's generator."""
+    """The denoiser that the configuration names, with its weights, or initialised by torch's generator.
+
+    Args:
+        config: see there.
+        shape: ``(C, H, W)`` of the images.
+
+    Raises:
+        ModelError: as `load_denoiser` and `build_own`.
+        ConfigError: see `trained_unet_config`.
+    """
     if config.arch is not None:
         assert config.schedule is not None, "as checked with the configuration"
         denoiser = build_own_denoiser(config.arch, config.schedule, shape[0])
@@ -30,37 +38,40 @@ def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoise
         return denoiser.eval()
     if config.checkpoint is not None:
         return load_denoiser(config.checkpoint, schedule=config.schedule, head_dim=config.head_dim)
-    train = config.train
-    assert train is not None
-    unet = {
-        "sample_size": shape[1],
-        "in_channels": shape[0],
-        "out_channels": shape[0],
-        "layers_per_block": train.layers,
-        "block_out_channels": train.channels,
-        "down_block_types": ("DownBlock2D",) * len(train.channels),
-        "up_block_types": ("UpBlock2D",) * len(train.channels),
-        "norm_num_groups": train.groups,
-        "add_attention": False,
-    }
+    assert config.train is not None
+    unet = trained_unet_config(shape[0], shape[1], config.train, config.head_dim)
     return build_denoiser(unet, **parse_schedule(config.schedule or "linear-1000"))
 
 
-class DenoiserObjective(Objective):
-    name = "denoiser"
+class DenoisingObjective(Objective):
+    """The mean squared error over pixels of what a `OneShotDenoiser` predicts: a `loop.Objective`.
+
+    `plain`: of the noise (Ho et al. 2020, arXiv 2006.11239, equation 14). `distilled`: of the image that it returns, in
+    the pixel scale: sigma^2 times that of the noise, but for pixels that are clamped, where smoothing sees no error.
+
+    Args:
+        data: the training split.
+        config: as `Config.denoiser` fills it in, with `sigma`.
+        sigmas: the levels of `distilled`, each as likely.
+        seed: the run's.
+        name: of the training; another one has other noise.
+        processes: that hold the images on this machine.
+    """
 
     def __init__(
         self,
         data: Dataset,
         config: DenoiserTrainConfig,
+        sigmas: Sequence[float],
         seed: int,
+        name: str,
         *,
         processes: int = 1,
     ) -> None:
         assert config.sigma is not None
-        self.seed = seed
-        name = self.name
+        self.seed, self.name, self._config = seed, name, config
         self._low, self._high = map(math.log, config.sigma)
+        self._sigmas = torch.tensor(sigmas, dtype=torch.float32)
         self.schedule = Schedule.of(config, len(data), steps=config.steps)
         self._samples = Samples(data, np.arange(len(data)), name, seed, augment=config.augment, processes=processes)
         self.threads = self._samples.threads
@@ -68,16 +79,22 @@ class DenoiserObjective(Objective):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        key = int.from_bytes(training_key(self.seed, self.name, "uniform", epoch, ""), "little")
-        u = np.random.Generator(np.random.SFC64(key)).random(len(self), dtype=np.float32)[chosen]
-        sigma = torch.exp(self._low + (self._high - self._low) * torch.from_numpy(u))
-        return self._samples.images(epoch, chosen), self._samples.noise(epoch, chosen, 1)[:, 0], sigma
+    def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, standard normal noise of their shape, and a number in [0, 1) for each that becomes its level."""
+        noise = self._samples.noise(epoch, chosen, copies=1)[:, 0]
+        return self._samples.images(epoch, chosen), noise, self._samples.uniform(epoch, chosen)
 
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+        """`loss` of each sample."""
         assert isinstance(model, OneShotDenoiser)
-        images, noise, sigma = batch
-        t = model.timesteps(sigma)
-        signal, level = (model.get_buffer(name)[t].view(-1, 1, 1, 1) for name in ("_signal", "_noise"))
-        predicted = model.predict_noise(signal * (2 * images - 1) + level * noise, t)
-        return {"loss": (predicted - noise).square().flatten(1).mean(dim=1)}
+        images, noise, uniform = batch
+        if self._config.objective == "distilled":
+            sigma = self._sigmas.to(images.device)[(uniform * len(self._sigmas)).long()]
+            error = model(images + sigma.view(-1, 1, 1, 1) * noise, sigma) - images
+        else:
+            if self._config.timesteps:
+                t = (uniform * model.num_steps).long()
+            else:
+                t = model.timesteps(torch.exp(self._low + (self._high - self._low) * uniform))
+            error = model.predict_noise(model.diffuse(images, noise, t), t) - noise
+        return {"loss": error.square().flatten(1).mean(dim=1)}

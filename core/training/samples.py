@@ -77,6 +77,11 @@ class Samples:
             fill_normal(row.numpy(), self._key("noise", epoch, number))
         return noise
 
+    def uniform(self, epoch: int, chosen: NDArray[np.int64]) -> Tensor:
+        """A number in [0, 1) for each of some samples, float64 ``(B,)``, another one in each epoch."""
+        keys = (self._key("uniform", epoch, number)[:8] for number in chosen.tolist())
+        return torch.tensor([(int.from_bytes(key, "little") >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
+
     def noisy(self, epoch: int, chosen: NDArray[np.int64], sigmas: Sequence[float] | Tensor, copies: int) -> Tensor:
         """Noisy copies of some samples: ``(copies * B, C, H, W)``, one of each sample first, then the next of each.
 

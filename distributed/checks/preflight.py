@@ -8,24 +8,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from core.config import ComputeConfig, Config
+from core.config import Config
 from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import build_own_denoiser, load_model
 from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser
-from distributed.checks.estimate import Part, count_parts, format_parts, limit_notes, size
+from distributed.checks.estimate import Part, count_parts, size
 from distributed.checks.steps import steps_of
-from distributed.cluster.cluster import check_gpus, replicas_here, train_device, training_place
-from distributed.cluster.joining import check_cluster, joins
+from distributed.cluster.cluster import check_gpus, train_device, training_place
+from distributed.cluster.joining import check_cluster
 from distributed.cluster.upload import check_upload
-from distributed.store.lock import read_lock
-from distributed.store.progress import device_hours
 from distributed.store.run_directory import RunDirectory
 from distributed.store.sources import local_models
 from distributed.views.exchange import imported_rows
 
-__all__ = ["Found", "check", "count_found", "dry_run", "refuse"]
+__all__ = ["Found", "check", "check_place", "count_found", "refuse"]
 
 
 @dataclass
@@ -72,12 +70,12 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     Raises:
         ConfigError: as `check_upload`, where the rest would only follow from it.
     """
-    config, compute = directory.config, directory.config.compute
+    config = directory.config
     found, plan = Found(), steps_of(config)
     found.steps = _unfinished(directory, steps, found)
     if here and found.steps:
         check_upload(config, found.steps, directory.folder)  # before all others: they would follow from it
-        _check_place(compute, found)
+    check_place(config, found, here)
     before = len(found.problems)
     with found.collect():
         directory.folder.check_writable()
@@ -89,12 +87,6 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
     with found.collect():
         _check_pair(found.data)
     _check_models(directory, found)
-    if any(plan[step].trains for step in found.steps):
-        with found.collect():
-            found.facts.append(("training", training_place(compute, here)))
-    elif here and "train_base" in found.steps and not compute.train_workers:
-        with found.collect():
-            train_device(compute)  # for the clean accuracy
     if writable:
         with found.collect():
             _check_room(directory, found)
@@ -122,61 +114,17 @@ def refuse(problems: Sequence[DualRSError]) -> None:
     raise kind(f"{len(problems)} problems\n" + "\n".join(f"  {line}" for line in lines))
 
 
-def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, seconds: float = 2.0) -> None:
-    """Print what `check` found and what the steps will take, measured for a few seconds; write nothing.
-
-    Measured on this machine, or where RAY_ADDRESS names a cluster, where a replica of it would run.
-
-    Args:
-        directory: opened `dry`.
-        steps: as for `check`.
-        price: of a device hour.
-        seconds: that each of the measurements takes.
-
-    Raises:
-        DualRSError: for the problems, all in one.
-    """
-    on_cluster = joins() and directory.config.compute.executor == "ray"
-    found = check(directory, steps, here=on_cluster)
-    device, replicas, of = replicas_here(directory.config.compute)
-    found.facts.append(("device", of))
-    if holder := read_lock(directory.folder):
-        found.facts.append(("in use", f"by process {holder.get('pid')} on {holder.get('host')}"))
-    width = max(len(topic) for topic, _ in found.facts)
-    for topic, fact in found.facts:
-        print(f"{topic:<{width}}  {fact}")
-    refuse(found.problems)
-    if not found.steps:
-        print("everything is finished: nothing to do")
+def check_place(config: Config, found: Found, here: bool) -> None:
+    """Whether the cluster that is named, or the GPUs that are asked for, are there; `here` as for `check`."""
+    compute = config.compute
+    if any(steps_of(config)[step].trains for step in found.steps):
+        with found.collect():
+            found.facts.append(("training", training_place(compute, here)))
+    elif here and "train_base" in found.steps and not compute.train_workers:
+        with found.collect():
+            train_device(compute)  # for the clean accuracy
+    if not here:
         return
-    parts = count_found(directory, found, replicas)
-    notes = []
-    if parts and on_cluster:
-        from distributed.checks.measure import measure_on_worker
-
-        notes += measure_on_worker(directory, parts, [*found.data], seconds)
-    elif parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
-        notes.append("compute.device is cuda and this machine has no GPU: nothing can be measured here")
-    elif parts:
-        from distributed.checks.measure import measure_parts
-
-        print(f"measuring on {device}, {seconds:g} s each ...", flush=True)
-        notes += measure_parts(directory, parts, found.data, device, seconds)
-    print(f"\n{format_parts(parts, price)}\n")
-    spent, limit = device_hours(directory.folder), directory.config.compute.max_device_hours
-    notes += limit_notes(parts, spent, limit)
-    if any(not part.exact for part in parts):
-        notes.append(
-            "<= is an upper bound: Dual RS takes less where the estimator picks sigma_e (shared copies), abstains or, "
-            "under claim agreement, excludes a level, Multiscale where a level above the smallest sigma decides, "
-            "sequential budgets where they stop early; training leaves out samples of radius 0"
-        )
-    notes.append("wall: with all replicas from the start; without the start of Ray, of machines, and of Python")
-    print("\n".join(notes))
-
-
-def _check_place(compute: ComputeConfig, found: Found) -> None:
-    """Whether the cluster that is named, or the GPUs that are asked for, are there."""
     replicas = any(step.startswith(("build_dataset", "certify")) for step in found.steps)
     if compute.executor == "ray" and (replicas or compute.train_workers):
         with found.collect():
@@ -281,9 +229,7 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
         )
     for name, network in found.networks.items():
         num = sum(tensor.numel() for tensor in network.state_dict().values())
-        whence = "trained here" if name in made else "in the run"
-        if name in made and (source := _source(directory.config, name)):
-            whence = f"from {source}"
+        whence = _source(directory.config, name) if name in made else "in the run"
         found.facts.append((name, f"{whence}, {num:,} parameters"))
         with found.collect(name):
             _check_network(directory.config, name, network, data)
@@ -341,10 +287,9 @@ def _check_network(config: Config, name: str, network: nn.Module, data: Dataset 
         network.timestep(max(*config.sigmas, config.estimator_sigma))
         if data:
             network.check_images(data.shape)
-        if data and network.own:
-            _pass(build_own_denoiser(**network.own), data.shape, "cpu", torch.full((2,), config.sigmas[0]))
-        return
-    if data is None:
+            if network.own:
+                _pass(build_own_denoiser(**network.own), data.shape, "cpu", torch.full((2,), config.sigmas[0]))
+    if name == "denoiser" or data is None:
         return
     outputs = len(config.sigmas) if name == "estimator" else data.num_classes
     if isinstance(network, ImageClassifier) and network.spec["arch"] in config.own_code.values():
@@ -370,12 +315,13 @@ def _pass(network: nn.Module, shape: Sequence[int], place: str, *more: torch.Ten
         ) from error
 
 
-def _source(config: Config, name: str) -> str | None:
-    """Where a network of one's own is from."""
+def _source(config: Config, name: str) -> str:
+    """Where a network that a step writes is from."""
     if name == "denoiser":
-        return config.denoiser.checkpoint if config.denoiser else None
+        own = config.denoiser and (config.denoiser.checkpoint or config.denoiser.arch)
+        return f"from {own}" if own else "trained here"
     named = config.classifier(name) if name in config.classifiers else config.estimator.backbone
-    return (named.checkpoint or named.arch) if named else None
+    return f"from {named.checkpoint or named.arch}" if named else "trained here"
 
 
 def _check_room(directory: RunDirectory, found: Found) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from core.config import ComputeConfig
+from core.config import ComputeConfig, Config
 from core.errors import ConfigError
 from distributed.cluster.joining import check_cluster, joins, runtime_env
 
@@ -18,6 +18,7 @@ __all__ = [
     "Pool",
     "check_gpus",
     "connected",
+    "placed",
     "quiet_ray_data",
     "replica_pool",
     "replicas_here",
@@ -111,6 +112,22 @@ def _too_few_gpus(gpus: int, least: int) -> str:
     )
 
 
+def placed(config: Config) -> Config:
+    """The configuration with a training worker where it asks for a GPU that the driver lacks and a cluster may have.
+
+    The head of a cluster has none as a rule; Ray Train then puts the worker on a node that has one.
+    """
+    compute = config.compute
+    if compute.train_device != "cuda" or compute.train_workers or compute.executor != "ray" or not joins():
+        return config
+    import torch
+
+    if torch.cuda.is_available():
+        return config
+    print("compute.train_workers=1: this machine has no GPU, so that a node of the cluster trains", flush=True)
+    return config.model_copy(update={"compute": compute.model_copy(update={"train_workers": 1})})
+
+
 def train_device(compute: ComputeConfig) -> str:
     """The device of training steps that run in the driver's process.
 
@@ -122,9 +139,9 @@ def train_device(compute: ComputeConfig) -> str:
 
         if not torch.cuda.is_available():
             raise ConfigError(
-                "compute.train_device is 'cuda', but the driver sees no GPU: train on workers of the cluster "
-                "(compute.train_workers=1, or more), run the training steps on a machine that has one, or set "
-                "compute.train_device=cpu"
+                "compute.train_device is 'cuda', but this machine has no GPU that PyTorch can use: set "
+                "compute.train_device=cpu, join a cluster that has one (RAY_ADDRESS, `ray job submit`), or run it "
+                "where the GPUs are (`nvidia-smi`)"
             )
     return compute.train_device
 
@@ -270,8 +287,7 @@ def replicas_here(compute: ComputeConfig) -> tuple[str, int, str]:
     device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
     name = torch.cuda.get_device_name() if device == "cuda" and gpus else device
     if device == "cuda" and not gpus:
-        elsewhere = joins() and compute.executor == "ray"
-        name += ", of which this machine has none" + ("" if elsewhere else ": here the job will be refused")
+        name += ", of which this machine has none"
     if compute.executor == "local":
         return device, 1, f"{name}, one replica (compute.executor=local)"
     if compute.max_replicas:

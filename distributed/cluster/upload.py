@@ -13,7 +13,7 @@ from core.errors import ConfigError
 from core.models.hub import is_hub_name
 from distributed.files.storage import Folder
 
-__all__ = ["check_upload", "job_runtime_env"]
+__all__ = ["check_upload", "job_runtime_env", "named_files"]
 
 LEFT_OUT: Final = ("bench", "build", "checkpoints", "comparison", "data", "dist", "docs", "runs", "site", "tests")
 """Folders of the checkout that deploy/runtime_env.yaml and .gitignore keep at home."""
@@ -45,7 +45,9 @@ def check_upload(config: Config, steps: Collection[str], out: Folder) -> None:
             f"on {socket.gethostname()}; name a path that all nodes share, or an address (s3://bucket/run)"
         )
     gone = {
-        key: path for key, path in _named(config, steps).items() if not is_address(path) and not Path(path).exists()
+        key: path
+        for key, path in named_files(config, steps).items()
+        if not is_address(path) and not Path(path).exists()
     }
     if gone:
         raise ConfigError(
@@ -56,7 +58,7 @@ def check_upload(config: Config, steps: Collection[str], out: Folder) -> None:
         )
 
 
-def _named(config: Config, steps: Collection[str]) -> dict[str, str]:
+def named_files(config: Config, steps: Collection[str]) -> dict[str, str]:
     """Files and folders that the configuration names, by key."""
     data = config.dataset
     named: dict[str, str | None] = {"dataset.path": data.path, "dataset.class_file": data.class_file}

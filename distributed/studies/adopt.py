@@ -59,7 +59,8 @@ def adopt(target: RunDirectory, source: RunDirectory, step: SharedStep) -> None:
         ConfigError: when what the step reads is not equal in the two, or `source` has not finished it.
     """
     wanted = shared_config(target.config, step, source.config.sigmas)
-    if wanted.fingerprint() != source.config.fingerprint() or not set(target.config.sigmas) <= set(wanted.sigmas):
+    same = wanted.fingerprint() == source.config.fingerprint() and set(target.config.sigmas) <= set(wanted.sigmas)
+    if not same or target.config.distilled_levels != source.config.distilled_levels:
         raise ConfigError(f"{step} of {str(source.folder)!r} was made from other settings than {str(target.folder)!r}")
     record = source.manifest["steps"].get(step)
     if record is None:

@@ -10,6 +10,7 @@ from core.evaluation.metrics import reached
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from distributed.methods.rows import ERROR
 from distributed.methods.standard import grid
+from distributed.store.imported_labels import refuse_imported
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 
@@ -31,6 +32,7 @@ def training_sample(directory: RunDirectory, radii: NDArray[np.float64]) -> Samp
     store = ShardStore(directory.folder, "dataset")
     if "build_dataset" not in directory.manifest["steps"]:
         raise ConfigError(f"{str(store.folder)!r} is not finished: run jobs.build_dataset with a wide Sigma first")
+    refuse_imported(directory, "a choice of Sigma")
     table = store.read()
     label = grid(table, "label", config.sigmas)
     votes = grid(table, "counts_selection", config.sigmas) + grid(table, "counts_estimation", config.sigmas)

@@ -14,6 +14,7 @@ from distributed.cluster.cluster import quiet_ray_data, train_cluster
 from distributed.files.storage import file_system
 from distributed.methods.rows import ERROR
 from distributed.methods.standard import grid, stacked
+from distributed.store.imported_labels import imported_radii
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 
@@ -31,9 +32,13 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
     An example with an error at any sigma has radius 0 at all of them: training drops it, its best sigma is unknown.
     Votes, by far the most of a file, do not leave the worker (or the file's turn) that reads it.
 
+    Radii that were imported (`jobs.import_labels`) are taken as they are.
+
     Raises:
         DataError: when the dataset does not hold exactly the training split, or a file is not of this run.
     """
+    if (imported := imported_radii(directory)) is not None:
+        return imported
     config, store = directory.config, ShardStore(directory.folder, "dataset")
     files = store.files()
     if not files:

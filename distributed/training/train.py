@@ -42,6 +42,8 @@ __all__ = ["Lesson", "Member", "forget", "train"]
 
 _START = "start"
 
+_LAST_S = 10.0
+"""How long the workers may take to end after one has said why it cannot go on: others may wait for it."""
 _REPORT_S = 10.0
 """Seconds between two reports to Ray Train, at least."""
 
@@ -363,7 +365,7 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
                 yield None
                 continue
             if isinstance(sign, DualRSError):
-                fitting.join()
+                fitting.join(_LAST_S)
                 raise sign
             if sign.record is not None:
                 metrics.ended(sign.record)
@@ -373,7 +375,16 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
 
 
 def _worker(given: Mapping[str, Any]) -> None:
-    """What each worker of Ray Train runs."""
+    """What each worker of Ray Train runs. What no further try would mend (all workers, or a node that lacks something)
+    is said to the driver.
+    """
+    try:
+        _learn(given)
+    except (ConfigError, ModelError) as error:
+        given["signs"].put(error)
+
+
+def _learn(given: Mapping[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
@@ -397,20 +408,16 @@ def _worker(given: Mapping[str, Any]) -> None:
     checkpoints = Checkpoints(lesson.folder, given["identity"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     said = reported = 0.0
-    try:
-        for sign in _advance(training, checkpoints, writes=rank == 0):
-            if sign.record is not None:
-                # A report waits for all workers and for Ray Train's next look at them, two seconds apart.
-                due = time.monotonic() - reported >= _REPORT_S or sign.done == sign.total
-                if _as_the_first_says(due, device):
-                    ray.train.report(sign.record)
-                    reported = time.monotonic()
-            if rank == 0 and (sign.begins or sign.record is not None or time.monotonic() - said >= 1.0):
-                given["signs"].put(sign)
-                said = time.monotonic()
-    except ModelError as error:  # all workers meet it at the same batch, and again at every further try
-        if rank == 0:
-            given["signs"].put(error)
+    for sign in _advance(training, checkpoints, writes=rank == 0):
+        if sign.record is not None:
+            # A report waits for all workers and for Ray Train's next look at them, two seconds apart.
+            due = time.monotonic() - reported >= _REPORT_S or sign.done == sign.total
+            if _as_the_first_says(due, device):
+                ray.train.report(sign.record)
+                reported = time.monotonic()
+        if rank == 0 and (sign.begins or sign.record is not None or time.monotonic() - said >= 1.0):
+            given["signs"].put(sign)
+            said = time.monotonic()
 
 
 def _as_the_first_says(yes: bool, device: str) -> bool:

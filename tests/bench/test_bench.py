@@ -21,7 +21,7 @@ from core.machine.engine import Engine, Task
 from core.machine.network import Head, Network
 from core.machine.noise import GaussianNoise
 from core.models.checkpoints import build_denoiser
-from core.models.denoiser import Schedule, small_unet_config
+from core.models.denoiser import Schedule, trained_unet_config
 from core.models.small import SmallConvNet
 from core.procedures.smoothing import certify
 from core.records import CLASSIFIER, Certificate, Sampling
@@ -47,7 +47,7 @@ def keyed(seed: int, example_id: str, sigma: float) -> Callable[[Tensor], Tensor
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_certify_of_the_loop_with_the_same_noise_gives_the_engine_s_certificates(schedule: Schedule) -> None:
     torch.manual_seed(0)
-    denoiser = build_denoiser(small_unet_config(1, 8), schedule, 1000 if schedule == "linear" else 4000).eval()
+    denoiser = build_denoiser(trained_unet_config(1, 8), schedule, 1000 if schedule == "linear" else 4000).eval()
     classifier, sigma = SmallConvNet(1, 8, 3).eval(), 0.25
     for module in (denoiser, classifier):  # classes that do not win every draw
         for parameter in module.parameters():

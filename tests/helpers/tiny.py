@@ -10,7 +10,7 @@ import torch
 from core.config import Config, parse_config
 from core.files import file_sha256
 from core.models.checkpoints import build_denoiser, save_model
-from core.models.denoiser import small_unet_config
+from core.models.denoiser import trained_unet_config
 from core.models.small import SmallConvNet
 from distributed.store.run_directory import RunDirectory
 
@@ -42,7 +42,7 @@ def tiny_run(path: Path, *overrides: str, weight_seed: int = 0) -> RunDirectory:
     run = RunDirectory(path, config)
     torch.manual_seed(weight_seed)
     models = {
-        "denoiser": build_denoiser(small_unet_config(1, 8)),
+        "denoiser": build_denoiser(trained_unet_config(1, 8)),
         **{role: SmallConvNet(1, 8, 10, config.classifier(role).width) for role in config.classifiers},
         "estimator": SmallConvNet(1, 8, 2),
     }

@@ -16,7 +16,7 @@ from core.models.checkpoints import load_model
 from core.records import Phase
 from core.report import render
 from core.report.plots import gallery_figure
-from distributed.checks import preflight
+from distributed.checks import dry_run
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.adopt import adopt, shared_config
@@ -57,7 +57,7 @@ def test_pipeline_of_a_pool_without_a_denoiser_votes_on_the_noisy_images_themsel
     written = {name for step in steps.values() for name in step["wrote"]}
     tuned = tuple(name.replace("classifier", "classifier_finetuned") for name in EXPERTS)
     assert written == {*EXPERTS, "estimator", *(tuned if epochs else ())}
-    assert {path.stem for path in (run.path / "models").iterdir()} == written
+    assert {path.stem for path in (run.path / "models").glob("*.safetensors")} == written
     assert ("finetune_classifier" in steps) == bool(epochs)
     certified = tuned if epochs else EXPERTS
     assert set(steps["certify-dual"]["read"]) == {*certified, "estimator"}
@@ -109,7 +109,7 @@ def write_png(path: Path, image: np.ndarray) -> None:
 def test_dry_run_of_a_run_without_a_denoiser_counts_no_row_through_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "dry_run", partial(preflight.dry_run, seconds=0.01))
+    monkeypatch.setattr(dry_run, "dry_run", partial(dry_run.dry_run, seconds=0.01))
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(PLAIN))
     arguments = ("--config", str(config), "--out", str(tmp_path / "run"), *SMALL, POOL)

@@ -12,11 +12,11 @@ from core.data import Dataset
 from core.errors import ModelError
 from core.models.checkpoints import build_denoiser, load_model
 from core.models.classifiers import ImageClassifier
-from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.denoiser import OneShotDenoiser, trained_unet_config
 from core.models.diffusers_folder import write_folder
 from core.models.resnet_cifar import ResNetCifar
 from core.models.small import SmallConvNet
-from distributed.checks.preflight import dry_run
+from distributed.checks.dry_run import dry_run
 from distributed.store.run_directory import RunDirectory
 from jobs import train_base, train_estimator
 from tests.core.models.test_diffusers_folder import tiny_denoiser
@@ -78,7 +78,7 @@ def test_train_base_outputs_are_taken_by_the_names_of_the_data_sets_classes(mode
 def test_train_base_models_that_do_not_fit_the_data_are_refused(models: Path) -> None:
     with pytest.raises(ModelError, match="has 12 classes, 10 are needed"):
         train_base.run(own(models, "base.classifier.label_map=null"))
-    write_folder(build_denoiser(small_unet_config(3, 8)), models / "colour")
+    write_folder(build_denoiser(trained_unet_config(3, 8)), models / "colour")
     with pytest.raises(ModelError, match="takes images of 3 channels, got 1"):
         train_base.run(RunDirectory(models / "other", parse_config(PLAIN, [f"base.denoiser={models / 'colour'}"])))
 

@@ -74,7 +74,7 @@ def test_load_config_shipped_file_is_valid() -> None:
         ),
         ("base.denoiser.train.channels=[6]", r"base.denoiser.train.channels: 6 is no multiple of groups = 4"),
         ("base.denoiser={checkpoint: a, train: {layers: 2}}", r"denoiser.train.layers: a has a network of its own"),
-        ("base.denoiser={schedule: linear-10}", r"base.denoiser.checkpoint: is missing; give it, or train"),
+        ("base.denoiser={schedule: linear-10}", r"base.denoiser.checkpoint: is missing; give it, or arch, or train"),
         ("estimator.backbone={arch: resnet110, train: {}}", r"estimator.backbone.train: the estimator is trained as"),
         ("certify", r"override 'certify': expected key=value"),
         ("certify.alpha.x=1", r"'alpha' is a value, not a section"),

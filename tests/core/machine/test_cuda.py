@@ -16,7 +16,7 @@ from core.machine.exact_noise import ExactNoise
 from core.machine.network import Compile, Forward, Head, Network, Precision
 from core.machine.noise import GaussianNoise, Noise
 from core.models.checkpoints import build_denoiser
-from core.models.denoiser import small_unet_config
+from core.models.denoiser import trained_unet_config
 from core.models.small import SmallConvNet
 from core.procedures.smoothing import certify
 from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
@@ -48,7 +48,7 @@ def real_network(forward: Forward | None = None, device: str = "cuda") -> Networ
     """Random weights of the digits' architectures."""
     torch.manual_seed(0)
     return Network(
-        {CLASSIFIER: Head(SmallConvNet(1, 8, 10), 10)}, build_denoiser(small_unet_config(1, 8)), device, forward
+        {CLASSIFIER: Head(SmallConvNet(1, 8, 10), 10)}, build_denoiser(trained_unet_config(1, 8)), device, forward
     )
 
 

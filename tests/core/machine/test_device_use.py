@@ -17,7 +17,7 @@ from core.machine.engine import Engine, Task
 from core.machine.network import Forward, Head, Module, Network, Precision, set_tf32
 from core.machine.noise import GaussianNoise
 from core.models.checkpoints import build_denoiser
-from core.models.denoiser import small_unet_config
+from core.models.denoiser import trained_unet_config
 from core.models.small import SmallConvNet
 from core.procedures.smoothing import certify
 from core.records import CLASSIFIER, Certificate, Draws, Phase, Sampling
@@ -93,7 +93,7 @@ def test_network_only_the_inside_is_of_the_precision_whatever_surrounds_it(
 
 def test_network_denoiser_in_bfloat16_gives_float32_images_and_a_float32_time_embedding() -> None:
     torch.manual_seed(0)
-    denoiser, seen = build_denoiser(small_unet_config(1, 8)), {}
+    denoiser, seen = build_denoiser(trained_unet_config(1, 8)), {}
 
     def head(images: Tensor) -> Tensor:
         seen["images"] = images

@@ -13,7 +13,7 @@ from torch import nn
 
 from core.errors import ConfigError, ModelError
 from core.models.checkpoints import build_denoiser, load_denoiser, save_model
-from core.models.denoiser import OneShotDenoiser, alphas_cumprod, small_unet_config
+from core.models.denoiser import OneShotDenoiser, alphas_cumprod, trained_unet_config
 from core.models.diffusers_folder import describe_schedule, write_folder
 from core.models.small import SmallConvNet
 from tests.core.models.test_models import DDPM_CIFAR10, LINEAR, SIGMAS
@@ -23,7 +23,7 @@ from tests.helpers.openai_reference import CIFAR, randomised
 def tiny_denoiser(**arguments: Any) -> OneShotDenoiser:
     torch.manual_seed(0)
     config = {
-        **small_unet_config(1, 8),
+        **trained_unet_config(1, 8),
         "add_attention": True,
         "attention_head_dim": None,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),

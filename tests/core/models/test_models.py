@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from core.errors import ModelError
 from core.files import file_sha256
 from core.models.checkpoints import build_denoiser, load_denoiser, load_model, save_model
-from core.models.denoiser import OneShotDenoiser, Schedule, alphas_cumprod, small_unet_config
+from core.models.denoiser import OneShotDenoiser, Schedule, alphas_cumprod, trained_unet_config
 from core.models.small import SmallConvNet
 from tests.helpers.openai_reference import CIFAR, randomised
 
@@ -76,7 +76,7 @@ def test_forward_clamps_to_the_pixel_scale() -> None:
 @pytest.mark.parametrize("kind", ["denoiser", "classifier"])
 def test_save_model_then_load_model_gives_the_same_outputs(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = build_denoiser(small_unet_config(1, 8), "cosine", 4000) if kind == "denoiser" else SmallConvNet(1, 8, 10)
+    model = build_denoiser(trained_unet_config(1, 8), "cosine", 4000) if kind == "denoiser" else SmallConvNet(1, 8, 10)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     path = tmp_path / "models" / "m.safetensors"
@@ -116,7 +116,7 @@ def test_save_model_small_network_of_stride_1_is_described_as_ever(tmp_path: Pat
 
 
 def test_small_unet_has_about_forty_thousand_parameters() -> None:
-    assert sum(p.numel() for p in build_denoiser(small_unet_config(1, 8)).parameters()) == 40_489
+    assert sum(p.numel() for p in build_denoiser(trained_unet_config(1, 8)).parameters()) == 40_489
 
 
 def test_load_model_bad_files_say_what_is_wrong(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_forward_of_a_converted_network_is_the_published_formula(tmp_path: Path)
 
 
 def test_predict_noise_under_autocast_embeds_timesteps_in_float32() -> None:
-    denoiser = build_denoiser(small_unet_config(1, 8), "cosine", 4000).eval()
+    denoiser = build_denoiser(trained_unet_config(1, 8), "cosine", 4000).eval()
     copied = copy.deepcopy(denoiser)
     assert denoiser.state_dict().keys() == OneShotDenoiser(denoiser.unet).state_dict().keys()
     seen: list[Tensor] = []
@@ -268,7 +268,7 @@ def test_forward_images_that_the_network_does_not_take_are_refused() -> None:
         "down_block_types": ("DownBlock2D",) * 6,
         "up_block_types": ("UpBlock2D",) * 6,
     }
-    denoiser = build_denoiser({**small_unet_config(3, 256), **deep})
+    denoiser = build_denoiser({**trained_unet_config(3, 256), **deep})
     denoiser.check_images((3, 224, 224))  # as the reference runs ImageNet crops through the 256 network
     with pytest.raises(ModelError, match="takes images of 3 channels, got 1"):
         denoiser(torch.zeros(1, 1, 64, 64), torch.ones(1))
@@ -287,4 +287,4 @@ def test_forward_images_that_the_network_does_not_take_are_refused() -> None:
 )
 def test_denoiser_unets_that_one_call_does_not_cover_are_refused(key: str, value: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        build_denoiser({**small_unet_config(1, 8), key: value})
+        build_denoiser({**trained_unet_config(1, 8), key: value})

@@ -144,8 +144,9 @@ def test_own_network_that_cannot_be_had_is_one_line(arch: str, message: str, mod
 
 def test_own_denoiser_predicts_noise_at_integer_timesteps(module: Path) -> None:
     denoiser = new_denoiser(DenoiserConfig(arch="own_nets:noise", schedule="cosine-4000"), (2, 8, 8))
-    nn.init.constant_(denoiser.unet.layer.weight, 1e-4)
-    nn.init.zeros_(denoiser.unet.layer.bias)
+    weight, bias = denoiser.unet.parameters()
+    nn.init.constant_(weight, 1e-4)
+    nn.init.zeros_(bias)
     noisy, sigma = torch.rand(3, 2, 8, 8), torch.tensor([0.25, 0.5, 1.0])
     bar = alphas_cumprod("cosine", 4000)
     for row, level in enumerate(sigma.tolist()):
@@ -186,7 +187,9 @@ def test_own_code_keys_that_do_not_fit_are_refused(key: str, message: str) -> No
 
 def test_configuration_says_which_code_may_run() -> None:
     keys = ["base.denoiser={arch: 'a:d', schedule: linear-1000}", "estimator.backbone={arch: 'a:e'}"]
-    config = parse_config(PLAIN, [*keys, "base.experts={0.25: {arch: 'a:x'}, 0.5: {arch: resnet110, checkpoint: r.pt}}"])
+    config = parse_config(
+        PLAIN, [*keys, "base.experts={0.25: {arch: 'a:x'}, 0.5: {arch: resnet110, checkpoint: r.pt}}"]
+    )
     assert config.own_code == {
         "base.denoiser.arch": "a:d", "base.experts.0.25.arch": "a:x", "estimator.backbone.arch": "a:e",
     }  # fmt: skip

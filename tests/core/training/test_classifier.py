@@ -95,7 +95,7 @@ def test_predictor_of_an_attack_leaves_the_network_alone() -> None:
     predict = training._predictor(model, Denoiser())
     images = torch.rand(4, 1, 8, 8, requires_grad=True)
     logits = predict(images, torch.ones(4), frozen=True)
-    logits.sum().backward()
+    logits.sum().backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(module.training for module in model.modules())

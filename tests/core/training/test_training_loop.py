@@ -174,6 +174,24 @@ def test_one_worker_equals_a_loop_written_out() -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+def test_training_compiled_has_the_bits_and_the_names_of_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under dynamo's eager backend, which changes no arithmetic."""
+    compiled = []
+
+    def eager(self: nn.Module) -> None:
+        compiled.append(self)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", eager)
+    learnt = objective(epochs=1)
+    learnt.schedule = replace(learnt.schedule, compile=True)
+    model = linear()
+    training = finished(Training(model, learnt))
+    assert compiled == [model]
+    assert same(training, finished(Training(linear(), objective(epochs=1))))
+    assert model._compiled_call_impl is None
+
+
 @pytest.mark.parametrize("total", [2, 7, 40, 1000])
 def test_schedule_one_cycle_is_that_of_torch(total: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)

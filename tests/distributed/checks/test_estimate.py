@@ -15,6 +15,7 @@ from core.models.checkpoints import save_model
 from core.models.small import SmallConvNet
 from core.procedures.smoothing import certificate
 from core.records import CLASSIFIER, ESTIMATOR
+from distributed.checks.dry_run import dry_run
 from distributed.checks.estimate import (
     DENOISER,
     Part,
@@ -23,7 +24,7 @@ from distributed.checks.estimate import (
     rows_of,
     store_bytes,
 )
-from distributed.checks.preflight import check, dry_run
+from distributed.checks.preflight import check
 from distributed.execution.launch import certify_store, outline, work_of
 from distributed.methods.dual import Dual, dual_copies
 from distributed.methods.rows import certificate_row

@@ -15,7 +15,7 @@ from PIL import Image
 from core.config import Config, parse_config
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import build_denoiser, load_classifier, load_denoiser, save_model
-from core.models.denoiser import OneShotDenoiser, small_unet_config
+from core.models.denoiser import OneShotDenoiser, trained_unet_config
 from core.models.resnet_cifar import ResNetCifar
 from core.models.small import SmallConvNet
 from distributed.checks.estimate import (
@@ -67,10 +67,10 @@ def tree(root: Path) -> dict[Path, int]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Own files: denoisers for colour and for grey images, classifiers with 2, 3 and 12 classes, and broken ones."""
     folder = tmp_path_factory.mktemp("models")
-    save_model(build_denoiser(small_unet_config(3, 8)), folder / "colour.safetensors")
-    save_model(build_denoiser(small_unet_config(1, 8)), folder / "grey.safetensors")
+    save_model(build_denoiser(trained_unet_config(3, 8)), folder / "colour.safetensors")
+    save_model(build_denoiser(trained_unet_config(1, 8)), folder / "grey.safetensors")
     save_model(
-        build_denoiser(small_unet_config(3, 8), num_steps=100, beta_range=(1e-4, 1e-3)), folder / "short.safetensors"
+        build_denoiser(trained_unet_config(3, 8), num_steps=100, beta_range=(1e-4, 1e-3)), folder / "short.safetensors"
     )
     for classes in (2, 3):
         save_model(SmallConvNet(3, 8, classes), folder / f"classes{classes}.safetensors")

@@ -7,7 +7,7 @@ import torch
 from core.config import ComputeConfig, parse_config
 from core.errors import ConfigError
 from distributed.cluster import cluster
-from distributed.cluster.cluster import Pool, check_gpus, replica_pool, replicas_here, train_device
+from distributed.cluster.cluster import Pool, check_gpus, placed, replica_pool, replicas_here, train_device
 
 
 def pool(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]], *overrides: str) -> Pool:
@@ -63,7 +63,7 @@ def test_pool_that_cannot_know_what_to_wait_for_refuses(
 def test_training_on_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert train_device(ComputeConfig()) == "cpu"
-    with pytest.raises(ConfigError, match=r"compute.train_device is 'cuda', but the driver sees no GPU"):
+    with pytest.raises(ConfigError, match=r"compute.train_device is 'cuda', but this machine has no GPU"):
         train_device(ComputeConfig(train_device="cuda"))
 
 
@@ -113,7 +113,27 @@ def test_pool_of_a_ray_that_was_started_here_is_no_larger_than_it(monkeypatch: p
 def test_replicas_here_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    expected = "cuda, of which this machine has none: here the job will be refused; counted with one replica"
+    expected = "cuda, of which this machine has none; counted with one replica"
     assert replicas_here(ComputeConfig(device="cuda"))[2].startswith(expected)
-    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert "refused" not in replicas_here(ComputeConfig(device="cuda"))[2]
+
+
+@pytest.mark.parametrize(
+    ("address", "gpu", "overrides", "workers"),
+    [
+        ("head:6379", False, [], 1),
+        ("head:6379", False, ["train_workers=3"], 3),
+        ("head:6379", True, [], 0),
+        ("", False, [], 0),
+        ("head:6379", False, ["executor=local"], 0),
+        ("head:6379", False, ["train_device=cpu"], 0),
+    ],
+)
+def test_training_on_gpus_goes_to_a_node_that_has_one(
+    monkeypatch: pytest.MonkeyPatch, address: str, gpu: bool, overrides: list[str], workers: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    compute = [f"compute.{each}" for each in ("train_device=cuda", *overrides)]
+    config = parse_config({"sigmas": [0.5], "report": {"radii": [0]}}, compute)
+    found = placed(config)
+    assert (found.compute.train_workers, found.identity()) == (workers, config.identity())

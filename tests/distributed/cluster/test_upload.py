@@ -61,7 +61,9 @@ OWN = (
 def test_check_upload_names_each_file_that_stayed_at_home(submitted: Path, tmp_path: Path) -> None:
     out, config = Folder(tmp_path / "run"), parse_config(PLAIN, OWN)
     steps = ["train_base", "train_estimator"]
-    with pytest.raises(ConfigError, match=r"^base.denoiser.checkpoint: 'runs/a/den.*', base.classifier.check") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^base.denoiser.checkpoint: 'runs/a/den.*', base.classifier.check"
+    ) as caught:
         check_upload(config, steps, out)
     assert "s3://bucket/b" not in str(caught.value)
     (submitted / "checkpoints").mkdir()
@@ -97,4 +99,6 @@ def test_job_whose_files_stayed_at_home_says_so_in_its_first_line(
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(PLAIN))
     assert run_main(build_dataset, "--config", str(config), "--out", str(tmp_path / "run"), *OWN) == 2
-    assert capsys.readouterr().err.startswith("error: base.denoiser.checkpoint: 'runs/a/denoiser.safetensors', base.classifier")
+    assert capsys.readouterr().err.startswith(
+        "error: base.denoiser.checkpoint: 'runs/a/denoiser.safetensors', base.classifier"
+    )

@@ -21,7 +21,7 @@ from core.errors import ConfigError, ModelError
 from core.files import file_sha256
 from core.machine.engine import Engine
 from core.models.checkpoints import build_denoiser, load_model, save_model
-from core.models.denoiser import small_unet_config
+from core.models.denoiser import trained_unet_config
 from core.models.small import SmallConvNet
 from distributed.execution.launch import certify_store
 from distributed.execution.replica import Facts, Replica
@@ -187,7 +187,7 @@ def _spoil(file: Path, value: float) -> None:
 def test_train_base_weights_that_are_not_finite_are_one_message(
     role: str, value: float, message: str, given: dict[str, Any], job: Any, tmp_path: Path
 ) -> None:
-    network = SmallConvNet(3, 32, 10, 8) if role == "classifier" else build_denoiser(small_unet_config(3, 32))
+    network = SmallConvNet(3, 32, 10, 8) if role == "classifier" else build_denoiser(trained_unet_config(3, 32))
     save_model(network, tmp_path / "spoilt.safetensors")
     _spoil(tmp_path / "spoilt.safetensors", value)
     spoilt = str(tmp_path / "spoilt.safetensors")

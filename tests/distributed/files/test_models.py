@@ -10,7 +10,7 @@ import huggingface_hub
 import pyarrow.fs as pafs
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import filter_repo_objects
 
 from core.config import parse_config
 from core.errors import ConfigError, ModelError
@@ -101,7 +101,7 @@ def test_model_that_changed_under_its_address_is_refused(place: str, local: Path
     torch.save(ResNetCifar(10, channels=1).state_dict(), resnet)
     if place == "s3":
         upload(resnet, server, "changed/resnet.pt")
-    with pytest.raises(ConfigError, match="base.classifier.checkpoint: .* is not the file that .* began with"):
+    with pytest.raises(ConfigError, match=r"base.classifier.checkpoint: .* is not the file that .* began with"):
         local_models(RunDirectory(local / "run", config), "base")
     (problem,) = check(RunDirectory(local / "run", config, "dry"), ["train_base"]).problems
     assert str(problem).startswith("base.classifier.checkpoint: ")
@@ -173,7 +173,7 @@ def test_is_hub_name(named: str, hub: bool, tmp_path: Path, monkeypatch: pytest.
 def test_folder_without_weights_is_refused_as_an_address(server: FlakyProxy, local: Path) -> None:
     (local / "empty").mkdir()
     (local / "empty" / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="no such file, and no folder with one of model.safetensors"):
+    with pytest.raises(ModelError, match=r"no such file, and no folder with one of model.safetensors"):
         fetch_model(upload(local / "empty", server, "empty/vit"))
     system = Folder(uri(server, "x"))._remote[0]
     assert system.get_file_info("bucket/empty/vit/config.json").type == pafs.FileType.File

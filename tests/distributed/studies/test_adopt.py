@@ -84,6 +84,13 @@ def test_adopt_refuses_what_was_made_from_other_settings(other: str, tmp_path: P
         adopt(target, source, "build_dataset")
 
 
+def test_adopt_refuses_a_denoiser_that_was_distilled_for_other_levels(tmp_path: Path) -> None:
+    made = config("base.denoiser.train.objective=distilled")
+    source = RunDirectory(tmp_path / "source", shared_config(made, "train_base", UNION))
+    with pytest.raises(ConfigError, match="was made from other settings"):
+        adopt(RunDirectory(tmp_path / "target", made), source, "train_base")
+
+
 def test_adopt_refuses_rows_of_other_models_another_level_and_an_unfinished_step(tmp_path: Path) -> None:
     base = tiny_run(tmp_path / "base", *FEW)
     source = source_of(tmp_path / "source", "build_dataset", base)

@@ -19,7 +19,7 @@ from core.models.checkpoints import load_model, save_model
 from core.report import StandardRows
 from core.report.render import write_report
 from core.report.shift import Shifted, shift_section
-from distributed.checks import preflight
+from distributed.checks import dry_run
 from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
@@ -130,7 +130,7 @@ def test_shift_job_bad_input_is_one_message(
 def test_shift_dry_run_counts_a_set_and_writes_nothing(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "dry_run", partial(preflight.dry_run, seconds=0.01))
+    monkeypatch.setattr(dry_run, "dry_run", partial(dry_run.dry_run, seconds=0.01))
     assert run_main(shift, "--out", str(run.path), "--corruptions", "pixelate", "--dry-run") == 0
     out = capsys.readouterr().out
     assert "5 sets; this is pixelate, severity 1" in out
