@@ -127,28 +127,17 @@ class StepProgress(Progress):
     """Progress of a training that `jobs.status` shows too, from the run directory, and that is counted by a `Meter`.
 
     Args:
-        root: the run directory.
-        folder: of the training, inside it.
-        compute: as configured.
+        folder: of the training: `training/NAME` in the run directory.
+        compute: as configured; says how many devices are held.
         total, what, unit, done: as for `Progress`.
-        devices: that are held.
     """
 
     def __init__(
-        self,
-        root: Folder,
-        folder: Folder,
-        compute: ComputeConfig,
-        total: int,
-        what: str,
-        unit: str,
-        *,
-        done: int = 0,
-        devices: int = 1,
+        self, folder: Folder, compute: ComputeConfig, total: int, what: str, unit: str, *, done: int = 0
     ) -> None:
         super().__init__(total, what, unit, done=done, interval_s=compute.progress_interval_s)
-        self._root, self._folder, self._devices, self._said = root, folder, devices, 0.0
-        self._meter = Meter(root, compute)
+        self._root, self._folder, self._said = folder.parent.parent, folder, 0.0
+        self._devices, self._meter = max(1, compute.train_workers), Meter(self._root, compute)
 
     def __enter__(self) -> Self:
         self._meter.__enter__()

@@ -102,10 +102,7 @@ def training_sigmas(
     if known is None:
         known = {}
         chosen = _on_ray(choice, places) if config.compute.train_workers else _here(choice, data, places)
-        devices = max(1, config.compute.train_workers)
-        with StepProgress(
-            directory.folder, folder, config.compute, len(places), "sigma of each sample", "samples", devices=devices
-        ) as progress:
+        with StepProgress(folder, config.compute, len(places), "sigma of each sample", "samples") as progress:
             for place, sigma in chosen:
                 known[place] = sigma
                 progress.update(1)

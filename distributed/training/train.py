@@ -257,16 +257,7 @@ def _training(directory: RunDirectory, member: Member, patience_s: float) -> Gen
                 continue
             if progress is None:
                 progress = stack.enter_context(
-                    StepProgress(
-                        lesson.root,
-                        lesson.folder,
-                        compute,
-                        sign.total,
-                        what,
-                        "samples",
-                        done=sign.done,
-                        devices=max(1, compute.train_workers),
-                    )
+                    StepProgress(lesson.folder, compute, sign.total, what, "samples", done=sign.done)
                 )
             elif sign.begins:
                 print(f"{what}: a worker was lost, all go on from {sign.done:,} samples", flush=True)

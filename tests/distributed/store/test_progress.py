@@ -77,8 +77,9 @@ def test_training_says_how_far_it_is_and_what_it_took(
     run = tiny_run(tmp_path)
     folder, clock = run.folder / "training" / "train_estimator", [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    compute = ComputeConfig(progress_interval_s=10.0, max_device_hours=1.0)
-    with StepProgress(run.folder, folder, compute, 9000, "estimator", "samples", done=1000, devices=3) as progress:
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    compute = ComputeConfig(progress_interval_s=10.0, max_device_hours=1.0, train_workers=3)
+    with StepProgress(folder, compute, 9000, "estimator", "samples", done=1000) as progress:
         clock[0] = 100.0
         progress.update(500, "epoch 2, loss 0.5")
         run_main(status, "--out", str(tmp_path))
@@ -91,6 +92,6 @@ def test_training_says_how_far_it_is_and_what_it_took(
     assert line in capsys.readouterr().out
     assert device_hours(run.folder) == pytest.approx(3 * 1201 / 3600)
     assert [each["done"] for each in left] == [1501]  # an interrupted training leaves its last word
-    with StepProgress(run.folder, folder, ComputeConfig(), 10, "estimator", "samples"):
+    with StepProgress(folder, ComputeConfig(), 10, "estimator", "samples"):
         pass
     assert read_progress(run.folder) == []
