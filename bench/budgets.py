@@ -28,7 +28,12 @@ from jobs import build_dataset, train_base, train_estimator
 __all__ = ["budgets", "trained"]
 
 _CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
-_QUICK = ("base.denoiser.train.steps=5", "base.classifier.train.epochs=1", "estimator.epochs=1", "labels.num_estimation=10")
+_QUICK = (
+    "base.denoiser.train.steps=5",
+    "base.classifier.train.epochs=1",
+    "estimator.epochs=1",
+    "labels.num_estimation=10",
+)
 
 
 def trained(settings: Settings) -> RunDirectory:
