@@ -66,7 +66,7 @@ def ray_nodes(folder: Path, environment: dict[str, str]) -> Iterator[str]:
                 env=environment, cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
             stack.callback(_end, node)
-            deadline, there = time.monotonic() + 180, 0
+            deadline, there = time.monotonic() + 600, 0
             while there < number:
                 assert node.poll() is None, (folder / "ray.log").read_text()
                 assert time.monotonic() < deadline, (folder / "ray.log").read_text()
@@ -133,6 +133,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_raylet_start_wait_time_s": "150",  # a busy machine
             "RAY_worker_register_timeout_seconds": "600",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "400",
+            "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "400",
             "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{store.port}",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{BIN}:{os.environ['PATH']}",

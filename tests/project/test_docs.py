@@ -132,7 +132,7 @@ def test_jobs_inside_sentences_parse(page: Path, monkeypatch: pytest.MonkeyPatch
         assert command.job[0] in summaries(), command
         if "--help" in command.text:
             continue
-        needs_out = "--out" not in command.text and "jobs.convert" not in command.text
+        needs_out = "--out" not in command.text and not re.search(r"jobs\.(convert|fetch)", command.text)
         complete = Command(command.page, command.text + " --out RUN" * needs_out)
         with monkeypatch.context() as patch:
             parse(complete, patch)
@@ -240,8 +240,9 @@ def test_commands_of_a_page_run(page: Path, desk: Path) -> None:
         arguments = made_small(["desk/models" if word == "models/digits" else word for word in arguments])
         if name == "import_tsv" and not Path("logs").exists():
             assert run_job("export", "--out", "RUN", "--to", "logs") == 0
-        if name == "train_base" and "mine.pt" in command.text and not Path("mine.pt").exists():
-            exec(compile(blocks(ROOT / "docs/extending.md", "python")[0], "extending.md", "exec"), {})
+        for number, made in enumerate(("mine.pt", "my_models")):
+            if made in command.text:
+                exec(compile(blocks(ROOT / "docs/extending.md", "python")[number], "extending.md", "exec"), {})
         assert run_job(name, *arguments) == 0, f"{command}: {arguments}"
 
 
