@@ -26,7 +26,7 @@ import torch
 from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.engine import Task
 from distributed.execution.metrics import ReplicaMetrics
-from distributed.execution.watch import Pulse
+from distributed.execution.watch import Board, Pulse
 from distributed.execution.work import (
     Rows,
     Work,
@@ -100,7 +100,7 @@ class Replica:
         board: where it signs that it lives (`distributed.execution.watch`); None: nowhere.
     """
 
-    def __init__(self, work: Work, on_ray: bool = False, board: Any = None) -> None:
+    def __init__(self, work: Work, on_ray: bool = False, board: Board | str | None = None) -> None:
         self.work = work
         self._since = time.monotonic()
         self.id = uuid.uuid4().hex[:12]

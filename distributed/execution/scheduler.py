@@ -2,6 +2,7 @@
 
 import math
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -281,7 +282,9 @@ class _Cluster(Board):
 
         self._resource, self._each = resource, each
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board).remote()
+        self.name = f"board-{uuid.uuid4().hex}"
+        actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board)
+        self._board = actor.options(name=self.name).remote()
 
     def look(self) -> list[Seen]:
         """Those that live, as far as Ray knows."""
@@ -292,7 +295,7 @@ class _Cluster(Board):
         gone = {ActorTableData.DEAD}  # a pool that shrinks; for Ray one that loads again is still RESTARTING
         return [
             seen
-            for seen in ray.get(self.board.look.remote(), timeout=60.0)
+            for seen in ray.get(self._board.look.remote(), timeout=60.0)
             if seen.sign.node_id in nodes
             and seen.sign.handle._get_local_state()
             not in (gone | {ActorTableData.RESTARTING} if seen.sign.stage == "working" else gone)
@@ -303,7 +306,7 @@ class _Cluster(Board):
         import ray
 
         ray.kill(seen.sign.handle, no_restart=False)
-        self.board.ended.remote(seen.sign.key)
+        self._board.ended.remote(seen.sign.key)
         return True
 
     def room(self) -> str:
@@ -343,7 +346,7 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             print(f"{work.store}: waiting for a replica to measure", flush=True)
             try:
                 scout = ray.remote(**resources, max_restarts=-1, max_task_retries=-1)(Scout).remote()
-                return ray.get(scout.ask.remote(question, cluster.board, placed, *args))
+                return ray.get(scout.ask.remote(question, cluster.name, placed, *args))
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, errors.DualRSError):
                     raise error.cause from None
@@ -365,7 +368,7 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             smallest = min(pool.smallest, len(pending))
             done = numbers.map_batches(
                 replica_class,
-                fn_constructor_args=(placed, True, cluster.board),
+                fn_constructor_args=(placed, True, cluster.name),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(
                     min_size=smallest,

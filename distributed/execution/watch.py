@@ -119,14 +119,18 @@ class Pulse:
     """A thread of a replica that signs a board, from now until `end`.
 
     Args:
-        board: a `Board`, or the handle of its actor.
+        board: a `Board`, or the name of its actor: a handle among its arguments could be gone when one starts again.
         compute: how often follows from `hang_s`.
         replica: its id.
         state: stage, progress and shards of `Sign`, at this moment.
     """
 
     def __init__(
-        self, board: Any, compute: ComputeConfig, replica: str, state: Callable[[], tuple[str, int, dict[int, float]]]
+        self,
+        board: Board | str,
+        compute: ComputeConfig,
+        replica: str,
+        state: Callable[[], tuple[str, int, dict[int, float]]],
     ) -> None:
         self._board, self._every_s, self._replica, self._state = board, _beat(compute), replica, state
         self._ended = threading.Event()
@@ -137,16 +141,18 @@ class Pulse:
         self._ended.set()
 
     def _live(self) -> None:
-        key, node_id, handle, send = "", "", None, self._board.sign
+        key, node_id, handle = "", "", None
         notice: Callable[[], None] | None = None
-        if not isinstance(self._board, Board):
+        if isinstance(self._board, Board):
+            send = self._board.sign
+        else:
             import ray
 
             from distributed.cluster.notice import Notice
 
-            context = ray.get_runtime_context()
+            context, board = ray.get_runtime_context(), ray.get_actor(self._board)
             key, node_id, handle = str(context.get_actor_id()), context.get_node_id(), context.current_actor
-            send, notice = send.remote, Notice(node_id).look
+            send, notice = board.sign.remote, Notice(node_id).look
         while True:
             stage, progress, shards = self._state()
             send(Sign(key, self._replica, socket.gethostname(), node_id, os.getpid(), stage, progress, shards, handle))
@@ -159,7 +165,7 @@ class Pulse:
 class Scout:
     """An actor that takes a replica's place to answer a question; one that hangs is ended as a replica is."""
 
-    def ask(self, question: Callable[..., Any], board: Any, work: Any, *args: Any) -> Any:
+    def ask(self, question: Callable[..., Any], board: str, work: Any, *args: Any) -> Any:
         """The answer to `question(work, *args)`."""
         pulse = Pulse(board, work.config.compute, "that measures", lambda: ("measuring", 0, {}))
         try:
