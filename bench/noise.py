@@ -10,7 +10,7 @@ from bench.timing import Line, interleaved, ratio
 from core.machine.cpu import settle
 from core.machine.exact_noise import ExactNoise
 from core.machine.network import Forward
-from core.machine.noise import GaussianNoise, Noise
+from core.machine.noise import Copies, GaussianNoise, Noise
 from core.records import Phase
 
 __all__ = ["noise"]
@@ -30,7 +30,7 @@ def noise(settings: Settings) -> list[Line]:
 
         def run() -> float:
             for chunk in range(chunks):
-                kind.corrupt(out, image, "bench", Phase.ESTIMATION, sigma, chunk)
+                kind.corrupt(out, [Copies(image, "bench", Phase.ESTIMATION, sigma, 100 * chunk, 100)])
             return 100 * chunks
 
         return run

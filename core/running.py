@@ -37,7 +37,6 @@ class Smoothed:
         denoiser: Denoiser | None,
         seed: int,
         device: str | torch.device | None,
-        chunk_size: int,
         noise: NoiseKind,
     ):
         if noise not in get_args(NoiseKind):
@@ -45,7 +44,6 @@ class Smoothed:
         calls = [(name, each) for name in (CLASSIFIER, *heads) for each in _networks(heads[name])]
         self.device = _device_of([*calls, ("denoiser", denoiser)], device)
         self.seed = seed
-        self.chunk_size = chunk_size
         self.noise = noise
         self._network = Network(heads, denoiser, self.device)
 
@@ -76,7 +74,7 @@ class Smoothed:
             for index, (example_id, image) in enumerate(zip(ids, tensors, strict=True)):
                 yield Task(index, example_id, image, procedure())
 
-        noise = make_noise(self.noise, self.seed, self.chunk_size)
+        noise = make_noise(self.noise, self.seed)
         engine = Engine(self._network, noise, batch_size=batch_size)
         results = {finished.key: finished.result for finished in engine.run(tasks())}
         return [results[index] for index in range(len(ids))]

@@ -83,7 +83,6 @@ class SmoothedClassifier(Smoothed):
         seed: of the noise.
         denoiser: runs before the classifier, for example a `core.models.denoiser.OneShotDenoiser`.
         device: where to run; by default where the classifier's parameters are, and the only place where they may be.
-        chunk_size: draws that share one noise key; part of the definition of the noise.
         noise: `gaussian`, float32 as everybody does it, or `exact`, integer noise for 8-bit images whose certificate
             holds in exact arithmetic too (`core.machine.exact_noise`).
 
@@ -100,12 +99,11 @@ class SmoothedClassifier(Smoothed):
         seed: int = 0,
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
-        chunk_size: int = 100,
         noise: NoiseKind = "gaussian",
     ):
         self.sigma = _check_sigma("sigma", sigma)
         self.num_classes = num_classes
-        super().__init__({CLASSIFIER: Head(base_classifier, num_classes)}, denoiser, seed, device, chunk_size, noise)
+        super().__init__({CLASSIFIER: Head(base_classifier, num_classes)}, denoiser, seed, device, noise)
 
     def __repr__(self) -> str:
         return f"SmoothedClassifier(num_classes={self.num_classes}, sigma={self.sigma}, seed={self.seed})"
@@ -188,7 +186,7 @@ class DualSmoothedClassifier(Smoothed):
         sigmas: Sigma, in the order of the estimator's outputs; pixel scale [0, 1].
         sigma_e: noise level of the estimator, at least max(sigmas).
         num_classes: width of the classifier's logits.
-        seed, denoiser, device, chunk_size, noise: as for `SmoothedClassifier`.
+        seed, denoiser, device, noise: as for `SmoothedClassifier`.
         denoise_estimator: whether the denoiser runs before the estimator too, as published.
 
     Raises:
@@ -207,7 +205,6 @@ class DualSmoothedClassifier(Smoothed):
         seed: int = 0,
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
-        chunk_size: int = 100,
         noise: NoiseKind = "gaussian",
         denoise_estimator: bool = True,
     ):
@@ -224,7 +221,7 @@ class DualSmoothedClassifier(Smoothed):
             ESTIMATOR: Head(estimator, len(self.sigmas), denoise_estimator),
             CLASSIFIER: Head(classifier, num_classes),
         }
-        super().__init__(heads, denoiser, seed, device, chunk_size, noise)
+        super().__init__(heads, denoiser, seed, device, noise)
 
     def __repr__(self) -> str:
         return (

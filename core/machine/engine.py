@@ -21,7 +21,7 @@ from torch import Tensor
 from core.errors import ConfigError, DataError
 from core.machine.batch_size import seconds_of_pass
 from core.machine.network import Network
-from core.machine.noise import Noise
+from core.machine.noise import Copies, Noise
 from core.records import Draws, Procedure
 
 __all__ = ["Engine", "Finished", "Task"]
@@ -79,9 +79,6 @@ class _Request:
     draws: Draws
     slot: int
     next_row: int
-    # The chunk that next_row falls into and which of its rows may vote, when a batch ended inside it.
-    carry: Tensor | None = None
-    carry_valid: Tensor | None = None
 
     @property
     def end(self) -> int:
@@ -253,28 +250,29 @@ class Engine:
         lane, noisy = self._lanes[lane_key], self._noisy
         assert noisy is not None
         cells = np.zeros(self.batch_size, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0
-        masks: list[tuple[int, Tensor]] = []
         sigmas = np.empty(self.batch_size, np.float32)
+        copies: list[Copies] = []
         completed: list[_Request] = []
         row = 0
         while row < self.batch_size and lane.queue:
             request = lane.queue[0]
-            first = row
-            while row < self.batch_size and request.next_row < request.end:
-                taken, may_vote = self._draw(request, noisy[row:])
-                if may_vote is not None:
-                    masks.append((row, may_vote))
-                row += taken
-            cells[first:row] = request.slot * self._votes[0].numel()
-            sigmas[first:row] = request.draws.sigma
-            lane.rows -= row - first
+            draws, taken = request.draws, min(request.end - request.next_row, self.batch_size - row)
+            copies.append(
+                Copies(request.image, request.task.example_id, draws.phase, draws.sigma, request.next_row, taken)
+            )
+            cells[row : row + taken] = request.slot * self._votes[0].numel()
+            sigmas[row : row + taken] = draws.sigma
+            row += taken
+            request.next_row += taken
             if request.next_row == request.end:
                 completed.append(lane.queue.popleft())
+        lane.rows -= row
+        may_vote = self.noise.corrupt(noisy[:row], copies)
         sigmas[row:] = sigmas[0]  # padding: a level that is asked for anyway; its votes go to slot 0
         self.rows_run += self.batch_size
         cell_of_row = self._to_device(torch.from_numpy(cells))
-        for first, mask in masks:  # on the device: reading the masks here would wait for all that is queued there
-            cell_of_row[first : first + len(mask)] *= mask
+        if may_vote is not None:  # on the device: reading it here would wait for all that is queued there
+            cell_of_row[:row] *= may_vote
         levels = torch.from_numpy(sigmas)
         logits = self._logits(lane_key, noisy, self._to_device(levels))
         for name, values in logits.items():
@@ -334,32 +332,6 @@ class Engine:
             for name, values in self.network(lane, noisy[rows], sigma[rows]).items():
                 parts.setdefault(name, []).append(values[first - start :])
         return {name: torch.cat(values) for name, values in parts.items()}
-
-    def _draw(self, request: _Request, rows: Tensor) -> tuple[int, Tensor | None]:
-        """Write the request's next noisy copies into `rows`: whole chunks, or a piece of one.
-
-        Returns:
-            How many, and which of them may vote, bool ``(taken,)`` on the device (None: all).
-        """
-        draws, size = request.draws, self.noise.chunk_size
-        chunk, offset = divmod(request.next_row, size)
-        taken = min(request.end - request.next_row, len(rows))
-        key = (request.image, request.task.example_id, draws.phase, draws.sigma, chunk)
-        if offset == 0 and taken >= size:
-            taken -= taken % size
-            valid = self.noise.corrupt(rows[:taken], *key)
-        else:
-            taken = min(taken, size - offset)
-            # Noise is defined by whole chunks: draw all of it, use a part, keep it while there is more to use.
-            if request.carry is None:
-                request.carry = torch.empty((size, *rows.shape[1:]), device=self._device)
-                request.carry_valid = self.noise.corrupt(request.carry, *key)
-            rows[:taken].copy_(request.carry[offset : offset + taken])
-            valid = None if request.carry_valid is None else request.carry_valid[offset : offset + taken]
-            if offset + taken == size:
-                request.carry = request.carry_valid = None
-        request.next_row += taken
-        return taken, valid
 
     def _read_later(self, completed: list[_Request]) -> _Launched:
         """Queue the copy of the completed requests' votes to the host, without waiting for it."""

@@ -163,7 +163,7 @@ def build_engine(work: Work, num_classes: int, batch_size: int | None = None) ->
     if rows == "auto":
         raise ConfigError(f"the plan of {work.store} does not say what compute.batch_size=auto came to; use a number")
     forward = Forward(compute.precision, compute.channels_last, compute.compile)
-    noise = make_noise(config.noise, config.seed, compute.chunk_size)
+    noise = make_noise(config.noise, config.seed, config.noise_version, compute.chunk_size)
     return Engine(_load_network(work, num_classes, forward), noise, batch_size=rows)
 
 

@@ -32,7 +32,6 @@ SMALL = (
     "compute.device=cpu",
     "compute.train_device=cpu",
     "compute.batch_size=16",
-    "compute.chunk_size=8",
     "compute.shard_examples=5",
     "labels.num_selection=2",
     "labels.num_estimation=6",

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from core.config import parse_config
 from core.data import Dataset
 from core.errors import ConfigError
-from core.machine.noise_key import chunk_key
 from core.models.checkpoints import load_model
 from core.models.small import SmallConvNet
 from core.progress import Progress
-from core.records import Phase
 from core.report import render
 from core.report.plots import gallery_figure
 from core.training.base import train_classifier
@@ -28,6 +26,7 @@ from distributed.store.shards import ShardStore
 from distributed.studies.adopt import adopt, shared_config
 from distributed.views.gallery import gallery
 from jobs import audit, choose_sigmas, finetune_classifier, pipeline, predict, shift, status, train_base
+from tests.helpers.reference_noise import normals
 from tests.helpers.tiny import PLAIN, run_main
 
 SMALL = (
@@ -42,8 +41,7 @@ EXPERTS = ("classifier-0.25", "classifier-0.5")
 
 def votes_of(network: nn.Module, image: np.ndarray, seed: int, example_id: str, sigma: float) -> list[int]:
     """The 20 estimation votes of a bare network: noise from the key's definition, one copy at a time."""
-    key = int.from_bytes(chunk_key(seed, example_id, Phase.ESTIMATION, sigma, 0), "little")
-    noise = np.random.Generator(np.random.SFC64(key)).standard_normal((20, *image.shape), dtype=np.float32)
+    noise = normals(seed, example_id, "estimation", sigma, 20, image.shape)
     copies = torch.from_numpy(image.astype(np.float32) / 255 + np.float32(sigma) * noise)
     with torch.inference_mode():
         answers = [int(network(copy[None]).argmax()) for copy in copies]

@@ -1,6 +1,5 @@
 """The same counts on Ray with one and two replicas, with the local executor, in a plain loop, and after kills."""
 
-import hashlib
 import json
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.training.labels import training_radii
 from jobs import build_dataset, certify
+from tests.helpers.reference_noise import normals
 from tests.helpers.tiny import tiny_run
 
 
@@ -59,14 +59,9 @@ def naive_votes(run: RunDirectory, example: int, sigma: float, phase: str, num: 
     config = run.config
     data = load_dataset(config.dataset, "train")
     denoiser, classifier = load_model(run.model("denoiser")), load_model(run.model("classifier"))
-    size, batch = config.compute.chunk_size, config.compute.training_batch_size
-    image = data.pixels()[example]
-    rows = []
-    for chunk in range(-(-num // size)):
-        text = f"{config.seed}|{phase}|{sigma.hex()}|{chunk}|{data.example_ids[example]}"
-        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-        rows.append(np.random.Generator(np.random.SFC64(key)).standard_normal((size, *image.shape), dtype=np.float32))
-    noisy = image + sigma * torch.from_numpy(np.concatenate(rows)[:num])
+    batch, image = config.compute.training_batch_size, data.pixels()[example]
+    noise = normals(config.seed, data.example_ids[example], phase, sigma, num, tuple(image.shape))
+    noisy = image + sigma * torch.from_numpy(noise)
     votes = np.zeros(10, np.int64)
     with torch.inference_mode():
         for part in torch.split(noisy, batch):
