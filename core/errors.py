@@ -3,12 +3,13 @@
     DualRSError
     ├── ConfigError        a configuration that cannot be run, or does not match the run directory
     ├── DataError          an image, a label or a stored row that is not what it should be
-    └── ModelError         weights or a network that do not fit
+    ├── ModelError         weights or a network that do not fit
+    └── NoiseError         noise that is not what certificates assume
 
 Each message says what was got, what was expected and what to do.
 """
 
-__all__ = ["ConfigError", "DataError", "DualRSError", "ModelError"]
+__all__ = ["ConfigError", "DataError", "DualRSError", "ModelError", "NoiseError"]
 
 
 class DualRSError(Exception):
@@ -25,3 +26,7 @@ class DataError(DualRSError):
 
 class ModelError(DualRSError):
     """A checkpoint that does not fit its architecture, or a network with a wrong output."""
+
+
+class NoiseError(DualRSError):
+    """Noise that is not standard normal and independent on this machine."""

@@ -160,6 +160,8 @@ class ExactNoise:
         seed: the run's seed.
     """
 
+    portable = True
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
 

@@ -76,7 +76,7 @@ def test_on_a_device_63_bits_of_the_key_seed_its_own_generator(
 ) -> None:
     """As far as a machine without an accelerator can tell."""
 
-    class Seeded(Exception):
+    class Seeded(Exception):  # noqa: N818 - no error
         """Where the generator would begin to draw."""
 
     class Generator:
