@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from core.agreement_records import AgreementCertificate
+    from core.fitting import fit_router
     from core.records import ABSTAIN, Certificate, DualCertificate
     from core.smoothed import DualSmoothedClassifier, SmoothedClassifier
 
@@ -25,6 +26,7 @@ _HOMES = {
     "DualCertificate": "core.records",
     "DualSmoothedClassifier": "core.smoothed",
     "SmoothedClassifier": "core.smoothed",
+    "fit_router": "core.fitting",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "DualCertificate",
     "DualSmoothedClassifier",
     "SmoothedClassifier",
+    "fit_router",
 ]
 
 

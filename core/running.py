@@ -2,29 +2,32 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, TypeVar, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import PIL.Image
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from core.data import as_image
+from core.data.dataset import PIXELS, ValueRange, as_image
 from core.errors import ConfigError, DataError
 from core.machine.engine import Engine, Task
 from core.machine.exact_noise import grid_integers
 from core.machine.network import Denoiser, Head, Module, Network
 from core.machine.noise import make_noise
 from core.machine.user_modules import direct_module
+from core.progress import Progress
 from core.records import CLASSIFIER, Procedure
 
 __all__ = ["Image", "Images", "NoiseKind", "Smoothed"]
 
 R = TypeVar("R")
 Image = Tensor | NDArray[np.generic] | PIL.Image.Image
-Images = Tensor | NDArray[np.generic] | Sequence[Image]
+Images = Tensor | NDArray[np.generic] | Sequence[Image] | Iterator[Image] | DataLoader[Any] | Dataset[Any]
 NoiseKind = Literal["gaussian", "exact"]
 
 
@@ -38,13 +41,19 @@ class Smoothed:
         seed: int,
         device: str | torch.device | None,
         noise: NoiseKind,
+        value_range: ValueRange | None,
     ):
         if noise not in get_args(NoiseKind):
             raise ConfigError(f"noise must be one of {get_args(NoiseKind)}, got {noise!r}")
+        if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
+            raise ConfigError(f"value_range must be (low, high) or None, got {value_range!r}")
+        if noise == "exact" and value_range != PIXELS:
+            raise ConfigError(f"noise 'exact' is for 8-bit images: value_range must be {PIXELS}, got {value_range!r}")
         calls = [(name, each) for name in (CLASSIFIER, *heads) for each in _networks(heads[name])]
         self.device = _device_of([*calls, ("denoiser", denoiser)], device)
         self.seed = seed
         self.noise = noise
+        self.value_range = value_range
         self._network = Network(heads, denoiser, self.device)
 
     def _run(
@@ -53,13 +62,13 @@ class Smoothed:
         example_ids: Sequence[str] | None,
         batch_size: int,
         procedure: Callable[[], Procedure[R]],
+        progress: bool = False,
     ) -> list[R]:
-        if isinstance(images, PIL.Image.Image):
-            raise DataError("got one PIL image, expected a sequence of images: pass [image], or use certify or predict")
+        images = _listed(images)
         if example_ids is not None and len(example_ids) != len(images):
             raise ConfigError(f"got {len(images)} images but {len(example_ids)} example_ids")
         names = example_ids if example_ids is not None else [f"image {index}" for index in range(len(images))]
-        tensors = [as_image(image, str(name)) for image, name in zip(images, names, strict=True)]
+        tensors = [as_image(image, str(name), self.value_range) for image, name in zip(images, names, strict=True)]
         for tensor, name in zip(tensors, names, strict=True):  # here, where the caller's names are known
             if tensor.shape != tensors[0].shape:
                 raise DataError(
@@ -75,9 +84,36 @@ class Smoothed:
                 yield Task(index, example_id, image, procedure())
 
         noise = make_noise(self.noise, self.seed)
-        engine = Engine(self._network, noise, batch_size=batch_size)
-        results = {finished.key: finished.result for finished in engine.run(tasks())}
+        live = min(len(ids), 4096) or 1
+        engine = Engine(self._network, noise, batch_size=batch_size, max_live=live, pad=False)
+        results = {}
+        with Progress(len(ids), "certify", "inputs") if progress else nullcontext() as bar:
+            for finished in engine.run(tasks()):
+                results[finished.key] = finished.result
+                if bar is not None:
+                    bar.update(1)
         return [results[index] for index in range(len(ids))]
+
+
+def _listed(images: Images) -> Sequence[Image] | Tensor | NDArray[np.generic]:
+    """The images one by one: of an iterator, of a DataLoader's batches, and without the labels that stand beside them.
+
+    Raises:
+        DataError: for a single image, or batches that hold none.
+    """
+    if isinstance(images, PIL.Image.Image):
+        raise DataError("got one PIL image, expected a sequence of images: pass [image], or use certify or predict")
+    if isinstance(images, DataLoader):
+        batches = [batch[0] if isinstance(batch, list | tuple) else batch for batch in images]
+        if odd := next((type(batch).__name__ for batch in batches if not isinstance(batch, Tensor)), None):
+            raise DataError(f"a batch of the DataLoader is a {odd}, expected images or (images, labels)")
+        return [image for batch in batches for image in batch]
+    if isinstance(images, Dataset):
+        if not isinstance(images, Sized):
+            raise DataError(f"a {type(images).__name__} has no length: pass a DataLoader of it, or a list")
+        pairs = (images[index] for index in range(len(images)))
+        return [pair[0] if isinstance(pair, list | tuple) else pair for pair in pairs]
+    return list(images) if isinstance(images, Iterator) else images
 
 
 def _networks(head: Head) -> list[Module]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from core.agreement_records import AgreementCertificate, AgreementPrediction, Claim, Router
+from core.data.dataset import PIXELS, ValueRange
 from core.errors import ConfigError
 from core.machine.network import Denoiser, Head, Module
 from core.procedures.agreement import Agreement, agreement_certify, agreement_predict
@@ -53,6 +54,7 @@ class _DualTerms(_Terms, total=False):
 
 class _ManyTerms(_DualTerms, total=False):
     example_ids: Sequence[str] | None
+    progress: bool
 
 
 class _Asked(TypedDict, total=False):
@@ -85,6 +87,8 @@ class SmoothedClassifier(Smoothed):
         device: where to run; by default where the classifier's parameters are, and the only place where they may be.
         noise: `gaussian`, float32 as everybody does it, or `exact`, integer noise for 8-bit images whose certificate
             holds in exact arithmetic too (`core.machine.exact_noise`).
+        value_range: what inputs are checked against. With other bounds than [0, 1], or None, they are no images but
+            floating vectors, series, volumes, of any one shape; sigma and radii are then in their units.
 
     Raises:
         ConfigError: for a sigma that is not positive, fewer than two classes, or a module on another device.
@@ -100,10 +104,12 @@ class SmoothedClassifier(Smoothed):
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
         noise: NoiseKind = "gaussian",
+        value_range: ValueRange | None = PIXELS,
     ):
         self.sigma = _check_sigma("sigma", sigma)
         self.num_classes = num_classes
-        super().__init__({CLASSIFIER: Head(base_classifier, num_classes)}, denoiser, seed, device, noise)
+        heads = {CLASSIFIER: Head(base_classifier, num_classes)}
+        super().__init__(heads, denoiser, seed, device, noise, value_range)
 
     def __repr__(self) -> str:
         return f"SmoothedClassifier(num_classes={self.num_classes}, sigma={self.sigma}, seed={self.seed})"
@@ -130,6 +136,7 @@ class SmoothedClassifier(Smoothed):
         budget: Budget = "fixed",
         radii: Sequence[float] = (),
         rule: Rule = DEFAULT_RULE,
+        progress: bool = False,
     ) -> list[Certificate]:
         """CERTIFY many images at once, batched over all of them; results in the order of `images`.
 
@@ -137,16 +144,19 @@ class SmoothedClassifier(Smoothed):
         A repeated image gets fresh noise at each repetition, unless `example_ids` say otherwise.
 
         Args:
-            images: of one shape, each as for `certify`.
+            images: of one shape, each as for `certify`: an array, a list, a `DataLoader` or a data set of torch's, of
+                images or ``(image, label)``.
             num_selection: draws that choose the class (n0).
             num_estimation: fresh draws that bound its probability (n).
             alpha: failure probability, in (0, 1).
-            batch_size: rows of every forward pass; the last batch is padded to it.
+            batch_size: rows of a forward pass, at most. What does not fill one runs as it is; it is padded where a
+                network (a function, a compiled or exported one) may know one shape only.
             example_ids: name the images in the noise key; by default a hash of their pixels.
             budget: `fixed`, all draws; `sequential`, stop as soon as nothing more can be certified; `grid`, decide only
                 which of `radii` the radius exceeds.
             radii: the grid, ascending.
             rule: when a budget other than `fixed` looks and gives up.
+            progress: show a bar with rate and ETA.
 
         Raises:
             DataError: for an image of another shape, dtype, mode or range.
@@ -156,7 +166,11 @@ class SmoothedClassifier(Smoothed):
         """
         sampling = Sampling(num_selection, num_estimation, alpha)
         return self._run(
-            images, example_ids, batch_size, lambda: standard_procedure(budget, self.sigma, sampling, rule, radii)
+            images,
+            example_ids,
+            batch_size,
+            lambda: standard_procedure(budget, self.sigma, sampling, rule, radii),
+            progress,
         )
 
     def predict(self, x: Image, *, example_id: str | None = None, **asked: Unpack[_Asked]) -> int:
@@ -186,7 +200,7 @@ class DualSmoothedClassifier(Smoothed):
         sigmas: Sigma, in the order of the estimator's outputs; pixel scale [0, 1].
         sigma_e: noise level of the estimator, at least max(sigmas).
         num_classes: width of the classifier's logits.
-        seed, denoiser, device, noise: as for `SmoothedClassifier`.
+        seed, denoiser, device, noise, value_range: as for `SmoothedClassifier`.
         denoise_estimator: whether the denoiser runs before the estimator too, as published.
 
     Raises:
@@ -206,6 +220,7 @@ class DualSmoothedClassifier(Smoothed):
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
         noise: NoiseKind = "gaussian",
+        value_range: ValueRange | None = PIXELS,
         denoise_estimator: bool = True,
     ):
         self.sigmas = tuple(_check_sigma("sigmas", sigma) for sigma in sigmas)
@@ -221,7 +236,7 @@ class DualSmoothedClassifier(Smoothed):
             ESTIMATOR: Head(estimator, len(self.sigmas), denoise_estimator),
             CLASSIFIER: Head(classifier, num_classes),
         }
-        super().__init__(heads, denoiser, seed, device, noise)
+        super().__init__(heads, denoiser, seed, device, noise, value_range)
 
     def __repr__(self) -> str:
         return (
@@ -281,6 +296,7 @@ class DualSmoothedClassifier(Smoothed):
         claim: Claim = "constant",
         router: Router = "median",
         router_share: float = 0.5,
+        progress: bool = False,
     ) -> list[DualCertificate] | list[AgreementCertificate]:
         """DUAL-CERTIFY many images at once; see `SmoothedClassifier.certify_many`.
 
@@ -294,12 +310,13 @@ class DualSmoothedClassifier(Smoothed):
             if alpha_split != "halves":
                 raise ConfigError(f"claim 'agreement' needs alpha_split 'halves', got {alpha_split!r}")
             terms = Agreement(self.sigmas, self.sigma_e, sampling, router, budget, rule, tuple(radii), router_share)
-            return self._run(images, example_ids, batch_size, lambda: agreement_certify(terms))
+            return self._run(images, example_ids, batch_size, lambda: agreement_certify(terms), progress)
         return self._run(
             images,
             example_ids,
             batch_size,
             lambda: dual_procedure(budget, self.sigmas, self.sigma_e, sampling, rule, radii, alpha_split),
+            progress,
         )
 
     def predict(self, x: Image, *, example_id: str | None = None, **asked: Unpack[_DualAsked]) -> int:
@@ -346,6 +363,6 @@ def _ids(example_id: str | None) -> list[str] | None:
 
 
 def _check_sigma(name: str, sigma: float) -> float:
-    if not (np.isfinite(sigma) and sigma > 0):
+    if isinstance(sigma, str) or not (np.isfinite(sigma) and sigma > 0):
         raise ConfigError(f"{name}: a noise level must be positive and finite, got {sigma!r}")
     return float(sigma)

@@ -10,8 +10,9 @@ def _named() -> str:
     return given[given.index("-m") + 1] if sys.argv[:1] == ["-m"] and "-m" in given[:-1] else ""
 
 
-_package, _, _name = _named().partition(".")
-if _package == "jobs" and _name and not (Path(__file__).parent / f"{_name}.py").exists():
+_given = _named()
+_name = _given.removeprefix(f"{__name__}.")
+if _name != _given and not (Path(__file__).parent / f"{_name}.py").exists():
     from jobs.__main__ import EXIT_USAGE, unknown
 
     print(unknown(_name), file=sys.stderr)  # Python would say "No module named", and no more

@@ -13,6 +13,10 @@ __all__ = ["main", "summaries", "unknown"]
 EXIT_USAGE = 2
 
 
+SCRIPT = "dual-rs"
+"""The console script's name."""
+
+
 def summaries() -> dict[str, str]:
     """First line of the docstring of each job, by its name: those of the pipeline in its order, then the others.
 
@@ -35,8 +39,13 @@ def unknown(name: str) -> str:
     """The message for a name that no job has, with the nearest that one has."""
     jobs = summaries()
     close = difflib.get_close_matches(name, jobs, n=1)
-    hint = f"did you mean python -m jobs.{close[0]}?" if close else f"known: {', '.join(jobs)}"
+    before = f"{SCRIPT} " if _by_script() else "python -m jobs."
+    hint = f"did you mean {before}{close[0]}?" if close else f"known: {', '.join(jobs)}"
     return f"error: no job {name!r}; {hint}"
+
+
+def _by_script() -> bool:
+    return Path(sys.argv[0]).name.startswith(SCRIPT)
 
 
 def main() -> int:
@@ -47,17 +56,18 @@ def main() -> int:
         if name not in jobs:
             print(unknown(name), file=sys.stderr)
             return EXIT_USAGE
-        sys.argv = [f"jobs.{name}", *sys.argv[2:]]
+        sys.argv = [f"{SCRIPT} {name}" if _by_script() else f"jobs.{name}", *sys.argv[2:]]
         return int(importlib.import_module(f"jobs.{name}").main())
     width = max(map(len, jobs))
+    prog, job = (SCRIPT, f"{SCRIPT} NAME") if _by_script() else ("python -m jobs", "python -m jobs.NAME")
     parser = argparse.ArgumentParser(
-        prog="python -m jobs",
-        description="Run a job with `python -m jobs.NAME`; `python -m jobs.NAME --help` explains it.",
+        prog=prog,
+        description=f"Run a job with `{job}`; `{job} --help` explains it.",
         epilog="\n".join(f"  {name:<{width}}  {summary}" for name, summary in jobs.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.parse_args()
-    print(parser.format_help(), end="")
+    parser.add_argument("--names", action="store_true", help='names alone: complete -W "$(dual-rs --names)" dual-rs')
+    print("\n".join(jobs) if parser.parse_args().names else parser.format_help().rstrip())
     return 0
 
 

@@ -22,7 +22,7 @@ EXIT_CODES = "Exit codes: 0 done, 2 usage or configuration, 3 data, model or fin
 def job_parser(module: str, description: str, needs_out: bool = True) -> argparse.ArgumentParser:
     """The parser of `python -m jobs.<module>`; `needs_out`: --out has to be given."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m jobs.{module}",
+        prog=sys.argv[0] if sys.argv[0].startswith("dual-rs ") else f"python -m jobs.{module}",
         description=description,
         epilog=f"{EXIT_CODES} What is committed stays; the same command goes on where it stopped.",
     )

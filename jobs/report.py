@@ -1,7 +1,7 @@
 """Step 6: certified accuracy against radius, as a table, plots, Markdown and one self-contained HTML page.
 
 Where the run has more than one round, or certified corrupted sets (jobs.shift), the report compares them too. With
---runs A B C several runs are shown side by side.
+--runs A B C several runs are shown side by side; with --logs NAME=FILE ... logs of others' code, without any run.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import ConfigError
@@ -115,6 +116,35 @@ def compare(runs: Sequence[str], out: str, overrides: Sequence[str]) -> None:
     print(f"comparison: {folder.where('comparison.html')} (and .md, .csv, .tex, the figures beside it)")
 
 
+def show_logs(given: Sequence[str], out: str, overrides: Sequence[str]) -> None:
+    """Write logs in the field's format side by side into the folder `out`."""
+    require_matplotlib()
+    import numpy as np
+
+    from core.config import parse_config
+    from core.evaluation.exchange import parse_log
+    from core.report.logs import format_logs, write_logs
+    from distributed.files.storage import Folder
+
+    logs = {}
+    for each in given:
+        places = [at for at, sign in enumerate(each) if sign == "=" and Path(each[at + 1 :]).is_file()]
+        name, file = (each[: places[0]], each[places[0] + 1 :]) if places else ("", each.rpartition("=")[2])
+        if not name or name in logs:
+            why = f"{name!r} is there twice" if name in logs else f"no file {file!r}" if not places else "no name"
+            raise ConfigError(f"--logs: {each!r}: expected NAME=FILE, {why}")
+        logs[name] = parse_log(Path(file).read_text(encoding="utf-8"), file)
+    if strange := [text for text in overrides if not text.startswith("report.")]:
+        raise ConfigError(f"{strange[0]!r}: with --logs only keys of report, for example report.radii=[0,0.5,1]")
+    usual = {"radii": [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3], "strict": False}
+    shown = parse_config({"sigmas": [1.0], "report": usual}, overrides, source="--logs").report
+    folder = Folder(out)
+    with folder.staged() as local:
+        write_logs(logs, np.asarray(shown.radii), shown.strict, local)
+    print(format_logs(logs, np.asarray(shown.radii), shown.strict))
+    print(f"logs: {folder.where('logs.html')} (and .md, .csv, .tex, the figure beside it)")
+
+
 def distinct_names(runs: Sequence[str]) -> list[str]:
     """The shortest endings of paths that tell them apart; a path that comes twice gets a number."""
     parts = [where.rstrip("/").split("/") for where in runs]
@@ -131,11 +161,24 @@ def main() -> int:
     parser.add_argument(
         "--runs", nargs="+", metavar="RUN", help="several runs side by side; --out is where the page goes: comparison/"
     )
+    parser.add_argument(
+        "--logs",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="logs of Cohen's, Salman's, Jeong's or Carlini's code side by side, counted at radius >= r as they do "
+        "(report.strict=true: > r) and at report.radii=[...]; --out is where the page goes: comparison/",
+    )
 
     def either(args: argparse.Namespace) -> None:
+        if args.logs is not None:
+            if args.runs is not None or args.config is not None:
+                raise ConfigError("--logs: goes without --runs and --config")
+            keys = [each for each in args.logs if each.startswith("report.")]
+            show_logs([x for x in args.logs if x not in keys], args.out or "comparison", [*args.overrides, *keys])
+            return
         if args.runs is None:
             if args.out is None:
-                raise ConfigError("--out: is missing; it names the run, or give several with --runs")
+                raise ConfigError("--out: is missing; it names the run, or give several with --runs or --logs")
             run(open_run(args))
             return
         # What follows --runs takes overrides too: a run directory has no "=" in its name.

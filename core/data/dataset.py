@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import PIL.Image
@@ -18,7 +18,11 @@ from core.data.formats import orientation
 from core.data.images import StoredImages
 from core.errors import DataError
 
-__all__ = ["Dataset", "Split", "as_image", "image_hash"]
+__all__ = ["PIXELS", "Dataset", "Split", "ValueRange", "as_image", "image_hash"]
+
+ValueRange = tuple[float, float]
+PIXELS: Final[ValueRange] = (0.0, 1.0)
+"""The scale of noise levels and radii for images."""
 
 Split = Literal["train", "test"]
 _DIGEST_IMAGES = 32
@@ -236,12 +240,15 @@ def image_hash(pixels: NDArray[np.uint8]) -> str:
     return hashlib.blake2b(repr(content.shape).encode() + content.tobytes(), digest_size=8).hexdigest()
 
 
-def as_image(image: Tensor | NDArray[np.generic] | PIL.Image.Image, name: str) -> Tensor:
-    """Check one image and return it as float32 in [0, 1] on the CPU.
+def as_image(
+    image: Tensor | NDArray[np.generic] | PIL.Image.Image, name: str, value_range: ValueRange | None = PIXELS
+) -> Tensor:
+    """Check one image, or an input that is none, and return it as float32 on the CPU.
 
     Args:
         image: ``(C, H, W)``, uint8 in [0, 255] or floating in [0, 1]; or a PIL image of mode RGB or L.
         name: what messages call it.
+        value_range: other bounds than [0, 1], or None for none: floating values of any shape, which are no pixels.
 
     Raises:
         DataError: for another shape (also one that reads as ``(H, W, C)``), dtype or mode, a non-finite pixel or one
@@ -255,21 +262,28 @@ def as_image(image: Tensor | NDArray[np.generic] | PIL.Image.Image, name: str) -
         kind = type(image).__name__ if not isinstance(image, np.ndarray) else f"an array of {image.dtype}"
         kind += " with masked values" * np.ma.is_masked(image)
         raise DataError(f"example {name!r}: expected an image as uint8 or floating pixels, got {kind}") from error
-    if tensor.ndim != 3 or not tensor.numel():
-        raise DataError(f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}")
-    if tensor.shape[2] <= _MOST_CHANNELS < min(tensor.shape[:2]):
+    pixels = value_range == PIXELS
+    if not tensor.numel() or not tensor.ndim or (pixels and tensor.ndim != 3):
+        raise DataError(
+            f"example {name!r}: expected one image (C, H, W), got shape {tuple(tensor.shape)}; inputs that are no "
+            "images have value_range=None (or their own bounds) and any shape"
+        )
+    if pixels and tensor.shape[2] <= _MOST_CHANNELS < min(tensor.shape[:2]):
         raise DataError(
             f"example {name!r} has shape {tuple(tensor.shape)}, which reads as (H, W, C); use (C, H, W): "
             "image.transpose(2, 0, 1) of an array, image.permute(2, 0, 1) of a tensor"
         )
-    if tensor.dtype == torch.uint8:
+    if pixels and tensor.dtype == torch.uint8:
         return tensor.float().div_(255.0)
     if not tensor.is_floating_point():
-        raise DataError(f"example {name!r}: expected uint8 or floating pixels, got {tensor.dtype}")
-    if not torch.isfinite(tensor).all():
-        raise DataError(f"example {name!r} has non-finite pixels")
+        wanted = "uint8 or floating pixels" if pixels else "floating values"
+        raise DataError(f"example {name!r}: expected {wanted}, got {tensor.dtype}")
+    if not torch.isfinite(tensor.float()).all():
+        raise DataError(f"example {name!r} has non-finite {'pixels' if pixels else 'values'}")
     low, high = float(tensor.min()), float(tensor.max())
-    if low < 0.0 or high > 1.0:
+    if value_range is not None and (low < value_range[0] or high > value_range[1]):
+        if not pixels:
+            raise DataError(f"example {name!r}: values span [{low!r}, {high!r}], expected {list(value_range)}")
         raise DataError(
             f"example {name!r}: pixels span [{low!r}, {high!r}], expected [0, 1]; clamp what rounding or resizing left "
             "outside, and put a normalisation into the network: noise levels and radii are in the pixel scale"

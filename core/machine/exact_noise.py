@@ -160,8 +160,6 @@ class ExactNoise:
         seed: the run's seed.
     """
 
-    portable = True
-
     def __init__(self, seed: int) -> None:
         self.seed = seed
 

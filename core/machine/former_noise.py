@@ -39,8 +39,6 @@ class FormerGaussianNoise:
         chunk_size: draws per chunk. It is part of the noise's definition: other chunk sizes give other noise.
     """
 
-    portable = False
-
     def __init__(self, seed: int, chunk_size: int) -> None:
         self.seed = seed
         self.chunk_size = chunk_size

@@ -40,13 +40,7 @@ class Copies:
 
 
 class Noise(Protocol):
-    """What makes noisy copies.
-
-    Attributes:
-        portable: whether all devices give the same bits.
-    """
-
-    portable: bool
+    """What makes noisy copies."""
 
     def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> Tensor | None:
         """Overwrite `out` with noisy copies. Each depends on the seed, its example, phase, level and number alone.
@@ -89,8 +83,6 @@ class GaussianNoise:
     Args:
         seed: the run's seed.
     """
-
-    portable = True
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

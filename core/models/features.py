@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.errors import ModelError
 from core.models.classifiers import ImageClassifier
 from core.models.small import SmallConvNet
 
@@ -25,17 +24,11 @@ class FeatureExtractor(nn.Module):
 
     Args:
         classifiers: one, or one for each sigma.
-        place: of the one whose features are taken.
-
-    Raises:
-        ModelError: for a network without penultimate features.
+        place: of the one whose penultimate features are taken, if it is of a kind that gives them.
     """
 
     def __init__(self, classifiers: Sequence[nn.Module], place: int) -> None:
         super().__init__()
-        for module in classifiers:
-            if not isinstance(module, SmallConvNet | ImageClassifier):
-                raise ModelError(f"a {type(module).__name__} gives no features; use a classifier of a known kind")
         self.classifiers, self.place = nn.ModuleList(classifiers), place
         self.requires_grad_(False).eval()
 
@@ -51,15 +44,15 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` in [0, 1] -> ``(B, num_features)``."""
-        said, read = [], images
+        said, read = [], []
         for place, classifier in enumerate(self.classifiers):
-            if place == self.place:
-                assert isinstance(classifier, SmallConvNet | ImageClassifier)
-                read, logits = classifier.parts(images)
+            if place == self.place and isinstance(classifier, SmallConvNet | ImageClassifier):
+                features, logits = classifier.parts(images)
+                read.append(features.flatten(1))
             else:
                 logits = classifier(images)
             said.append(F.log_softmax(logits, dim=1))
-        return torch.cat([*said, read.flatten(1)], dim=1)
+        return torch.cat(said + read, dim=1)
 
 
 class FeatureHead(nn.Module):

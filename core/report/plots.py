@@ -22,6 +22,7 @@ __all__ = [
     "certified_accuracy_figure",
     "curves_figure",
     "delta_figure",
+    "draw_curves",
     "figures",
     "gallery_figure",
     "p_lower_figure",
@@ -83,7 +84,7 @@ def certified_accuracy_figure(data: ReportData) -> Figure:
     def draw(axes: Any) -> None:
         # The oracle first: it runs above the others and must not hide them where they meet.
         methods = sorted(data.methods(), key=lambda m: m.is_certificate)
-        _draw_curves(axes, [(method.name, method, _look(method)) for method in methods])
+        draw_curves(axes, methods)
 
     return _figure([draw], height_in=3.5, order=[m.name for m in data.methods()])
 
@@ -308,6 +309,11 @@ def _figure(panels: Sequence[Callable[[Any], None]], height_in: float, order: Se
             figure.legend([by_name[n] for n in names], names, loc="outside lower center", frameon=False)
             figure.set_size_inches(_WIDTH_IN, height_in + _LEGEND_ROW_IN * len(names))
     return figure
+
+
+def draw_curves(axes: Any, methods: Sequence[Method]) -> None:
+    """Certified accuracy against the radius into a matplotlib axes, one curve per method."""
+    _draw_curves(axes, [(method.name, method, _look(method)) for method in methods])
 
 
 def _draw_curves(axes: Any, curves: Sequence[tuple[str, Method, dict[str, Any]]]) -> None:

@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 import torch
 
 from core.data import Dataset
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, NoiseError
 from core.procedures.confidence import probability_missed
 from core.progress import Progress
 from core.records import Stop
 from distributed.execution.launch import IMAGES_CHECKED, step_of, stores, work_of
-from distributed.execution.work import Work, build_engine, hash_of, make_task
+from distributed.execution.work import Work, build_engine, hash_of, make_task, sound_noise
 from distributed.methods.method import Method, Terms, Votes
 from distributed.methods.rows import ERROR, OK
 from distributed.store.origin import devices_mix, differences, is_named, origin_of
@@ -72,6 +72,10 @@ def audit(directory: RunDirectory) -> tuple[list[Finding], dict[str, int]]:
     present = [name for name in stores() if step_of(name) in steps or ShardStore(directory.folder, name).files()]
     if not present:
         raise ConfigError(f"{str(directory.folder)!r} holds no certificates to audit")
+    try:
+        sound_noise(directory.config, "cpu")
+    except NoiseError as error:
+        findings.append(Finding("", "noise", str(error)))
     images: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for name in present:
         try:

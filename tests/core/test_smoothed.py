@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy import special, stats
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from core import ABSTAIN, DualSmoothedClassifier, SmoothedClassifier
 from core.errors import ConfigError, DataError
@@ -169,10 +170,41 @@ def test_certify_takes_pil_images_and_images_that_want_a_gradient() -> None:
     assert g.certify(wants, num_estimation=100) == expected
 
 
+@pytest.mark.parametrize("shape", [(16,), (2, 8), (1, 4, 4), (2, 2, 2, 2)])
+def test_certify_inputs_that_are_no_images_have_the_same_certificate_in_their_own_units(shape: tuple[int, ...]) -> None:
+    """Seven units from the plane in every shape: the exact radius, and the votes do not depend on the shape."""
+    plane, x = HalfSpace(axis(16, 3), 100.0), torch.full((16,), 107.0)
+    g = SmoothedClassifier(plane, 2, 10.0, value_range=None)
+    result = g.certify(x.view(shape), num_estimation=20_000, example_id="x")
+    assert result == g.certify(x, num_estimation=20_000, example_id="x")
+    assert result.prediction == 1
+    assert 6.4 < result.radius < 7.0
+    with pytest.raises(DataError, match=r"span \[107.0, 107.0\], expected \[-5, 5\]"):
+        SmoothedClassifier(plane, 2, 10.0, value_range=(-5, 5)).certify(x.view(shape))
+    with pytest.raises(ConfigError, match="8-bit images"):
+        SmoothedClassifier(plane, 2, 10.0, value_range=None, noise="exact")
+    with pytest.raises(DataError, match="got shape"):
+        SmoothedClassifier(plane, 2, 10.0, value_range=None).certify(torch.tensor(1.0))
+
+
+def test_certify_many_takes_loaders_data_sets_and_iterators(capsys: pytest.CaptureFixture[str]) -> None:
+    images, labels = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(5)
+    g = SmoothedClassifier(HalfSpace(axis(16, 0), 0.5), 2, 0.5)
+    expected = g.certify_many(images, num_estimation=100)
+    data = TensorDataset(images, labels)
+    for given in (DataLoader(data, 2), DataLoader(images, 2), data, iter(images)):  # type: ignore[arg-type]
+        assert g.certify_many(given, num_estimation=100) == expected
+    with pytest.raises(DataError, match="a batch of the DataLoader is a dict"):
+        g.certify_many(DataLoader([{"image": images[0]}]))  # type: ignore[arg-type]
+    g.certify_many(images, num_estimation=100, progress=True)
+    assert "certify: 5/5 inputs (100%)" in capsys.readouterr().err
+
+
 def test_constructors_bad_noise_levels_raise() -> None:
     plane = HalfSpace(axis(16, 0), 0.5)
-    with pytest.raises(ConfigError, match="positive"):
-        SmoothedClassifier(plane, 2, 0.0)
+    for wrong in (0.0, "0.25"):
+        with pytest.raises(ConfigError, match="positive"):
+            SmoothedClassifier(plane, 2, wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"at least max.*claim='agreement'"):
         DualSmoothedClassifier(plane, plane, (0.25, 0.5), 0.25, 2).certify(torch.zeros(1, 4, 4))
     with pytest.raises(ConfigError, match="no expert"):

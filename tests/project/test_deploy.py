@@ -109,7 +109,13 @@ def test_cluster_mounts_what_pip_needs_and_nothing_big(name: str) -> None:
     assert mounts.pop("~/.ray/auth_token") == "/home/ray/.ray/auth_token"
     project = tomllib.loads(text("pyproject.toml"))
     packages = {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
-    files = {project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml", "constraints.txt"}
+    files = {
+        project["project"]["readme"],
+        *project["project"]["license-files"],
+        "pyproject.toml",
+        "setup.py",
+        "constraints.txt",
+    }
     assert set(mounts) == packages | files  # Ray hashes every byte below a mount: never the checkout itself
     for local in mounts:
         assert (ROOT / local).exists()
@@ -275,11 +281,14 @@ def commands(name: str) -> list[str]:
     return lines
 
 
+_JOB = r"(?:python -m jobs\.|^dual-rs )(\w+)"
+
+
 def test_commands_name_jobs_configurations_and_keys_that_exist() -> None:
-    found = [(name, line) for name in FILES for line in commands(name) if "python -m jobs." in line]
+    found = [(name, line) for name in FILES for line in commands(name) if re.search(_JOB, line)]
     assert {*CLUSTERS, "deploy/kuberay/rayjob.yaml", "deploy/slurm.sh"} <= {name for name, _ in found}
     for name, command in found:
-        for module in re.findall(r"python -m jobs\.(\w+)", command):
+        for module in re.findall(_JOB, command):
             assert (ROOT / "jobs" / f"{module}.py").is_file(), f"{name}: {command}"
         for config in re.findall(r"configs/[\w-]+\.yaml", command):
             assert (ROOT / config).is_file(), f"{name}: {command}"

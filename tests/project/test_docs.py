@@ -1,6 +1,7 @@
 """The documentation against the code: links, commands, references; as `make docs-test`, everything that can run."""
 
 import importlib
+import json
 import os
 import re
 import shutil
@@ -266,6 +267,22 @@ def write_errors(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     row = {"example_id": "digits-0000", "sigma": 0.25, "error": "DataError", "message": "broken", "node": "here"}
     pq.write_table(pa.Table.from_pylist([row], schema=ERROR_SCHEMA), folder / "shard-000000.parquet")
+
+
+@pytest.mark.docs
+def test_notebook_runs_from_top_to_bottom_and_shows_what_it_says(tmp_path: Path) -> None:
+    notebook = json.loads((ROOT / "examples" / "dual_rs.ipynb").read_text(encoding="utf-8"))
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    (tmp_path / "notebook.py").write_text("\n\n".join([*cells, "print(accuracy)", "axes.figure.savefig('plot.png')"]))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    result = subprocess.run(
+        [sys.executable, "notebook.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    print(result.stdout)
+    assert all(result.stdout.count(method) == 4 for method in ("sigma = 0.2", "sigma = 0.4", "Dual RS"))
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 @pytest.mark.docs

@@ -3,6 +3,7 @@
 import email
 import os
 import re
+import shutil
 import site
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from jobs.__main__ import summaries
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("core", "distributed", "jobs")
+SOURCES = (*PACKAGES, "dual_rs", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 
 def test_version_stands_in_one_place() -> None:
@@ -57,7 +59,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in listed.stdout.splitlines():
-        if name.partition("/")[0] in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE") and (ROOT / name).is_file():
+        if name.partition("/")[0] in SOURCES and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
@@ -68,7 +70,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh environment with the wheel, and the dependencies of this one without its editable install."""
+    """A fresh environment with the wheel, a `distributed` as dask's, and this one's dependencies without its editable
+    install.
+    """
     folder = tmp_path_factory.mktemp("fresh")
     venv.create(folder, with_pip=False)
     binary = folder / "bin" / "python"
@@ -77,6 +81,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*pip, str(wheel)], check=True)
     # A path in a .pth file is searched after the environment's own, and its .pth files (the editable one) are not run.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    (packages / "distributed").mkdir()
+    (packages / "distributed" / "__init__.py").write_text("class Client: ...\n")
     return binary
 
 
@@ -90,13 +96,15 @@ def run(python: Path, folder: Path, *args: str) -> str:
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_packages_their_types_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_one_package_its_types_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (email.message_from_bytes(archive.read(n)) for n in names if n.endswith(".dist-info/METADATA"))
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
-    modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-    assert modules | {f"{package}/py.typed" for package in PACKAGES} == {n for n in names if ".dist-info/" not in n}
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"dual_rs"}
+    modules = {f"dual_rs/{path.relative_to(ROOT)}" for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    modules |= {"dual_rs/__init__.py", "dual_rs/__main__.py"}
+    typed = {"dual_rs/py.typed", *(f"dual_rs/{package}/py.typed" for package in PACKAGES)}
+    assert modules | typed == {n for n in names if ".dist-info/" not in n}
     assert metadata["Name"] == "dual-rs"
     assert metadata["Version"] == PROJECT["version"]
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -108,28 +116,65 @@ def test_wheel_holds_the_packages_their_types_and_nothing_else(wheel: Path) -> N
 
 
 @pytest.mark.slow
-def test_wheel_in_a_fresh_environment_lists_jobs_and_certifies(python: Path, tmp_path: Path) -> None:
-    where = "import core, distributed, jobs; print(core.__file__, distributed.__file__, jobs.__file__)"
-    for path in run(python, tmp_path, "-c", where).split():
-        assert Path(path).is_relative_to(python.parent.parent)
-    listed = run(python, tmp_path, "-m", "jobs")
-    assert all(f"\n  {name} " in listed for name in summaries())
+def test_wheel_imports_nothing_by_the_names_of_the_checkout(python: Path, wheel: Path, tmp_path: Path) -> None:
+    """Every module, in an environment where those names are somebody else's."""
+    for name in ("core", "jobs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not ours')\n")
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if name.endswith(".py") and "__main__" not in name]
+    modules = [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files]
     code = (
-        "import core, torch\n"
+        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+        "from distributed import Client\n"
+        "from dual_rs.distributed.methods import METHODS, method_named\n"
+        "print(Client.__module__, *(type(method_named(name)).__module__.partition('.')[0] for name in METHODS))"
+    )
+    assert run(python, tmp_path, "-c", code).split() == ["distributed", *["dual_rs"] * 4]
+
+
+@pytest.mark.slow
+def test_wheel_in_a_fresh_environment_lists_jobs_and_certifies(python: Path, tmp_path: Path) -> None:
+    script = python.with_name("dual-rs")
+    for command in ((python, "-m", "dual_rs"), (python, "-m", "dual_rs.jobs"), (script,)):
+        listed = run(*command[:1], tmp_path, *command[1:])
+        assert all(f"\n  {name} " in listed for name in summaries())
+    assert run(script, tmp_path, "--names").split() == list(summaries())
+    assert run(script, tmp_path, "certify", "--help").startswith("usage: dual-rs certify ")
+    code = (
+        "import dual_rs, torch\n"
         "net = lambda x: torch.stack([0.5 - x.mean((1, 2, 3)), x.mean((1, 2, 3)) - 0.5], 1)\n"
-        "c = core.SmoothedClassifier(net, 2, 0.25).certify(torch.full((1, 8, 8), 0.6), num_estimation=1000)\n"
-        "print(core.__version__, c.prediction, 0.5 < c.radius < 0.8)"
+        "c = dual_rs.SmoothedClassifier(net, 2, 0.25).certify(torch.full((1, 8, 8), 0.6), num_estimation=1000)\n"
+        "print(dual_rs.__version__, c.prediction, 0.5 < c.radius < 0.8)"
     )
     assert run(python, tmp_path, "-c", code).split() == [PROJECT["version"], "1", "True"]
+
+
+@pytest.mark.slow
+def test_wheel_runs_a_step_with_and_without_ray(python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray ships to its workers by name is found there too."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for executor in ("local", "ray"):
+        shutil.copytree(ROOT / "models" / "digits", tmp_path / executor)
+        options = ("--method", "standard", f"compute.executor={executor}")
+        run(python.with_name("dual-rs"), tmp_path, "certify", "--out", executor, *options)
+    code = (
+        "from pathlib import Path; from dual_rs.distributed.store.shards import ShardStore\n"
+        "runs = [ShardStore(Path(run), 'certificates/standard').read().to_pandas() for run in ('local', 'ray')]\n"
+        "keys = ['example_id', 'sigma', 'counts_estimation']\n"
+        "one, other = (run[keys].astype(str).sort_values(keys[:2]) for run in runs)\n"
+        "print(len(one), (one.to_numpy() == other.to_numpy()).all())"
+    )
+    assert run(python, tmp_path, "-c", code).split() == ["300", "True"]
 
 
 @pytest.mark.slow
 def test_wheel_gives_its_types_to_callers(python: Path, tmp_path: Path) -> None:
     (tmp_path / "caller.py").write_text(
         "import torch\n"
-        "from core import SmoothedClassifier\n"
-        "from distributed.store.shards import ShardStore\n"
-        "from jobs.pipeline import run\n"
+        "from dual_rs import SmoothedClassifier\n"
+        "from dual_rs.distributed.store.shards import ShardStore\n"
+        "from dual_rs.jobs.pipeline import run\n"
         "certificate = SmoothedClassifier(torch.nn.Identity(), 2, 0.25).certify(torch.zeros(1, 8, 8))\n"
         "reveal_type(certificate.radius)\n"
         "reveal_type(ShardStore)\n"
@@ -139,5 +184,5 @@ def test_wheel_gives_its_types_to_callers(python: Path, tmp_path: Path) -> None:
     result = subprocess.run([*command, "caller.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert 'Revealed type is "float"' in result.stdout, result.stdout + result.stderr
     assert "missing library stubs or py.typed" not in result.stdout
-    assert "distributed.store.shards.ShardStore" in result.stdout
-    assert "distributed.store.run_directory.RunDirectory" in result.stdout
+    assert "dual_rs.distributed.store.shards.ShardStore" in result.stdout
+    assert "dual_rs.distributed.store.run_directory.RunDirectory" in result.stdout

@@ -73,7 +73,7 @@ PLANTS: dict[str, Noise] = {
     "skewed": Planted(lambda z: z + 0.005 * (z * z - 1)),
     "float16": Planted(lambda z: z.half().float()),
     "bfloat16": Planted(lambda z: z.bfloat16().float()),
-    "uniform of 16 bits": Planted(lambda z: torch.special.ndtri((torch.special.ndtr(z) * 2**16).floor().add(0.5) / 2**16)),
+    "of 12 bits": Planted(lambda z: torch.special.ndtri((torch.special.ndtr(z) * 2**12).floor().add(0.5) / 2**12)),
     "antithetic pairs": Planted(antithetic),
     "one sign for two copies": Planted(lambda z: torch.cat([z[: len(z) // 2], z[: len(z) - len(z) // 2]])),
     "phases share a stream": Planted(of_request=lambda c: replace(c, phase=Phase.SELECTION)),

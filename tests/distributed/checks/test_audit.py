@@ -287,9 +287,44 @@ def test_replay_of_a_store_that_a_gpu_made_needs_one(run: RunDirectory, monkeypa
     store = ShardStore(run.path, "certificates/dual")
     plan, table = store.read_plan(), store.read()
     assert plan is not None
-    monkeypatch.setattr(ShardStore, "read_plan", lambda self: replace(plan, device="cuda"))
+    origin = {key: value for key, value in plan.origin.items() if key != "noise_version"}
+    monkeypatch.setattr(ShardStore, "read_plan", lambda self: replace(plan, origin=origin, device="cuda"))
     monkeypatch.setattr(ShardStore, "read", lambda self: table)
     with pytest.raises(ConfigError, match="was made on a GPU: its noise can only be drawn again on one"):
+        replay(run, 1, seed=0)
+
+
+@pytest.mark.parametrize(("moved", "found"), [(1, False), (5, True)])
+def test_replay_of_rows_of_a_gpu_on_the_cpu_lets_near_ties_pass(
+    run: RunDirectory, moved: int, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Votes, and all that follows from them, as if a few near-ties had fallen otherwise there."""
+    work, _ = work_of(run, "certificates/standard")
+    method, terms = work.method, work.terms
+
+    def moved_votes(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        for row in rows:
+            counts = row["counts_estimation"]
+            most = int(np.argmax(counts))
+            counts[most], counts[most - 1] = counts[most] - moved, counts[most - 1] + moved
+            row |= method.again(row, terms)
+        return rows
+
+    rewrite(run, "certificates/standard", moved_votes, True)
+    assert {each.store for each in replay(run, 3, seed=0)} == {"certificates/standard"}
+    told: list[Replayed] = []
+    monkeypatch.setattr(ShardStore, "devices", lambda self: {"cuda"})
+    assert bool(replay(run, 3, seed=0, tell=told.append)) == found
+    assert all("made on another device: up to 0.2% of the votes" in str(each) for each in told)
+
+
+def test_audit_of_noise_that_is_not_sound_says_so(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.machine.noise_check.problems", lambda *arguments: iter(["it is loaded"]))
+    _sound.cache_clear()
+    (finding,) = audit(run)[0]
+    assert "noise: the noise that" in str(finding)
+    assert "is not what certificates assume: it is loaded" in str(finding)
+    with pytest.raises(NoiseError, match="it is loaded"):
         replay(run, 1, seed=0)
 
 
