@@ -15,6 +15,7 @@ from core.machine import noise as noise_module
 from core.machine.exact_noise import ExactNoise
 from core.machine.noise import Copies, GaussianNoise, Noise, make_noise, rows_of
 from core.machine.noise_check import check_noise, problems
+from core.machine.noise_key import noise_key
 from core.records import Phase
 
 CPU = torch.device("cpu")
@@ -57,9 +58,8 @@ class SharedLevels(GaussianNoise):
     """Of a key that does not know the level."""
 
     def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> None:
-        key = noise_module.noise_key
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(noise_module, "noise_key", lambda *fields: key(*fields[:3], 0.5, fields[4]))
+            patch.setattr(noise_module, "noise_key", lambda *fields: noise_key(*fields[:3], 0.5, fields[4]))
             super().corrupt(out, copies)
 
 
