@@ -72,7 +72,8 @@ def test_corrupt_is_the_image_plus_sigma_times_the_normal_draws_of_the_key(kind:
     ]
     big = torch.full((300, 3, 5, 7), 9.0)
     out = big[20:261]
-    assert kind(5).corrupt(out, asked) is None
+    noise: Noise = kind(5)
+    assert noise.corrupt(out, asked) is None
     for each, rows in rows_of(out, asked):
         z = normals(5, each.example_id, each.phase.value, each.sigma, each.num, (3, 5, 7), each.first)
         expected = each.image.double() + each.sigma * torch.from_numpy(z).double()

@@ -59,7 +59,11 @@ class SharedLevels(GaussianNoise):
 
     def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(noise_module, "noise_key", lambda *fields: noise_key(*fields[:3], 0.5, fields[4]))
+            patch.setattr(
+                noise_module,
+                "noise_key",
+                lambda seed, name, phase, sigma, kind: noise_key(seed, name, phase, 0.5, kind),
+            )
             super().corrupt(out, copies)
 
 
