@@ -109,6 +109,30 @@ def test_run_every_forward_pass_has_the_batch_shape() -> None:
     assert shapes == {(77, 1, 4, 4)}
 
 
+def test_run_without_padding_runs_no_more_rows_than_the_work_has() -> None:
+    shapes = []
+
+    class Recording(torch.nn.Module):
+        def forward(self, noisy: Tensor) -> Tensor:
+            shapes.append(len(noisy))
+            return HalfSpace(axis(16, 2), 0.4)(noisy)
+
+    def results(module, batch_size: int, pad: bool):  # type: ignore[no-untyped-def]
+        network = Network({CLASSIFIER: Head(module, 2)})
+        network.check = lambda *args: None  # type: ignore[method-assign]  # it asks too
+        engine = Engine(network, GaussianNoise(3), batch_size=batch_size, pad=pad)
+        found = {each.key: each.result for each in engine.run(tasks(1))}
+        assert engine.rows_run == sum(shapes)
+        return found, [shapes.pop(0) for _ in list(shapes)]
+
+    module = Recording()
+    expected, padded = results(module, 1000, True)
+    assert set(padded) == {1000}
+    assert results(module, 1000, False) == (expected, [200, 500])
+    assert results(module, 150, False) == (expected, [150, 150, 150, 150, 100])
+    assert results(lambda noisy: module(noisy), 1000, False) == (expected, padded), "it may know one shape only"
+
+
 def test_run_keeps_batches_full_until_the_end() -> None:
     network = Network({CLASSIFIER: Head(HalfSpace(axis(16, 0), 0.5), 2)})
     engine = Engine(network, GaussianNoise(0), batch_size=200)

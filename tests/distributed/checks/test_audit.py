@@ -313,10 +313,10 @@ def test_replay_of_rows_of_a_gpu_on_the_cpu_lets_near_ties_pass(
         return rows
 
     rewrite(run, "certificates/standard", moved_votes, True)
-    assert {each.store for each in replay(run, 3, seed=0)} == {"certificates/standard"}
+    assert {each.store for each in replay(run, 100, seed=0)} == {"certificates/standard"}
     told: list[Replayed] = []
     monkeypatch.setattr(ShardStore, "devices", lambda self: {"cuda"})
-    assert bool(replay(run, 3, seed=0, tell=told.append)) == found
+    assert bool(replay(run, 100, seed=0, tell=told.append)) == found
     assert all("made on another device: up to 0.2% of the votes" in str(each) for each in told)
 
 
