@@ -23,6 +23,7 @@ _PARTS = {
     "forward": "bench.engine",
     "budgets": "bench.budgets",
     "noise": "bench.noise",
+    "shapes": "bench.shapes",
     "replicas": "bench.replicas",
     "scheduler": "bench.scheduler",
     "startup": "bench.startup",

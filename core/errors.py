@@ -4,12 +4,13 @@
     ├── ConfigError        a configuration that cannot be run, or does not match the run directory
     ├── DataError          an image, a label or a stored row that is not what it should be
     ├── ModelError         weights or a network that do not fit
-    └── LimitError         a limit on what a run may take is reached
+    ├── LimitError         a limit on what a run may take is reached
+    └── NoiseError         noise that is not what certificates assume
 
 Each message says what was got, what was expected and what to do.
 """
 
-__all__ = ["ConfigError", "DataError", "DualRSError", "LimitError", "ModelError"]
+__all__ = ["ConfigError", "DataError", "DualRSError", "LimitError", "ModelError", "NoiseError"]
 
 
 class DualRSError(Exception):
@@ -30,3 +31,7 @@ class ModelError(DualRSError):
 
 class LimitError(DualRSError):
     """A limit on what a run may take (`compute.max_device_hours`) is reached; what is committed stays."""
+
+
+class NoiseError(DualRSError):
+    """Noise that is not standard normal and independent on this machine."""

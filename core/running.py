@@ -40,7 +40,6 @@ class Smoothed:
         denoiser: Denoiser | None,
         seed: int,
         device: str | torch.device | None,
-        chunk_size: int,
         noise: NoiseKind,
         value_range: ValueRange | None,
     ):
@@ -53,7 +52,6 @@ class Smoothed:
         calls = [(name, each) for name in (CLASSIFIER, *heads) for each in _networks(heads[name])]
         self.device = _device_of([*calls, ("denoiser", denoiser)], device)
         self.seed = seed
-        self.chunk_size = chunk_size
         self.noise = noise
         self.value_range = value_range
         self._network = Network(heads, denoiser, self.device)
@@ -85,8 +83,9 @@ class Smoothed:
             for index, (example_id, image) in enumerate(zip(ids, tensors, strict=True)):
                 yield Task(index, example_id, image, procedure())
 
-        noise = make_noise(self.noise, self.seed, self.chunk_size)
-        engine = Engine(self._network, noise, batch_size=batch_size)
+        noise = make_noise(self.noise, self.seed)
+        live = min(len(ids), 4096) or 1
+        engine = Engine(self._network, noise, batch_size=batch_size, max_live=live, pad=False)
         results = {}
         with Progress(len(ids), "certify", "inputs") if progress else nullcontext() as bar:
             for finished in engine.run(tasks()):

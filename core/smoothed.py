@@ -85,7 +85,6 @@ class SmoothedClassifier(Smoothed):
         seed: of the noise.
         denoiser: runs before the classifier, for example a `core.models.denoiser.OneShotDenoiser`.
         device: where to run; by default where the classifier's parameters are, and the only place where they may be.
-        chunk_size: draws that share one noise key; part of the definition of the noise.
         noise: `gaussian`, float32 as everybody does it, or `exact`, integer noise for 8-bit images whose certificate
             holds in exact arithmetic too (`core.machine.exact_noise`).
         value_range: what inputs are checked against. With other bounds than [0, 1], or None, they are no images but
@@ -104,14 +103,13 @@ class SmoothedClassifier(Smoothed):
         seed: int = 0,
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
-        chunk_size: int = 100,
         noise: NoiseKind = "gaussian",
         value_range: ValueRange | None = PIXELS,
     ):
         self.sigma = _check_sigma("sigma", sigma)
         self.num_classes = num_classes
         heads = {CLASSIFIER: Head(base_classifier, num_classes)}
-        super().__init__(heads, denoiser, seed, device, chunk_size, noise, value_range)
+        super().__init__(heads, denoiser, seed, device, noise, value_range)
 
     def __repr__(self) -> str:
         return f"SmoothedClassifier(num_classes={self.num_classes}, sigma={self.sigma}, seed={self.seed})"
@@ -151,7 +149,8 @@ class SmoothedClassifier(Smoothed):
             num_selection: draws that choose the class (n0).
             num_estimation: fresh draws that bound its probability (n).
             alpha: failure probability, in (0, 1).
-            batch_size: rows of every forward pass; the last batch is padded to it.
+            batch_size: rows of a forward pass, at most. What does not fill one runs as it is; it is padded where a
+                network (a function, a compiled or exported one) may know one shape only.
             example_ids: name the images in the noise key; by default a hash of their pixels.
             budget: `fixed`, all draws; `sequential`, stop as soon as nothing more can be certified; `grid`, decide only
                 which of `radii` the radius exceeds.
@@ -201,7 +200,7 @@ class DualSmoothedClassifier(Smoothed):
         sigmas: Sigma, in the order of the estimator's outputs; pixel scale [0, 1].
         sigma_e: noise level of the estimator, at least max(sigmas).
         num_classes: width of the classifier's logits.
-        seed, denoiser, device, chunk_size, noise, value_range: as for `SmoothedClassifier`.
+        seed, denoiser, device, noise, value_range: as for `SmoothedClassifier`.
         denoise_estimator: whether the denoiser runs before the estimator too, as published.
 
     Raises:
@@ -220,7 +219,6 @@ class DualSmoothedClassifier(Smoothed):
         seed: int = 0,
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
-        chunk_size: int = 100,
         noise: NoiseKind = "gaussian",
         value_range: ValueRange | None = PIXELS,
         denoise_estimator: bool = True,
@@ -238,7 +236,7 @@ class DualSmoothedClassifier(Smoothed):
             ESTIMATOR: Head(estimator, len(self.sigmas), denoise_estimator),
             CLASSIFIER: Head(classifier, num_classes),
         }
-        super().__init__(heads, denoiser, seed, device, chunk_size, noise, value_range)
+        super().__init__(heads, denoiser, seed, device, noise, value_range)
 
     def __repr__(self) -> str:
         return (

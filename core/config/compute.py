@@ -30,7 +30,7 @@ class ComputeConfig(Section):
     """torch.compile of denoiser and heads, in every replica: minutes before its first pass. `graphs` also records CUDA
     graphs, for networks so small that launching their kernels takes longer than running them."""
     chunk_size: Count = 100
-    """Draws that share one noise key."""
+    """Draws that share one noise key, in runs with `noise_version: 1`; without meaning in others."""
     min_replicas: Count = 1
     """Replicas that the pool keeps at least, where `max_replicas` is given."""
     max_replicas: Annotated[int, Field(ge=0)] = 0

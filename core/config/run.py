@@ -31,6 +31,9 @@ class Config(Section):
     noise: Literal["gaussian", "exact"] = "gaussian"
     """`gaussian`: float32 normal noise, as everybody does it; `exact`: integer noise on the 8-bit grid, for which the
     certificate holds in exact arithmetic too (Voracek & Hein 2023)."""
+    noise_version: Literal[1, 2] = 2
+    """Of the noise's definition. 2: one noise on all devices. 1: that of runs begun before there was another, which
+    keep it; it differs between CPU and GPU."""
     dataset: DatasetConfig = DatasetConfig()
     base: BaseModelsConfig = BaseModelsConfig()
     labels: LabelConfig = LabelConfig()
@@ -297,6 +300,9 @@ class Config(Section):
         keys = ("batch_size", "precision", "channels_last", "compile", "chunk_size", "train_threads")
         plain["compute"] = {key: compute[key] for key in keys if key in compute}
         plain["sigma_e"] = self.estimator_sigma
+        plain.pop("noise_version", None)  # runs of version 1 were begun before it had a name
+        if self.noise_version != 1:
+            plain["noise_version"] = self.noise_version
         if self.certify.budget == "grid":
             plain["certify"]["grid"] = list(self.grid_radii)
         return plain

@@ -4,7 +4,8 @@ Hundreds of procedures (generators, see `core.procedures`) are live at once. Eac
 the engine cuts the requests into rows, packs rows of many examples, phases and noise levels into batches of one fixed
 shape, runs the network, adds up the votes on the device, and resumes the procedures whose requests are complete.
 Finished ones leave and new ones enter, so that the device never sees a half-empty batch until the very end, where the
-last one is padded: every forward pass has the same shape, so a row's result does not depend on what else is running.
+last one is padded (unless the caller would rather not): every forward pass has the same shape, so a row's result does
+not depend on what else is running.
 """
 
 import logging
@@ -21,7 +22,7 @@ from torch import Tensor
 from core.errors import ConfigError, DataError
 from core.machine.batch_size import seconds_of_pass
 from core.machine.network import Network
-from core.machine.noise import Noise
+from core.machine.noise import Copies, Noise
 from core.records import Draws, Procedure
 
 __all__ = ["Engine", "Finished", "Task"]
@@ -79,9 +80,6 @@ class _Request:
     draws: Draws
     slot: int
     next_row: int
-    # The chunk that next_row falls into and which of its rows may vote, when a batch ended inside it.
-    carry: Tensor | None = None
-    carry_valid: Tensor | None = None
 
     @property
     def end(self) -> int:
@@ -119,9 +117,14 @@ class Engine:
         noise: where noise comes from.
         batch_size: rows of every forward pass, as long as they fit.
         max_live: procedures live at once, at most (bounds the memory for images and votes).
+        pad: whether a batch that is not full is padded, so that all passes have one shape. Without, its shape is that
+            of the work, for networks that take any: with few images nothing is run in vain, but the last bits of
+            logits may then depend on how many images there are.
     """
 
-    def __init__(self, network: Network, noise: Noise, *, batch_size: int = 1000, max_live: int = 4096):
+    def __init__(
+        self, network: Network, noise: Noise, *, batch_size: int = 1000, max_live: int = 4096, pad: bool = True
+    ):
         if batch_size < 1 or max_live < 1:
             raise ConfigError(f"batch_size and max_live must be at least 1, got {batch_size} and {max_live}")
         self.network = network
@@ -130,6 +133,7 @@ class Engine:
         self.micro_batch = batch_size
         """Rows of a forward pass at present: `batch_size` unless memory has run out."""
         self.max_live = max_live
+        self.pad = pad
         self.rows_run = 0
         """Rows sent through the network so far, padding included."""
         device = network.device
@@ -252,34 +256,39 @@ class Engine:
         """Fill one batch from a lane, run it, add up its votes; returns batch, levels (host), logits, rows in use."""
         lane, noisy = self._lanes[lane_key], self._noisy
         assert noisy is not None
-        cells = np.zeros(self.batch_size, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0
-        masks: list[tuple[int, Tensor]] = []
-        sigmas = np.empty(self.batch_size, np.float32)
+        shape = self.batch_size
+        if not self.pad and lane.rows < shape and self.network.any_batch(lane_key):
+            shape = lane.rows
+        noisy = noisy[:shape]
+        cells = np.zeros(shape, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0
+        sigmas = np.empty(shape, np.float32)
+        copies: list[Copies] = []
         completed: list[_Request] = []
         row = 0
-        while row < self.batch_size and lane.queue:
+        while row < shape and lane.queue:
             request = lane.queue[0]
-            first = row
-            while row < self.batch_size and request.next_row < request.end:
-                taken, may_vote = self._draw(request, noisy[row:])
-                if may_vote is not None:
-                    masks.append((row, may_vote))
-                row += taken
-            cells[first:row] = request.slot * self._votes[0].numel()
-            sigmas[first:row] = request.draws.sigma
-            lane.rows -= row - first
+            draws, taken = request.draws, min(request.end - request.next_row, shape - row)
+            copies.append(
+                Copies(request.image, request.task.example_id, draws.phase, draws.sigma, request.next_row, taken)
+            )
+            cells[row : row + taken] = request.slot * self._votes[0].numel()
+            sigmas[row : row + taken] = draws.sigma
+            row += taken
+            request.next_row += taken
             if request.next_row == request.end:
                 completed.append(lane.queue.popleft())
+        lane.rows -= row
+        may_vote = self.noise.corrupt(noisy[:row], copies)
         sigmas[row:] = sigmas[0]  # padding: a level that is asked for anyway; its votes go to slot 0
-        self.rows_run += self.batch_size
+        self.rows_run += shape
         cell_of_row = self._to_device(torch.from_numpy(cells))
-        for first, mask in masks:  # on the device: reading the masks here would wait for all that is queued there
-            cell_of_row[first : first + len(mask)] *= mask
+        if may_vote is not None:  # on the device: reading it here would wait for all that is queued there
+            cell_of_row[:row] *= may_vote
         levels = torch.from_numpy(sigmas)
         logits = self._logits(lane_key, noisy, self._to_device(levels))
         for name, values in logits.items():
             cell = self._votes_of(values).add_(cell_of_row).add_(self._head_index[name] * self._width)
-            self._votes.view(-1).scatter_add_(0, cell, self._ones)
+            self._votes.view(-1).scatter_add_(0, cell, self._ones[:shape])
         self._in_flight.append(self._read_later(completed))
         return noisy, levels, logits, row
 
@@ -334,32 +343,6 @@ class Engine:
             for name, values in self.network(lane, noisy[rows], sigma[rows]).items():
                 parts.setdefault(name, []).append(values[first - start :])
         return {name: torch.cat(values) for name, values in parts.items()}
-
-    def _draw(self, request: _Request, rows: Tensor) -> tuple[int, Tensor | None]:
-        """Write the request's next noisy copies into `rows`: whole chunks, or a piece of one.
-
-        Returns:
-            How many, and which of them may vote, bool ``(taken,)`` on the device (None: all).
-        """
-        draws, size = request.draws, self.noise.chunk_size
-        chunk, offset = divmod(request.next_row, size)
-        taken = min(request.end - request.next_row, len(rows))
-        key = (request.image, request.task.example_id, draws.phase, draws.sigma, chunk)
-        if offset == 0 and taken >= size:
-            taken -= taken % size
-            valid = self.noise.corrupt(rows[:taken], *key)
-        else:
-            taken = min(taken, size - offset)
-            # Noise is defined by whole chunks: draw all of it, use a part, keep it while there is more to use.
-            if request.carry is None:
-                request.carry = torch.empty((size, *rows.shape[1:]), device=self._device)
-                request.carry_valid = self.noise.corrupt(request.carry, *key)
-            rows[:taken].copy_(request.carry[offset : offset + taken])
-            valid = None if request.carry_valid is None else request.carry_valid[offset : offset + taken]
-            if offset + taken == size:
-                request.carry = request.carry_valid = None
-        request.next_row += taken
-        return taken, valid
 
     def _read_later(self, completed: list[_Request]) -> _Launched:
         """Queue the copy of the completed requests' votes to the host, without waiting for it."""

@@ -20,11 +20,10 @@ U != floor(T_i) settles on which side of T_i V lies; U == floor(T_i) does not, a
 vote: it counts against its class, as a lower bound needs it. That is one copy in 10^11 of 3x32x32 at sigma = 1.
 """
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -33,10 +32,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
-from core.machine.noise_key import chunk_key
-from core.records import Phase
+from core.machine.keystream import Part, words_on_device, words_on_host
+from core.machine.noise import Copies, rows_of
+from core.machine.noise_key import noise_key
 
-__all__ = ["ExactNoise", "ExactTable", "exact_table", "grid_integers"]
+__all__ = ["ExactNoise", "ExactTable", "draw_on_device", "draw_on_host", "exact_table", "grid_integers"]
 
 BITS = 60
 """Bits of U: as many as leave int64 room to spare."""
@@ -151,111 +151,112 @@ def _floor_of_tail(odd: int, sigma: float, context: Any, precision: int = 128) -
 
 
 class ExactNoise:
-    """Exact noise on the 8-bit grid, in chunks of a fixed number of draws; a `core.machine.noise.Noise`.
+    """Exact noise on the 8-bit grid; a `core.machine.noise.Noise`.
 
     The network reads float32 quotients of integers by 255, on every device the same for the same integers: its input
     holds no trace of the image but their sum. Images must be on the grid themselves, x = m / 255 with 0 <= m <= 255.
 
     Args:
         seed: the run's seed.
-        chunk_size: draws per chunk. It is part of the noise's definition: other chunk sizes give other noise.
     """
 
-    def __init__(self, seed: int, chunk_size: int = 100) -> None:
+    def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.chunk_size = chunk_size
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._floors: dict[tuple[torch.device, float], Tensor] = {}
 
-    def __repr__(self) -> str:
-        return f"ExactNoise(seed={self.seed}, chunk_size={self.chunk_size})"
-
-    def corrupt(
-        self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
-    ) -> Tensor | None:
-        """Overwrite `out` with noisy copies of `image`, Q(x + sigma z).
-
-        Args:
-            out: contiguous float32 ``(N, C, H, W)`` on the device that draws, one or more whole chunks; multiples of
-                1/255 in [-k, k + 1] on return.
-            image: float32 ``(C, H, W)``, multiples of 1/255 in [0, 1], same device.
-            example_id: name of the image.
-            phase: what the noise is for.
-            sigma: noise level.
-            chunk: number of the first chunk, from 0.
-
-        Returns:
-            bool ``(N,)``, True for copies that may vote; None when all may.
+    def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> Tensor | None:
+        """See `core.machine.noise.Noise.corrupt`: Q(x + sigma z), multiples of 1/255 in [-k, k + 1].
 
         Raises:
             DataError: for an image that is not on the grid.
         """
-        pixels = grid_integers(image, example_id)
-        table = exact_table(float(sigma))
-        fill = self._fill_on_host if out.device.type == "cpu" else self._fill_on_device
-        masks = []
-        for first in range(0, len(out), self.chunk_size):
-            # Hashed once more under a name of its own: exact and Gaussian noise of the same chunk share no stream.
-            digest = chunk_key(self.seed, example_id, phase, sigma, chunk + first // self.chunk_size)
-            key = int.from_bytes(hashlib.blake2b(digest, digest_size=16, person=b"exact").digest(), "little")
-            masks.append(fill(out[first : first + self.chunk_size], key, sigma))
-        out.add_(pixels).clamp_(-255 * table.k, 255 * (table.k + 1))
-        # All integers up to here. By a tensor: CUDA divides by a number as it multiplies by its rounded inverse.
-        out.div_(torch.full((), 255.0, device=out.device))
-        return _joined(masks, self.chunk_size, out)
-
-    def _fill_on_host(self, out: Tensor, key: int, sigma: float) -> Tensor | None:
-        """Overwrite `out` with integer noise from NumPy; returns the mask of `corrupt`."""
-        table, generator = exact_table(sigma), np.random.SFC64(key)
-        noise = out.view(-1).numpy()
-        ambiguous: list[int] = []
-        for start in range(0, len(noise), BLOCK):
-            block = noise[start : start + BLOCK]
-            places = table.look_up(self._uniform_on_host(generator, len(block)), block)
-            ambiguous.extend((start + places).tolist())
-        if not ambiguous:
+        words = 2 * out[0].numel()
+        parts = [
+            Part(noise_key(self.seed, c.example_id, c.phase, c.sigma, "exact"), c.first * words, c.num * words)
+            for c in copies
+        ]
+        draw = self._on_host if out.device.type == "cpu" else self._on_device
+        masks = draw(out, copies, parts)
+        if all(mask is None for mask in masks):
             return None
-        may_vote = torch.ones(len(out), dtype=torch.bool)
-        may_vote[torch.tensor(ambiguous) // out[0].numel()] = False
-        return may_vote
+        return torch.cat(
+            [
+                torch.ones(each.num, dtype=torch.bool, device=out.device) if mask is None else mask
+                for mask, each in zip(masks, copies, strict=True)
+            ]
+        )
 
-    def _uniform_on_host(self, generator: np.random.SFC64, num: int) -> Ints:
-        """The next `num` uniform integers in [0, 2^60): 64-bit words without their last four bits."""
-        words = generator.random_raw(num)
-        words >>= np.uint64(64 - BITS)
-        uniform: Ints = words.view(np.int64)  # as int64: next to uint64, searchsorted would compare in float64
-        return uniform
+    def _on_host(self, out: Tensor, copies: Sequence[Copies], parts: Sequence[Part]) -> Sequence[Tensor | None]:
+        drawn = zip(parts, rows_of(out, copies), strict=True)
+        return [draw_on_host(rows, each, partial(_uniform_on_host, part)) for part, (each, rows) in drawn]
 
-    def _fill_on_device(self, out: Tensor, key: int, sigma: float) -> Tensor:
-        """Overwrite `out` with integer noise from the device's own generator; returns the mask of `corrupt`."""
-        floors = self._floors.get((out.device, sigma))
-        if floors is None:
-            floors = torch.tensor(exact_table(sigma).floors, device=out.device)
-            self._floors[out.device, sigma] = floors
-        uniform = self._uniform_on_device(key, out)
-        bins = torch.searchsorted(floors, uniform, right=True)
-        out.copy_(bins - len(floors) // 2)
-        ambiguous = floors[(bins - 1).clamp_(min=0)] == uniform
-        return ~ambiguous.flatten(1).any(dim=1)
-
-    def _uniform_on_device(self, key: int, out: Tensor) -> Tensor:
-        """Uniform int64 in [0, 2^60), of the shape of `out`; a power of two divides the device's 64-bit words."""
-        generator = self._generators.get(out.device)
-        if generator is None:
-            generator = self._generators[out.device] = torch.Generator(out.device)
-        generator.manual_seed(key & (2**63 - 1))
-        return torch.randint(2**BITS, out.shape, generator=generator, dtype=torch.int64, device=out.device)
+    def _on_device(self, out: Tensor, copies: Sequence[Copies], parts: Sequence[Part]) -> Sequence[Tensor | None]:
+        uniform = _uniform_on_device(parts, out.device).split_with_sizes([part.num // 2 for part in parts])
+        drawn = zip(uniform, rows_of(out, copies), strict=True)
+        return [draw_on_device(rows, each, integers) for integers, (each, rows) in drawn]
 
 
-def _joined(masks: Sequence[Tensor | None], chunk_size: int, out: Tensor) -> Tensor | None:
-    """One mask for all chunks of `out`; None when all copies may vote."""
-    if all(mask is None for mask in masks):
+def _uniform_on_host(part: Part, first: int, num: int) -> Ints:
+    """Uniform integers in [0, 2^60): pairs of words, little-endian, without their lowest four bits."""
+    words = np.empty(2 * num, np.int32)
+    words_on_host(Part(part.key, part.first + 2 * first, 2 * num), words)
+    uniform = words.view(np.uint64)
+    uniform >>= np.uint64(64 - BITS)
+    return uniform.view(np.int64)  # next to uint64, searchsorted would compare in float64
+
+
+def _uniform_on_device(parts: Sequence[Part], device: torch.device) -> Tensor:
+    """All that `_uniform_on_host` gives for parts, one after the other: int64."""
+    low, high = words_on_device(parts, device).view(-1, 2).to(torch.int64).bitwise_and_(0xFFFFFFFF).unbind(1)
+    return (high << 28) | (low >> 4)
+
+
+def draw_on_host(out: Tensor, copies: Copies, uniform: Callable[[int, int], Ints]) -> Tensor | None:
+    """Overwrite `out` with Q(x + sigma z).
+
+    Args:
+        out: contiguous float32 ``(N, C, H, W)`` on the CPU.
+        copies: of what; the number of copies is that of `out`.
+        uniform: gives integers in [0, 2^60): from a place on, so many; asked in order.
+
+    Returns:
+        bool ``(N,)``, False for copies with an ambiguous pixel; None when there is none.
+    """
+    pixels, table = grid_integers(copies.image, copies.example_id), exact_table(float(copies.sigma))
+    noise = out.view(-1).numpy()
+    ambiguous: list[int] = []
+    for start in range(0, len(noise), BLOCK):
+        block = noise[start : start + BLOCK]
+        places = table.look_up(uniform(start, len(block)), block)
+        ambiguous.extend((start + places).tolist())
+    _finish(out, pixels, table)
+    if not ambiguous:
         return None
-    joined = torch.ones(len(out), dtype=torch.bool, device=out.device)
-    for number, mask in enumerate(masks):
-        if mask is not None:
-            joined[number * chunk_size : number * chunk_size + len(mask)] = mask
-    return joined
+    may_vote = torch.ones(len(out), dtype=torch.bool)
+    may_vote[torch.tensor(ambiguous) // out[0].numel()] = False
+    return may_vote
+
+
+def draw_on_device(out: Tensor, copies: Copies, uniform: Tensor) -> Tensor:
+    """As `draw_on_host`, from int64 of the number of elements of `out`."""
+    pixels, table = grid_integers(copies.image, copies.example_id), exact_table(float(copies.sigma))
+    floors, uniform = _floors_on(out.device, table), uniform.view(out.shape)
+    bins = torch.searchsorted(floors, uniform, right=True)
+    out.copy_(bins - table.reach)
+    _finish(out, pixels, table)
+    ambiguous = floors[(bins - 1).clamp_(min=0)] == uniform
+    return ~ambiguous.flatten(1).any(dim=1)
+
+
+@lru_cache(maxsize=64)
+def _floors_on(device: torch.device, table: ExactTable) -> Tensor:
+    return torch.tensor(table.floors, device=device)
+
+
+def _finish(out: Tensor, pixels: Tensor, table: ExactTable) -> None:
+    """Turn the noise into quotients on the grid."""
+    out.add_(pixels).clamp_(-255 * table.k, 255 * (table.k + 1))
+    # All integers up to here. By a tensor: CUDA divides by a number as it multiplies by its rounded inverse.
+    out.div_(torch.full((), 255.0, device=out.device))
 
 
 def grid_integers(image: Tensor, example_id: str) -> Tensor:

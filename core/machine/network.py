@@ -224,8 +224,7 @@ class Network:
             asked.add((_DENOISER, None))
         if asked <= self._checked:
             return
-        keys = asked | {(_DENOISER, None)}
-        if not self.forward.compile and all(takes_any_batch(call) for key, call in self._calls.items() if key in keys):
+        if self._any_batch(asked):
             try:
                 self._checked |= self._check(lane, noisy, sigma, logits, num, min(shape, FEW), asked)
                 return
@@ -236,6 +235,17 @@ class Network:
                     raise
                 _log.debug("a pass of %d rows failed (%s): checking with %d", FEW, error, shape)
         self._checked |= self._check(lane, noisy, sigma, logits, num, shape, asked)
+
+    def any_batch(self, lane: Hashable) -> bool:
+        """Whether another number of rows costs nothing but the pass; not where a network may know one shape only."""
+        assert isinstance(lane, Lane)
+        return self._any_batch({(name, self._expert(name, lane)) for name in lane.heads})
+
+    def _any_batch(self, asked: set[tuple[str, float | None]]) -> bool:
+        keys = asked | {(_DENOISER, None)}
+        return not self.forward.compile and all(
+            takes_any_batch(call) for key, call in self._calls.items() if key in keys
+        )
 
     def _check(
         self,

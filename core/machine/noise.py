@@ -1,107 +1,105 @@
-"""Noisy copies of an image, the same ones for the same key (`core.machine.noise_key`).
+"""Noisy copies of images, the same ones for the same key (`core.machine.noise_key`), bit for bit on every device.
 
-On the CPU the 128 bits of a key seed NumPy's SFC64: `torch.Generator` keeps only 32 bits of its seed there, and two
-chunks of one certificate must never coincide. On an accelerator 64 bits of it key the device's own Philox; that stream
-can differ between GPU models, which is why shards record their device.
+The bits come from a cipher (`core.machine.keystream`), the normal numbers from a table (`core.machine.normal`). Runs
+begun before that go on with what they had (`core.machine.former_noise`).
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from core.machine.noise_key import chunk_key
+from core.machine.keystream import Part
+from core.machine.noise_key import noise_key
+from core.machine.normal import normals_on_device, normals_on_host
 from core.records import Phase
 
-__all__ = ["GaussianNoise", "Noise", "fill_normal", "make_noise"]
+__all__ = ["Copies", "GaussianNoise", "Noise", "make_noise", "rows_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Noisy copies that a batch holds of an image.
+
+    Attributes:
+        image: float32 ``(C, H, W)`` in [0, 1], on the device that draws.
+        example_id: name of the image.
+        phase: what the noise is for.
+        sigma: noise level.
+        first: number of the first draw, from 0.
+        num: of draws.
+    """
+
+    image: Tensor
+    example_id: str
+    phase: Phase
+    sigma: float
+    first: int
+    num: int
 
 
 class Noise(Protocol):
-    """Noisy copies of an image in chunks of a fixed number of draws; see `GaussianNoise.corrupt`."""
+    """What makes noisy copies."""
 
-    chunk_size: int
+    def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> Tensor | None:
+        """Overwrite `out` with noisy copies. Each depends on the seed, its example, phase, level and number alone.
 
-    def corrupt(
-        self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
-    ) -> Tensor | None:
-        """See `GaussianNoise.corrupt`."""
+        Args:
+            out: contiguous float32 ``(sum of num, C, H, W)`` on the device that draws.
+            copies: what goes there, in this order.
+
+        Returns:
+            bool, True for rows that may vote; None when all may.
+        """
 
 
-def make_noise(kind: str, seed: int, chunk_size: int) -> Noise:
-    """The noise that a configuration names: `gaussian` or `exact`."""
+def make_noise(kind: str, seed: int, version: int = 2, chunk_size: int = 100) -> Noise:
+    """The noise that a configuration names: its `noise`, `noise_version` and, for version 1, `compute.chunk_size`."""
+    if version == 1:
+        from core.machine.former_noise import FormerExactNoise, FormerGaussianNoise
+
+        return FormerExactNoise(seed, chunk_size) if kind == "exact" else FormerGaussianNoise(seed, chunk_size)
     if kind == "exact":
         from core.machine.exact_noise import ExactNoise
 
-        return ExactNoise(seed, chunk_size)
-    return GaussianNoise(seed, chunk_size)
+        return ExactNoise(seed)
+    return GaussianNoise(seed)
+
+
+def rows_of(out: Tensor, copies: Sequence[Copies]) -> Iterator[tuple[Copies, Tensor]]:
+    """The copies, each with its rows of `out`."""
+    first = 0
+    for each in copies:
+        yield each, out[first : first + each.num]
+        first += each.num
 
 
 class GaussianNoise:
-    """Standard normal noise in chunks of a fixed number of draws.
+    """Normal noise: copies are the float32 sum of x and the float32 product sigma z, with sigma rounded to float32.
+
+    Radii speak of no larger sigma (`core.procedures.confidence.noise_scale`). All copies may vote.
 
     Args:
         seed: the run's seed.
-        chunk_size: draws per chunk. It is part of the noise's definition: other chunk sizes give other noise.
     """
 
-    def __init__(self, seed: int, chunk_size: int = 100) -> None:
+    def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.chunk_size = chunk_size
-        self._generators: dict[torch.device, torch.Generator] = {}
 
-    def __repr__(self) -> str:
-        return f"GaussianNoise(seed={self.seed}, chunk_size={self.chunk_size})"
+    def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> None:
+        """See `Noise.corrupt`."""
+        size = out[0].numel()
+        parts = [
+            Part(noise_key(self.seed, c.example_id, c.phase, c.sigma, "gaussian"), c.first * size, c.num * size)
+            for c in copies
+        ]
+        (self._on_host if out.device.type == "cpu" else self._on_device)(out, parts)
+        for each, rows in rows_of(out, copies):
+            rows.mul_(each.sigma).add_(each.image)  # two roundings: what does both at once may round once
 
-    def corrupt(
-        self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
-    ) -> Tensor | None:
-        """Overwrite `out` with noisy copies of `image`, float32 x + sigma * z, sigma rounded to float32: radii speak of
-        no larger one (`core.procedures.confidence.noise_scale`).
+    def _on_host(self, out: Tensor, parts: Sequence[Part]) -> None:
+        normals_on_host(parts, out.view(-1).numpy())
 
-        Args:
-            out: contiguous float32 ``(N, C, H, W)`` on the device that draws, one or more whole chunks.
-            image: float32 ``(C, H, W)`` in [0, 1], same device.
-            example_id: name of the image.
-            phase: what the noise is for.
-            sigma: noise level.
-            chunk: number of the first chunk, from 0.
-
-        Returns:
-            bool ``(N,)``, True for copies that may vote; None when all may (always so for Gaussian noise).
-        """
-        self.fill(out, example_id, phase, sigma, chunk)
-        torch.add(image, out, alpha=sigma, out=out)
-        return None
-
-    def fill(self, out: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int) -> None:
-        """Overwrite `out` with the standard normal draws of chunks.
-
-        Args:
-            out: contiguous float32 ``(N, C, H, W)`` on the device that draws, one or more whole chunks.
-            example_id: name of the image.
-            phase: what the noise is for.
-            sigma: the level that it will be scaled to.
-            chunk: number of the first chunk, from 0.
-        """
-        size, fill = self.chunk_size, self._fill_on_host if out.device.type == "cpu" else self._fill_on_device
-        for first in range(0, len(out), size):
-            fill(out[first : first + size], chunk_key(self.seed, example_id, phase, sigma, chunk + first // size))
-
-    def _fill_on_host(self, out: Tensor, key: bytes) -> None:
-        fill_normal(out.numpy(), key)
-
-    def _fill_on_device(self, out: Tensor, key: bytes) -> None:
-        """Overwrite a chunk from the device's own generator."""
-        generator = self._generators.get(out.device)
-        if generator is None:
-            generator = self._generators[out.device] = torch.Generator(out.device)
-        generator.manual_seed(int.from_bytes(key, "little") & (2**63 - 1))
-        out.normal_(generator=generator)
-
-
-def fill_normal(out: NDArray[np.float32], key: bytes) -> None:
-    """Overwrite `out`, contiguous, with the standard normal draws of a key (`core.machine.noise_key`)."""
-    seed = int.from_bytes(key, "little")
-    np.random.Generator(np.random.SFC64(seed)).standard_normal(dtype=np.float32, out=out)
+    def _on_device(self, out: Tensor, parts: Sequence[Part]) -> None:
+        out.copy_(normals_on_device(parts, out.device).view(out.shape))

@@ -1,6 +1,6 @@
-"""Noise as a pure function of (run seed, example id, phase, sigma, chunk).
+"""Noise as a pure function of (run seed, example id, phase, sigma, number of the draw).
 
-A crash that is retried, another number of workers, another batch size or another order draws the very same noise, so
+A crash that is retried, another number of workers, another batch size, device or order draws the very same noise, so
 nothing that happens to a run can select among certificates (a new draw after a failure would be a selection).
 """
 
@@ -8,16 +8,17 @@ import hashlib
 
 from core.records import Phase
 
-__all__ = ["chunk_key", "training_key"]
+__all__ = ["noise_key", "training_key"]
 
 
-def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int) -> bytes:
-    """The 16-byte key of one chunk of noise.
+def noise_key(seed: int, example_id: str, phase: Phase, sigma: float, kind: str) -> bytes:
+    """The 32 bytes that key all draws for an example, a phase and a noise level, one after the other.
 
-    `example_id` comes last and the fields before it hold no "|", so different arguments never meet in one text.
+    `example_id` comes last and the fields before it hold no "|", so different arguments never meet in one text. Kinds
+    of noise (at most 16 letters) share no stream.
     """
-    text = f"{seed}|{phase.value}|{float(sigma).hex()}|{chunk}|{example_id}"
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    text = f"{seed}|{phase.value}|{float(sigma).hex()}|{example_id}"
+    return hashlib.blake2b(text.encode(), digest_size=32, person=kind.encode()).digest()
 
 
 def training_key(seed: int, training: str, use: str, epoch: int, where: str) -> bytes:
@@ -25,7 +26,7 @@ def training_key(seed: int, training: str, use: str, epoch: int, where: str) -> 
 
     Args:
         seed: of the run.
-        training: its name; neither it nor `use` holds "|", and no phase of `chunk_key` is called so.
+        training: its name; neither it nor `use` holds "|", and no phase of `noise_key` is called so.
         use: `noise`, `augment`, `order`, `dropout`, ...
         epoch: from 0.
         where: an example id, or a place in the epoch.

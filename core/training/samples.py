@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.config.values import Augment
 from core.data import Dataset
-from core.machine.noise import fill_normal
+from core.machine.former_noise import fill_normal
 from core.machine.noise_key import training_key
 from core.training.augment import augment, draw_augmentation
 
@@ -22,6 +22,8 @@ MEMORY_SHARE = 0.25
 
 class Samples:
     """Some examples of a data set; augmentation and noise are functions of (seed, training, epoch, example id).
+
+    It stays that of version 1: no certificate rests on it, and the same configuration gives the weights that it gave.
 
     Images that are stored encoded are decoded at their first use and kept as uint8 where all of them take at most a
     quarter of the machine's memory; larger sets are decoded in every epoch.

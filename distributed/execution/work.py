@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,8 @@ from core.machine.batch_size import DeviceProbe, choose_batch_size
 from core.machine.cpu import settle
 from core.machine.engine import Engine, Task
 from core.machine.network import Forward, Head, Network
-from core.machine.noise import make_noise
+from core.machine.noise import Noise, make_noise
+from core.machine.noise_check import check_noise
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.procedures.sequential import Budget
@@ -48,6 +50,7 @@ __all__ = [
     "make_task",
     "measure_rate",
     "probe_batch_size",
+    "sound_noise",
     "warm_up",
 ]
 
@@ -148,6 +151,22 @@ def build_network(models: Mapping[str, Path], config: Config, num_classes: int, 
     return Network(heads, cast("OneShotDenoiser | None", denoiser), device)
 
 
+def sound_noise(config: Config, device: str) -> Noise:
+    """The noise of a run, looked at on a device once in a process (`core.machine.noise_check`).
+
+    Raises:
+        NoiseError: when it is not what certificates assume.
+    """
+    return _sound(config.noise, config.seed, config.noise_version, config.compute.chunk_size, device)
+
+
+@lru_cache(maxsize=16)
+def _sound(kind: str, seed: int, version: int, chunk_size: int, device: str) -> Noise:
+    noise = make_noise(kind, seed, version, chunk_size)
+    check_noise(noise, device)
+    return noise
+
+
 def build_engine(work: Work, num_classes: int, batch_size: int | None = None) -> Engine:
     """Network, noise and batch shape of a work; sets the CPU threads of this process.
 
@@ -158,13 +177,14 @@ def build_engine(work: Work, num_classes: int, batch_size: int | None = None) ->
 
     Raises:
         ConfigError: without a number, from the plan or the configuration.
+        NoiseError: when this machine's noise is not what certificates assume.
     """
     config, compute = work.config, work.config.compute
     rows = batch_size or compute.batch_size
     if rows == "auto":
         raise ConfigError(f"the plan of {work.store} does not say what compute.batch_size=auto came to; use a number")
     forward = Forward(compute.precision, compute.channels_last, compute.compile)
-    noise = make_noise(config.noise, config.seed, compute.chunk_size)
+    noise = sound_noise(config, work.device)
     return Engine(_load_network(work, num_classes, forward), noise, batch_size=rows)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "against_manifest",
     "arithmetic_of",
     "check_file",
+    "devices_mix",
     "differences",
     "is_named",
     "metadata_of",
@@ -41,7 +42,8 @@ def origin_of(config: Config, models: Mapping[str, str], data: str, begun: Plan 
     origin = {"fingerprint": config.fingerprint(), "models": dict(models)}
     if begun is not None and not is_named(begun):
         return origin
-    return {"version": VERSION, **origin, "seed": config.seed, "noise": config.noise, "data": data}
+    named = {"version": VERSION, **origin, "seed": config.seed, "noise": config.noise, "data": data}
+    return named if config.noise_version == 1 else named | {"noise_version": config.noise_version}
 
 
 def against_manifest(plan: Plan, store: str, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -67,6 +69,11 @@ def step_of(store: str) -> str:
 def is_named(plan: Plan) -> bool:
     """Whether all files of this plan name their origin; those of a run that was begun before they did need not."""
     return "version" in plan.origin
+
+
+def devices_mix(plan: Plan) -> bool:
+    """Whether all devices draw the same noise for this plan's rows."""
+    return bool(plan.origin.get("noise_version", 1) > 1)
 
 
 def arithmetic_of(plan: Plan) -> Arithmetic:

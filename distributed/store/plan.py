@@ -30,7 +30,8 @@ class Plan:
         bounds: int64, ascending from 0 to len(order).
         rows_per_example: rows that an example gives.
         origin: what the rows are made from, see `distributed.store.origin`; plain JSON.
-        device: `cpu` or `cuda`: the two draw different noise for one key and must not be mixed.
+        device: `cpu` or `cuda`, where it was begun; where the noise is of version 1, they draw other noise and must not
+            be mixed.
         batch_size: rows of every forward pass, whoever makes the rows; None in a plan from before it was kept, which
             means the configured number.
         settings: the configuration's identity in full, so that one that was edited since can be named by its keys.

@@ -104,8 +104,10 @@ class RunDirectory:
             self._write()
             return
         self._manifest = stored
-        before = parse_config(stored["config"], source=self._manifest_file)
+        before = parse_config({"noise_version": 1} | stored["config"], source=self._manifest_file)
         self._refuse_edited(before)
+        if config is not None and "noise_version" not in config.model_fields_set:
+            config = config.model_copy(update={"noise_version": before.noise_version})
         self.config = config or before
         changes = _differences(before.identity(), self.config.identity())
         if changes:

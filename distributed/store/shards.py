@@ -23,7 +23,7 @@ from distributed.methods.rows import ERROR_SCHEMA
 from distributed.store.names import odd_names, part_name, shard_name, shards_of
 from distributed.store.origin import against_manifest, check_file, differences, metadata_of
 from distributed.store.plan import Plan
-from distributed.store.verify import Verified, Verifier
+from distributed.store.verify import Verified, Verifier, kinds_of
 
 __all__ = ["ShardStore"]
 
@@ -227,6 +227,11 @@ class ShardStore:
             DataError: when it cannot be read, or is not the plan's.
         """
         return self._table(name, self.folder.read(name))[0]
+
+    def devices(self) -> set[str]:
+        """Kinds of device that the rows were made on: `cpu`, `cuda`."""
+        abouts = (from_bytes(self.folder.read(name), name, ["example_id"])[1] for name in self._named(self._plan()))
+        return set().union(*(kinds_of(about.get("device", "")) for about in abouts))
 
     def images(self) -> Iterator[pa.Table]:
         """`example_id` and `image_hash` of all committed rows, file by file, without those from before rows had it.

@@ -16,9 +16,10 @@ from core.data import Dataset, image_hash
 from core.errors import DataError
 from distributed.methods.method import Method, num_votes
 from distributed.methods.rows import ERROR
+from distributed.store.origin import devices_mix
 from distributed.store.plan import Plan
 
-__all__ = ["Verified", "Verifier", "changed_images"]
+__all__ = ["Verified", "Verifier", "changed_images", "kinds_of"]
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,12 @@ class Verifier:
                 f"{where!r} does not hold its rows exactly once, the first is {odd!r}; remove the file and start the "
                 "job again: it makes the file anew"
             )
-        kinds = {each.partition(":")[0].partition(" ")[0] for each in device.split(", ")}
-        if kinds != {self._plan.device}:
+        kinds = kinds_of(device)
+        expected = {"cpu", "cuda"} if devices_mix(self._plan) else {self._plan.device}
+        if not kinds <= expected:
             raise DataError(
-                f"{where!r} was made on {device!r}, the plan is for {self._plan.device!r}, with other noise; remove "
-                "the file and start the job again: it makes the file anew"
+                f"{where!r} was made on {device!r}, expected {' or '.join(sorted(expected))}; remove the file and "
+                "start the job again: it makes the file anew"
             )
         if torn := _torn(table):
             raise DataError(
@@ -122,6 +124,11 @@ class Verifier:
         """Of all files so far."""
         sha256, devices = dict(sorted(self._sha256.items())), tuple(sorted(self._devices))
         return Verified(self._rows, self._error_rows, sha256, devices, self._non_finite, self._votes)
+
+
+def kinds_of(device: str) -> set[str]:
+    """The kinds among what a file says of its devices: `cuda` of `cuda: H100 (micro-batch 16 of 64)`."""
+    return {each.partition(":")[0].partition(" ")[0] for each in device.split(", ")}
 
 
 def _torn(table: pa.Table) -> str | None:

@@ -57,7 +57,7 @@ class _Choice:
         """Estimator and denoiser, where there is one, on a device."""
         config = self.config
         files = {role: self.models.fetch(f"{role}.safetensors", digest) for role, digest in self.hashes.items()}
-        noise = make_noise(config.noise, config.seed, config.compute.chunk_size)
+        noise = make_noise(config.noise, config.seed, config.noise_version, config.compute.chunk_size)
         network = build_network(files, config, num_classes, device)
         return Engine(network, noise, batch_size=config.compute.training_batch_size)
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from core.errors import DualRSError
-from core.machine.noise import make_noise
+from core.machine.noise import Copies, make_noise
 from core.models.checkpoints import load_denoiser
 from core.records import Phase
 from core.report import Gallery
@@ -48,12 +48,11 @@ def gallery(directory: RunDirectory, each: int) -> Gallery | str:
         clean = torch.stack([torch.from_numpy(data.image(places[row["example_id"]])) for row in rows]).float() / 255
     except (DualRSError, OSError) as error:
         return str(error)
-    noise = make_noise(config.noise, config.seed, config.compute.chunk_size)
+    noise = make_noise(config.noise, config.seed, config.noise_version, config.compute.chunk_size)
     noisy, captions = torch.empty_like(clean), []
     for number, (image, row, sigma) in enumerate(zip(clean, rows, sigmas, strict=True)):
-        copies = image.new_empty((noise.chunk_size, *image.shape))
-        noise.corrupt(copies, image, row["example_id"], Phase.ESTIMATION, sigma, 0)
-        noisy[number] = copies[0]
+        first = Copies(image, row["example_id"], Phase.ESTIMATION, sigma, 0, 1)
+        noise.corrupt(noisy[number : number + 1], [first])
         captions.append(_caption(row, sigma))
     denoised = None
     if denoiser is not None:

@@ -1,6 +1,5 @@
 """The bench: its opponent is a fair one, its ratios are what they say, and every part runs."""
 
-import hashlib
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,21 +23,18 @@ from core.models.denoiser import Schedule, trained_unet_config
 from core.models.small import SmallConvNet
 from core.procedures.smoothing import certify
 from core.records import CLASSIFIER, Certificate, Sampling
+from tests.helpers.reference_noise import normals
 
 SAMPLING = Sampling(100, 250, 0.01)
 
 
 def keyed(seed: int, example_id: str, sigma: float) -> Callable[[Tensor], Tensor]:
-    """The noise of one certificate in batches of a chunk, by its definition: selection first, then estimation."""
-    chunks = iter([("selection", 0), *(("estimation", chunk) for chunk in range(3))])
+    """The noise of one certificate in batches of 100, by its definition: selection first, then estimation."""
+    batches = iter([("selection", 0), ("estimation", 0), ("estimation", 100), ("estimation", 200)])
 
     def draw(batch: Tensor) -> Tensor:
-        phase, chunk = next(chunks)
-        text = f"{seed}|{phase}|{sigma.hex()}|{chunk}|{example_id}"
-        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-        shape = (100, *batch.shape[1:])
-        normal = np.random.Generator(np.random.SFC64(key)).standard_normal(shape, dtype=np.float32)
-        return torch.from_numpy(normal)[: len(batch)]
+        phase, first = next(batches)
+        return torch.from_numpy(normals(seed, example_id, phase, sigma, len(batch), tuple(batch.shape[1:]), first))
 
     return draw
 

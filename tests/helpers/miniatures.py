@@ -33,7 +33,6 @@ SMALL = (
     "compute.train_device=cpu",
     "compute.batch_size=16",
     "compute.precision=float32",  # float16 is for GPUs: on this CPU a convolution takes a hundred times as long
-    "compute.chunk_size=8",
     "compute.shard_examples=5",
     "labels.num_selection=2",
     "labels.num_estimation=6",

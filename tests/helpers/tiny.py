@@ -32,7 +32,7 @@ PLAIN = {
     "labels": {"num_selection": 20, "num_estimation": 60, "alpha": 0.01},
     "certify": {"num_selection": 20, "num_estimation": 100, "alpha": 0.01},
     "report": {"radii": [0, 0.2]},
-    "compute": {"batch_size": 64, "chunk_size": 20, "shard_examples": 10, "progress_interval_s": 1.0},
+    "compute": {"batch_size": 64, "shard_examples": 10, "progress_interval_s": 1.0},
 }
 
 

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 
 from core.config import parse_config
-from core.machine.noise_key import chunk_key
 from core.models.checkpoints import load_model
-from core.records import Phase
 from core.report import render
 from core.report.plots import gallery_figure
 from distributed.checks import dry_run
@@ -22,6 +20,7 @@ from distributed.store.shards import ShardStore
 from distributed.studies.adopt import adopt, shared_config
 from distributed.views.gallery import gallery
 from jobs import audit, choose_sigmas, finetune_classifier, pipeline, predict, shift, status, train_base
+from tests.helpers.reference_noise import normals
 from tests.helpers.tiny import PLAIN, run_main
 
 SMALL = (
@@ -36,8 +35,7 @@ EXPERTS = ("classifier-0.25", "classifier-0.5")
 
 def votes_of(network: nn.Module, image: np.ndarray, seed: int, example_id: str, sigma: float) -> list[int]:
     """The 20 estimation votes of a bare network: noise from the key's definition, one copy at a time."""
-    key = int.from_bytes(chunk_key(seed, example_id, Phase.ESTIMATION, sigma, 0), "little")
-    noise = np.random.Generator(np.random.SFC64(key)).standard_normal((20, *image.shape), dtype=np.float32)
+    noise = normals(seed, example_id, "estimation", sigma, 20, image.shape)
     copies = torch.from_numpy(image.astype(np.float32) / 255 + np.float32(sigma) * noise)
     with torch.inference_mode():
         answers = [int(network(copy[None]).argmax()) for copy in copies]

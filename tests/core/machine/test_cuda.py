@@ -1,5 +1,6 @@
 """What only a CUDA device can show: `make test-gpu`. Votes are compared where the network is exact in any precision."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from core.machine.batch_size import DeviceProbe, choose_batch_size
 from core.machine.engine import Engine, Task
 from core.machine.exact_noise import ExactNoise
 from core.machine.network import Compile, Forward, Head, Network, Precision
-from core.machine.noise import GaussianNoise, Noise
+from core.machine.noise import Copies, GaussianNoise, Noise
 from core.models.checkpoints import build_denoiser
 from core.models.denoiser import trained_unet_config
 from core.models.small import SmallConvNet
@@ -64,6 +65,19 @@ def test_cuda_noise_does_not_depend_on_the_batch(noise: Noise) -> None:
     results = [run(Engine(network, noise, batch_size=size, max_live=live)) for size, live in ((64, 7), (333, 4096))]
     assert results[0] == results[1]
     assert any(0 < result.counts_estimation[1] < 1000 for result in results[0].values())
+
+
+@pytest.mark.parametrize("noise", [GaussianNoise(3), ExactNoise(3)], ids=["gaussian", "exact"])
+def test_cuda_noise_and_votes_are_those_of_the_cpu(noise: Noise) -> None:
+    image = torch.randint(0, 256, (3, 31, 17), generator=torch.Generator().manual_seed(0)) / 255.0
+    copies = [Copies(image, f"x{n}", Phase.ESTIMATION, 0.12 * (n + 1), 2**n - 1, 100 + n) for n in range(40)]
+    out = torch.empty(sum(each.num for each in copies), *image.shape)
+    noise.corrupt(out, copies)
+    on_gpu = torch.empty_like(out, device="cuda")
+    noise.corrupt(on_gpu, [replace(each, image=image.cuda()) for each in copies])
+    assert torch.equal(on_gpu.cpu(), out)
+    votes = [run(Engine(Network({CLASSIFIER: Head(on_device, 2)}, device=d), noise)) for d in ("cpu", "cuda")]
+    assert votes[0] == votes[1]
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16", "float16"])

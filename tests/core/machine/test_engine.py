@@ -1,6 +1,5 @@
-import hashlib
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -10,12 +9,13 @@ from torch import Tensor
 from core.errors import ConfigError, DataError, ModelError
 from core.machine.engine import Engine, Finished, Task
 from core.machine.network import Head, Network
-from core.machine.noise import GaussianNoise
+from core.machine.noise import Copies, GaussianNoise, rows_of
 from core.models.small import SmallConvNet
 from core.procedures.dual import dual_certify
 from core.procedures.smoothing import certify
 from core.records import CLASSIFIER, ESTIMATOR, Answer, Certificate, Draws, DualCertificate, Phase, Sampling
 from tests.helpers.oracles import HalfSpace, axis
+from tests.helpers.reference_noise import normals
 
 SAMPLING = Sampling(100, 250, 0.01)
 
@@ -23,14 +23,10 @@ SAMPLING = Sampling(100, 250, 0.01)
 def naive_counts(module, image: Tensor, seed: int, example_id: str, phase: str, sigma: float, num: int, classes: int):  # type: ignore[no-untyped-def]
     """Votes by a plain loop, one forward pass per noisy copy; shares no code with the engine or the noise room."""
     votes = np.zeros(classes, np.int64)
-    for chunk in range(-(-num // 100)):
-        text = f"{seed}|{phase}|{sigma.hex()}|{chunk}|{example_id}"
-        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-        noise = np.random.Generator(np.random.SFC64(key)).standard_normal((100, *image.shape), dtype=np.float32)
-        for row in noise[: num - 100 * chunk]:
-            logits = module((image + sigma * torch.from_numpy(row))[None])
-            if torch.isfinite(logits).all():
-                votes[int(logits.argmax())] += 1
+    for row in normals(seed, example_id, phase, sigma, num, tuple(image.shape)):
+        logits = module((image + sigma * torch.from_numpy(row))[None])
+        if torch.isfinite(logits).all():
+            votes[int(logits.argmax())] += 1
     return votes
 
 
@@ -111,6 +107,30 @@ def test_run_every_forward_pass_has_the_batch_shape() -> None:
 
     run(module, 77)
     assert shapes == {(77, 1, 4, 4)}
+
+
+def test_run_without_padding_runs_no_more_rows_than_the_work_has() -> None:
+    shapes = []
+
+    class Recording(torch.nn.Module):
+        def forward(self, noisy: Tensor) -> Tensor:
+            shapes.append(len(noisy))
+            return HalfSpace(axis(16, 2), 0.4)(noisy)
+
+    def results(module, batch_size: int, pad: bool):  # type: ignore[no-untyped-def]
+        network = Network({CLASSIFIER: Head(module, 2)})
+        network.check = lambda *args: None  # type: ignore[method-assign]  # it asks too
+        engine = Engine(network, GaussianNoise(3), batch_size=batch_size, pad=pad)
+        found = {each.key: each.result for each in engine.run(tasks(1))}
+        assert engine.rows_run == sum(shapes)
+        return found, [shapes.pop(0) for _ in list(shapes)]
+
+    module = Recording()
+    expected, padded = results(module, 1000, True)
+    assert set(padded) == {1000}
+    assert results(module, 1000, False) == (expected, [200, 500])
+    assert results(module, 150, False) == (expected, [150, 150, 150, 150, 100])
+    assert results(lambda noisy: module(noisy), 1000, False) == (expected, padded), "it may know one shape only"
 
 
 def test_run_keeps_batches_full_until_the_end() -> None:
@@ -204,30 +224,27 @@ def test_run_source_that_pauses_is_asked_again() -> None:
 
 
 class Numbered:
-    """Noise that writes each copy's number into it, and lets a scattered third of the copies vote."""
+    """Noise that writes each copy's number into it, and of some tens lets a scattered third vote."""
 
-    def __init__(self, chunk_size: int, masked_chunks: int) -> None:
-        self.chunk_size = chunk_size
-        self.masked_chunks = masked_chunks
+    def __init__(self, masked_tens: int) -> None:
+        self.masked_tens = masked_tens
 
     def may_vote(self, numbers: Tensor) -> Tensor:
-        spared = (numbers // self.chunk_size) % self.masked_chunks != 0
-        return spared | ((numbers * 7919) % 101 % 3 == 0)
+        return ((numbers // 10) % self.masked_tens != 0) | ((numbers * 7919) % 101 % 3 == 0)
 
-    def corrupt(
-        self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int
-    ) -> Tensor | None:
-        assert len(out) % self.chunk_size == 0
-        numbers = chunk * self.chunk_size + torch.arange(len(out))
-        out.copy_(image + numbers[:, None, None, None])
+    def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> Tensor | None:
+        assert len(out) == sum(each.num for each in copies)
+        numbers = torch.cat([each.first + torch.arange(each.num) for each in copies])
+        for each, rows in rows_of(out, copies):
+            rows.copy_(each.image + each.first + torch.arange(each.num)[:, None, None, None])
         mask = self.may_vote(numbers)
         return None if mask.all() else mask
 
 
-@pytest.mark.parametrize(("batch_size", "chunk_size"), [(1, 4), (7, 4), (10, 4), (23, 10), (64, 10), (1000, 10)])
-@pytest.mark.parametrize("masked_chunks", [1, 3])
-def test_run_votes_are_those_of_the_copies_that_may_vote(batch_size: int, chunk_size: int, masked_chunks: int) -> None:
-    noise = Numbered(chunk_size, masked_chunks)
+@pytest.mark.parametrize("batch_size", [1, 7, 10, 23, 64, 1000])
+@pytest.mark.parametrize("masked_tens", [1, 3])
+def test_run_votes_are_those_of_the_copies_that_may_vote(batch_size: int, masked_tens: int) -> None:
+    noise = Numbered(masked_tens)
     windows = [(0, 57), (3, 41), (20, 20), (19, 1), (100, 63), (8, 12)]
 
     def module(noisy: Tensor) -> Tensor:
@@ -258,10 +275,9 @@ def test_run_denoiser_gets_the_level_of_each_row_and_one_of_the_batch_for_paddin
     class Level:
         """Copies that are their noise level."""
 
-        chunk_size = 10
-
-        def corrupt(self, out: Tensor, image: Tensor, example_id: str, phase: Phase, sigma: float, chunk: int) -> None:
-            out.fill_(sigma)
+        def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> None:
+            for each, rows in rows_of(out, copies):
+                rows.fill_(each.sigma)
 
     passes: list[Tensor] = []
 

@@ -1,6 +1,7 @@
 import itertools
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from fractions import Fraction
 
 import mpmath
@@ -14,8 +15,11 @@ from torch import Tensor
 from core.errors import ConfigError, DataError
 from core.machine import exact_noise
 from core.machine.exact_noise import ExactNoise, ExactTable, exact_table
-from core.machine.noise import GaussianNoise, Noise
+from core.machine.keystream import Part
+from core.machine.noise import Copies, rows_of
+from core.machine.noise_key import noise_key
 from core.records import Phase
+from tests.helpers.reference_noise import chacha20
 
 Ints = NDArray[np.int64]
 ONE = 2**60
@@ -26,10 +30,14 @@ PI = 314159265358979323846264338327950288419716939937510582097494459230781640628
 class OnDevice(ExactNoise):
     """Draws on the CPU by the code that serves an accelerator."""
 
-    _fill_on_host = ExactNoise._fill_on_device
+    _on_host = ExactNoise._on_device
 
 
 PATHS = pytest.mark.parametrize("kind", [ExactNoise, OnDevice])
+
+
+def corrupt(noise: ExactNoise, out: Tensor, image: Tensor, sigma: float, first: int = 0) -> Tensor | None:
+    return noise.corrupt(out, [Copies(image, "a", Phase.SELECTION, sigma, first, len(out))])
 
 
 def fixed_point_floor(i: int, sigma: float) -> int:
@@ -59,11 +67,16 @@ def pixels(value: int, shape: tuple[int, ...] = (1, 100, 100)) -> Tensor:
 
 
 def integers(
-    noise: ExactNoise, sigma: float, value: int = 128, shape: tuple[int, ...] = (1, 100, 100), chunk: int = 0
+    noise: ExactNoise,
+    sigma: float,
+    value: int = 128,
+    shape: tuple[int, ...] = (1, 100, 100),
+    first: int = 0,
+    num: int = 100,
 ) -> Ints:
-    """The sums of pixel and noise of one chunk on the grid of integers, ``(chunk_size, pixels)``."""
-    out = torch.empty(noise.chunk_size, *shape)
-    noise.corrupt(out, pixels(value, shape), "a", Phase.SELECTION, sigma, chunk)
+    """The sums of pixel and noise of copies on the grid of integers, ``(num, pixels)``."""
+    out = torch.empty(num, *shape)
+    corrupt(noise, out, pixels(value, shape), sigma, first)
     sums: Ints = np.rint(255 * out.double().flatten(1).numpy()).astype(np.int64)
     return sums
 
@@ -152,12 +165,15 @@ def test_look_up_thresholds_where_entries_of_the_guide_meet_are_seen() -> None:
     assert out[[0, 3, 4, 7, 8, 11]].tolist() == [-510, -508, -508, -506, -506, -504]
 
 
-def test_uniform_on_host_is_signed_and_below_two_to_the_60() -> None:
-    uniform = ExactNoise(0)._uniform_on_host(np.random.SFC64(1), 100_000)
+def test_uniform_is_60_bits_of_the_stream_on_host_and_device() -> None:
+    part = Part(b"k" * 32, 6, 200_000)
+    words = chacha20(*part).astype(np.uint64)
+    expected = ((words[1::2] << np.uint64(32)) | words[::2]) >> np.uint64(4)
+    uniform = exact_noise._uniform_on_host(part, 0, 100_000)
     assert uniform.dtype == np.int64  # next to int64 thresholds, uint64 would be compared as float64
-    assert uniform.min() >= 0
-    assert ONE - 2**50 < uniform.max() < ONE
-    assert abs((uniform & 1).mean() - 0.5) < 0.01  # down to the last bit
+    assert uniform.tolist() == expected.tolist()
+    assert exact_noise._uniform_on_host(part, 77, 100).tolist() == expected[77:177].tolist()
+    assert exact_noise._uniform_on_device([part, part], torch.device("cpu")).tolist() == expected.tolist() * 2
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
@@ -170,7 +186,7 @@ def test_look_up_centre_of_a_bin_gives_its_integer(sigma: float) -> None:
 
 
 def mean_in_standard_errors(kind: type[ExactNoise]) -> float:
-    sums = np.concatenate([integers(kind(0), 0.25, chunk=chunk) for chunk in range(2)])
+    sums = integers(kind(0), 0.25, num=200)
     return float((sums.mean() - 128) / (255 * 0.25 / np.sqrt(sums.size)))
 
 
@@ -206,7 +222,7 @@ def test_corrupt_frequencies_fit_the_probabilities(kind: type[ExactNoise], sigma
 def test_corrupt_output_is_the_float32_quotient_of_integers_in_the_clip_range(kind: type[ExactNoise]) -> None:
     for value, sigma in itertools.product((0, 77, 255), (0.1, 0.25, 0.5)):
         out = torch.empty(100, 3, 20, 20)
-        kind(0).corrupt(out, pixels(value, (3, 20, 20)), "a", Phase.SELECTION, sigma, 0)
+        corrupt(kind(0), out, pixels(value, (3, 20, 20)), sigma)
         sums = integers(kind(0), sigma, value, (3, 20, 20)).reshape(out.shape)
         k = exact_table(sigma).k
         assert sums.min() >= -255 * k
@@ -214,68 +230,48 @@ def test_corrupt_output_is_the_float32_quotient_of_integers_in_the_clip_range(ki
         assert np.array_equal(out.numpy(), sums.astype(np.float32) / np.float32(255))
 
 
-class Planted(ExactNoise):
-    """Noise whose uniform integers start with these, in each chunk (of at most a block)."""
-
-    planted: Ints
-
-    def _uniform_on_host(self, generator: np.random.SFC64, num: int) -> Ints:
-        uniform = super()._uniform_on_host(generator, num)
-        uniform[: len(self.planted)] = self.planted
-        return uniform
-
-    def _uniform_on_device(self, key: int, out: Tensor) -> Tensor:
-        uniform = super()._uniform_on_device(key, out)
-        uniform.view(-1)[: len(self.planted)] = torch.from_numpy(self.planted)
-        return uniform
+PLANTED = pytest.mark.parametrize(
+    ("kind", "source"), [(ExactNoise, "_uniform_on_host"), (OnDevice, "_uniform_on_device")], ids=["host", "device"]
+)
 
 
-class PlantedOnDevice(Planted):
-    """The same, by the code that serves an accelerator."""
+def plant(monkeypatch: pytest.MonkeyPatch, source: str, planted: Ints) -> None:
+    """Let the uniform integers of the stream start with these."""
 
-    _fill_on_host = ExactNoise._fill_on_device
+    def on_host(part: Part, first: int, num: int) -> Ints:
+        assert part.first == 0
+        return planted[first : first + num]
 
+    def on_device(parts: Sequence[Part], device: torch.device) -> Tensor:
+        (part,) = parts
+        return torch.from_numpy(planted[: part.num // 2].copy())
 
-PLANTED = pytest.mark.parametrize("kind", [Planted, PlantedOnDevice])
+    monkeypatch.setattr(exact_noise, source, on_host if source == "_uniform_on_host" else on_device)
 
 
 @PLANTED
-def test_corrupt_extreme_draws_end_at_the_clip_whatever_the_pixel(kind: type[Planted]) -> None:
-    noise = kind(0, chunk_size=2)
-    noise.planted = np.array([0, ONE - 1])
+def test_corrupt_extreme_draws_end_at_the_clip_whatever_the_pixel(
+    kind: type[ExactNoise], source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, source, np.array([0, ONE - 1]))
     for value in (0, 1, 128, 255):
         out = torch.empty(2, 1, 1, 1)
-        mask = noise.corrupt(out, pixels(value, (1, 1, 1)), "a", Phase.SELECTION, 0.25, 0)
+        mask = corrupt(kind(0), out, pixels(value, (1, 1, 1)), 0.25)
         assert mask is None or mask.all()
         assert out.flatten().tolist() == [-1.0, 2.0]
 
 
 @PLANTED
-def test_corrupt_copies_with_an_ambiguous_pixel_may_not_vote(kind: type[Planted]) -> None:
-    noise = kind(0, chunk_size=4)
-    floors = exact_table(0.25).floors
+def test_corrupt_copies_with_an_ambiguous_pixel_may_not_vote(
+    kind: type[ExactNoise], source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    floors, fine = exact_table(0.25).floors, ONE // 3
     # Copies of two pixels: 0 ambiguous in its second, 1 next to a threshold on both sides, 2 in its first, 3 untouched.
-    noise.planted = np.array([ONE // 3, floors[0], floors[510] - 1, floors[510] + 1, floors[-1], ONE // 3])
-    mask = noise.corrupt(torch.empty(4, 1, 1, 2), pixels(7, (1, 1, 2)), "a", Phase.SELECTION, 0.25, 0)
+    planted = np.array([fine, floors[0], floors[510] - 1, floors[510] + 1, floors[-1], fine, fine, fine])
+    plant(monkeypatch, source, planted)
+    mask = corrupt(kind(0), torch.empty(4, 1, 1, 2), pixels(7, (1, 1, 2)), 0.25)
     assert mask is not None
-    assert mask.tolist() == [False, True, False, True]
-
-
-def test_corrupt_on_a_device_uses_one_generator() -> None:
-    noise, generators = OnDevice(0, chunk_size=2), []
-    for chunk in range(2):
-        integers(noise, 0.25, shape=(1, 2, 2), chunk=chunk)
-        generators.append(noise._generators[torch.device("cpu")])
-    assert generators[0] is generators[1]
-
-
-@PLANTED
-def test_corrupt_chunks_of_one_copy_are_masked_too(kind: type[Planted]) -> None:
-    noise = kind(0, chunk_size=1)
-    noise.planted = exact_table(0.25).floors[500:501].copy()
-    mask = noise.corrupt(torch.empty(2, 1, 1, 2), pixels(7, (1, 1, 2)), "a", Phase.SELECTION, 0.25, 0)
-    assert mask is not None
-    assert mask.tolist() == [False, False]
+    assert (mask.dtype, mask.tolist()) == (torch.bool, [False, True, False, True])
 
 
 @pytest.mark.parametrize(("value", "off"), [(7.3, "0.3"), (-0.25, "0.25"), (300.0, "45")])
@@ -283,46 +279,50 @@ def test_corrupt_pixel_off_the_grid_is_refused_with_its_distance(value: float, o
     image = pixels(7, (1, 2, 2))
     image[0, 1, 0] = value / 255
     with pytest.raises(DataError, match=rf"example 'a'.* one is {off}/255 off"):
-        ExactNoise(0, 4).corrupt(torch.empty(4, 1, 2, 2), image, "a", Phase.SELECTION, 0.25, 0)
+        corrupt(ExactNoise(0), torch.empty(4, 1, 2, 2), image, 0.25)
 
 
 @PATHS
-def test_corrupt_several_chunks_at_once_gives_what_each_gives_alone(kind: type[ExactNoise]) -> None:
-    many, image = torch.empty(12, 1, 2, 2), pixels(7, (1, 2, 2))
-    kind(0, chunk_size=4).corrupt(many, image, "a", Phase.SELECTION, 0.25, 5)
-    for place in range(3):
-        one = torch.empty(4, 1, 2, 2)
-        kind(0, chunk_size=4).corrupt(one, image, "a", Phase.SELECTION, 0.25, 5 + place)
-        assert torch.equal(many[4 * place : 4 * place + 4], one)
+def test_corrupt_several_images_at_once_gives_what_each_gives_alone(kind: type[ExactNoise]) -> None:
+    many = torch.empty(12, 1, 2, 3)
+    asked = [
+        Copies(pixels(value, (1, 2, 3)), name, phase, sigma, first, num)
+        for value, name, phase, sigma, first, num in (
+            (7, "a", Phase.SELECTION, 0.25, 5, 4),
+            (9, "b", Phase.SELECTION, 0.5, 0, 1),
+            (7, "a", Phase.ESTIMATION, 0.25, 0, 7),
+        )
+    ]
+    kind(0).corrupt(many, asked)
+    for each, rows in rows_of(many, asked):
+        one = torch.empty(each.num, 1, 2, 3)
+        ExactNoise(0).corrupt(one, [each])
+        assert torch.equal(rows, one)
 
 
-def test_corrupt_several_chunks_at_once_masks_copies_of_the_right_one() -> None:
-    class Second(ExactNoise):
-        """The third copy of the second chunk is ambiguous."""
+def test_corrupt_several_images_at_once_masks_copies_of_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uniform(part: Part, first: int, num: int) -> Ints:
+        planted = np.full(num, ONE // 3)
+        planted[4 - first : 5 - first] = exact_table(0.25).floors[500] if part.first == 8 else ONE // 3
+        return planted
 
-        chunks = 0
-
-        def _uniform_on_host(self, generator: np.random.SFC64, num: int) -> Ints:
-            uniform = super()._uniform_on_host(generator, num)
-            self.chunks += 1
-            if self.chunks == 2:
-                uniform[4] = exact_table(0.25).floors[500]
-            return uniform
-
-    out, image = torch.empty(12, 1, 1, 2), pixels(7, (1, 1, 2))
-    mask = Second(0, chunk_size=4).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0)
+    monkeypatch.setattr(exact_noise, "_uniform_on_host", uniform)
+    image = pixels(7, (1, 1, 2))
+    asked = [Copies(image, "a", Phase.SELECTION, 0.25, first, 4) for first in (0, 2, 4)]
+    mask = ExactNoise(0).corrupt(torch.empty(12, 1, 1, 2), asked)
     assert mask is not None
-    assert (mask.dtype, mask.tolist()) == (torch.bool, [True] * 6 + [False] + [True] * 5)
-    assert ExactNoise(0, chunk_size=4).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0) is None
+    assert mask.tolist() == [True] * 6 + [False] + [True] * 5
+    assert ExactNoise(0).corrupt(torch.empty(4, 1, 1, 2), asked[:1]) is None
 
 
 def test_corrupt_in_blocks_gives_the_same_copies_and_masks_the_right_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = integers(ExactNoise(0, chunk_size=3), 0.25, shape=(1, 4, 4))
+    whole = integers(ExactNoise(0), 0.25, shape=(1, 4, 4), num=3)
     monkeypatch.setattr(exact_noise, "BLOCK", 7)
-    assert np.array_equal(integers(ExactNoise(0, chunk_size=3), 0.25, shape=(1, 4, 4)), whole)
-    noise = Planted(0, chunk_size=5)
-    noise.planted = exact_table(0.25).floors[500:501]  # first in each block: numbers 0 and 7 of ten
-    mask = noise.corrupt(torch.empty(5, 1, 1, 2), pixels(7, (1, 1, 2)), "a", Phase.SELECTION, 0.25, 0)
+    assert np.array_equal(integers(ExactNoise(0), 0.25, shape=(1, 4, 4), num=3), whole)
+    planted = np.full(10, ONE // 3)
+    planted[[0, 7]] = exact_table(0.25).floors[500]  # first in each block
+    plant(monkeypatch, "_uniform_on_host", planted)
+    mask = corrupt(ExactNoise(0), torch.empty(5, 1, 1, 2), pixels(7, (1, 1, 2)), 0.25)
     assert mask is not None
     assert mask.tolist() == [False, True, True, False, True]
 
@@ -330,38 +330,27 @@ def test_corrupt_in_blocks_gives_the_same_copies_and_masks_the_right_ones(monkey
 @PATHS
 def test_corrupt_same_arguments_give_the_same_copies_and_others_independent_ones(kind: type[ExactNoise]) -> None:
     def copies(
-        seed: int = 0, name: str = "a", phase: Phase = Phase.SELECTION, sigma: float = 0.5, chunk: int = 0
+        seed: int = 0, name: str = "a", phase: Phase = Phase.SELECTION, sigma: float = 0.5, first: int = 0
     ) -> Tensor:
         out = torch.empty(100, 3, 8, 8)
-        kind(seed).corrupt(out, pixels(128, (3, 8, 8)), name, phase, sigma, chunk)
+        kind(seed).corrupt(out, [Copies(pixels(128, (3, 8, 8)), name, phase, sigma, first, 100)])
         return (out - 128 / 255) / sigma
 
     assert torch.equal(copies(), copies())
-    others = [copies(seed=1), copies(name="b"), copies(phase=Phase.ESTIMATION), copies(sigma=0.25), copies(chunk=1)]
+    others = [copies(seed=1), copies(name="b"), copies(phase=Phase.ESTIMATION), copies(sigma=0.25), copies(first=100)]
     for one, two in itertools.combinations([copies(), *others], 2):
         assert abs(float((one * two).mean())) < 5 / np.sqrt(one.numel())
 
 
-def test_corrupt_shares_no_stream_with_gaussian_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys: list[int] = []
-    original = np.random.SFC64
-
-    def recorded(key: int) -> np.random.SFC64:
-        keys.append(key)
-        return original(key)
-
-    monkeypatch.setattr(np.random, "SFC64", recorded)
-    noises: tuple[Noise, ...] = (ExactNoise(0), GaussianNoise(0))
-    for noise in noises:
-        noise.corrupt(torch.empty(100, 1, 2, 2), pixels(3, (1, 2, 2)), "a", Phase.SELECTION, 0.5, 0)
-    assert len(set(keys)) == len(keys) == 2
+def test_corrupt_shares_no_stream_with_gaussian_noise() -> None:
+    assert len({noise_key(0, "a", Phase.SELECTION, 0.5, kind) for kind in ("gaussian", "exact")}) == 2
 
 
 @PATHS
 def test_corrupt_writes_into_a_slice_like_into_a_whole_tensor(kind: type[ExactNoise]) -> None:
     big, whole, image = torch.full((300, 3, 8, 8), 9.0), torch.empty(100, 3, 8, 8), pixels(50, (3, 8, 8))
-    kind(0).corrupt(big[100:200], image, "a", Phase.SELECTION, 0.5, 0)
-    kind(0).corrupt(whole, image, "a", Phase.SELECTION, 0.5, 0)
+    corrupt(kind(0), big[100:200], image, 0.5)
+    corrupt(kind(0), whole, image, 0.5)
     assert torch.equal(big[100:200], whole)
     assert (big[:100] == 9).all()
     assert (big[200:] == 9).all()
@@ -370,10 +359,10 @@ def test_corrupt_writes_into_a_slice_like_into_a_whole_tensor(kind: type[ExactNo
 def test_corrupt_8_bit_pixels_divided_with_rounding_errors_give_the_same_copies() -> None:
     values = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).float()
     first = torch.empty(100, 1, 16, 16)
-    ExactNoise(0).corrupt(first, values / 255, "a", Phase.SELECTION, 0.25, 0)
+    corrupt(ExactNoise(0), first, values / 255, 0.25)
     for image in (values * (1 / 255), (values.double() / 255).float(), values / 255 - 1e-6, values / 255 + 1e-6):
         out = torch.empty(100, 1, 16, 16)
-        ExactNoise(0).corrupt(out, image, "a", Phase.SELECTION, 0.25, 0)
+        corrupt(ExactNoise(0), out, image, 0.25)
         assert torch.equal(out, first)
 
 
@@ -389,4 +378,4 @@ def test_corrupt_off_grid_image_raises_and_names_the_example_and_the_remedy(valu
     image = pixels(100, (1, 4, 4))
     image[0, 2, 1] = value
     with pytest.raises(DataError, match=r"example 'cat-7'.*multiples of 1/255.*pass 8-bit images"):
-        ExactNoise(0).corrupt(torch.empty(100, 1, 4, 4), image, "cat-7", Phase.SELECTION, 0.25, 0)
+        ExactNoise(0).corrupt(torch.empty(9, 1, 4, 4), [Copies(image, "cat-7", Phase.SELECTION, 0.25, 0, 9)])

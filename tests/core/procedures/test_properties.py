@@ -186,10 +186,10 @@ jobs = st.tuples(st.sampled_from(KINDS), st.integers(1, 250), st.integers(1, 120
 
 
 def run(
-    seed: int, plan: Sequence[tuple[str, int, int]], order: Sequence[int], batch_size: int, chunk_size: int, live: int
+    seed: int, plan: Sequence[tuple[str, int, int]], order: Sequence[int], batch_size: int, live: int
 ) -> dict[int, Certificate | DualCertificate]:
     heads = {ESTIMATOR: Head(Pixels.of(seed, 2), 2), CLASSIFIER: Head(Pixels.of(seed + 1, 3), 3)}
-    noise = GaussianNoise(seed, chunk_size)
+    noise = GaussianNoise(seed)
     engine = Engine(Network(heads), noise, batch_size=batch_size, max_live=live)
     pictures = torch.rand(len(plan), 1, 3, 3, generator=torch.Generator().manual_seed(seed))
 
@@ -210,7 +210,6 @@ def runs(draw: st.DrawFn) -> tuple[list[tuple[str, int, int]], list[int]]:
     seed=st.integers(0, 2**31),
     made=runs(),
     batch_sizes=st.tuples(st.integers(1, 400), st.integers(1, 400)),
-    chunk_size=st.integers(1, 120),
     live=st.integers(1, 4),
 )
 @settings(deadline=None, max_examples=40)
@@ -218,24 +217,23 @@ def test_run_any_batch_size_order_and_window_gives_identical_results(
     seed: int,
     made: tuple[list[tuple[str, int, int]], list[int]],
     batch_sizes: tuple[int, int],
-    chunk_size: int,
     live: int,
 ) -> None:
     plan, order = made
-    one = run(seed, plan, range(len(plan)), batch_sizes[0], chunk_size, len(plan))
-    other = run(seed, plan, order, batch_sizes[1], chunk_size, live)
+    one = run(seed, plan, range(len(plan)), batch_sizes[0], len(plan))
+    other = run(seed, plan, order, batch_sizes[1], live)
     assert one.keys() == other.keys() == set(range(len(plan)))
     assert one == other
 
 
-@given(seed=st.integers(0, 2**31), job=jobs, chunk_size=st.integers(2, 120))
+@given(seed=st.integers(0, 2**31), job=jobs)
 @settings(deadline=None, max_examples=20)
-def test_run_looks_give_the_votes_of_one_long_request(seed: int, job: tuple[str, int, int], chunk_size: int) -> None:
+def test_run_looks_give_the_votes_of_one_long_request(seed: int, job: tuple[str, int, int]) -> None:
     """A request that goes on from an earlier draw gets the noise that it would have got in one piece."""
     _, num, look_every = job
-    looked = run(seed, [("grid", num, look_every)], (0,), 64, chunk_size, 1)[0]
+    looked = run(seed, [("grid", num, look_every)], (0,), 64, 1)[0]
     assert isinstance(looked, Certificate)
-    at_once = run(seed, [("fixed", looked.num_estimation, 1)], (0,), 64, chunk_size, 1)[0]
+    at_once = run(seed, [("fixed", looked.num_estimation, 1)], (0,), 64, 1)[0]
     assert isinstance(at_once, Certificate)
     assert at_once.counts_estimation.tolist() == looked.counts_estimation.tolist()
 

@@ -7,16 +7,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from core.errors import ConfigError
+from core.config import parse_config
+from core.errors import ConfigError, NoiseError
 from core.files import file_sha256
 from core.machine.engine import Engine
-from distributed.checks.audit import Finding, audit, replay
+from distributed.checks.audit import Finding, Replayed, audit, replay
 from distributed.execution.launch import work_of
-from distributed.execution.work import Work, build_engine
+from distributed.execution.work import Work, _sound, build_engine
 from distributed.files.parquet import from_bytes, to_bytes
 from distributed.methods.dual import Dual
 from distributed.methods.rows import CERTIFICATE_SCHEMA, error_row
@@ -287,9 +289,66 @@ def test_replay_of_a_store_that_a_gpu_made_needs_one(run: RunDirectory, monkeypa
     store = ShardStore(run.path, "certificates/dual")
     plan, table = store.read_plan(), store.read()
     assert plan is not None
-    monkeypatch.setattr(ShardStore, "read_plan", lambda self: replace(plan, device="cuda"))
+    origin = {key: value for key, value in plan.origin.items() if key != "noise_version"}
+    monkeypatch.setattr(ShardStore, "read_plan", lambda self: replace(plan, origin=origin, device="cuda"))
     monkeypatch.setattr(ShardStore, "read", lambda self: table)
     with pytest.raises(ConfigError, match="was made on a GPU: its noise can only be drawn again on one"):
+        replay(run, 1, seed=0)
+
+
+@pytest.mark.parametrize(("moved", "found"), [(1, False), (5, True)])
+def test_replay_of_rows_of_a_gpu_on_the_cpu_lets_near_ties_pass(
+    run: RunDirectory, moved: int, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Votes, and all that follows from them, as if a few near-ties had fallen otherwise there."""
+    work, _ = work_of(run, "certificates/standard")
+    method, terms = work.method, work.terms
+
+    def moved_votes(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+        for row in rows:
+            counts = row["counts_estimation"]
+            most = int(np.argmax(counts))
+            counts[most], counts[most - 1] = counts[most] - moved, counts[most - 1] + moved
+            row |= method.again(row, terms)
+        return rows
+
+    rewrite(run, "certificates/standard", moved_votes, True)
+    assert {each.store for each in replay(run, 100, seed=0)} == {"certificates/standard"}
+    told: list[Replayed] = []
+    monkeypatch.setattr(ShardStore, "devices", lambda self: {"cuda"})
+    assert bool(replay(run, 100, seed=0, tell=told.append)) == found
+    assert all("made on another device: up to 0.2% of the votes" in str(each) for each in told)
+
+
+def test_run_begun_with_the_former_noise_goes_on_and_is_audited_with_it(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", "compute.executor=local", "noise_version=1", "compute.part_rows=1")
+    build_dataset.run(run)
+    file = run.path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    assert manifest["config"].pop("noise_version") == 1  # as it was when there was no other
+    file.write_text(json.dumps(manifest))
+    store = ShardStore(run.path, "dataset")
+    table, plan = store.read(), store.read_plan()
+    assert plan is not None
+    assert "noise_version" not in plan.origin
+    (run.path / "dataset" / "shard-000001.parquet").unlink()
+    named = parse_config({k: v for k, v in run.config.model_dump(mode="json").items() if k != "noise_version"})
+    again = RunDirectory(run.path, named)
+    assert again.config.noise_version == 1
+    build_dataset.run(again)
+    assert ShardStore(run.path, "dataset").read().equals(table)
+    assert audit(again)[0] == replay(again, 5, seed=0) == []
+    with pytest.raises(ConfigError, match="noise_version: None there, 2 now"):
+        RunDirectory(run.path, parse_config({**named.model_dump(mode="json"), "noise_version": 2}))
+
+
+def test_audit_of_noise_that_is_not_sound_says_so(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.machine.noise_check.problems", lambda *arguments: iter(["it is loaded"]))
+    _sound.cache_clear()
+    (finding,) = audit(run)[0]
+    assert "noise: the noise that" in str(finding)
+    assert "is not what certificates assume: it is loaded" in str(finding)
+    with pytest.raises(NoiseError, match="it is loaded"):
         replay(run, 1, seed=0)
 
 

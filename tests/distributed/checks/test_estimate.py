@@ -53,7 +53,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     return Counting.made
 
 
-WHOLE_BATCHES = ("compute.executor=local", "compute.batch_size=20", "dataset.test_size=60", "compute.chunk_size=20")
+WHOLE_BATCHES = ("compute.executor=local", "compute.batch_size=20", "dataset.test_size=60")
 """All requests are multiples of 20 draws: no batch is padded."""
 
 

@@ -1,6 +1,5 @@
 """The same counts on Ray with one and two replicas, with the local executor, in a plain loop, and after kills."""
 
-import hashlib
 import json
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.training.labels import training_radii
 from jobs import build_dataset, certify
+from tests.helpers.reference_noise import normals
 from tests.helpers.tiny import tiny_run
 
 
@@ -59,14 +59,9 @@ def naive_votes(run: RunDirectory, example: int, sigma: float, phase: str, num: 
     config = run.config
     data = load_dataset(config.dataset, "train")
     denoiser, classifier = load_model(run.model("denoiser")), load_model(run.model("classifier"))
-    size, batch = config.compute.chunk_size, config.compute.training_batch_size
-    image = data.pixels()[example]
-    rows = []
-    for chunk in range(-(-num // size)):
-        text = f"{config.seed}|{phase}|{sigma.hex()}|{chunk}|{data.example_ids[example]}"
-        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-        rows.append(np.random.Generator(np.random.SFC64(key)).standard_normal((size, *image.shape), dtype=np.float32))
-    noisy = image + sigma * torch.from_numpy(np.concatenate(rows)[:num])
+    batch, image = config.compute.training_batch_size, data.pixels()[example]
+    noise = normals(config.seed, data.example_ids[example], phase, sigma, num, tuple(image.shape))
+    noisy = image + sigma * torch.from_numpy(noise)
     votes = np.zeros(10, np.int64)
     with torch.inference_mode():
         for part in torch.split(noisy, batch):
@@ -187,18 +182,32 @@ def test_build_dataset_on_ray_classifier_of_another_width_is_our_error(cluster: 
         build_dataset.run(run)
 
 
-def test_build_dataset_resumed_on_another_device_is_refused(tmp_path: Path) -> None:
+def test_build_dataset_resumed_on_another_device_goes_on_unless_its_noise_is_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tiny_run(tmp_path, "compute.executor=local", "compute.part_rows=1")
     build_dataset.run(run)
     store = ShardStore(run.path, "dataset")
     plan = store.read_plan()
     assert plan is not None
     assert plan.device == "cpu"
-    store.write_plan(replace(plan, device="cuda"), load_dataset(run.config.dataset, "train").example_ids)
-    for file in (run.path / "dataset").iterdir():  # they say which plan they are of
-        file.unlink()
-    with pytest.raises(ConfigError, match="begun on 'cuda' and would go on on 'cpu'"):
-        build_dataset.run(run)
+    ids, table = load_dataset(run.config.dataset, "train").example_ids, store.read()
+
+    def begun(plan: Plan) -> None:
+        store.write_plan(plan, ids)
+        for file in (run.path / "dataset").iterdir():  # they say which plan they are of
+            file.unlink()
+
+    begun(replace(plan, device="cuda"))
+    build_dataset.run(run)
+    assert "begun on 'cuda', goes on on 'cpu': the noise is the same" in capsys.readouterr().out
+    assert ShardStore(run.path, "dataset").read().equals(table)
+    former = RunDirectory(run.folder, None)
+    former.config = run.config.model_copy(update={"noise_version": 1})
+    origin = {key: value for key, value in plan.origin.items() if key != "noise_version"}
+    begun(replace(plan, device="cuda", origin=origin | {"fingerprint": former.config.fingerprint()}))
+    with pytest.raises(ConfigError, match="begun on 'cuda' and would go on on 'cpu', with other noise"):
+        build_dataset.run(former)
 
 
 def work_on(run: RunDirectory, **models: str) -> Work:

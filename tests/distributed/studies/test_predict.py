@@ -115,7 +115,7 @@ def test_predict_images_dual_equals_the_public_api_image_by_image(run: RunDirect
     digits, names = read_digits("test", 500, 0), ["0.png", "1.png", "2.png", "more/3.png"]
     smoothed = DualSmoothedClassifier(
         loaded(run, "estimator"), loaded(run, "classifier"), (0.25, 0.5), 0.5, 10,
-        denoiser=loaded(run, "denoiser"), chunk_size=20,
+        denoiser=loaded(run, "denoiser"),
     )  # fmt: skip
     predicted, certified = (answers(run, folder, question(certify=certify)) for certify in (False, True))
     for index, name in enumerate(names):
@@ -142,7 +142,7 @@ def test_predict_images_agreement_equals_the_public_api(run: RunDirectory, folde
     digits, names = read_digits("test", 500, 0), ["0.png", "1.png"]
     smoothed = DualSmoothedClassifier(
         loaded(run, "estimator"), loaded(run, "classifier"), (0.25, 0.5), 0.5, 10,
-        denoiser=loaded(run, "denoiser"), chunk_size=20,
+        denoiser=loaded(run, "denoiser"),
     )  # fmt: skip
     config = run.config.model_copy(update={"certify": run.config.certify.model_copy(update={"router": router})})
     asked = [question(method="agreement", certify=certify) for certify in (False, True)]
@@ -164,7 +164,7 @@ def test_predict_images_agreement_equals_the_public_api(run: RunDirectory, folde
 
 def test_predict_images_standard_equals_the_public_api(run: RunDirectory, folder: Path) -> None:
     model, digits = loaded(run, "classifier"), read_digits("test", 500, 0)
-    smoothed = SmoothedClassifier(model, 10, 0.25, denoiser=loaded(run, "denoiser"), chunk_size=20, seed=3)
+    smoothed = SmoothedClassifier(model, 10, 0.25, denoiser=loaded(run, "denoiser"), seed=3)
     rows = answers(run, folder, question(method="standard", sigma=0.25, seed=3))
     found = [rows[f"{index}.png"]["class"] for index in range(3)]
     images = [torch.from_numpy(digits.image(index)) for index in range(3)]

@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 def test_shift_rows_equal_certificates_of_the_corrupted_images_by_the_public_api(run: RunDirectory) -> None:
     models = {name: load_model(run.model(name)) for name in ("classifier_finetuned", "denoiser", "estimator")}
     sampling: dict[str, Any] = {"num_selection": 20, "num_estimation": 40, "alpha": 0.01, "batch_size": 64}
-    plain: dict[str, Any] = {"denoiser": models["denoiser"], "chunk_size": 20}
+    plain: dict[str, Any] = {"denoiser": models["denoiser"]}
     clean = run.data("test").take([0, 3, 6, 9])
     for (corruption, severity), directory in zip(SETS, sets_there(run), strict=True):
         data = corrupt_images(clean, "digits-c", corruption, severity)

@@ -5,11 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.machine.noise_key import chunk_key
-from core.records import Phase
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.views.gallery import gallery
+from tests.helpers.reference_noise import normals
 from tests.helpers.runs import finished_run
 
 
@@ -41,9 +40,8 @@ def test_gallery_noisy_copy_is_the_first_of_the_estimation_draws(run: RunDirecto
         example_id, sigma = caption.split(":")[0], float(caption.split()[-1])
         image = data.image(data.example_ids.index(example_id)).astype(np.float32) / 255
         np.testing.assert_array_equal(images.clean[number], image)
-        key = int.from_bytes(chunk_key(run.config.seed, example_id, Phase.ESTIMATION, sigma, 0), "little")
-        draw = np.random.Generator(np.random.SFC64(key)).standard_normal(image.size, dtype=np.float32)
-        expected = np.clip(image + sigma * draw.reshape(image.shape), 0, 1)
+        draw = normals(run.config.seed, example_id, "estimation", sigma, 1, image.shape)[0]
+        expected = np.clip(image + sigma * draw, 0, 1)
         np.testing.assert_allclose(images.noisy[number], expected, atol=1e-6)
         assert images.denoised[number].min() >= 0
         assert images.denoised[number].max() <= 1
