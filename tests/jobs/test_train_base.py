@@ -23,7 +23,7 @@ from tests.helpers.tiny import PLAIN, tiny_run
 
 POOL = (
     "base.denoiser.train={steps: 5, batch_size: 32}",
-    "base.experts={0.25: {width: 4, train: {epochs: 2, loss: consistency, batch_size: 40}}, 0.5: {width: 8, train: "
+    "base.experts={0.25: {width: 8, train: {epochs: 2, loss: consistency, batch_size: 40}}, 0.5: {width: 8, train: "
     "{epochs: 2, ema: 0.9, optimizer: sgd, momentum: 0.5, schedule: cosine, warmup: 0.2, augment: flip}}}",
 )
 ROLES = ("denoiser", "classifier-0.25", "classifier-0.5")
@@ -135,5 +135,6 @@ def test_train_base_on_workers_equals_the_plain_loop(tmp_path: Path) -> None:
         assert one.model(role).read_bytes() == plain.model(role).read_bytes()
         a, b = (load_model(run.model(role)).state_dict() for run in (plain, two))
         for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+            # Not of width 4: with one channel a group a bias has no gradient but rounding, of which AdamW makes steps.
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
     assert two.manifest["steps"]["train_base"]["networks"][roles[0]]["workers"] == 2
