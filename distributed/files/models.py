@@ -35,15 +35,14 @@ def fetch_model(source: str) -> Path:
     folder = Folder(source)
     if folder.local is not None:
         return local_path(folder.local)
-    files = _listed(folder)
+    beside = {file.name: file for file in folder.parent.files()}
+    single = folder.name in beside
+    root, files = (folder.parent, _with_notes(folder.name, beside)) if single else (folder, _listed(folder))
     key = json.dumps([folder.uri, *((name, file.size, file.modified) for name, file in sorted(files.items()))])
-    target = cache_folder() / "models" / hashlib.sha256(key.encode()).hexdigest()[:32] / folder.name
-    if "" in files:
-        _download(folder.parent, folder.name, target, files[""].size)
-        return target
+    target = cache_folder() / "models" / hashlib.sha256(key.encode()).hexdigest()[:32] / root.name
     for name, file in files.items():
-        _download(folder, name, target / name, file.size)
-    return target
+        _download(root, name, target / name, file.size)
+    return target / folder.name if single else target
 
 
 def _download(folder: Folder, name: str, target: Path, size: int) -> None:
@@ -63,10 +62,13 @@ def _download(folder: Folder, name: str, target: Path, size: int) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _listed(folder: Folder) -> Mapping[str, Stored]:
-    """What is there, by name: of a single file `""`."""
-    if file := next((file for file in folder.parent.files() if file.name == folder.name), None):
-        return {"": file}
+def _with_notes(file: str, there: Mapping[str, Stored]) -> dict[str, Stored]:
+    """A file, and what stands beside weights of a folder of the hub: it says how their pixels are normalised."""
+    return {name: each for name, each in there.items() if name == file or (file in WEIGHTS and name.endswith(".json"))}
+
+
+def _listed(folder: Folder) -> dict[str, Stored]:
+    """The files of a model's folder, by name."""
     found = {
         f"{part}/{file.name}" if part else file.name: file
         for part in FOLDERS
@@ -85,8 +87,11 @@ def _listed(folder: Folder) -> Mapping[str, Stored]:
 
 
 def model_sha256(path: Path) -> str:
-    """SHA-256 of a file; of a folder that of the names and hashes of the files in it which may be read."""
-    if not path.is_dir():
+    """SHA-256 of a file; of a folder that of the names and hashes of the files in it which may be read. Likewise of
+    weights that are named themselves, and what is said beside them.
+    """
+    if not path.is_dir() and path.name not in WEIGHTS:
         return known_sha256(path)
-    lines = [f"{known_sha256(path / name)}  {name.as_posix()}\n" for name in files_of(path)]
+    root, names = (path, ("*.json", *WEIGHTS)) if path.is_dir() else (path.parent, ("*.json", path.name))
+    lines = [f"{known_sha256(root / name)}  {name.as_posix()}\n" for name in files_of(root, names)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -351,7 +351,7 @@ def test_config_classifier_keys_are_checked_and_part_of_the_identity() -> None:
     plain = {"sigmas": [0.25, 0.5], "report": {"radii": [0, 0.5]}}
     for override, message in (
         ("base.classifier={}", r"base\.classifier.*arch: is missing"),
-        ("base.classifier={arch: resnet50}", "resnet50 is not trained here; give classifier.checkpoint"),
+        ("base.classifier={arch: resnet50}", "resnet50 has no weights; give classifier.checkpoint"),
         ("base.classifier={arch: a, checkpoint: b, pretrained: true}", "give one of them"),
         ("base.classifier={arch: a, checkpoint: b, labelmap: [1]}", "unknown key .*did you mean 'label_map'"),
         ("base.classifier={arch: a, checkpoint: b, std: [0]}", "greater than 0"),

@@ -195,8 +195,8 @@ def test_load_denoiser_says_where_its_schedule_is_from(tmp_path: Path) -> None:
     save_model(loaded, tmp_path / "own.safetensors")
     assert load_denoiser(tmp_path / "own.safetensors").taken["schedule"] == "linear-1000 (the file)"
     for given, message in (
-        ({"schedule": "linear-1000"}, "says its noise schedule itself; remove denoiser_schedule"),
-        ({"head_dim": 8}, "says its attention heads itself; remove denoiser_head_dim"),
+        ({"schedule": "linear-1000"}, "says its noise schedule itself; remove schedule"),
+        ({"head_dim": 8}, "says its attention heads itself; remove head_dim"),
     ):
         for source in ("d", "own.safetensors"):
             with pytest.raises(ConfigError, match=message):
@@ -236,7 +236,7 @@ def test_load_denoiser_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
         load_denoiser(file)
     scheduler.unlink()
     with pytest.raises(
-        ModelError, match=r"no scheduler_config\.json, so its noise schedule is unknown: give denoiser_schedule"
+        ModelError, match=r"no scheduler_config\.json, so its noise schedule is unknown: give schedule"
     ):
         load_denoiser(folder)
     assert load_denoiser(folder, schedule="cosine-4000").num_steps == 4000

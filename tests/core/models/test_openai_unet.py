@@ -118,7 +118,7 @@ def test_convert_another_head_dim_is_another_network() -> None:
 
 
 def test_convert_what_a_state_dict_does_not_say_is_asked_for() -> None:
-    said = r"is none of the published networks \(cifar10_.*give denoiser_head_dim .*64 / num_heads\) and denoiser_sch"
+    said = r"is none of the published networks \(cifar10_.*give head_dim .*64 / num_heads\) and sch"
     lsun_like = replace(SMALL_CIFAR, heads=1)  # another number of heads and another schedule: the same shapes
     for shape in (SMALL_CIFAR, lsun_like):
         state = state_on_meta(shape)

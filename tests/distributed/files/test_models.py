@@ -90,6 +90,19 @@ def test_models_of_a_store_are_fetched_once_and_noted(
     assert (taken["denoiser"]["checkpoint"], taken["classifier"]["checkpoint"]) == (denoiser, resnet)
 
 
+def test_weights_of_a_store_bring_what_is_said_beside_them(local: Path, server: FlakyProxy) -> None:
+    """A file of a hub's folder, named itself: its normalisation is in another one."""
+    (local / "vit").mkdir()
+    for name in ("model.safetensors", "preprocessor_config.json", "pytorch_model.bin"):
+        (local / "vit" / name).write_text(name)
+    there = fetch_model(upload(local / "vit", server, "beside/vit").replace("/vit", "/vit/model.safetensors"))
+    assert {path.name for path in there.parent.iterdir()} == {"model.safetensors", "preprocessor_config.json"}
+    before = model_sha256(there)
+    assert before == model_sha256(local / "vit" / "model.safetensors")
+    (local / "vit" / "preprocessor_config.json").write_text("another")
+    assert model_sha256(local / "vit" / "model.safetensors") != before
+
+
 @pytest.mark.parametrize("place", ["local", "file", "s3"])
 def test_model_that_changed_under_its_address_is_refused(place: str, local: Path, server: FlakyProxy) -> None:
     """The step was begun and has not finished."""
