@@ -48,7 +48,5 @@ class Blocks(Replica):
 
 
 if __name__ == "__main__":
-    launch.run_work = partial(  # type: ignore[attr-defined]
-        run_work, replica=globals()[sys.argv.pop(1)]
-    )
+    vars(launch)["run_work"] = partial(run_work, replica=globals()[sys.argv.pop(1)])
     sys.exit(build_dataset.main())

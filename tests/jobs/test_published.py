@@ -234,6 +234,7 @@ def test_experts_each_certify_their_own_sigma_and_the_estimator_routes(
     assert names == {
         *(f"classifier{kind}-{sigma}.safetensors" for kind in ("", "_finetuned") for sigma in says),
         "denoiser.safetensors",
+        "card.md",
         "estimator.safetensors",
     }
     assert steps["finetune_classifier"]["share_of_samples_at_sigma"] == {"0.25": 0.5, "1.0": 0.5}

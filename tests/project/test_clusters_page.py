@@ -82,7 +82,7 @@ def ray_nodes(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         yield f"http://127.0.0.1:{dashboard}"
 
 
-def _end(node: "subprocess.Popen[bytes]") -> None:
+def _end(node: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> None:
     node.terminate()
     try:
         node.wait(30)

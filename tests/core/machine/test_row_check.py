@@ -177,11 +177,17 @@ def test_certify_a_module_that_knows_one_batch_shape_is_checked_with_that() -> N
         def forward(self, images: Tensor) -> Tensor:
             return self.function(images.view(100, 1, 4, 4))
 
-    assert certified(Fixed(PLANE)) == certified(PLANE)
+    def fixed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        module = Fixed(function)
+        return lambda images: module(images)
+
+    # A function's batches are filled up to one shape; a module's follow the work.
+    assert certified(fixed(PLANE)) == certified(PLANE)
     with pytest.raises(ModelError, match="the classifier mixes the rows of a batch"):
-        certified(Fixed(shifted))
-    with pytest.raises(RuntimeError, match="is invalid for input of size"):
-        certified(Fixed(PLANE), batch_size=33)
+        certified(fixed(shifted))
+    for network, size in ((Fixed(PLANE), 100), (fixed(PLANE), 33)):
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            certified(network, batch_size=size)
 
 
 def test_certify_a_network_that_changes_from_pass_to_pass_is_refused() -> None:

@@ -72,13 +72,13 @@ class Fake(Board):
     """Replicas as told."""
 
     def __init__(self, *seen: Seen, mortal: bool = True) -> None:
-        self.seen, self.mortal, self.killed = list(seen), mortal, list[Seen]()
+        self.seen, self.mortal, self.victims = list(seen), mortal, list[Seen]()
 
     def look(self) -> list[Seen]:
         return self.seen
 
     def end(self, seen: Seen) -> bool:
-        self.killed.append(seen)
+        self.victims.append(seen)
         return self.mortal
 
     def room(self) -> str:
@@ -138,7 +138,7 @@ def test_watch_says_what_is_waited_for_and_ends_what_hangs(
         clock[0] += 100
     for _ in range(2):  # the second time it has been said
         watch.check()
-    assert len(fake.killed) == 2 * ended
+    assert len(fake.victims) == 2 * ended
     assert len(caplog.records) == (2 * bool(logged) if ended else bool(logged))
     assert re.search(logged, caplog.text)
     printed = capsys.readouterr().out

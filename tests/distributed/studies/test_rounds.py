@@ -76,7 +76,10 @@ def test_pipeline_two_rounds_interrupted_and_resumed_equal_a_run_begun_by_hand(
     assert {path: path.stat().st_mtime_ns for path in first} == first, "the first round was touched"
 
     # By hand: a run with the fine-tuned classifier as its own, and the second round's seed.
-    own = [f"base.classifier.checkpoint={one.model('classifier_finetuned')}", f"base.denoiser={one.model('denoiser')}"]
+    own = [
+        f"base.classifier={{checkpoint: {one.model('classifier_finetuned')}}}",
+        f"base.denoiser={one.model('denoiser')}",
+    ]
     by_hand = RunDirectory(tmp_path / "hand", parse_config(PLAIN, [*TINY, *own, "seed=1000"]))
     pipeline.run(by_hand)
     for store in STORES:
