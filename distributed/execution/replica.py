@@ -114,7 +114,7 @@ class Replica:
         self._thread: threading.Thread | None = None
         self._stage, self._steps = "loading", 0
         self._begun: dict[int, float] = {}
-        self._pulse = None if board is None else Pulse(board, work.config.compute, self.id, self._state).__enter__()
+        self._pulse = None if board is None else Pulse(board, work.config.compute, self.id, self._state)
         try:
             self._load(work)
         except DualRSError as error:
@@ -243,7 +243,7 @@ class Replica:
         A network that hangs keeps nobody: after `CLOSE_S` seconds the thread is left to end with the process.
         """
         if self._pulse is not None:
-            self._pulse.__exit__(None, None, None)
+            self._pulse.end()
         if self._thread is not None:
             self._closing.set()
             self._inbox.put(None)

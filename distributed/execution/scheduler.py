@@ -253,7 +253,7 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     placed = replace(work, device=device)
-    board = _Here()
+    board = Board()
 
     def run(pending: Sequence[int]) -> Iterator[Facts]:
         replica = replica_class(placed, board=board)
@@ -272,18 +272,8 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         yield Executor(device, 1, probe, measure, run, on_ray=False, watch=watch)
 
 
-class _Here(Board):
-    """The replica of this process, which nothing can end."""
-
-    def end(self, _: Seen) -> bool:
-        return False
-
-    def room(self) -> str:
-        return "the replica of this process has not begun"
-
-
-class _Cluster:
-    """The replicas on Ray, by their signs on a board that lives beside the driver."""
+class _Cluster(Board):
+    """The replicas on Ray, by their signs on a board that is an actor beside the driver."""
 
     def __init__(self, resource: str, each: float) -> None:
         import ray
@@ -299,13 +289,13 @@ class _Cluster:
         from ray.core.generated.gcs_pb2 import ActorTableData
 
         nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        gone = {ActorTableData.DEAD}  # a pool that shrinks; one that is loading again is RESTARTING as well
+        gone = {ActorTableData.DEAD}  # a pool that shrinks; for Ray one that loads again is still RESTARTING
         return [
             seen
             for seen in ray.get(self.board.look.remote(), timeout=60.0)
             if seen.sign.node_id in nodes
             and seen.sign.handle._get_local_state()
-            not in (gone if seen.sign.stage == "loading" else gone | {ActorTableData.RESTARTING})
+            not in (gone | {ActorTableData.RESTARTING} if seen.sign.stage == "working" else gone)
         ]
 
     def end(self, seen: Seen) -> bool:
@@ -313,7 +303,7 @@ class _Cluster:
         import ray
 
         ray.kill(seen.sign.handle, no_restart=False)
-        self.board.forget.remote(seen.sign.key)
+        self.board.ended.remote(seen.sign.key)
         return True
 
     def room(self) -> str:
@@ -324,7 +314,8 @@ class _Cluster:
         there, free = (every.get(kind, 0.0) for every in (ray.cluster_resources(), ray.available_resources()))
         if there < self._each:
             return f"no node with a {kind} yet ({nodes} nodes in the cluster)"
-        return f"no {kind} is free of {there:g}" if free < self._each else "a replica is about to start"
+        taken = f"no {kind} is free, {there - free:g} of {there:g} are taken"
+        return taken if free < self._each else "a replica is about to start"
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from core.config import ComputeConfig
 from core.errors import ModelError
@@ -40,7 +40,7 @@ class Sign:
         key: of its actor, which Ray starts again after a loss; empty without Ray.
         replica: its id, another one after each start.
         host, node_id, pid: where it is; `node_id` is Ray's.
-        stage: `loading`, `measuring` or `working`.
+        stage: `loading`, `measuring` or `working`; `starting` where it was ended and no other one has signed yet.
         progress: grows with all that it gets done.
         shards: those that it has begun, and for how many seconds it has had each.
         handle: of the actor, weak: it keeps none alive.
@@ -75,7 +75,7 @@ class Seen:
 
 
 class Board:
-    """Where replicas leave their signs. An actor beside the driver, or an object of this process without Ray.
+    """Where replicas leave their signs: an actor beside the driver, or an object of this process without Ray.
 
     The times are its own: clocks of machines differ.
     """
@@ -87,24 +87,36 @@ class Board:
         """Take a replica's sign."""
         now = time.monotonic()
         before, entered, moved = self._last.get(sign.key, (None, now, now))
+        if before is not None and before.stage == "starting" and before.replica == sign.replica:
+            return  # its last words
         if before is None or (before.replica, before.stage) != (sign.replica, sign.stage):
             entered = moved = now
         elif before.progress != sign.progress or (sign.stage == "working" and not sign.shards):
             moved = now
         self._last[sign.key] = (sign, entered, moved)
 
-    def forget(self, key: str) -> None:
-        """Drop a replica that was ended."""
-        self._last.pop(key, None)
+    def ended(self, key: str) -> None:
+        """Wait for another replica in a place whose one was ended."""
+        if key in self._last:
+            now = time.monotonic()
+            self._last[key] = (replace(self._last[key][0], stage="starting", shards={}), now, now)
 
     def look(self) -> list[Seen]:
         """The replicas, as of now."""
         now = time.monotonic()
         return [Seen(sign, now - entered, now - moved) for sign, entered, moved in self._last.values()]
 
+    def end(self, seen: Seen) -> bool:
+        """End a replica; False where that is not possible, as for that of this process."""
+        return False
+
+    def room(self) -> str:
+        """Why there is no replica, as far as it can be told."""
+        return "the replica of this process has not begun"
+
 
 class Pulse:
-    """A thread of a replica that signs a board. Context manager.
+    """A thread of a replica that signs a board, from now until `end`.
 
     Args:
         board: a `Board`, or the handle of its actor.
@@ -114,23 +126,14 @@ class Pulse:
     """
 
     def __init__(
-        self,
-        board: Any,
-        compute: ComputeConfig,
-        replica: str,
-        state: Callable[[], tuple[str, int, Mapping[int, float]]],
+        self, board: Any, compute: ComputeConfig, replica: str, state: Callable[[], tuple[str, int, dict[int, float]]]
     ) -> None:
         self._board, self._every_s, self._replica, self._state = board, _beat(compute), replica, state
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="pulse", daemon=True)
+        threading.Thread(target=self._live, name="pulse", daemon=True).start()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
+        """Sign no more."""
         self._ended.set()
 
     def _live(self) -> None:
@@ -158,21 +161,11 @@ class Scout:
 
     def ask(self, question: Callable[..., Any], board: Any, work: Any, *args: Any) -> Any:
         """The answer to `question(work, *args)`."""
-        with Pulse(board, work.config.compute, "that measures", lambda: ("measuring", 0, {})):
+        pulse = Pulse(board, work.config.compute, "that measures", lambda: ("measuring", 0, {}))
+        try:
             return question(work, *args)
-
-
-class Cluster(Protocol):
-    """What the watch knows and does outside its process."""
-
-    def look(self) -> Sequence[Seen]:
-        """The replicas that there are."""
-
-    def end(self, seen: Seen) -> bool:
-        """End a replica; False where that is not possible."""
-
-    def room(self) -> str:
-        """Why there is none, as far as it can be told."""
+        finally:
+            pulse.end()
 
 
 @dataclass
@@ -184,13 +177,13 @@ class Watch:
     Args:
         store: which step it is.
         compute: `hang_s`, `max_attempts`.
-        cluster: the replicas.
-        slots: replicas at most.
+        replicas: what they say of themselves, and how one is ended.
+        slots: how many there are at most.
     """
 
     store: str
     compute: ComputeConfig
-    cluster: Cluster
+    replicas: Board
     slots: int
     failure: ModelError | None = None
     """Why the step is ended: so many replicas in a row have hung that nothing is to be hoped for."""
@@ -228,11 +221,11 @@ class Watch:
 
     def check(self) -> None:
         """Look once."""
-        seen, hang_s = self.cluster.look(), self.compute.hang_s
+        seen, hang_s = self.replicas.look(), self.compute.hang_s
         for one in seen:
             if hang_s and one.silent_s > hang_s:
                 self._end(one)
-            elif one.silent_s > self._patience_s:
+            elif one.silent_s > self._patience_s and one.sign.stage != "starting":
                 self._tell(one, "silent", f"is silent for {clock(one.silent_s)}")
             for shard, seconds in one.sign.shards.items():
                 if self._slowest_s and seconds > max(self._patience_s, SLOW * self._slowest_s):
@@ -255,8 +248,11 @@ class Watch:
             _log.warning("%s: %s %s", self.store, one.sign, text)
 
     def _end(self, one: Seen) -> None:
+        if one.sign.stage == "starting":  # for want of room, or it hangs before it signs: asking again does no harm
+            self.replicas.end(one)
+            return
         text = f"has hung for {clock(one.silent_s)} (compute.hang_s={self.compute.hang_s:g})"
-        if not self.cluster.end(one):
+        if not self.replicas.end(one):
             self._tell(one, "hung", f"{text}; nothing ends it but the end of this process")
             return
         _log.error("%s: %s %s and was ended; what it had goes to another one", self.store, one.sign, text)
@@ -270,14 +266,17 @@ class Watch:
 
     def _reasons(self, seen: Sequence[Seen]) -> str:
         """What is waited for."""
-        silent = [one for one in seen if one.silent_s > self._patience_s]
-        rest = [one for one in seen if one.silent_s <= self._patience_s]
+        starting = [one.stage_s for one in seen if one.sign.stage == "starting"]
+        there = [one for one in seen if one.sign.stage != "starting"]
+        silent = [one for one in there if one.silent_s > self._patience_s]
+        rest = [one for one in there if one.silent_s <= self._patience_s]
         loading = [one.stage_s for one in rest if one.sign.stage != "working"]
         parts = [f"{one.sign} is silent for {clock(one.silent_s)}" for one in silent[:3]]
         parts += [f"{len(silent) - 3} more are silent"] if silent[3:] else []
         parts += [f"{len(loading)} replicas load or measure, for {clock(max(loading))}"] if loading else []
         parts += [f"{len(rest) - len(loading)} replicas are at work"] if len(rest) > len(loading) else []
-        return "; ".join(parts) or self.cluster.room()
+        parts += [f"{len(starting)} replicas start again, for {clock(max(starting))}"] if starting else []
+        return "; ".join(parts if there else [*parts, self.replicas.room()])
 
 
 def _beat(compute: ComputeConfig) -> float:

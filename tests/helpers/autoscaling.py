@@ -177,10 +177,10 @@ def _free_port() -> int:
 
 
 def _wait_until_up(head: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while "Ray runtime started" not in log.read_text():
         assert head.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, f"no head at {address} after 90 s:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"no head at {address} after 300 s:\n{log.read_text()}"
         time.sleep(0.2)
 
 

@@ -57,7 +57,8 @@ class Chaos:
         self.kinds: dict[str, Callable[[], bool]] = {
             "SIGKILL of the driver": lambda: self._end_driver(signal.SIGKILL),
             "SIGTERM to the driver": lambda: self._end_driver(signal.SIGTERM),
-            "SIGKILL of a replica": self._kill_replica,
+            "SIGKILL of a replica": lambda: self._signal_replica(signal.SIGKILL),
+            "a replica hangs": lambda: self._signal_replica(signal.SIGSTOP),
             "SIGKILL of a worker's raylet": self._kill_raylet,
             "second driver": self._second_driver,
             "S3 fails": lambda: self._disturb_storage("fail"),
@@ -135,11 +136,11 @@ class Chaos:
                         found.append(process)
         return found
 
-    def _kill_replica(self) -> bool:
-        replicas = self._replicas()
+    def _signal_replica(self, number: signal.Signals) -> bool:
+        replicas = [one for one in self._replicas() if one.status() != psutil.STATUS_STOPPED]
         if not replicas:
             return False
-        self.random.choice(replicas).kill()
+        self.random.choice(replicas).send_signal(number)
         return True
 
     def _kill_raylet(self) -> bool:

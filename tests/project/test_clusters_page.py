@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -61,15 +62,20 @@ def ray_nodes(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         stack.callback(shutil.rmtree, temp, ignore_errors=True)
         log = stack.enter_context((folder / "ray.log").open("ab"))
         for number, options in enumerate((head, worker, worker), 1):
-            node = subprocess.Popen(
+            start = partial(
+                subprocess.Popen,
                 [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *options],
                 env=environment, cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
+            node = start()
             stack.callback(_end, node)
             deadline, there = time.monotonic() + 600, 0
             while there < number:
-                assert node.poll() is None, (folder / "ray.log").read_text()
                 assert time.monotonic() < deadline, (folder / "ray.log").read_text()
+                if node.poll() is not None:  # Ray gives a node thirty seconds, which a busy machine may not have
+                    assert number > 1, (folder / "ray.log").read_text()
+                    node = start()
+                    stack.callback(_end, node)
                 status = [str(BIN / "ray"), "status", f"--address=127.0.0.1:{port}"]
                 said = subprocess.run(status, env=environment, capture_output=True, text=True).stdout
                 there = said.partition("Pending:")[0].count(" node_")
@@ -131,8 +137,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         environment |= {
             "RAY_AUTH_MODE": "disabled",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-            "RAY_raylet_start_wait_time_s": "150",  # a busy machine
-            "RAY_worker_register_timeout_seconds": "600",
+            "RAY_worker_register_timeout_seconds": "600",  # a busy machine
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "400",
             "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "400",
             "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{store.port}",

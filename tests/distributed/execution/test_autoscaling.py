@@ -62,7 +62,7 @@ def test_build_dataset_nodes_come_by_demand_and_go_after_the_end(
     log, ended = tmp_path / "driver.log", None
     with (
         autoscaling_cluster(
-            autoscaler, NODES, idle_s=10.0, log=tmp_path / "autoscaler.log", gpus=kind == "gpu"
+            autoscaler, NODES, idle_s=10.0, log=tmp_path / "autoscaler.log", gpus=int(kind == "gpu")
         ) as address,
         workers_alive(address, LIMIT_S) as alive,
         log.open("wb") as output,

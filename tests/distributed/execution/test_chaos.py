@@ -18,6 +18,7 @@ KINDS = {
     "SIGKILL of the driver": 6,
     "SIGTERM to the driver": 4,
     "SIGKILL of a replica": 8,
+    "a replica hangs": 5,
     "SIGKILL of a worker's raylet": 4,
     "second driver": 3,
     "S3 fails": 3,
@@ -39,7 +40,7 @@ def disturbed(tmp_path: Path, faults: list[str], overrides: list[str], seed: int
         for name in ("denoiser", "classifier"):
             (run.folder / "models").write(f"{name}.safetensors", reference.model(name).read_bytes())
         run.finish("train_base", read={}, wrote=reference.manifest["steps"]["train_base"]["wrote"], facts={})
-        chaos = Chaos(where, proxy, ["compute.executor=ray", "compute.max_replicas=2"], seed)
+        chaos = Chaos(where, proxy, ["compute.executor=ray", "compute.max_replicas=2", "compute.hang_s=20"], seed)
         report = chaos.run(faults, len(plan), tmp_path / "drivers.log", limit_s=1800.0)
 
         store = ShardStore(where, "dataset")

@@ -62,11 +62,13 @@ def test_board_silence_is_time_without_progress_and_idle_replicas_need_only_sign
     assert after(9, idle) == (30, 0)
     clock[0] += 8
     assert board.look()[0].silent_s == 8  # and then it no longer signs
-    board.forget("a")
-    assert board.look() == []
+    board.ended("a")
+    board.sign(replace(idle, progress=7))  # its last words
+    assert (board.look()[0].sign.stage, board.look()[0].silent_s) == ("starting", 0)
+    assert after(5, replace(loading, replica="t")) == (0, 0)
 
 
-class Fake:
+class Fake(Board):
     """Replicas as told."""
 
     def __init__(self, *seen: Seen, mortal: bool = True) -> None:
@@ -95,6 +97,14 @@ class Fake:
             "",
             "1 replicas load or measure, for 0:50",
         ),
+        (
+            [Seen(replace(SIGN, stage="starting", shards={}), 90, 90)],
+            1200,
+            0,
+            "",
+            "1 replicas start again, for 1:30; no node with a GPU yet",
+        ),
+        ([Seen(replace(SIGN, stage="starting", shards={}), 1201, 1201)], 1200, 1, "", "start again"),
         (
             [Seen(SIGN, 500, 70), Seen(SIGN, 500, 1)],
             1200,
@@ -129,7 +139,7 @@ def test_watch_says_what_is_waited_for_and_ends_what_hangs(
     for _ in range(2):  # the second time it has been said
         watch.check()
     assert len(fake.ended) == 2 * ended
-    assert len(caplog.records) == (2 if ended else bool(logged))
+    assert len(caplog.records) == (2 * bool(logged) if ended else bool(logged))
     assert re.search(logged, caplog.text)
     printed = capsys.readouterr().out
     assert printed.count("no shard of dataset committed for 1:40: ") == bool(waits_for)
@@ -186,11 +196,12 @@ class Job:
         found = psutil.Process(self.process.pid).children(recursive=True)
         return {one.pid: one for one in found if "MapWorker" in "".join(one.cmdline()[:1])}
 
-    def wait(self, until: Callable[[], object], what: str, limit_s: float = 300.0) -> None:
+    def wait(self, until: Callable[[], object], what: str, limit_s: float = 400.0) -> None:
         """Until something holds; says when it did."""
+        deadline = time.monotonic() + limit_s
         while not until():
             assert self.process.poll() is None, self.said()
-            assert time.monotonic() - self.began < limit_s, f"not after {limit_s} s: {what}\n{self.said()}"
+            assert time.monotonic() < deadline, f"not after {limit_s} s: {what}\n{self.said()}"
             time.sleep(0.5)
         self.tell(what)
 
@@ -202,7 +213,7 @@ class Job:
 @contextmanager
 def job_on(tmp_path: Path, kind: str, *overrides: str) -> Iterator[Job]:
     """A job that must end well, with the rows of an undisturbed run."""
-    work = "compute.shard_examples=3"
+    work = "compute.shard_examples=1"
     run = tiny_run(tmp_path / "run", work)
     replicas = ("compute.min_replicas=2", "compute.max_replicas=2", *overrides)
     for name in ("load", "tasks"):
@@ -211,7 +222,7 @@ def job_on(tmp_path: Path, kind: str, *overrides: str) -> Iterator[Job]:
     job = Job(run, tmp_path / "log", kind, *replicas)
     try:
         yield job
-        job.process.wait(timeout=300)
+        job.process.wait(timeout=600)
         job.tell(f"the job ended with {job.process.returncode}\n{job.said()}")
     finally:
         job.process.kill()
@@ -226,33 +237,35 @@ def job_on(tmp_path: Path, kind: str, *overrides: str) -> Iterator[Job]:
 def test_build_dataset_replicas_stopped_for_good_are_named_and_replaced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with job_on(tmp_path, "Slow", "compute.hang_s=30") as job:
+    with job_on(tmp_path, "Slow", "compute.hang_s=60") as job:
         job.wait(lambda: len(job.store.committed()) >= 3, "three shards")
         first, second = job.replicas().values()
         first.send_signal(signal.SIGSTOP)
-        job.wait(lambda: f"(process {first.pid})" in job.said(), "the one that was stopped is named")
+        job.tell("one of two is stopped for good")
+        job.wait(lambda: f"(process {first.pid}) with shard" in job.said(), "it is named")
         job.wait(lambda: not first.is_running(), "it is ended")
         job.wait(lambda: len(job.replicas()) == 2, "another one starts")
         third = next(one for pid, one in job.replicas().items() if pid != second.pid)
         second.send_signal(signal.SIGSTOP)
         third.send_signal(signal.SIGSTOP)
+        job.tell("the other one and the new one are stopped for good")
 
         def status_says_so() -> bool:
             capsys.readouterr()
             show(RunDirectory(job.run.path, None))
             return f"(process {second.pid})" in (said := capsys.readouterr().out) and "silent" in said
 
-        job.wait(status_says_so, "both are stopped, and jobs.status says so")
+        job.wait(status_says_so, "jobs.status says so")
         job.wait(lambda: not second.is_running() and not third.is_running(), "both are ended")
     assert RunDirectory(job.run.path, None).manifest["steps"]["build_dataset"]["retries"] >= 2
-    hung = rf"replica \w+ on \S+ \(process {first.pid}\) with shard [\d, ]+ has hung for 0:[34]\d"
+    hung = rf"replica \w+ on \S+ \(process {first.pid}\) with shard [\d, ]+ has hung for 1:\d\d"
     assert re.search(hung, job.said())
     assert "no shard of dataset committed for 0:" in job.said()
 
 
 @pytest.mark.slow
 def test_build_dataset_replicas_whose_files_never_come_are_replaced(tmp_path: Path) -> None:
-    with job_on(tmp_path, "Blocks", "compute.hang_s=15") as job:
+    with job_on(tmp_path, "Blocks", "compute.hang_s=60") as job:
         pass
     assert re.search(r"\(process \d+, loading\) has hung for", job.said())
     assert re.search(r"\(process \d+\) with shard [\d, ]+ has hung for", job.said())
