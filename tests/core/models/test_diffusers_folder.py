@@ -235,9 +235,7 @@ def test_load_denoiser_bad_folders_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds the bare weights of a diffusers model: give the folder"):
         load_denoiser(file)
     scheduler.unlink()
-    with pytest.raises(
-        ModelError, match=r"no scheduler_config\.json, so its noise schedule is unknown: give schedule"
-    ):
+    with pytest.raises(ModelError, match=r"no scheduler_config\.json, so its noise schedule is unknown: give schedule"):
         load_denoiser(folder)
     assert load_denoiser(folder, schedule="cosine-4000").num_steps == 4000
     scheduler.write_text(json.dumps(LINEAR))
