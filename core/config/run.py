@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -27,7 +28,8 @@ class Config(Section):
     sigmas: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
     """Sigma, the candidate noise levels: standard deviations in the pixel scale [0, 1], ascending."""
     sigma_e: Positive | None = None
-    """Noise level of the estimator; max(sigmas) unless given. Only under certify.claim `agreement` may it be below."""
+    """Noise level of the estimator; max(sigmas) unless given. Only under certify.claim `agreement` may it be below; there a little above
+    max(sigmas) lets the router exclude levels as far out as the class reaches (`--dry-run` says how much)."""
     noise: Literal["gaussian", "exact"] = "gaussian"
     """`gaussian`: float32 normal noise, as everybody does it; `exact`: integer noise on the 8-bit grid, for which the
     certificate holds in exact arithmetic too (Voracek & Hein 2023)."""
@@ -209,6 +211,20 @@ class Config(Section):
         if certify.claim == "agreement":
             return certify.alpha * certify.router_share, certify.alpha * (1.0 - certify.router_share)
         return (certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha,) * 2
+
+    @property
+    def uncut_sigma_e(self) -> float | None:
+        """The noise level from which on the router's draws cut no radius of claim `agreement`; None where they do not.
+
+        A router that names one level for all images loses what lies between its reach and the class's.
+        """
+        if self.certify.claim != "agreement" or len(self.sigmas) == 1:
+            return None
+        from core.procedures.confidence import largest_radius  # scipy, as below
+
+        num, (router, label) = self.certify.num_estimation, self.stage_alphas
+        wanted = largest_radius(max(self.sigmas), num, label) / largest_radius(1.0, num, router)
+        return None if self.estimator_sigma >= wanted else math.ceil(100 * wanted) / 100
 
     @property
     def _stages(self) -> str:

@@ -92,6 +92,13 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
             _check_room(directory, found)
     reach, asked, num = config.reach, max(config.report.radii), config.certify.num_estimation
     found.facts.append(("radii", f"{num:,} draws reach {reach:.3f}, up to {asked:g} are asked for"))
+    if (level := config.uncut_sigma_e) is not None:
+        found.facts.append(
+            (
+                "router",
+                f"excludes no level as far out as the class reaches; it would with sigma_e={level:g} (or more draws)",
+            )
+        )
     with found.collect():
         if found.steps:
             config.check_radii(max((float(rows.radius.max()) for rows in imported_rows(directory.folder)), default=0.0))

@@ -260,3 +260,14 @@ def test_claim_and_router_leave_the_fingerprint_of_older_runs_and_make_another_w
     agreement = parse_config(MINIMAL, ["certify.claim=agreement"])
     assert agreement.certify.routed == "agreement"
     assert len({c.fingerprint() for c in (base, agreement, parse_config(MINIMAL, ["certify.router=plurality"]))}) == 3
+
+
+def test_uncut_sigma_e_is_where_the_routers_reach_is_that_of_the_class() -> None:
+    """With all n votes for it a stage reaches sigma Phi^-1(alpha^(1/n)): Clopper-Pearson's closed form."""
+    terms = ["certify.claim=agreement", "certify.num_estimation=1000", "certify.router_share=0.1", "sigmas=[0.25,0.5]"]
+    ratio = stats.norm.ppf(0.0009**1e-3) / stats.norm.ppf(0.0001**1e-3)
+    wanted = math.ceil(100 * 0.5 * ratio) / 100
+    assert parse_config(MINIMAL, terms).uncut_sigma_e == wanted == 0.53
+    assert parse_config(MINIMAL, [*terms, "sigma_e=0.52"]).uncut_sigma_e == wanted
+    assert parse_config(MINIMAL, [*terms, "sigma_e=0.53"]).uncut_sigma_e is None
+    assert parse_config(MINIMAL, terms[1:2]).uncut_sigma_e is None
