@@ -28,8 +28,8 @@ class Config(Section):
     sigmas: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)]
     """Sigma, the candidate noise levels: standard deviations in the pixel scale [0, 1], ascending."""
     sigma_e: Positive | None = None
-    """Noise level of the estimator; max(sigmas) unless given. Only under certify.claim `agreement` may it be below; there
-    a little above max(sigmas) lets the router exclude levels as far out as the class reaches (`--dry-run` says it)."""
+    """Noise level of the estimator; max(sigmas) unless given. Only under certify.claim `agreement` may it be below;
+    there a little above max(sigmas) lets the router exclude levels as far out as the class reaches (`--dry-run`)."""
     noise: Literal["gaussian", "exact"] = "gaussian"
     """`gaussian`: float32 normal noise, as everybody does it; `exact`: integer noise on the 8-bit grid, for which the
     certificate holds in exact arithmetic too (Voracek & Hein 2023)."""
