@@ -115,7 +115,8 @@ def workers_alive(address: str, limit_s: float) -> Iterator[Iterator[int]]:
         def samples() -> Iterator[int]:
             assert process.stdout is not None
             for line in process.stdout:
-                yield int(line)
+                if line.strip().isdigit():  # and not what Ray says of a node that has gone
+                    yield int(line)
                 assert time.monotonic() < deadline, f"not done after {limit_s:.0f} s"
             raise AssertionError("the process that watches the nodes has ended")
 
