@@ -54,6 +54,7 @@ def config(folder: Path, *more: str) -> list[str]:
     return ["--config", str(folder / "c.yaml"), "--out", str(folder / "run"), *KEYS, *more]
 
 
+@pytest.mark.slow
 def test_own_code_goes_through_every_step_and_a_change_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_cifar10_pickles_run_end_to_end(tmp_path: Path) -> None:
     assert ShardStore(directory.folder, "certificates/dual-base").read().num_rows == 4
 
 
+@pytest.mark.slow
 def test_cifar10_parquet_runs_end_to_end(tmp_path: Path) -> None:
     directory = shrunk(
         "cifar10",
@@ -119,6 +120,7 @@ def test_cifar10_parquet_runs_end_to_end(tmp_path: Path) -> None:
     assert (step["samples"], step["of"]) == (6, 12)
 
 
+@pytest.mark.slow
 def test_cifar10_c_is_certified_after_training_on_the_clean_images(tmp_path: Path) -> None:
     directory = shrunk(
         "cifar10",

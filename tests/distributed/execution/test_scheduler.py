@@ -185,27 +185,27 @@ def test_build_dataset_on_ray_classifier_of_another_width_is_our_error(cluster: 
 def test_build_dataset_resumed_on_another_device_goes_on_unless_its_noise_is_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tiny_run(tmp_path, "compute.executor=local", "compute.part_rows=1")
-    build_dataset.run(run)
-    store = ShardStore(run.path, "dataset")
-    plan = store.read_plan()
-    assert plan is not None
-    assert plan.device == "cpu"
-    ids, table = load_dataset(run.config.dataset, "train").example_ids, store.read()
-
-    def begun(plan: Plan) -> None:
-        store.write_plan(plan, ids)
+    def begun_on_cuda(run: RunDirectory) -> pa.Table:
+        """As if the first rows were from there; returns those of an undisturbed run."""
+        build_dataset.run(run)
+        store = ShardStore(run.path, "dataset")
+        plan, table = store.read_plan(), store.read()
+        assert plan is not None
+        assert plan.device == "cpu"
+        store.write_plan(replace(plan, device="cuda"), load_dataset(run.config.dataset, "train").example_ids)
         for file in (run.path / "dataset").iterdir():  # they say which plan they are of
             file.unlink()
+        return table
 
-    begun(replace(plan, device="cuda"))
+    run, former = (
+        tiny_run(tmp_path / f"{version}", "compute.executor=local", "compute.part_rows=1", f"noise_version={version}")
+        for version in (2, 1)
+    )
+    table = begun_on_cuda(run)
     build_dataset.run(run)
     assert "begun on 'cuda', goes on on 'cpu': the noise is the same" in capsys.readouterr().out
     assert ShardStore(run.path, "dataset").read().equals(table)
-    former = RunDirectory(run.folder, None)
-    former.config = run.config.model_copy(update={"noise_version": 1})
-    origin = {key: value for key, value in plan.origin.items() if key != "noise_version"}
-    begun(replace(plan, device="cuda", origin=origin | {"fingerprint": former.config.fingerprint()}))
+    begun_on_cuda(former)
     with pytest.raises(ConfigError, match="begun on 'cuda' and would go on on 'cpu', with other noise"):
         build_dataset.run(former)
 

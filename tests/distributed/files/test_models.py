@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def test_model_that_changed_under_its_address_is_refused(place: str, local: Path
     local_models(RunDirectory(local / "run", config), "base")
     torch.save(ResNetCifar(10, channels=1).state_dict(), resnet)
     if place == "s3":
+        time.sleep(1.1)  # its dates are whole seconds, and the size is the same
         upload(resnet, server, "changed/resnet.pt")
     with pytest.raises(ConfigError, match=r"base.classifier.checkpoint: .* is not the file that .* began with"):
         local_models(RunDirectory(local / "run", config), "base")
