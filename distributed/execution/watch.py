@@ -209,7 +209,8 @@ class Watch:
     ) -> None:
         self._ended.set()
         lock.waits_for("")
-        if isinstance(error, KeyboardInterrupt) and self.failure is not None:
+        # Whose handler of SIGTERM is in place (ours, or that of Ray, which exits) is not for this to know.
+        if isinstance(error, KeyboardInterrupt | SystemExit) and self.failure is not None:
             raise self.failure from None
 
     def committed(self, seconds: float) -> None:

@@ -114,6 +114,7 @@ def test_line_says_whether_the_median_is_what_was_wanted(wanted: str, value: flo
     assert as_markdown([line]).splitlines()[-1].split("|")[-2].strip() == met
 
 
+@pytest.mark.slow
 def test_every_part_without_ray_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = "engine,labels,forward,budgets,noise,estimate,startup"
     run_bench(tmp_path, monkeypatch, parts)

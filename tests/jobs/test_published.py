@@ -164,6 +164,7 @@ def imagenet_files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_image_folder_runs_end_to_end_past_a_corrupt_image(
     imagenet_files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

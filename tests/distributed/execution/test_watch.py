@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -158,7 +159,10 @@ def test_watch_without_anything_to_end_says_so_once(clock: list[float], caplog: 
     assert "has hung for 1:41 (compute.hang_s=100); nothing ends it but the end of this process" in record.message
 
 
-def test_watch_of_replicas_that_hang_again_and_again_ends_the_step() -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, lambda number, frame: sys.exit(number)])
+def test_watch_of_replicas_that_hang_again_and_again_ends_the_step(
+    handler: Callable[[int, FrameType | None], Any],
+) -> None:
     watch = Watch("dataset", ComputeConfig(hang_s=100, max_attempts=3), Fake(Seen(SIGN, 500, 101)), 2)
 
     def step() -> None:
@@ -171,8 +175,12 @@ def test_watch_of_replicas_that_hang_again_and_again_ends_the_step() -> None:
                 watch.check()
             time.sleep(5)  # the main thread is interrupted
 
-    with pytest.raises(ModelError, match=r"6 replicas of dataset have hung in a row .* raise compute.hang_s"):
-        step()
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(ModelError, match=r"6 replicas of dataset have hung in a row .* raise compute.hang_s"):
+            step()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Job:
