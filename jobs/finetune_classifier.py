@@ -28,8 +28,9 @@ def _finetune(directory: RunDirectory, reads: Sequence[str]) -> None:
     from core.config import SplitConfig
     from core.data.subsets import choose
     from core.models.checkpoints import load_model
+    from distributed.training.lesson import Lesson
     from distributed.training.sigmas import forget_sigmas, training_sigmas
-    from distributed.training.train import Lesson, Member, forget, train
+    from distributed.training.train import Member, forget, train
 
     config, finetune, hashes = directory.config, directory.config.finetune, directory.model_hashes(reads)
     whole = directory.data("train")

@@ -87,7 +87,8 @@ def _networks(
     from core.training.base_networks import base_network
     from core.training.classifier import numbers_of
     from distributed.store.sources import local_models
-    from distributed.training.train import Lesson, Member, train
+    from distributed.training.lesson import Lesson
+    from distributed.training.train import Member, train
 
     config, data = directory.config, directory.data("train")
     local = local_models(directory, "base")

@@ -31,7 +31,8 @@ def _train(directory: RunDirectory, reads: Sequence[str], dataset: str | None) -
     from core.training.estimator import hold_out, learnable, new_estimator
     from distributed.store.sources import local_models
     from distributed.training.labels import training_radii
-    from distributed.training.train import Lesson, Member, forget, train
+    from distributed.training.lesson import Lesson
+    from distributed.training.train import Member, forget, train
 
     config, hashes = directory.config, directory.model_hashes(reads)
     data, code = directory.data("train"), config.own_code.values()

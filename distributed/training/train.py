@@ -9,36 +9,29 @@ import time
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from core.config import Config
 from core.data import Dataset
 from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
-from core.models.checkpoints import load_denoiser, load_model, save_model
-from core.models.features import FeatureExtractor, expert_place
-from core.training.base_networks import base_objective
-from core.training.estimator import EstimatorObjective
-from core.training.finetune import FinetuneObjective
-from core.training.loop import Objective, Record, Training
+from core.models.checkpoints import load_model, save_model
+from core.training.loop import Record, Training
 from distributed.cluster.cluster import train_cluster, train_device, train_resources, trainings_at_once
 from distributed.cluster.joining import joins
 from distributed.execution.metrics import TrainingMetrics
 from distributed.execution.work import check_visible
-from distributed.files.datasets import absolute, load_dataset
-from distributed.files.storage import Folder
+from distributed.files.datasets import load_dataset
 from distributed.store.progress import StepProgress
 from distributed.store.run_directory import RunDirectory
-from distributed.training.checkpoints import Checkpoints, Curves, identity_of
+from distributed.training.checkpoints import Checkpoints, Curves
+from distributed.training.lesson import Lesson
 
-__all__ = ["Lesson", "Member", "forget", "train"]
+__all__ = ["Member", "forget", "train"]
 
 _START = "start"
 
@@ -46,128 +39,6 @@ _LAST_S = 10.0
 """How long the workers may take to end after one has said why it cannot go on: others may wait for it."""
 _REPORT_S = 10.0
 """Seconds between two reports to Ray Train, at least."""
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What one training learns; small and picklable: names of files and numbers, neither weights nor images.
-
-    Attributes:
-        root: the run directory.
-        models: where its networks are.
-        name: of its folder in training/: that of the step, with the expert's level behind it.
-        kind: which network, and whether it is a base network that is trained (`base`) or fine-tuned (`classifier`).
-        role: of a base network, its name.
-        config: the run's.
-        denoiser: SHA-256 of the run's denoiser, None where it has none.
-        places: int64 ``(N,)``, the examples of the training split that it may use; of a base network all.
-        values: float64; the estimator's ``(N, K)`` radii, or the classifier's ``(N,)`` noise levels; of a base network
-            none.
-        data_digest: `Dataset.digest` of the training split.
-        classifiers: SHA-256 by name of those that the estimator reads, in the order of sigma; none where it reads
-            images.
-    """
-
-    root: Folder
-    models: Folder
-    name: str
-    kind: Literal["estimator", "classifier", "base"]
-    config: Config
-    denoiser: str | None
-    places: NDArray[np.int64] = field(repr=False)
-    values: NDArray[np.float64] = field(repr=False)
-    data_digest: str
-    classifiers: Mapping[str, str] = field(default_factory=dict)
-    role: str = ""
-
-    @classmethod
-    def base(cls, directory: RunDirectory, role: str, denoiser: str | None) -> "Lesson":
-        """The training of a base network of a run, behind the denoiser with this SHA-256, if any."""
-        return cls(
-            root=directory.folder,
-            models=directory.folder / "models",
-            name=f"train_base-{role}",
-            kind="base",
-            role=role,
-            config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
-            denoiser=denoiser,
-            places=np.empty(0, np.int64),
-            values=np.empty(0),
-            data_digest=directory.manifest["data"]["train"]["digest"],
-        )
-
-    @classmethod
-    def of(
-        cls,
-        directory: RunDirectory,
-        name: str,
-        kind: Literal["estimator", "classifier"],
-        places: NDArray[np.int64],
-        values: NDArray[np.float64],
-    ) -> "Lesson":
-        """A training of a run whose training split has been loaded."""
-        reads_features = kind == "estimator" and directory.config.estimator.reads_features
-        roles = tuple(directory.config.classifiers) if reads_features else ()
-        hashes = directory.model_hashes(roles)
-        return cls(
-            root=directory.folder,
-            models=directory.models,
-            name=name,
-            kind=kind,
-            config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
-            denoiser=directory.model_hashes(directory.config.denoisers).get("denoiser"),
-            places=places,
-            values=values,
-            data_digest=directory.manifest["data"]["train"]["digest"],
-            classifiers={role: hashes[role] for role in roles},
-        )
-
-    @property
-    def folder(self) -> Folder:
-        """Where its checkpoint and its curves are."""
-        return self.root / "training" / self.name
-
-    def identity(self, model: nn.Module) -> str:
-        """Of its checkpoints: a training with any other identity must not go on from them."""
-        origin = {
-            "training": self.name,
-            "fingerprint": self.config.fingerprint(),
-            "denoiser": self.denoiser,
-            "data": self.data_digest,
-            "places": hashlib.sha256(self.places.tobytes()).hexdigest(),
-            "values": hashlib.sha256(self.values.tobytes()).hexdigest(),
-            **({"classifiers": dict(self.classifiers)} if self.classifiers else {}),
-        }
-        return identity_of(origin, model)
-
-    def objective(self, data: Dataset, device: str, processes: int) -> Objective:
-        """Its samples and its loss, with the denoiser on `device`."""
-        config, code = self.config, self.config.own_code.values()
-        denoiser = None
-        if self.denoiser is not None and (self.kind != "estimator" or config.estimator.denoiser):
-            denoiser = load_denoiser(self.models.fetch("denoiser.safetensors", self.denoiser), code=code).to(device)
-        if self.kind == "base":
-            return base_objective(self.config, self.role, data, denoiser, processes=processes)
-        if self.kind == "estimator":
-            extractor = None
-            if self.classifiers:
-                files = (self.models.fetch(f"{role}.safetensors", sha) for role, sha in self.classifiers.items())
-                place = expert_place(config.classifiers.values(), config.estimator_sigma)
-                extractor = FeatureExtractor([load_model(each, code) for each in files], place).to(device)
-            return EstimatorObjective(
-                data.take(self.places),
-                self.values,
-                config.estimator_sigma,
-                denoiser,
-                config.estimator,
-                config.seed,
-                extractor=extractor,
-                certify=config.certify,
-                processes=processes,
-            )
-        return FinetuneObjective(
-            data, self.places, self.values, denoiser, config.finetune, config.seed, processes=processes
-        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from core.training.loop import Training
 from distributed.store.run_directory import RunDirectory
 from distributed.training import checkpoints
 from distributed.training import train as training
-from distributed.training.train import Lesson, Member, Sign
+from distributed.training.lesson import Lesson
+from distributed.training.train import Member, Sign
 from jobs import train_base
 from tests.helpers.tiny import PLAIN, tiny_run
 
