@@ -124,9 +124,9 @@ def show_logs(given: Sequence[str], out: str, overrides: Sequence[str]) -> None:
     import numpy as np
 
     from core.config import parse_config
-    from core.evaluation.exchange import parse_log
     from core.report.logs import format_logs, write_logs
     from distributed.files.storage import Folder
+    from distributed.views.exchange import read_log
 
     logs = {}
     for each in given:
@@ -135,7 +135,7 @@ def show_logs(given: Sequence[str], out: str, overrides: Sequence[str]) -> None:
         if not name or name in logs:
             why = f"{name!r} is there twice" if name in logs else f"no file {file!r}" if not places else "no name"
             raise ConfigError(f"--logs: {each!r}: expected NAME=FILE, {why}")
-        logs[name] = parse_log(Path(file).read_text(encoding="utf-8"), file)
+        logs[name], _ = read_log(Path(file))
     if strange := [text for text in overrides if not text.startswith("report.")]:
         raise ConfigError(f"{strange[0]!r}: with --logs only keys of report, for example report.radii=[0,0.5,1]")
     usual = {"radii": [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3], "strict": False}

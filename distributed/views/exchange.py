@@ -18,7 +18,7 @@ from core.report import ImportedRows
 from distributed.files.storage import Folder
 from distributed.store.shards import ShardStore
 
-__all__ = ["export_logs", "import_log", "imported_rows"]
+__all__ = ["export_logs", "import_log", "imported_rows", "read_log"]
 
 _LOG: Final = "log.tsv"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -80,6 +80,21 @@ def _numbers(ids: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int64]] |
     return numbers if len(np.unique(numbers)) == len(numbers) else None
 
 
+def read_log(file: Path) -> tuple[CertifyLog, bytes]:
+    """A log of somebody else's, and its bytes.
+
+    Raises:
+        DataError: for a file that cannot be read as a log.
+    """
+    try:
+        content = file.read_bytes()
+        return parse_log(content.decode(), str(file)), content
+    except OSError as error:
+        raise DataError(f"cannot read {str(file)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{str(file)!r} is not text: {error}") from error
+
+
 def import_log(root: Folder, name: str, file: Path, num_classes: int | None = None) -> CertifyLog:
     """Check a log of somebody else's and keep it in the run directory, as it is, for the report to show.
 
@@ -95,13 +110,7 @@ def import_log(root: Folder, name: str, file: Path, num_classes: int | None = No
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--name: expected letters, digits and . _ + -, not beginning with a sign, got {name!r}")
-    try:
-        content = file.read_bytes()
-        log = parse_log(content.decode(), str(file))
-    except OSError as error:
-        raise DataError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{str(file)!r} is not text: {error}") from error
+    log, content = read_log(file)
     classes = np.maximum(log.label, log.predict)
     if num_classes is not None and classes.max() >= num_classes:
         worst = int(classes.argmax())

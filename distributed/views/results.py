@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike
 
 from core.agreement_records import AgreementCertificate
 from core.errors import ConfigError, DataError
-from core.evaluation.exchange import parse_log
 from core.evaluation.metrics import certified_accuracy, clopper_pearson_interval
 from core.records import ABSTAIN, Certificate, DualCertificate, MultiscaleCertificate
 from core.report import Kind, Method
 from distributed.files.storage import Folder
 from distributed.methods import METHODS
 from distributed.store.shards import ShardStore
+from distributed.views.exchange import read_log
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,11 +92,14 @@ def of_log(path: str | Path, *, method: str | None = None) -> "pd.DataFrame":
     Args:
         path: the file.
         method: the name that its curve has; the file's unless given.
+
+    Raises:
+        DataError: for a file that cannot be read as a log.
     """
     import pandas as pd
 
     path = Path(path)
-    log = parse_log(path.read_text(encoding="utf-8"), path.name)
+    log, _ = read_log(path)
     return pd.DataFrame(
         {
             "method": method or path.stem,

@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from core.errors import DataError
+from dual_rs import results
 from jobs import report
 from tests.helpers.tiny import run_main
 
@@ -60,3 +62,13 @@ def test_logs_that_are_not_named_right_are_refused(
     assert run_main(report, "--out", str(tmp_path / "page"), "--logs", *logs) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "page").exists()
+
+
+def test_log_that_is_no_text_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.tsv").write_bytes(b"idx\t\xff")
+    assert run_main(report, "--out", str(tmp_path / "page"), "--logs", f"a={tmp_path / 'log.tsv'}") == 3
+    assert "log.tsv' is not text" in capsys.readouterr().err
+    with pytest.raises(DataError, match="is not text"):
+        results.of_log(tmp_path / "log.tsv")
+    with pytest.raises(DataError, match="cannot read"):
+        results.of_log(tmp_path / "nowhere.tsv")
