@@ -16,7 +16,7 @@ from core.errors import ConfigError
 from core.machine.network import Denoiser
 from core.models.features import FeatureRouter, expert_place, new_router
 from core.progress import Progress
-from core.smoothed import SmoothedClassifier
+from core.smoothed import SmoothedClassifier, pool_of
 from core.training.estimator import EstimatorObjective, shrunk_radii
 from core.training.loop import Training
 
@@ -96,9 +96,11 @@ def fit_router(
         raise ConfigError(f"sigmas must be ascending and distinct, got {tuple(sigmas)}")
     if not config.reads_features:
         raise ConfigError("config.backbone must be 'features': train other estimators with jobs.train_estimator")
-    by_level = classifier if isinstance(classifier, Mapping) else dict.fromkeys(levels, classifier)
-    if missing := [sigma for sigma in levels if sigma not in by_level]:
-        raise ConfigError(f"no expert for sigma {missing}; there are experts for {sorted(by_level)}")
+    served: list[float | None]
+    if isinstance(classifier, Mapping):
+        by_level, served = pool_of(classifier, levels), [*levels]
+    else:
+        by_level, served = dict.fromkeys(levels, classifier), [None]
     truth = np.asarray(labels, np.int64)
     array = images.numpy(force=True) if isinstance(images, Tensor) else np.asarray(images)
     pixels = as_pixels(array, len(truth), "images")
@@ -127,9 +129,9 @@ def fit_router(
     num = np.full_like(votes, num_votes)
     radii = shrunk_radii(votes, num, np.array(levels), num_estimation, alpha * (1 - router_share))
 
-    experts = [by_level[sigma] for sigma in levels] if isinstance(classifier, Mapping) else [classifier]
+    experts = [by_level[sigma] for sigma in levels[: len(served)]]
     level = max(levels) if sigma_e is None else float(sigma_e)
-    place = expert_place(levels if isinstance(classifier, Mapping) else [None], level)
+    place = expert_place(served, level)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         router = new_router(experts, place, data.shape, config.hidden, len(levels))

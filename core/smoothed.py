@@ -1,7 +1,7 @@
 """The public face: smoothed classifiers over any torch module, in the manner of Cohen's `Smooth`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict, Unpack, get_args, overload
+from typing import Literal, TypedDict, TypeVar, Unpack, get_args, overload
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from core.records import (
 )
 from core.running import Image, Images, NoiseKind, Smoothed
 
-__all__ = ["DualSmoothedClassifier", "SmoothedClassifier"]
+__all__ = ["DualSmoothedClassifier", "SmoothedClassifier", "pool_of"]
 
 DEFAULT_RULE = Rule()
+
+M = TypeVar("M", bound=Module)
 
 
 class _Terms(TypedDict, total=False):
@@ -229,9 +231,7 @@ class DualSmoothedClassifier(Smoothed):
         if not self.sigmas or len(set(self.sigmas)) != len(self.sigmas):
             raise ConfigError(f"sigmas must be distinct noise levels, got {self.sigmas}")
         if isinstance(classifier, Mapping):
-            classifier = {float(sigma): module for sigma, module in classifier.items()}
-            if missing := [sigma for sigma in self.sigmas if sigma not in classifier]:
-                raise ConfigError(f"no expert for sigma {missing}; there are experts for {sorted(classifier)}")
+            classifier = pool_of(classifier, self.sigmas)
         heads = {
             ESTIMATOR: Head(estimator, len(self.sigmas), denoise_estimator),
             CLASSIFIER: Head(classifier, num_classes),
@@ -356,6 +356,14 @@ class DualSmoothedClassifier(Smoothed):
                 f"sigma_e must be at least max(sigmas) = {max(self.sigmas)} for claim 'constant', got {self.sigma_e}: "
                 "raise it or use claim='agreement'"
             )
+
+
+def pool_of(experts: Mapping[float, M], sigmas: Sequence[float]) -> dict[float, M]:
+    """The experts by noise level; ConfigError where one of `sigmas` has none."""
+    pool = {float(sigma): module for sigma, module in experts.items()}
+    if missing := [sigma for sigma in sigmas if sigma not in pool]:
+        raise ConfigError(f"no expert for sigma {missing}; there are experts for {sorted(pool)}")
+    return pool
 
 
 def _ids(example_id: str | None) -> list[str] | None:
