@@ -1,5 +1,6 @@
 """A router for classifiers of one's own, from images and labels: the pipeline's steps 2 and 3 in one call."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -69,7 +70,7 @@ def fit_router(
         images: training images, uint8 ``(N, C, H, W)``, ``(N, H, W)`` or ``(N, H, W, C)``, or floats in [0, 1] that
             are 8-bit values divided by 255.
         labels: their classes, ``(N,)``, from 0.
-        classifier: one network, or one for each of `sigmas`; frozen. Those of `core.models` give their penultimate
+        classifier: one network, or one for each of `sigmas`; the router keeps copies. Those of `core.models` give their penultimate
             features, any other its log-probabilities alone.
         sigmas: Sigma, ascending, pixel scale [0, 1].
         num_classes: width of the classifier's logits.
@@ -129,12 +130,14 @@ def fit_router(
     num = np.full_like(votes, num_votes)
     radii = shrunk_radii(votes, num, np.array(levels), num_estimation, alpha * (1 - router_share))
 
-    experts = [by_level[sigma] for sigma in levels[: len(served)]]
+    # Copies: freezing the caller's would change them, and training them later the router.
+    experts = [copy.deepcopy(by_level[sigma]) for sigma in levels[: len(served)]]
     level = max(levels) if sigma_e is None else float(sigma_e)
     place = expert_place(served, level)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         router = new_router(experts, place, data.shape, config.hidden, len(levels))
+    router.head.to(next(router.extractor.parameters()).device)
     objective = EstimatorObjective(
         data, radii, level, denoiser, config, seed, extractor=router.extractor, certify=terms
     )

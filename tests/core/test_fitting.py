@@ -37,6 +37,7 @@ def test_fit_router_learns_which_expert_is_right_and_certifies_what_neither_can(
     config = ROUTER.model_copy(update={"epochs": 12, "batch_size": 64})
     images, labels = images_of(300), np.ones(300)
     router = fit_router(images, labels, experts, SIGMAS, 2, num_votes=40, config=config, sigma_e=0.25)
+    assert all(expert.training and expert.sign.requires_grad for expert in experts.values()), "they are the caller's"
     said = capsys.readouterr().err
     assert "votes: 600/600" in said
     assert "held-out radius" in said
