@@ -70,8 +70,8 @@ def fit_router(
         images: training images, uint8 ``(N, C, H, W)``, ``(N, H, W)`` or ``(N, H, W, C)``, or floats in [0, 1] that
             are 8-bit values divided by 255.
         labels: their classes, ``(N,)``, from 0.
-        classifier: one network, or one for each of `sigmas`; the router keeps copies. Those of `core.models` give their penultimate
-            features, any other its log-probabilities alone.
+        classifier: one network, or one for each of `sigmas`; the router keeps copies. Those of `core.models` give their
+            penultimate features, any other its log-probabilities alone.
         sigmas: Sigma, ascending, pixel scale [0, 1].
         num_classes: width of the classifier's logits.
         sigma_e: noise level of the router; max(sigmas) unless given.
