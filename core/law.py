@@ -13,18 +13,24 @@ proofs.
 everywhere. What else a noise is described by (the lambda of uniform and Laplace noise) is `Law.scale`.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from core.errors import ConfigError
+from core.own_function import function_of
+
 __all__ = [
     "GAUSSIAN",
     "LAPLACE",
+    "NOISES",
     "SPLITTING",
     "UNIFORM",
     "Arithmetic",
@@ -32,9 +38,11 @@ __all__ = [
     "Laplace",
     "Law",
     "Norm",
+    "OwnNoise",
     "Splitting",
     "Uniform",
     "law_of",
+    "own_noise",
     "uniform_width",
 ]
 
@@ -54,6 +62,8 @@ class Law(ABC):
     """Whether an estimation takes all copies that there are, each as likely: the share of votes is the probability
     itself, and nothing can fail."""
     arithmetic: Arithmetic = 2
+    title: ClassVar[str] = "own"
+    """Of the noise, in reports."""
 
     @abstractmethod
     def scale(self, sigma: ArrayLike) -> Floats:
@@ -84,6 +94,7 @@ class Gaussian(Law):
 
     arithmetic: Arithmetic = 2
     norm = "l2"
+    title = "Gaussian"
 
     def scale(self, sigma: ArrayLike) -> Floats:
         """The smaller of sigma and the float32 next to it.
@@ -108,6 +119,7 @@ class Uniform(Law):
     """Uniform noise on [-lambda, lambda]^d, l1 (Yang et al. 2020, arXiv 2002.08118): 2 lambda (p - 1/2)."""
 
     norm = "l1"
+    title = "uniform"
 
     def scale(self, sigma: ArrayLike) -> Floats:
         """Lambda, that of `uniform_width`: sqrt(3) sigma to within 1/510."""
@@ -130,6 +142,7 @@ class Splitting(Uniform):
     """
 
     exhaustive = True
+    title = "splitting"
 
     def scale(self, sigma: ArrayLike) -> Floats:
         """Lambda, with 2 lambda 255 an integer, the number of copies: sqrt(3) sigma to within 1/1020."""
@@ -145,6 +158,7 @@ class Laplace(Law):
     """Laplace noise of scale lambda, l1 (Teng et al. 2019): -lambda log(2 (1 - p)) for p >= 1/2."""
 
     norm = "l1"
+    title = "Laplace"
 
     def scale(self, sigma: ArrayLike) -> Floats:
         """Lambda = sigma / sqrt(2)."""
@@ -171,8 +185,61 @@ def uniform_width(sigma: ArrayLike) -> Floats:
 
 GAUSSIAN, UNIFORM, LAPLACE, SPLITTING = Gaussian(), Uniform(), Laplace(), Splitting()
 
+_OTHERS: dict[str, Law] = {"uniform": UNIFORM, "laplace": LAPLACE, "splitting": SPLITTING}
+NOISES = ("gaussian", "exact", *_OTHERS)
+"""Of this package, as a configuration names them."""
+
+
+@dataclass(frozen=True)
+class OwnNoise:
+    """Noise of the user's own, as the function that `noise: module:function` names returns it.
+
+    Attributes:
+        law: what it proves. That the noise has this law is for its author to prove.
+        draw: int32 words ``(N,)``, uniform and independent, and sigma -> float32 ``(N,)``, the noise of N pixels: a
+            pure function, one word for each.
+    """
+
+    law: Law
+    draw: Callable[[NDArray[np.int32], float], NDArray[np.float32]]
+
+
+@functools.cache
+def own_noise(reference: str) -> OwnNoise:
+    """What a `module:function` of the configuration returns; this runs the user's code.
+
+    Raises:
+        ModelError: as `core.own_function.function_of`.
+        ConfigError: for something else than an `OwnNoise`, or a law whose functions contradict one another.
+    """
+    found = function_of(reference, "noise")()
+    if not isinstance(found, OwnNoise) or not isinstance(found.law, Law):
+        raise ConfigError(f"noise {reference!r}: the function returned {found!r}, expected a core.law.OwnNoise")
+    law, p = found.law, np.linspace(0.5, 0.999, 500)
+    q = law.quantile(p)
+    wrong = {
+        "norm is l1 or l2": law.norm in get_args(Norm),
+        "exhaustive is false": not law.exhaustive,
+        "scale is positive": bool(law.scale(0.5) > 0),
+        "quantile is 0 at 1/2 and increasing": q[0] == 0.0 and bool(np.all(np.diff(q) > 0)),
+        "quantile is antisymmetric": bool(np.allclose(law.quantile(1 - p), -q)),
+        "cdf is the inverse of quantile": bool(np.allclose(law.cdf(q), p)),
+    }
+    if broken := [what for what, holds in wrong.items() if not holds]:
+        raise ConfigError(f"noise {reference!r}: its law must be such that {broken[0]}, and is not; mend it")
+    return found
+
 
 def law_of(noise: str, arithmetic: Arithmetic = 2) -> Law:
-    """The law of a noise, by its name in a configuration."""
-    others: dict[str, Law] = {"uniform": UNIFORM, "laplace": LAPLACE, "splitting": SPLITTING}
-    return others[noise] if noise in others else Gaussian(arithmetic)
+    """The law of a noise, by its name in a configuration.
+
+    Raises:
+        ConfigError: for a name that there is not; for a noise of the user's own as `own_noise`, ModelError too.
+    """
+    if ":" in noise:
+        return own_noise(noise).law
+    if noise in ("gaussian", "exact"):
+        return Gaussian(arithmetic)
+    if noise not in _OTHERS:
+        raise ConfigError(f"noise: is {noise!r}, expected one of {', '.join(NOISES)}, or module:function")
+    return _OTHERS[noise]

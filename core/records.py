@@ -55,6 +55,7 @@ class Phase(StrEnum):
     SELECTION = "selection"
     ESTIMATION = "estimation"
     PREDICTION = "prediction"
+    TRAINING = "training"
 
 
 @dataclass(frozen=True, slots=True)

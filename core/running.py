@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.data.dataset import PIXELS, ValueRange, as_image
 from core.errors import ConfigError, DataError
-from core.law import law_of
+from core.law import NOISES, law_of
 from core.machine.engine import Engine, Task
 from core.machine.exact_noise import grid_integers
 from core.machine.network import Denoiser, Head, Module, Network
@@ -24,12 +24,11 @@ from core.machine.user_modules import direct_module
 from core.progress import Progress
 from core.records import CLASSIFIER, Procedure
 
-__all__ = ["Image", "Images", "NoiseKind", "Smoothed"]
+__all__ = ["Image", "Images", "Smoothed"]
 
 R = TypeVar("R")
 Image = Tensor | NDArray[np.generic] | PIL.Image.Image
 Images = Tensor | NDArray[np.generic] | Sequence[Image] | Iterator[Image] | DataLoader[Any] | Dataset[Any]
-NoiseKind = Literal["gaussian", "exact"]
 
 
 class Smoothed:
@@ -41,22 +40,26 @@ class Smoothed:
         denoiser: Denoiser | None,
         seed: int,
         device: str | torch.device | None,
-        noise: NoiseKind,
+        noise: str,
         value_range: ValueRange | None,
     ):
-        if noise not in get_args(NoiseKind):
-            raise ConfigError(f"noise must be one of {get_args(NoiseKind)}, got {noise!r}")
+        self.law = law_of(noise)
         if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
             raise ConfigError(f"value_range must be (low, high) or None, got {value_range!r}")
-        if noise == "exact" and value_range != PIXELS:
-            raise ConfigError(f"noise 'exact' is for 8-bit images: value_range must be {PIXELS}, got {value_range!r}")
+        self._on_grid = noise in NOISES and noise != "gaussian"
+        if self._on_grid and value_range != PIXELS:
+            raise ConfigError(f"noise {noise!r} is for 8-bit images: value_range must be {PIXELS}, got {value_range!r}")
         calls = [(name, each) for name in (CLASSIFIER, *heads) for each in _networks(heads[name])]
         self.device = _device_of([*calls, ("denoiser", denoiser)], device)
         self.seed = seed
         self.noise = noise
-        self.law = law_of(noise)
         self.value_range = value_range
         self._network = Network(heads, denoiser, self.device)
+
+    def _check_chance(self) -> None:
+        """Refuse PREDICT where nothing is drawn at random."""
+        if self.law.exhaustive:
+            raise ConfigError(f"noise {self.noise!r} decides without chance: ask for a certificate instead")
 
     def _run(
         self,
@@ -77,7 +80,7 @@ class Smoothed:
                     f"example {str(name)!r} has shape {tuple(tensor.shape)}, {str(names[0])!r} has "
                     f"{tuple(tensors[0].shape)}: all images of a call must have one shape"
                 )
-            if self.noise == "exact":
+            if self._on_grid:
                 grid_integers(tensor, str(name))
         ids = list(map(str, example_ids)) if example_ids is not None else list(_content_ids(tensors))
 

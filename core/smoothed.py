@@ -25,7 +25,7 @@ from core.records import (
     Rule,
     Sampling,
 )
-from core.running import Image, Images, NoiseKind, Smoothed
+from core.running import Image, Images, Smoothed
 
 __all__ = ["DualSmoothedClassifier", "SmoothedClassifier", "pool_of"]
 
@@ -73,7 +73,7 @@ class _DualAsked(_Asked, total=False):
 
 
 class SmoothedClassifier(Smoothed):
-    """A base classifier smoothed with Gaussian noise of one level (Cohen et al. 2019, arXiv 1902.02918).
+    """A base classifier smoothed with noise of one level (Cohen et al. 2019, arXiv 1902.02918).
 
     The noise is a pure function of (seed, example id, phase, sigma): the same question gets the same answer. For an
     independent repetition pass another seed, or other example ids.
@@ -88,7 +88,8 @@ class SmoothedClassifier(Smoothed):
         denoiser: runs before the classifier, for example a `core.models.denoiser.OneShotDenoiser`.
         device: where to run; by default where the classifier's parameters are, and the only place where they may be.
         noise: `gaussian`, float32 as everybody does it, or `exact`, integer noise for 8-bit images whose certificate
-            holds in exact arithmetic too (`core.machine.exact_noise`).
+            holds in exact arithmetic too (`core.machine.exact_noise`). For l1 radii, of 8-bit images: `uniform`,
+            `laplace`, or `splitting`, without chance. `module:function`: your own (`core.law.OwnNoise`).
         value_range: what inputs are checked against. With other bounds than [0, 1], or None, they are no images but
             floating vectors, series, volumes, of any one shape; sigma and radii are then in their units.
 
@@ -105,7 +106,7 @@ class SmoothedClassifier(Smoothed):
         seed: int = 0,
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
-        noise: NoiseKind = "gaussian",
+        noise: str = "gaussian",
         value_range: ValueRange | None = PIXELS,
     ):
         self.sigma = _check_sigma("sigma", sigma)
@@ -189,6 +190,7 @@ class SmoothedClassifier(Smoothed):
         example_ids: Sequence[str] | None = None,
     ) -> list[int]:
         """PREDICT many images at once, in order."""
+        self._check_chance()
         results = self._run(images, example_ids, batch_size, lambda: predict(self.sigma, num, alpha))
         return [result.prediction for result in results]
 
@@ -221,7 +223,7 @@ class DualSmoothedClassifier(Smoothed):
         seed: int = 0,
         denoiser: Denoiser | None = None,
         device: str | torch.device | None = None,
-        noise: NoiseKind = "gaussian",
+        noise: str = "gaussian",
         value_range: ValueRange | None = PIXELS,
         denoise_estimator: bool = True,
     ):
@@ -340,6 +342,7 @@ class DualSmoothedClassifier(Smoothed):
         at the level that `router` picks.
         """
         self._check_claim(claim)
+        self._check_chance()
 
         def procedure() -> Procedure[DualPrediction | AgreementPrediction]:
             if claim == "agreement":

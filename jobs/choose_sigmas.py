@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument(
         "--size", type=int, default=3, metavar="N", help="levels to use (default: 3); fewer are shown too"
     )
-    parser.add_argument("--radii", metavar="R,R,...", help="l2 radii that matter (default: report.radii)")
+    parser.add_argument("--radii", metavar="R,R,...", help="radii that matter (default: report.radii)")
     parser.add_argument("--show", type=int, default=8, metavar="N", help="subsets of each size to print (default: 8)")
 
     def run(args) -> None:  # type: ignore[no-untyped-def]
@@ -26,6 +26,7 @@ def main() -> int:
         from core.evaluation.choice import choose, subsets
         from core.evaluation.metrics import paired_difference
         from core.evaluation.routing import Price
+        from core.law import GAUSSIAN
         from core.procedures.confidence import largest_radius
         from core.progress import Progress
         from core.report.choice import (
@@ -41,6 +42,10 @@ def main() -> int:
 
         directory = open_run(args)
         config, sigmas = directory.config, np.array(directory.config.sigmas)
+        if config.law != GAUSSIAN:
+            raise ConfigError(
+                f"noise: the router's price is known for Gaussian noise alone, and noise is {config.noise}"
+            )
         try:
             texts = args.radii.split(",") if args.radii else config.report.radii
             radii = np.unique([float(text) for text in texts])

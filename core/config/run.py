@@ -13,7 +13,7 @@ from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig, 
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
 from core.config.training import ALL_LEVELS, DenoiserTrainConfig, OptimisationConfig, TrainConfig
 from core.config.values import Count, Positive, Section
-from core.errors import ConfigError
+from core.errors import ConfigError, ModelError
 from core.law import Law, law_of
 from core.procedures.multiscale import level_alphas
 from core.records import CLASSIFIER
@@ -31,9 +31,12 @@ class Config(Section):
     sigma_e: Positive | None = None
     """Noise level of the estimator; max(sigmas) unless given. Only under certify.claim `agreement` may it be below;
     there a little above max(sigmas) lets the router exclude levels as far out as the class reaches (`--dry-run`)."""
-    noise: Literal["gaussian", "exact"] = "gaussian"
+    noise: str = "gaussian"
     """`gaussian`: float32 normal noise, as everybody does it; `exact`: integer noise on the 8-bit grid, for which the
-    certificate holds in exact arithmetic too (Voracek & Hein 2023)."""
+    certificate holds in exact arithmetic too (Voracek & Hein 2023). Their radii are l2. With l1 radii, all of them
+    integers on the 8-bit grid: `uniform` (Yang et al. 2020), `laplace` (Teng et al. 2019), and `splitting`, which is
+    deterministic: a fixed number of copies for each sigma, and no failure probability (Levine & Feizi 2021).
+    `module:function`: noise of your own (docs/extending.md)."""
     noise_version: Literal[1, 2] = 2
     """Of the noise's definition. 2: one noise on all devices. 1: that of runs begun before there was another, which
     keep it; it differs between CPU and GPU."""
@@ -56,6 +59,7 @@ class Config(Section):
 
         if list(self.sigmas) != sorted(set(self.sigmas)):
             raise ValueError(f"sigmas: must be ascending and distinct, got {list(self.sigmas)}; sort them")
+        self._check_noise()
         top = max(self.sigmas)
         if self.certify.claim == "constant" and self.estimator_sigma < top:
             raise ValueError(
@@ -111,6 +115,36 @@ class Config(Section):
     def law(self) -> Law:
         """What the noise proves."""
         return law_of(self.noise)
+
+    @property
+    def alpha(self) -> float:
+        """Failure probability of a certificate: `certify.alpha`, or 0 where the noise has none."""
+        return 0.0 if self.law.exhaustive else self.certify.alpha
+
+    def _check_noise(self) -> None:
+        """Refuse what goes with Gaussian noise alone.
+
+        Raises:
+            ValueError: says what to change.
+        """
+        try:
+            law = self.law
+        except (ConfigError, ModelError) as error:
+            raise ValueError(str(error)) from None
+        if self.noise in ("gaussian", "exact"):
+            return
+        if self.noise_version == 1:
+            raise ValueError(f"noise_version: noise {self.noise} has no version 1; leave it out")
+        if self.denoiser is not None:
+            raise ValueError(
+                f"base.denoiser: denoisers are for Gaussian noise, and noise is {self.noise}; set its checkpoint to "
+                "none: the classifier then learns from the noisy images themselves"
+            )
+        trained = [own.train for own in map(self.classifier, self.classifiers) if own.train is not None]
+        if any(train.loss.name == "macer" for train in trained):
+            raise ValueError(f"loss macer maximises Gaussian radii, and noise is {self.noise}; take another loss")
+        if law.exhaustive and self.certify.budget != "fixed":
+            raise ValueError(f"certify.budget: noise {self.noise} takes all copies; set it to fixed")
 
     @property
     def has_experts(self) -> bool:
@@ -215,8 +249,8 @@ class Config(Section):
         """What Dual RS spends on the noise level, and on the class."""
         certify = self.certify
         if certify.claim == "agreement":
-            return certify.alpha * certify.router_share, certify.alpha * (1.0 - certify.router_share)
-        return (certify.alpha / 2 if certify.alpha_split == "halves" else certify.alpha,) * 2
+            return self.alpha * certify.router_share, self.alpha * (1.0 - certify.router_share)
+        return (self.alpha / 2 if certify.alpha_split == "halves" else self.alpha,) * 2
 
     @property
     def uncut_sigma_e(self) -> float | None:

@@ -219,7 +219,7 @@ class ReportConfig(Section):
     """The report (`jobs.report`); changing it needs no new run."""
 
     radii: Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """l2 radii of the table, pixel scale [0, 1]."""
+    """Radii of the table, pixel scale [0, 1], in the norm of the noise: l2 for Gaussian noise."""
     strict: bool = True
     """Count radius > r (the Dual RS authors) rather than radius >= r (older scripts)."""
     gallery: Annotated[int, Field(ge=0)] = 4

@@ -1,4 +1,4 @@
-"""Gaussian noise rounded to the 8-bit grid, drawn exactly: certificates that floating point cannot make false.
+"""Noise rounded to the 8-bit grid, drawn exactly: certificates that floating point cannot make false.
 
 Adding float32 noise to an image leaks the image through the low-order bits of the sum, and a network can read them:
 what was sampled is then not the Gaussian smoothing that the certificate speaks of (Voracek & Hein, ICLR 2023; Jin et
@@ -13,6 +13,10 @@ Q(x + sigma z) = clip(m + i, ...) / 255 with an integer noise i, and i is what i
 
 With 0 <= m <= 255 every i >= 255 (k + 1) is clipped to the same value, and so is every i <= -255 (k + 1). Those tails
 are drawn as one bin each, which changes nothing.
+
+Laplace noise has its own distribution function in place of Phi, and twice the k. Uniform noise needs no k: on a whole
+number of grid steps (`core.law.uniform_width`) it rounds to integers that are all as likely, so that T_i is i 2^60 over
+their number, from the lowest one on.
 
 Exactness: a real V, uniform in [0, 2^60), falls into bin i by comparison with T_i = 2^60 Phi((2i + 1) / (510 sigma)).
 Only its integer part U is drawn, from the generator's bits, and only floor(T_i) is stored, from arbitrary precision.
@@ -32,6 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError, DataError
+from core.law import uniform_width
 from core.machine.keystream import Part, words_on_device, words_on_host
 from core.machine.noise import Copies, rows_of
 from core.machine.noise_key import noise_key
@@ -80,8 +85,8 @@ class ExactTable:
 
     @property
     def reach(self) -> int:
-        """255 (k + 1), the magnitude from which on all noise is clipped to the same value."""
-        return 255 * (self.k + 1)
+        """The largest magnitude; 255 (k + 1), from which on all noise is clipped to the same value, or less."""
+        return len(self.floors) // 2
 
     def look_up(self, uniform: Ints, out: NDArray[np.float32]) -> Ints:
         """Turn uniform integers into noise.
@@ -104,7 +109,7 @@ class ExactTable:
 
 
 @lru_cache(maxsize=64)
-def exact_table(sigma: float) -> ExactTable:
+def exact_table(sigma: float, kind: str = "exact") -> ExactTable:
     """The noise's distribution at `sigma`; under 0.1 s at sigma = 1, then remembered.
 
     Every floor(T_i) is certain: T_i is evaluated with an error bound, and with more digits until no integer lies
@@ -112,36 +117,44 @@ def exact_table(sigma: float) -> ExactTable:
 
     Args:
         sigma: noise level, > 0, pixel scale [0, 1].
+        kind: `exact` (Gaussian), `uniform` or `laplace`.
 
     Raises:
         ConfigError: for a sigma that is not positive and finite.
     """
     if not (math.isfinite(sigma) and sigma > 0):
         raise ConfigError(f"a noise level must be positive and finite, got sigma={sigma!r}")
+    if kind == "uniform":
+        width = int(uniform_width(sigma))
+        floors = [place * 2**BITS // width for place in range(1, width)]  # never a whole number: width is odd
+        return ExactTable(-(-width // 510), np.array(floors, np.int64))
     import mpmath
 
     context = mpmath.MPContext()  # its own: the shared one's precision belongs to the whole process
-    k = max(1, math.floor(6 * sigma))
+    k = max(1, math.floor((12 if kind == "laplace" else 6) * sigma))
     lower = np.zeros(255 * (k + 1), np.int64)  # floor(T_(-1-i)), i = 0, 1, ...: it falls, and stays 0 once it is 0
     for i in range(len(lower)):
-        lower[i] = _floor_of_tail(2 * i + 1, sigma, context)
+        lower[i] = _floor_of_tail(2 * i + 1, sigma, context, kind=kind)
         if lower[i] == 0:
             break
     # T is no integer (`_floor_of_tail` would not have returned), so floor(2^60 - T) = 2^60 - 1 - floor(T).
     return ExactTable(k, np.concatenate([lower[::-1], 2**BITS - 1 - lower]))
 
 
-def _floor_of_tail(odd: int, sigma: float, context: Any, precision: int = 128) -> int:
+def _floor_of_tail(odd: int, sigma: float, context: Any, precision: int = 128, kind: str = "exact") -> int:
     """floor(2^60 (1 - Phi(odd / (510 sigma)))), certainly; `context` is an mpmath context whose precision may change.
+
+    Of Laplace noise floor(2^60 exp(-odd / (510 lambda)) / 2), lambda = sigma / sqrt(2).
 
     Returns only when an interval around the value that covers the error of its evaluation holds no integer.
     """
-    if odd / (510 * sigma) > 10:  # 1 - Phi(10) < 2^-76
+    if odd / (510 * sigma) > (30 if kind == "laplace" else 10):  # 1 - Phi(10) < 2^-76, exp(-sqrt(2) 30) < 2^-61
         return 0
     while True:
         context.prec = precision
         z = odd / (510 * context.mpf(sigma))
-        tail = context.ldexp(context.erfc(z / context.sqrt(2)), BITS - 1)
+        twice = context.exp(-z * context.sqrt(2)) if kind == "laplace" else context.erfc(z / context.sqrt(2))
+        tail = context.ldexp(twice, BITS - 1)
         # A relative error e of z moves the tail by at most the share e (z^2 + 1); 2^8 covers the roundings on the way.
         error = context.ldexp(tail * (z * z + 1), 8 - precision)
         low, high = int(context.floor(tail - error)), int(context.floor(tail + error))
@@ -158,10 +171,11 @@ class ExactNoise:
 
     Args:
         seed: the run's seed.
+        kind: `exact` (Gaussian), `uniform` or `laplace`.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, kind: str = "exact") -> None:
+        self.seed, self.kind = seed, kind
 
     def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> Tensor | None:
         """See `core.machine.noise.Noise.corrupt`: Q(x + sigma z), multiples of 1/255 in [-k, k + 1].
@@ -171,7 +185,7 @@ class ExactNoise:
         """
         words = 2 * out[0].numel()
         parts = [
-            Part(noise_key(self.seed, c.example_id, c.phase, c.sigma, "exact"), c.first * words, c.num * words)
+            Part(noise_key(self.seed, c.example_id, c.phase, c.sigma, self.kind), c.first * words, c.num * words)
             for c in copies
         ]
         draw = self._on_host if out.device.type == "cpu" else self._on_device
@@ -187,12 +201,12 @@ class ExactNoise:
 
     def _on_host(self, out: Tensor, copies: Sequence[Copies], parts: Sequence[Part]) -> Sequence[Tensor | None]:
         drawn = zip(parts, rows_of(out, copies), strict=True)
-        return [draw_on_host(rows, each, partial(_uniform_on_host, part)) for part, (each, rows) in drawn]
+        return [draw_on_host(rows, each, partial(_uniform_on_host, part), self.kind) for part, (each, rows) in drawn]
 
     def _on_device(self, out: Tensor, copies: Sequence[Copies], parts: Sequence[Part]) -> Sequence[Tensor | None]:
         uniform = _uniform_on_device(parts, out.device).split_with_sizes([part.num // 2 for part in parts])
         drawn = zip(uniform, rows_of(out, copies), strict=True)
-        return [draw_on_device(rows, each, integers) for integers, (each, rows) in drawn]
+        return [draw_on_device(rows, each, integers, self.kind) for integers, (each, rows) in drawn]
 
 
 def _uniform_on_host(part: Part, first: int, num: int) -> Ints:
@@ -210,18 +224,21 @@ def _uniform_on_device(parts: Sequence[Part], device: torch.device) -> Tensor:
     return (high << 28) | (low >> 4)
 
 
-def draw_on_host(out: Tensor, copies: Copies, uniform: Callable[[int, int], Ints]) -> Tensor | None:
+def draw_on_host(
+    out: Tensor, copies: Copies, uniform: Callable[[int, int], Ints], kind: str = "exact"
+) -> Tensor | None:
     """Overwrite `out` with Q(x + sigma z).
 
     Args:
         out: contiguous float32 ``(N, C, H, W)`` on the CPU.
         copies: of what; the number of copies is that of `out`.
         uniform: gives integers in [0, 2^60): from a place on, so many; asked in order.
+        kind: see `exact_table`.
 
     Returns:
         bool ``(N,)``, False for copies with an ambiguous pixel; None when there is none.
     """
-    pixels, table = grid_integers(copies.image, copies.example_id), exact_table(float(copies.sigma))
+    pixels, table = grid_integers(copies.image, copies.example_id), exact_table(float(copies.sigma), kind)
     noise = out.view(-1).numpy()
     ambiguous: list[int] = []
     for start in range(0, len(noise), BLOCK):
@@ -236,9 +253,9 @@ def draw_on_host(out: Tensor, copies: Copies, uniform: Callable[[int, int], Ints
     return may_vote
 
 
-def draw_on_device(out: Tensor, copies: Copies, uniform: Tensor) -> Tensor:
+def draw_on_device(out: Tensor, copies: Copies, uniform: Tensor, kind: str = "exact") -> Tensor:
     """As `draw_on_host`, from int64 of the number of elements of `out`."""
-    pixels, table = grid_integers(copies.image, copies.example_id), exact_table(float(copies.sigma))
+    pixels, table = grid_integers(copies.image, copies.example_id), exact_table(float(copies.sigma), kind)
     floors, uniform = _floors_on(out.device, table), uniform.view(out.shape)
     bins = torch.searchsorted(floors, uniform, right=True)
     out.copy_(bins - table.reach)
@@ -271,7 +288,7 @@ def grid_integers(image: Tensor, example_id: str) -> Tensor:
     if not inside:
         worst = float((scaled - pixels.clamp(0, 255)).abs().max())
         raise DataError(
-            f"example {example_id!r}: exact noise needs pixels that are multiples of 1/255 in [0, 1], and one is "
+            f"example {example_id!r}: this noise needs pixels that are multiples of 1/255 in [0, 1], and one is "
             f"{worst:.3g}/255 off; pass 8-bit images (uint8, or uint8 / 255), resized before they were rounded to "
             "8 bits, or use Gaussian noise"
         )

@@ -39,6 +39,8 @@ class FormerGaussianNoise:
         chunk_size: draws per chunk. It is part of the noise's definition: other chunk sizes give other noise.
     """
 
+    kind = "gaussian"
+
     def __init__(self, seed: int, chunk_size: int) -> None:
         self.seed = seed
         self.chunk_size = chunk_size
@@ -73,6 +75,8 @@ class FormerGaussianNoise:
 
 class FormerExactNoise(FormerGaussianNoise):
     """Exact noise of version 1."""
+
+    kind = "exact"
 
     def _draw(self, out: Tensor, copies: Copies, key: bytes) -> Tensor | None:
         key = hashlib.blake2b(key, digest_size=16, person=b"exact").digest()

@@ -42,6 +42,9 @@ class Copies:
 class Noise(Protocol):
     """What makes noisy copies."""
 
+    kind: str
+    """As a configuration names it."""
+
     def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> Tensor | None:
         """Overwrite `out` with noisy copies. Each depends on the seed, its example, phase, level and number alone.
 
@@ -60,10 +63,18 @@ def make_noise(kind: str, seed: int, version: int = 2, chunk_size: int = 100) ->
         from core.machine.former_noise import FormerExactNoise, FormerGaussianNoise
 
         return FormerExactNoise(seed, chunk_size) if kind == "exact" else FormerGaussianNoise(seed, chunk_size)
-    if kind == "exact":
+    if kind in ("exact", "uniform", "laplace"):
         from core.machine.exact_noise import ExactNoise
 
-        return ExactNoise(seed)
+        return ExactNoise(seed, kind)
+    if kind == "splitting":
+        from core.machine.splitting import SplittingNoise
+
+        return SplittingNoise(seed)
+    if ":" in kind:
+        from core.machine.own_noise import OwnNoise
+
+        return OwnNoise(kind, seed)
     return GaussianNoise(seed)
 
 
@@ -83,6 +94,8 @@ class GaussianNoise:
     Args:
         seed: the run's seed.
     """
+
+    kind = "gaussian"
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

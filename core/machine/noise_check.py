@@ -1,4 +1,5 @@
-"""Whether noise is what certificates assume: standard normal, and independent from copy to copy and key to key.
+"""Whether noise is what certificates assume: distributed as its law says, and independent from copy to copy and key to
+key. What is not Gaussian is looked at through its distribution function, which makes it so.
 
 The keystream is a cipher's, so this is no proof of quality but looks for what goes wrong around it: a generator that
 was exchanged (Dahiya, Shumailov & Anderson, USENIX Security 2024, falsified radii up to 81 times over by one that
@@ -8,15 +9,17 @@ otherwise. What is looked at is what a network is given, on the device that draw
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from scipy.special import ndtr
+from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from core.errors import NoiseError
+from core.law import GAUSSIAN, Law, law_of
 from core.machine.former_noise import FormerGaussianNoise
 from core.machine.noise import Copies, Noise
 from core.records import Phase
@@ -39,7 +42,10 @@ Floats = NDArray[np.float64]
 
 
 def check_noise(noise: Noise, device: torch.device | str) -> None:
-    """Refuse noise that is not standard normal and independent; half a second, false alarm below 1e-6 for a seed.
+    """Refuse noise that is not its law's and independent; half a second, false alarm below 1e-6 for a seed.
+
+    Of a noise of the user's own no more is looked at than its bits and its streams; of splitting noise, which has no
+    chance, the bits.
 
     Args:
         noise: of a run.
@@ -62,23 +68,70 @@ def problems(noise: Noise, device: torch.device) -> Iterator[str]:
     same_everywhere = not isinstance(noise, FormerGaussianNoise)
     if device.type != "cpu" and same_everywhere and not torch.equal(values, _drawn(noise, many, torch.device("cpu"))):
         yield "its bits are not those of the CPU"
+    known = noise.kind in ("gaussian", "exact", "uniform", "laplace")
     z = values.flatten(1).numpy()
-    yield from _distribution(z.ravel().astype(np.float64))
+    if known:
+        yield from _distribution(_normal(z.ravel().astype(np.float64), noise.kind, LEVEL, spread=True))
+        yield from _related(noise, device, z)
+    if noise.kind != "splitting":
+        yield from _contradictions(np.sort(z.ravel().astype(np.float64)), law_of(noise.kind))
+        starts = [_copies(f"key {n}", num=1, shape=(1, 1, 16)) for n in range(KEYS)]
+        first = _drawn(noise, starts, device).flatten(1).numpy()
+        if (different := len(np.unique(first, axis=0))) < KEYS:
+            yield f"{KEYS} keys give {different} streams"
+
+
+def _contradictions(noise: Floats, law: Law) -> Iterator[str]:
+    """Where a half-space along an axis contradicts the law, sampling errors (Dvoretzky-Kiefer-Wolfowitz) set aside.
+
+    Args:
+        noise: at `LEVEL`, sorted.
+        law: says that the half-space's probability p becomes no less than cdf(quantile(p) - r / scale) at distance r.
+    """
+    error = math.sqrt(math.log(2 / ALARM) / (2 * len(noise)))
+    p = np.linspace(0.5, 1.0, 200)[1:-1]
+    edge = -np.quantile(noise, p, method="lower")  # of the half-space where -noise > edge, of probability p
+    for share in (0.05, 0.2, 0.5):
+        moved = np.searchsorted(noise, -edge - share * float(law.scale(LEVEL))) / len(noise)
+        left = law.quantile(np.maximum(p - error, 0.5)) - share
+        claimed = np.where(left >= 0, law.cdf(np.maximum(left, 0.0)), 1 - law.cdf(np.maximum(-left, 0.0)))
+        if (off := float((claimed - moved).max())) > error:
+            yield f"a half-space falls below what its law says by {off:.3f} at distance {share:g} scale"
+            return
+
+
+def _related(noise: Noise, device: torch.device, z: NDArray[np.float32]) -> Iterator[str]:
+    """What is wrong between copies, of one stream and of others."""
     related = [
         _copies("noise check 0", phase, sigma, first, RELATED)
-        for phase in Phase
+        for phase in (Phase.SELECTION, Phase.ESTIMATION, Phase.PREDICTION)
         for sigma in (LEVEL / 2, LEVEL)
         for first in (0, 10_000)
         if (phase, sigma, first) != (_PHASE, LEVEL, 0)
     ]
     others = _drawn(noise, related, device).flatten(1).numpy()
-    scales = np.repeat([each.sigma for each in related], RELATED)[:, None]
-    rows = np.concatenate([z.reshape(STREAMS, COPIES, -1)[:, :RELATED].reshape(STREAMS * RELATED, -1), others / scales])
-    yield from _independence(rows.astype(np.float32))
-    starts = [_copies(f"key {n}", num=1, shape=(1, 1, 16)) for n in range(KEYS)]
-    first = _drawn(noise, starts, device).flatten(1).numpy()
-    if (different := len(np.unique(first, axis=0))) < KEYS:
-        yield f"{KEYS} keys give {different} streams"
+    parts = [_normal(z.reshape(STREAMS, COPIES, -1)[:, :RELATED].reshape(STREAMS * RELATED, -1), noise.kind, LEVEL)]
+    for start, each in zip(range(0, len(others), RELATED), related, strict=True):
+        parts.append(_normal(others[start : start + RELATED], noise.kind, each.sigma))
+    yield from _independence(np.concatenate(parts).astype(np.float32))
+
+
+def _normal(noise: NDArray[Any], kind: str, sigma: float, *, spread: bool = False) -> Floats:
+    """Noise as standard normal numbers: divided by sigma, or by way of its law.
+
+    Args:
+        noise: at `sigma`.
+        kind: whose law.
+        sigma: noise level.
+        spread: whether integers on the 8-bit grid are spread evenly over their cells, each to a number of its own.
+    """
+    law = law_of(kind)
+    if law == GAUSSIAN:
+        return np.asarray(noise / sigma, np.float64)
+    values = np.asarray(noise, np.float64)
+    if spread:
+        values = values + (np.random.default_rng(0).random(values.shape) - 0.5) / 255
+    return np.asarray(np.sign(values) * ndtri(np.minimum(law.cdf(np.abs(values) / law.scale(sigma)), 1 - 2.0**-53)))
 
 
 _PHASE = Phase.ESTIMATION

@@ -24,9 +24,10 @@ from core.models.diffusers_folder import read_folder, unet_config
 from core.models.features import FeatureExtractor, FeatureHead, FeatureRouter
 from core.models.hub import local_path
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
-from core.models.own_code import build_own, check_named, described, source_of
+from core.models.own_code import build_own, check_named, described
 from core.models.small import SmallConvNet
 from core.models.weights import load_strictly, read_checkpoint, read_safetensors
+from core.own_function import source_of
 
 __all__ = [
     "assemble_denoiser",

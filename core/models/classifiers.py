@@ -18,9 +18,10 @@ from core.config.models import is_own_code
 from core.errors import ModelError
 from core.models.classifier_files import check_normalisation, outputs_by_name, read_classifier
 from core.models.hf_vit import check_hf_config
-from core.models.own_code import build_own, described, load_own, source_of
+from core.models.own_code import build_own, described, load_own
 from core.models.resnet_cifar import ResNetCifar
 from core.models.weights import load_strictly
+from core.own_function import source_of
 
 __all__ = ["ImageClassifier", "build_classifier"]
 

@@ -4,15 +4,9 @@ The configuration names it, and nothing else may: a file that names code is refu
 same (`check_named`).
 """
 
-import functools
-import hashlib
-import importlib
 import inspect
 import socket
-import sys
-import types
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +15,9 @@ from torch import nn
 from core.errors import ModelError
 from core.models.hub import local_path, weights_file
 from core.models.weights import load_strictly, read_checkpoint, unwrapped
+from core.own_function import function_of, line_of, source_of
 
-__all__ = ["build_own", "check_named", "described", "load_own", "source_of"]
+__all__ = ["build_own", "check_named", "described", "load_own"]
 
 
 def build_own(arch: str, num_outputs: int | None, channels: int) -> nn.Module:
@@ -43,14 +38,14 @@ def build_own(arch: str, num_outputs: int | None, channels: int) -> nn.Module:
         ModelError: names the module and this machine when it cannot be imported, has no such function, or the function
             fails or returns something else.
     """
-    function = _function(arch)
+    function = function_of(arch)
     given = {"channels": channels} | ({} if num_outputs is None else {"num_classes": num_outputs})
     try:
         taken = inspect.signature(function).parameters
         with torch.device("cpu"):
             module = function(**{name: value for name, value in given.items() if name in taken})
     except Exception as error:  # the user's own code: whatever it raises
-        raise ModelError(f"arch {arch!r}: the function failed ({_line(error)}): mend it") from error
+        raise ModelError(f"arch {arch!r}: the function failed ({line_of(error)}): mend it") from error
     if not isinstance(module, nn.Module):
         raise ModelError(
             f"arch {arch!r}: the function returned a {type(module).__name__}, expected a torch module (nn.Module)"
@@ -70,26 +65,6 @@ def load_own(module: nn.Module, checkpoint: str, arch: str, ema: bool = True) ->
     weights = {prefix + key: value for key, value in found.weights.items()}
     load_strictly(module, weights, f"{checkpoint!r} (as {arch})")
     return {"checkpoint": checkpoint, "weights": ".".join(found.under) or "all of the file"}
-
-
-def source_of(arch: str) -> dict[str, str]:
-    """Name and SHA-256 of the file that defines the module of `arch`: that file alone, not what it imports.
-
-    Raises:
-        ModelError: as `build_own`, and for a module without a file.
-    """
-    function, name = _function(arch), arch.partition(":")[0]
-    owner = function.__module__ if isinstance(function, types.FunctionType | type) else name
-    module = sys.modules.get(owner, sys.modules[name])
-    if getattr(module, "__file__", None) is None:
-        raise ModelError(f"arch {arch!r}: the module has no source file: use one that is a .py file")
-    return dict(_source(module))
-
-
-@functools.cache  # what was imported, whatever becomes of the file
-def _source(module: types.ModuleType) -> tuple[tuple[str, str], ...]:
-    file = Path(str(module.__file__))
-    return ("file", file.name), ("sha256", hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def described(arch: str, source: Mapping[str, str]) -> str:
@@ -132,25 +107,3 @@ def _named(spec: Any) -> Iterator[tuple[str, Mapping[str, str]]]:
             yield arch, spec.get("source") or {}
         for value in spec.values():
             yield from _named(value)
-
-
-def _function(arch: str) -> Callable[..., Any]:
-    name, _, attribute = arch.partition(":")
-    if (here := str(Path.cwd())) not in sys.path and "" not in sys.path:
-        sys.path.append(here)  # a console script does not look where it is started
-    try:
-        module = importlib.import_module(name)
-    except Exception as error:  # of the user's own code
-        raise ModelError(
-            f"arch {arch!r}: cannot import {name!r} on {socket.gethostname()} ({_line(error)}): keep {name}.py in the "
-            "working directory, which travels with `ray job submit --working-dir .`, or install it on all nodes"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ModelError(f"arch {arch!r}: {module.__file__ or name} has no function {attribute!r}: look at its name")
-    found: Callable[..., Any] = function
-    return found
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

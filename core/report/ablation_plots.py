@@ -50,7 +50,7 @@ def ablation_figure(settings: Sequence[AblationSetting], title: str) -> Figure:
         grid = np.linspace(0.0, 1.02 * largest if largest > 0.0 else 1.0, 400)
         for setting, look in zip(settings, looks, strict=True):
             axes.plot(grid, 100.0 * setting.accuracy(Kind.DUAL, grid), label=setting.name, linewidth=1.6, **look)
-        axes.set(title=title, xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy, Dual RS [%]")
+        axes.set(title=title, xlabel="certified radius (pixel scale [0, 1])", ylabel="certified accuracy, Dual RS [%]")
         axes.set_xlim(0.0, grid[-1])
         axes.set_ylim(0.0, 101.0)
 

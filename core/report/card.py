@@ -31,8 +31,9 @@ def run_card(config: Config, manifest: Mapping[str, Any], certified: Sequence[Bl
     code = f"dual-rs {versions['dual-rs']}" + (
         f", revision {manifest['git_revision']}" * bool(manifest["git_revision"])
     )
+    levels = ", ".join(f"{sigma:g}" for sigma in config.sigmas)
     blocks: list[Block] = [
-        Text(f"Data set {config.dataset.name}: {splits}. Noise levels {', '.join(f'{s:g}' for s in config.sigmas)}."),
+        Text(f"Data set {config.dataset.name}: {splits}. Noise: {config.noise}, levels {levels}."),
         Text(f"Seed {config.seed}; {code}, torch {versions['torch']}; finished {step['finished']}."),
     ]
     accuracy = step["clean_accuracy"]

@@ -83,7 +83,7 @@ def choice_figure(choice: Choice, sigmas: Floats, radii: Floats, shown: Sequence
                 look = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)]}
                 curve = 100.0 * getattr(of[place], which)
                 axes.plot(radii, curve, label=_name(of[place], sigmas), marker="o", markersize=4, **look)
-            axes.set(title=title, xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+            axes.set(title=title, xlabel="certified radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
             axes.set_ylim(0.0, 101.0)
 
         return draw

@@ -164,11 +164,12 @@ def _name(method: Method) -> str:
     return f"{method.name}{own}"
 
 
-def _test_set(data: ReportData) -> tuple[str, int, str]:
-    """Which examples a run is on: data set, how many, and the fingerprint that the run keeps of them."""
+def _test_set(data: ReportData) -> tuple[str, int, str, str]:
+    """Which examples a run is on: data set, how many, the fingerprint that the run keeps of them, and the norm."""
     splits = data.manifest.get("data")
     test = splits.get("test") if isinstance(splits, Mapping) else None
-    return data.labels, data.num_examples, str(test.get("digest", "")) if isinstance(test, Mapping) else ""
+    digest = str(test.get("digest", "")) if isinstance(test, Mapping) else ""
+    return data.labels, data.num_examples, digest, data.law.norm
 
 
 def _marked(runs: Mapping[str, ReportData]) -> Mapping[str, ReportData]:
@@ -177,10 +178,11 @@ def _marked(runs: Mapping[str, ReportData]) -> Mapping[str, ReportData]:
     distinct = set(sets.values())
     if len(distinct) < 2:
         return runs
-    same = len({each[:2] for each in distinct}) < len(distinct)  # size and name do not tell them apart
+    same = len({each[:2] for each in distinct}) < len({each[:3] for each in distinct})  # name and size say too little
+    norms = len({each[3] for each in distinct}) > 1
     found = {}
-    for name, (labels, number, digest) in sets.items():
-        mark = f", set {digest[:8] or 'unknown'}" if same else ""
+    for name, (labels, number, digest, norm) in sets.items():
+        mark = (f", set {digest[:8] or 'unknown'}" if same else "") + (f", {norm} radii" if norms else "")
         found[f"{name} ({number:,} of {labels}{mark})"] = runs[name]
     return found
 
@@ -188,8 +190,16 @@ def _marked(runs: Mapping[str, ReportData]) -> Mapping[str, ReportData]:
 def _sets_sentence(runs: Mapping[str, ReportData]) -> str:
     sets = {_test_set(data) for data in runs.values()}
     if len(sets) == 1:
-        ((labels, number, _),) = sets
-        return f"All on the same {number:,} examples of {labels}. The best certificate beyond each radius is bold."
+        ((labels, number, _, norm),) = sets
+        radii = "" if norm == "l2" else f" Radii are {norm}."
+        return (
+            f"All on the same {number:,} examples of {labels}. The best certificate beyond each radius is bold.{radii}"
+        )
+    if len({norm for *_, norm in sets}) > 1:
+        return (
+            "Radii are of several norms, named with each run. An l1 ball lies in the l2 ball of its radius, so that l1 "
+            "certificates claim less at the same radius: none is called the best, and no difference is taken."
+        )
     return (
         f"The runs are on {len(sets)} different test sets, named with each run: none of them is called the best, and a "
         "difference between two of them may be one between their examples."

@@ -300,7 +300,7 @@ def _figure(radii: Floats, best: str, single: Floats, ways: Sequence[_Way]) -> "
             axes.hlines(100.0 * single[1:], place - 0.42, place + 0.42, colors="black", linewidth=2.0, label=best)
             axes.set_xticks(place[::every], [f"{radius:g}" for radius in radii[::every]])
             axes.grid(visible=False, axis="x")
-            axes.set(title=way.name, xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+            axes.set(title=way.name, xlabel="certified radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
             axes.set_ylim(0.0, 101.0)
 
         return draw

@@ -280,7 +280,7 @@ def _chart(figure: Figure, lines: Sequence[Line2D], name: str, svg: str) -> Char
         pattern = tuple(float(d) for d in drawn[1].split(",")) if drawn else ()
         curves.append(Curve(key, str(line.get_label()), str(to_hex(line.get_color())), pattern, tuple(values.tolist())))
     return Chart(
-        x_name=axes.get_xlabel().replace(r"$\ell_2$", "l2"),
+        x_name=axes.get_xlabel(),
         grid=tuple(grid.tolist()),
         left=box.x0 * width, right=box.x1 * width, top=(1 - box.y1) * height, bottom=(1 - box.y0) * height,
         curves=tuple(curves),
@@ -336,7 +336,7 @@ def _draw_curves(axes: Any, curves: Sequence[tuple[str, Method, dict[str, Any]]]
         accuracy = 100.0 * method.accuracy(grid)
         end = int(np.count_nonzero(accuracy)) + 1  # down to 0, then no further along the axis
         axes.plot(grid[:end], accuracy[:end], label=name, **look)
-    axes.set(xlabel=r"$\ell_2$ radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+    axes.set(xlabel="certified radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
     axes.set_xlim(0.0, grid[-1])
     axes.set_ylim(0.0, 101.0)
 

@@ -3,6 +3,7 @@
 Every number and every claim is computed from `ReportData` here; nothing is asserted that the rows do not show.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -161,7 +162,31 @@ def _summary(data: ReportData) -> str:
         )
     text += "" if seed is None else f" Seed {seed}."
     counted = "radius > r" if data.strict else "radius >= r"
-    return f"{text} Radii are l2, in the pixel scale [0, 1]; a certificate counts at r when its {counted}."
+    text += f" Radii are {data.law.norm}, in the pixel scale [0, 1]; a certificate counts at r when its {counted}."
+    return text + _limits(data)
+
+
+def _limits(data: ReportData) -> str:
+    """What there is to say of the norm: certificates without chance, and the l_inf ball inside."""
+    text = ""
+    if data.law.exhaustive:
+        text += (
+            " The noise is deterministic: every certificate takes all copies that there are at its sigma (not n), and "
+            "alpha is 0. It holds for images of 8 bits."
+        )
+    splits = data.manifest.get("data")
+    test = splits.get("test") if isinstance(splits, Mapping) else None
+    shape = test.get("shape") if isinstance(test, Mapping) else None
+    if not shape:
+        return text
+    d = math.prod(shape)
+    inside, by = ("sqrt(d)", math.sqrt(d)) if data.law.norm == "l2" else ("d", float(d))
+    unit = 255.0 / by
+    return text + (
+        f" Within an {data.law.norm} ball of radius r lies the l_inf ball of radius r / {inside}: with d = {d:,}, "
+        f"{unit:.3g} grey levels for r = 1. That baseline is small by necessity: no smoothing certifies much more than "
+        "1 / sqrt(d) in l_inf (Yang et al. 2020, Kumar et al. 2020)."
+    )
 
 
 def _imported_notes(data: ReportData) -> list[str]:
@@ -171,6 +196,10 @@ def _imported_notes(data: ReportData) -> list[str]:
     return [
         f"Imported logs: {names}. They are shown as they are: on examples of their own, with their rounding of the "
         "radii, and unchecked. They do not compete for the best method."
+        + (
+            f" Radii of this run are {data.law.norm}; a log does not say of which norm its own are."
+            * (data.law.norm != "l2")
+        )
     ]
 
 

@@ -53,7 +53,7 @@ def base_objective(
     if role != DENOISER:
         train = config.classifier(role).train
         assert train is not None, "trained here"
-        return ClassifierObjective(data, denoiser, train, config.seed, role, processes=processes)
+        return ClassifierObjective(data, denoiser, train, config.seed, role, noise=config.noise, processes=processes)
     training = config.training_of(role)
     assert isinstance(training, DenoiserTrainConfig), "trained here"
     return DenoisingObjective(data, training, config.distilled_levels, config.seed, role, processes=processes)

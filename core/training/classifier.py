@@ -101,6 +101,7 @@ class ClassifierObjective(Objective):
         config: as `Config.classifier` fills it in: with `sigma` and `clean`.
         seed: the run's.
         name: of the training; another one has other noise.
+        noise: its kind, as in the configuration.
         processes: that hold the images on this machine.
     """
 
@@ -112,6 +113,7 @@ class ClassifierObjective(Objective):
         seed: int,
         name: str,
         *,
+        noise: str = "gaussian",
         processes: int = 1,
     ) -> None:
         assert config.sigma is not None
@@ -120,7 +122,9 @@ class ClassifierObjective(Objective):
         self._denoiser = None if denoiser is None else denoiser.requires_grad_(False)
         self._loss = make_loss(config.loss, config.label_smoothing)
         self.schedule = Schedule.of(config, len(data), epochs=config.epochs)
-        self._samples = Samples(data, np.arange(len(data)), name, seed, augment=config.augment, processes=processes)
+        self._samples = Samples(
+            data, np.arange(len(data)), name, seed, augment=config.augment, noise=noise, processes=processes
+        )
         self.threads = self._samples.threads
         self._labels = torch.from_numpy(data.labels)
         self._uniform: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -132,7 +136,7 @@ class ClassifierObjective(Objective):
         """What `NoisyBatch` holds, in its order."""
         uniform = self._uniform_of(epoch)[chosen]
         sigma = torch.exp(self._low + (self._high - self._low) * uniform[:, 0])
-        noise = self._samples.noise(epoch, chosen, self._loss.copies).transpose(0, 1).contiguous()
+        noise = self._samples.noise(epoch, chosen, sigma, self._loss.copies).transpose(0, 1).contiguous()
         done = torch.tensor(epoch / self.schedule.epochs)
         return self._samples.images(epoch, chosen), noise, sigma, self._labels[chosen], uniform[:, 1:], done
 

@@ -81,7 +81,7 @@ class DenoisingObjective(Objective):
 
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
         """Images, standard normal noise of their shape, and a number in [0, 1) for each that becomes its level."""
-        noise = self._samples.noise(epoch, chosen, copies=1)[:, 0]
+        noise = self._samples.noise(epoch, chosen, torch.ones(len(chosen)), copies=1)[:, 0]
         return self._samples.images(epoch, chosen), noise, self._samples.uniform(epoch, chosen)
 
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -271,7 +271,7 @@ class EstimatorObjective(Objective):
             config.epochs, config.batch_size, config.lr, config.weight_decay, config.lr_step, config.lr_gamma
         )
         self._samples, self._held = (
-            Samples(data, kept[part], self.name, seed, augment=how, processes=processes)
+            Samples(data, kept[part], self.name, seed, augment=how, noise=noise, processes=processes)
             for part, how in ((learnt, config.augment), (held, "none"))
         )
         self.threads, self.num_held_out = self._samples.threads, len(held)

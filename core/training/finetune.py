@@ -34,6 +34,7 @@ class FinetuneObjective(Objective):
         denoiser: fixed, on the model's device; None for a classifier that takes the noisy image itself.
         config: epochs, batch, rates.
         seed: the run's.
+        noise: its kind, as in the configuration.
         processes: that hold the images on this machine.
     """
 
@@ -48,11 +49,12 @@ class FinetuneObjective(Objective):
         config: FinetuneConfig,
         seed: int,
         *,
+        noise: str = "gaussian",
         processes: int = 1,
     ) -> None:
         self.seed, self._denoiser = seed, denoiser
         self.schedule = Schedule(config.epochs, config.batch_size, config.lr, config.weight_decay)
-        self._samples = Samples(data, places, self.name, seed, augment=config.augment, processes=processes)
+        self._samples = Samples(data, places, self.name, seed, augment=config.augment, noise=noise, processes=processes)
         self.threads = self._samples.threads
         self._labels = torch.from_numpy(data.labels[places])
         self._sigma = torch.from_numpy(sigma).float()

@@ -11,13 +11,30 @@ from torch import Tensor
 from core.config.values import Augment
 from core.data import Dataset
 from core.machine.former_noise import fill_normal
+from core.machine.noise import Copies, make_noise
 from core.machine.noise_key import training_key
+from core.records import Phase
 from core.training.augment import augment, draw_augmentation
 
 __all__ = ["MEMORY_SHARE", "Samples"]
 
 MEMORY_SHARE = 0.25
 """Of the machine's memory, for decoded images; as much for features."""
+
+
+def _fill_uniform(out: NDArray[np.float32], key: bytes) -> None:
+    numbers = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little"))).random(out.shape, np.float32)
+    np.multiply(2.0 * numbers - 1.0, np.float32(np.sqrt(3.0)), out=out)
+
+
+def _fill_laplace(out: NDArray[np.float32], key: bytes) -> None:
+    random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
+    random.standard_exponential(dtype=np.float32, out=out)
+    out *= random.choice(np.array([-(0.5**0.5), 0.5**0.5], np.float32), out.shape)
+
+
+STANDARD = {"gaussian": fill_normal, "exact": fill_normal, "uniform": _fill_uniform, "laplace": _fill_laplace}
+"""What overwrites an array with the noise of a key, of standard deviation 1."""
 
 
 class Samples:
@@ -33,6 +50,7 @@ class Samples:
         places: which of its examples, int64 ``(N,)``.
         name, seed: of the training and of the run, for the noise.
         augment: what is done to the images before they are noised.
+        noise: its kind, as in the configuration.
         processes: that hold samples on this machine.
     """
 
@@ -44,8 +62,10 @@ class Samples:
         seed: int,
         *,
         augment: Augment = "none",
+        noise: str = "gaussian",
         processes: int = 1,
     ) -> None:
+        self._kind, self._corrupt = noise, None if noise in STANDARD else make_noise(noise, seed).corrupt
         self._data, self._places, self._name, self._seed, self._augment = data, places, name, seed, augment
         in_memory = isinstance(data.images, np.ndarray)
         needed = processes * len(places) * int(np.prod(data.shape))
@@ -72,11 +92,22 @@ class Samples:
         images = np.stack([self._augmented(epoch, number) for number in chosen.tolist()])
         return torch.from_numpy(images).float().div_(255.0)
 
-    def noise(self, epoch: int, chosen: NDArray[np.int64], copies: int) -> Tensor:
-        """Standard normal noise for some samples, float32 ``(B, copies, C, H, W)``, another one in each epoch."""
+    def noise(self, epoch: int, chosen: NDArray[np.int64], sigmas: Sequence[float] | Tensor, copies: int) -> Tensor:
+        """Noise of standard deviation 1 for some samples, float32 ``(B, copies, C, H, W)``, another one in each epoch.
+
+        Gaussian, uniform and Laplace noise are the same at every level, and not rounded to 8 bits. Of others this is
+        what they do to the sample at its level, divided by that.
+        """
         noise = torch.empty(len(chosen), copies, *self._data.shape)
-        for row, number in zip(noise, chosen.tolist(), strict=True):
-            fill_normal(row.numpy(), self._key("noise", epoch, number))
+        levels = torch.as_tensor(sigmas).tolist()
+        for row, number, sigma in zip(noise, chosen.tolist(), levels, strict=True):
+            key = self._key("noise", epoch, number)
+            if self._corrupt is None:
+                STANDARD[self._kind](row.numpy(), key)
+            else:
+                image = torch.from_numpy(self._augmented(epoch, number)).float().div_(255.0)
+                self._corrupt(row, [Copies(image, key.hex(), Phase.TRAINING, sigma, 0, copies)])
+                row.sub_(image).div_(sigma)
         return noise
 
     def uniform(self, epoch: int, chosen: NDArray[np.int64]) -> Tensor:
@@ -97,7 +128,7 @@ class Samples:
             DataError: for an image that cannot be read; names it.
         """
         levels = torch.as_tensor(sigmas, dtype=torch.float32).view(-1, 1, 1, 1, 1)
-        noise, images = self.noise(epoch, chosen, copies), self.images(epoch, chosen)
+        noise, images = self.noise(epoch, chosen, sigmas, copies), self.images(epoch, chosen)
         return noise.mul_(levels).add_(images[:, None]).transpose(0, 1).reshape(-1, *self._data.shape)
 
     def _key(self, use: str, epoch: int, number: int) -> bytes:

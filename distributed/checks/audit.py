@@ -200,11 +200,11 @@ def _against_votes(
         return
     for votes in method.votes(row, terms, num_classes):
         yield from _out_of_range(votes)
-    most = terms.sampling.num_estimation
+    most = {terms.sampling.at(sigma).num_estimation for sigma in (*terms.sigmas, terms.sigma_e)}
     for stop, drawn in method.ends(row):
-        full = (stop == Stop.FULL) == (drawn == most) or stop == Stop.REACHED
+        full = (stop == Stop.FULL) == (drawn in most) or stop == Stop.REACHED
         if not full or (stop == Stop.SKIPPED) != (drawn == 0):
-            yield f"stopped as {stop!r} after {drawn} of {most} draws"
+            yield f"stopped as {stop!r} after {drawn} of {max(most)} draws"
     if label is None:
         return  # reported against the plan
     yield from _differences(row, method.again({**row, "label": label}, terms), method.schema)

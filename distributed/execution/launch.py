@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from core.data import Dataset
 from core.errors import DataError
+from core.own_function import source_of
 from core.records import ESTIMATOR, Sampling
 from distributed.execution.scheduler import run_work
 from distributed.execution.work import Work
@@ -86,6 +87,8 @@ def certify_store(directory: RunDirectory, store: str, retry_errors: bool = Fals
         DataError: when images have changed since rows were computed from them.
     """
     config, step = directory.config, step_of(store)
+    if ":" in config.noise:
+        directory.check_source("noise", config.noise, source_of(config.noise, "noise")["sha256"])
     work, hashes = work_of(directory, store)
     shards = ShardStore(directory.folder, store)
     if (

@@ -22,6 +22,7 @@ from distributed.methods.method import (
     RunRows,
     Terms,
     Votes,
+    all_levels,
     column,
     common_columns,
     missing_votes,
@@ -120,12 +121,13 @@ class Agreement(Method):
 
     def copies(self, terms: Terms) -> tuple[Copies, bool]:
         """The most where the router picks another level than sigma_e and every level has to be asked."""
-        selection, estimation = terms.sampling.num_selection, terms.sampling.num_estimation
+        sampling, levels = terms.sampling, len(terms.sigmas)
+        selection, estimation = sampling.num_selection, sampling.at(terms.sigma_e).num_estimation
         if terms.sigmas == (terms.sigma_e,):  # there is nothing else to pick
             return Counter({self.heads: selection + estimation}), terms.budget == "fixed"
         copies = Counter({selection_heads(terms.sigmas, terms.sigma_e): selection})
         copies[ESTIMATOR,] += estimation
-        copies[CLASSIFIER,] += selection + len(terms.sigmas) * estimation
+        copies[CLASSIFIER,] += all_levels(terms) - (levels - 1) * selection
         return copies, False
 
     def stage(self, terms: Terms) -> Sampling:

@@ -246,9 +246,10 @@ def dual_copies(terms: Terms, *, shared: bool, class_stage: bool) -> Copies:
     """
     sampling = terms.sampling
     copies = Counter({selection_heads(terms.sigmas, terms.sigma_e): sampling.num_selection})
-    copies[Dual.heads if shared else (ESTIMATOR,)] += sampling.num_estimation
+    copies[Dual.heads if shared else (ESTIMATOR,)] += sampling.at(terms.sigma_e).num_estimation
     if class_stage and not shared:
-        copies[CLASSIFIER,] += sampling.num_selection + sampling.num_estimation
+        most = max(sampling.at(sigma).num_estimation for sigma in terms.sigmas)
+        copies[CLASSIFIER,] += sampling.num_selection + most
     return copies
 
 

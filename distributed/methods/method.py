@@ -213,6 +213,12 @@ class Method(ABC):
         return MethodRows(name=self.title, **common_columns(table))
 
 
+def all_levels(terms: Terms) -> int:
+    """Copies of both phases at all levels."""
+    at = [terms.sampling.at(sigma) for sigma in terms.sigmas]
+    return sum(each.num_selection + each.num_estimation for each in at)
+
+
 def keyed(rows: Sequence[Row], per_level: bool) -> dict[tuple[str, float | None], Row]:
     """Rows of a method as `RunRows` has them."""
     return {(row["example_id"], row["sigma"] if per_level else None): row for row in rows}

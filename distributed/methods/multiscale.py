@@ -18,6 +18,7 @@ from distributed.methods.method import (
     RunRows,
     Terms,
     Votes,
+    all_levels,
     column,
     common_columns,
     missing_votes,
@@ -89,8 +90,7 @@ class Multiscale(Method):
 
     def copies(self, terms: Terms) -> tuple[Copies, bool]:
         """The most where no level above the smallest decides."""
-        each = terms.sampling.num_selection + terms.sampling.num_estimation
-        return Counter({(CLASSIFIER,): len(terms.sigmas) * each}), len(terms.sigmas) == 1
+        return Counter({(CLASSIFIER,): all_levels(terms)}), len(terms.sigmas) == 1
 
     def votes(self, row: Row, terms: Terms, num_classes: int) -> Iterator[Votes]:
         """Of all levels that were asked."""

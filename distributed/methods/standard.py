@@ -13,7 +13,7 @@ from core.errors import DataError
 from core.procedures.sequential import beyond, conclude, standard_procedure
 from core.procedures.smoothing import certificate
 from core.records import CLASSIFIER, Certificate, Procedure, Stop
-from distributed.methods.method import Copies, Method, Row, RunRows, Terms, votes_of
+from distributed.methods.method import Copies, Method, Row, RunRows, Terms, all_levels, votes_of
 from distributed.methods.rows import certificate_row
 
 __all__ = ["Standard", "grid", "stacked"]
@@ -55,8 +55,7 @@ class Standard(Method):
 
     def copies(self, terms: Terms) -> tuple[Copies, bool]:
         """All draws at all levels, unless they stop early."""
-        each = terms.sampling.num_selection + terms.sampling.num_estimation
-        return Counter({(CLASSIFIER,): len(terms.sigmas) * each}), terms.budget == "fixed"
+        return Counter({(CLASSIFIER,): all_levels(terms)}), terms.budget == "fixed"
 
     def rederived(
         self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms

@@ -11,6 +11,7 @@ from typing import Any, Final
 from core.config import Config
 from core.errors import DataError
 from core.law import Arithmetic
+from core.own_function import source_of
 from distributed.store.plan import Plan
 
 __all__ = [
@@ -43,6 +44,8 @@ def origin_of(config: Config, models: Mapping[str, str], data: str, begun: Plan 
     if begun is not None and not is_named(begun):
         return origin
     named = {"version": VERSION, **origin, "seed": config.seed, "noise": config.noise, "data": data}
+    if ":" in config.noise:
+        named["noise_sha256"] = source_of(config.noise, "noise")["sha256"]
     return named if config.noise_version == 1 else named | {"noise_version": config.noise_version}
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from core.config import Config
-from core.models.own_code import source_of
+from core.own_function import source_of
 from distributed.files.models import fetch_model, model_sha256
 from distributed.store.run_directory import RunDirectory
 

@@ -172,6 +172,10 @@ def predict_images(directory: RunDirectory, images: Images, question: Question, 
 def _work(directory: RunDirectory, question: Question, device: str) -> Work:
     """The networks and settings that answer; the seed is the question's."""
     config = directory.config
+    if config.law.exhaustive and not question.certify:
+        raise ConfigError(f"noise {config.noise} decides without chance: ask for the certificate (--certify)")
+    if config.law.exhaustive and question.seed != config.seed:
+        raise ConfigError(f"seed: under noise {config.noise} it is part of the classifier, {config.seed}; leave it out")
     if question.method == "standard" and question.sigma not in config.sigmas:
         raise ConfigError(f"sigma: standard needs one of {list(config.sigmas)}, the run's noise levels")
     if question.method != "standard" and question.sigma is not None:

@@ -78,6 +78,8 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
         raise ConfigError(f"share goes with split=halves alone, got {change}")
     if split == "full" and claim == "agreement":
         raise ConfigError("split=full is for claim=constant: under agreement an error of either stage is enough")
+    if change.alpha is not None and config.law.exhaustive:
+        raise ConfigError(f"alpha: certificates under noise {config.noise} have no failure probability; leave it out")
     alpha = certify.alpha if change.alpha is None else change.alpha
     sampling = Sampling(certify.num_selection, certify.num_estimation, alpha, config.law)
     terms = replace(Terms.of(config, sampling, certify.budget), split=split, router=router)

@@ -144,5 +144,12 @@ class Lesson:
                 processes=processes,
             )
         return FinetuneObjective(
-            data, self.places, self.values, denoiser, config.finetune, config.seed, processes=processes
+            data,
+            self.places,
+            self.values,
+            denoiser,
+            config.finetune,
+            config.seed,
+            noise=config.noise,
+            processes=processes,
         )

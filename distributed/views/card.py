@@ -27,6 +27,7 @@ def write_card(directory: RunDirectory, data: "ReportData | None" = None) -> Non
 
         config = directory.config
         networks = ", ".join(config.certified[role] for role in config.classifiers)
-        spent = f"{config.certify.num_estimation:,} draws, failure probability {config.certify.alpha:g}"
+        draws = "all copies" if config.law.exhaustive else f"{config.certify.num_estimation:,} draws"
+        spent = f"{draws}, failure probability {config.alpha:g}, {config.law.norm} radii"
         certified = [accuracy_table(data), Text(f"Of {networks}; {spent}.")]
     (directory.folder / "models").write("card.md", run_card(directory.config, directory.manifest, certified).encode())

@@ -50,7 +50,7 @@ def report_data(
         DataError: when standard certificates are missing, or methods cover different examples.
     """
     certify = config.certify
-    alpha, full = certify.alpha, certify.alpha_split == "full"
+    alpha, full = config.alpha, certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
     terms = Terms.of(config, Sampling(certify.num_selection, certify.num_estimation, alpha, config.law), certify.budget)
     table = _read(ShardStore(root, f"certificates/standard{ending}"), config)
@@ -91,7 +91,7 @@ def report_data(
         others=tuple(shown.values()),
         experts=config.has_experts,
         standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1], config.law),
-        alpha=config.certify.alpha,
+        alpha=config.alpha,
         alpha_stages=stages,
         num_selection=config.certify.num_selection,
         num_estimation=config.certify.num_estimation,
@@ -108,8 +108,8 @@ def _read(store: ShardStore, config: Config) -> pa.Table:
     """
     rows, name = store.read(), store.name
     certify, made = config.certify, rows.filter(pc.not_equal(rows.column("status"), ERROR))
-    stated: dict[str, Any] = {"alpha": certify.alpha, "num_selection": certify.num_selection}
-    if certify.budget == "fixed":
+    stated: dict[str, Any] = {"alpha": config.alpha, "num_selection": certify.num_selection}
+    if certify.budget == "fixed" and not config.law.exhaustive:
         stated["num_estimation"] = certify.num_estimation
     if "sigma_e" in made.column_names:
         stated["sigma_e"] = config.estimator_sigma

@@ -256,10 +256,10 @@ def test_certify_exact_noise_is_sound_and_wants_eight_bit_images() -> None:
     assert exact.prediction == 1
     assert 0.2 < exact.radius <= plane.margin(image) + 0.5 / 255
     assert exact != SmoothedClassifier(plane, 2, 0.5).certify(image, num_estimation=2000)
-    with pytest.raises(DataError, match="example 'image 1': exact noise needs pixels that are multiples of 1/255"):
+    with pytest.raises(DataError, match="example 'image 1': this noise needs pixels that are multiples of 1/255"):
         g.certify_many([image, torch.full((1, 4, 4), 0.7123)], num_estimation=2000)
-    with pytest.raises(ConfigError, match="noise must be one of"):
-        SmoothedClassifier(plane, 2, 0.5, noise="loud")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"noise: is .loud., expected one of"):
+        SmoothedClassifier(plane, 2, 0.5, noise="loud")
 
 
 def test_dual_certify_light_estimator_reads_the_noisy_image() -> None:

@@ -119,8 +119,8 @@ def test_samples_are_augmented_by_seed_training_epoch_and_example_and_noised_aft
     plain = made(augment="none")
     assert torch.equal(plain.images(2, chosen), torch.from_numpy(pixels[1:]).float() / 255)
     # The noise is what it is without augmentation, and lies on top of the augmented image.
-    noise = made().noise(2, chosen, 3)
-    assert torch.equal(noise, plain.noise(2, chosen, 3))
+    noise = made().noise(2, chosen, [1.0] * len(chosen), 3)
+    assert torch.equal(noise, plain.noise(2, chosen, [1.0] * len(chosen), 3))
     copies = made().noisy(2, chosen, [0.5] * 5, 3).view(3, 5, 3, 16, 16)
     torch.testing.assert_close(copies, found + 0.5 * noise.transpose(0, 1), rtol=0, atol=1e-6)
     assert 0 <= found.min() <= found.max() <= 1

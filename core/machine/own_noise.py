@@ -1,0 +1,49 @@
+"""Noise of the user's own, `noise: module:function`: what `core.law.OwnNoise` draws is added to the image."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError
+from core.law import own_noise
+from core.machine.keystream import Part, words_on_host
+from core.machine.noise import Copies, rows_of
+from core.machine.noise_key import noise_key
+
+__all__ = ["OwnNoise"]
+
+
+class OwnNoise:
+    """Noise of the user's own; a `core.machine.noise.Noise`. Drawn on the CPU, so that all devices see the same.
+
+    Args:
+        kind: `module:function`.
+        seed: the run's seed.
+
+    Raises:
+        ModelError, ConfigError: as `core.law.own_noise`.
+    """
+
+    def __init__(self, kind: str, seed: int) -> None:
+        self.kind, self.seed, self._draw = kind, seed, own_noise(kind).draw
+
+    def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> None:
+        """See `core.machine.noise.Noise.corrupt`: float32 sums of image and noise.
+
+        Raises:
+            ConfigError: for noise of another shape or type.
+        """
+        size = out[0].numel()
+        for each, rows in rows_of(out, copies):
+            words = np.empty(each.num * size, np.int32)
+            key = noise_key(self.seed, each.example_id, each.phase, each.sigma, "own")
+            words_on_host(Part(key, each.first * size, len(words)), words)
+            noise = np.asarray(self._draw(words, each.sigma))
+            if noise.shape != words.shape or noise.dtype != np.float32:
+                raise ConfigError(
+                    f"noise {self.kind!r}: draw returned {noise.dtype} of shape {noise.shape} for {len(words)} words, "
+                    f"expected float32 of shape ({len(words)},)"
+                )
+            rows.copy_(torch.from_numpy(noise).view(rows.shape)).add_(each.image)
