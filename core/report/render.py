@@ -126,7 +126,8 @@ def _method_table(data: ReportData) -> Table:
     for m in data.methods():
         clean = float(m.accuracy(np.zeros(1))[0])
         held = m.is_certificate  # the alpha of an imported log is not known
-        bound = percent(dataset_level_bound(clean, data.num_examples, data.alpha, _RHO)) if held else NONE
+        least = dataset_level_bound(clean, data.num_examples, data.alpha, _RHO) if held and data.alpha else clean
+        bound = percent(least) if held else NONE
         abstained = NONE if m.abstained is None else percent(float(m.abstained.mean()))
         draws = (NONE, NONE) if m.num_draws is None else (f"{m.num_draws.mean():,.1f}", f"{m.num_draws.sum():,}")
         radius = f"{average_certified_radius(m.correct, m.radius):.4f}"

@@ -165,7 +165,7 @@ def shares(table: Tensor, m: int, v: Sequence[int], pixels: Tensor, num: int | N
 
 
 def test_splitting_by_brute_force_changes_a_share_by_the_l1_distance_at_most() -> None:
-    """All pairs of 12 x 12 images, every coupling tried: the bound holds and is reached; of one copy less it does not."""
+    """All pairs of 12 x 12 images under several couplings: the bound holds and is reached; of half of it neither."""
     generator = torch.Generator().manual_seed(0)
     grid = torch.tensor(list(itertools.product(range(120, 132), repeat=2)))
     distance = (grid[:, None] - grid).abs().sum(dim=2)
