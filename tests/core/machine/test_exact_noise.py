@@ -203,7 +203,7 @@ def test_corrupt_mean_noise_shows_thresholds_shifted_by_one_bin(
     right = exact_table(0.25)
     floors = np.roll(right.floors, by)
     floors[0 if by > 0 else -1] = 0 if by > 0 else ONE - 1
-    monkeypatch.setattr(exact_noise, "exact_table", lambda _: ExactTable(right.k, floors))
+    monkeypatch.setattr(exact_noise, "exact_table", lambda *_: ExactTable(right.k, floors))
     assert abs(mean_in_standard_errors(kind)) > 10
 
 

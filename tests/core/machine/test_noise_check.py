@@ -108,7 +108,7 @@ def test_check_noise_stops_what_is_wrong_and_says_what() -> None:
 def test_problems_of_exact_noise_of_thresholds_off_by_one_bin_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = exact_noise.exact_table(1.0)
     shifted = exact_noise.ExactTable(right.k, np.roll(right.floors, 1) * (np.arange(len(right.floors)) > 0))
-    monkeypatch.setattr(exact_noise, "exact_table", lambda sigma: shifted)
+    monkeypatch.setattr(exact_noise, "exact_table", lambda *_: shifted)
     assert any("moment of order 1" in found for found in problems(ExactNoise(0), CPU))
 
 
