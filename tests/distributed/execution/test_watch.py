@@ -247,7 +247,7 @@ def test_build_dataset_replicas_stopped_for_good_are_named_and_replaced(
 ) -> None:
     with job_on(tmp_path, "Slow", "compute.hang_s=60") as job:
         begun = job.run.path / "attempts" / "dataset"
-        job.wait(lambda: len({file.name for file in begun.glob("*/*")}) == 2, "both replicas are at work")
+        job.wait(lambda: len({file.name for file in begun.glob("*/[!.]*")}) == 2, "both replicas are at work")
         first, second = job.replicas().values()
         first.send_signal(signal.SIGSTOP)
         job.tell("one of two is stopped for good")
