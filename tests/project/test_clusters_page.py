@@ -126,6 +126,8 @@ class Desk:
         """`aws s3 cp`, which is not among what the tests need."""
         pairs = [file_system(name if "://" in name else str(self.folder / name)) for name in (source, target)]
         (here, start), (there, end) = pairs
+        if here.get_file_info(start).type == pafs.FileType.Directory:
+            there.create_dir(end)
         pafs.copy_files(start, end, here, there)
 
 
