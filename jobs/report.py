@@ -8,7 +8,6 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,18 +39,12 @@ def run(directory: RunDirectory) -> None:
     folder.check_writable()
     from core.report.render import best_method_sentence, format_table, write_report
     from distributed.views.card import write_card
-    from distributed.views.tables import report_data
+    from distributed.views.examples import examples_section
+    from distributed.views.tables import report_data, run_tables
 
-    data = report_data(directory.config, directory.folder, directory.manifest)
-    if directory.config.report.gallery:
-        from distributed.views.gallery import gallery
-
-        images = gallery(directory, directory.config.report.gallery)
-        if isinstance(images, str):
-            print(f"no gallery of images: {images}")
-        else:
-            data = replace(data, gallery=images)
-    shown = sections(directory, data)
+    tables = run_tables(directory.config, directory.folder)
+    data = report_data(directory.config, directory.folder, directory.manifest, tables=tables)
+    shown = [*sections(directory, data), examples_section(directory, data, tables)]
     with folder.staged() as local:
         write_report(data, local, shown)
     write_card(directory, data)

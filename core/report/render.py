@@ -38,8 +38,6 @@ _CAPTIONS: Final = {
     "sigma_choice": "The estimator's choice of sigma, against the oracle's.",
     "delta_radius": "Empirical distribution of the lost radius and of the spare radius, where measured.",
     "p_lower": "Empirical distribution of the lower bound.",
-    "gallery": "From the largest certificate to the smallest: the image, one of its noisy copies, and, "
-    "with a denoiser, that copy denoised.",
 }
 
 
@@ -78,7 +76,7 @@ def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = (
 
     Returns:
         The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png,
-        delta_radius.png, gallery.png (the last three where what they show was measured), those of the sections,
+        delta_radius.png (the last two where what they show was measured), those of the sections,
         report.md, report.html.
     """
     from core.report import plots  # matplotlib: half a second that a terminal table does not need
@@ -279,13 +277,6 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     if isinstance(data.dual, DualRows):
         text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
     blocks += [Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
-    if data.gallery is not None:
-        blocks.append(Heading("Most and least certified"))
-        if (tied := data.gallery.tied) > 1:
-            blocks.append(
-                Text(f"{tied:,} examples share the largest radius: the first of them by their ids are shown.")
-            )
-        blocks.append(pictures["gallery"])
     steps = data.manifest.get("steps")
     if isinstance(steps, Mapping) and (table := _steps_table(steps)).rows:
         blocks += [Heading("What it took"), table]
