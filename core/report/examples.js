@@ -39,6 +39,15 @@ function bars(votes, draws, label) {
   return el("div", {}, ...lines);
 }
 
+// More columns to the right: they fade, until one has scrolled to the end.
+function fade() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const look = () => box.classList.toggle("more", box.scrollWidth - box.clientWidth - box.scrollLeft > 1);
+    box.onscroll = look;
+    look();
+  }
+}
+
 function keep(i, asked) {
   const q = (asked.get("q") ?? "").trim().toLowerCase(), kind = asked.get("show") ?? "";
   if (asked.has("class") && String(data.label[i]) !== asked.get("class")) return false;
@@ -63,6 +72,7 @@ function drawList(asked) {
   list.replaceChildren(el("p", {}, asked.has("class") ? `${count}, class ${named(Number(asked.get("class")))}. ` : count,
     asked.has("class") ? link({}, "All classes") : null), table(header, rows));
   more.hidden = found.length <= shown;
+  fade();
 }
 
 function routerTable(rows, label) {
@@ -95,6 +105,7 @@ function drawOne(i) {
     if (method.routers && method.routers[i].length) parts.push(routerTable(method.routers[i], label));
   }
   one.replaceChildren(...parts);
+  fade();
 }
 
 const copies = (shot) => ["clean", "noisy", "denoised"].filter((kind) => shot[kind]).map((kind) =>
@@ -127,5 +138,6 @@ form.addEventListener("input", () => {
   drawList(now);
 });
 more.addEventListener("click", () => { shown += PAGE; draw(); });
+addEventListener("resize", fade);
 addEventListener("hashchange", () => { shown = PAGE; draw(); });
 draw();

@@ -136,7 +136,7 @@ def examples_page(
 <label>Order <select name="sort"><option value="">by id</option><option value="radius">largest radius</option>
 {'<option value="lost">most lost</option>' if data.dual is not None else ""}</select></label></form>
 <div id="list"></div><button id="more" type="button">More</button>
-<h2>Looked at closely</h2><div id="gallery"></div>
+{"<h2>Looked at closely</h2>" if content["gallery"] else ""}<div id="gallery"></div>
 <h2>Class by class</h2><div id="classes">{html_table(classes)}</div>
 </div>
 <div id="one" hidden></div>

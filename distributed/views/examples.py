@@ -157,7 +157,8 @@ def _levels(row: Mapping[str, Any], sigmas: Sequence[float]) -> list[list[Any]]:
 
 def _errors(directory: RunDirectory, tables: Mapping[str, pa.Table], ids: Sequence[str]) -> dict[int, str]:
     """The kind of error by place; the whole message, which may name files of this machine, stays in errors/."""
-    places, kinds = {example_id: place for place, example_id in enumerate(ids)}, {}
+    places = {example_id: place for place, example_id in enumerate(ids)}
+    kinds: dict[int, str] = {}
     for name, table in tables.items():
         bad = failed_examples(table)
         told = ShardStore(directory.folder, f"certificates/{name}").read_errors().to_pylist() if bad else []
