@@ -37,16 +37,20 @@ def run(directory: RunDirectory) -> None:
     require_matplotlib()
     folder = directory.folder / "report"
     folder.check_writable()
-    from core.report.render import best_method_sentence, format_table, write_report
+    from core.report.render import accuracies, best_method_sentence, format_table, write_report
+    from distributed.store.track import check_tracker, tracked
     from distributed.views.card import write_card
     from distributed.views.examples import examples_section
     from distributed.views.tables import report_data, run_tables
 
+    check_tracker(directory.config)
     tables = run_tables(directory.config, directory.folder)
     data = report_data(directory.config, directory.folder, directory.manifest, tables=tables)
     shown = [*sections(directory, data), examples_section(directory, data, tables)]
-    with folder.staged() as local:
+    with folder.staged() as local, tracked(directory) as tracker:
         write_report(data, local, shown)
+        tracker.log_metrics(accuracies(data))
+        tracker.log_artifact(local, "report")
     write_card(directory, data)
     print(format_table(data))
     print(best_method_sentence(data))

@@ -3,6 +3,7 @@
 Every number and every claim is computed from `ReportData` here; nothing is asserted that the rows do not show.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -29,7 +30,15 @@ from core.report.pages import (
     percent,
 )
 
-__all__ = ["DualRows", "ReportData", "StandardRows", "best_method_sentence", "format_table", "write_report"]
+__all__ = [
+    "DualRows",
+    "ReportData",
+    "StandardRows",
+    "accuracies",
+    "best_method_sentence",
+    "format_table",
+    "write_report",
+]
 
 _RHO: Final = 0.001
 _CAPTIONS: Final = {
@@ -47,6 +56,17 @@ def format_table(data: ReportData) -> str:
     The best certified methods of a column are bold, unless nothing is certified there; the oracle never is.
     """
     return markdown_table(accuracy_table(data))
+
+
+def accuracies(data: ReportData) -> dict[str, float]:
+    """Certified accuracy of each method at each radius, and its average certified radius, by a name for trackers."""
+    found: dict[str, float] = {}
+    for m in data.methods():
+        name = re.sub(r"[^\w\-./ ]+", "", m.name).replace("  ", " ")
+        shares = zip(data.radii, m.accuracy(data.radii), strict=True)
+        found |= {f"certified_accuracy/{name}/{radius:g}": float(share) for radius, share in shares}
+        found[f"average_certified_radius/{name}"] = average_certified_radius(m.correct, m.radius)
+    return found
 
 
 def best_method_sentence(data: ReportData) -> str:
