@@ -72,7 +72,7 @@ class _WandB:
         # Neither command lines, nor the console, nor code, nor the machine: what we mean to send and no more.
         settings = wandb.Settings(
             silent=True, console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
-            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True,
+            x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, host="-",
         )  # fmt: skip
         project = os.environ.get("WANDB_PROJECT", _PROJECT)
         self._artifact = wandb.Artifact

@@ -37,7 +37,9 @@ _SHARP: Final = 16
 """Sides up to which it loses nothing."""
 
 
-def examples_section(directory: RunDirectory, data: ReportData, tables: Mapping[str, pa.Table]) -> Section:
+def examples_section(
+    directory: RunDirectory, data: ReportData, tables: Mapping[str, pa.Table], images: bool = True
+) -> Section:
     """The page of examples, one self-contained file, and the link to it.
 
     Images come with it where this machine has them: of all examples where they are in memory, else of those that are
@@ -47,6 +49,7 @@ def examples_section(directory: RunDirectory, data: ReportData, tables: Mapping[
         directory: the run.
         data: of its report.
         tables: rows by method, as `distributed.views.tables.run_tables` gives them.
+        images: whether any come with it.
     """
     width, standard = len(directory.config.sigmas), tables["standard"]
     ids, labels = (standard.column(name).to_pylist()[::width] for name in ("example_id", "label"))
@@ -58,16 +61,7 @@ def examples_section(directory: RunDirectory, data: ReportData, tables: Mapping[
         "pictures": [],
         "gallery": [],
     }
-    try:
-        images = directory.data("test")
-        places = {example_id: place for place, example_id in enumerate(images.example_ids)}
-        content["gallery"] = _gallery(directory, data, images, [places[example_id] for example_id in ids])
-        note = ""
-        if isinstance(images.images, np.ndarray):
-            note = "The small images are compressed."
-            content["pictures"] = [_small(images.image(places[example_id])) for example_id in ids]
-    except (DualRSError, OSError, KeyError) as error:
-        note = f"No images: {error}."
+    note = "The images are left out." if not images else _add_images(content, directory, data)
     names = directory.manifest.get("data", {}).get("class_names")
     page = examples_page(data, np.array(labels, np.int64), names, content, note)
     link = Link(_FILE, f"Each of the {len(ids):,} examples: its votes at every level, and what bounds its radius.")
@@ -168,6 +162,21 @@ def _errors(directory: RunDirectory, tables: Mapping[str, pa.Table], ids: Sequen
 
 
 # Images
+
+
+def _add_images(content: dict[str, Any], directory: RunDirectory, data: ReportData) -> str:
+    """Fill `gallery` and `pictures`; returns a sentence on them."""
+    try:
+        images = directory.data("test")
+        places = {example_id: place for place, example_id in enumerate(images.example_ids)}
+        ours = [places[example_id] for example_id in content["ids"]]
+        content["gallery"] = _gallery(directory, data, images, ours)
+        if not isinstance(images.images, np.ndarray):
+            return ""
+        content["pictures"] = [_small(images.image(place)) for place in ours]
+    except (DualRSError, OSError, KeyError) as error:
+        return f"No images: {error}."
+    return "The small images are compressed."
 
 
 def _gallery(directory: RunDirectory, data: ReportData, images: Dataset, places: Sequence[int]) -> list[dict[str, Any]]:
