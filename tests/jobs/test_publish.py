@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -124,8 +124,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(f"GET {self.path}")
-        files = [{"type": "file", "path": path, "oid": "0", "size": 1} for path in self.server.files]
-        self._answer(files if "/tree/" in self.path else {})
+        named = sorted(self.server.files)
+        if "/tree/" in self.path:
+            self._answer([{"type": "file", "path": path, "oid": "0", "size": 1} for path in named])
+        else:
+            self._answer({"id": "me/certificates", "sha": "0", "siblings": [{"rfilename": path} for path in named]})
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
@@ -134,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer({"error": "no right to it"}, 403)
         elif self.path == "/api/repos/create":
             self.server.asked.append(json.dumps(json.loads(content), sort_keys=True))
-            self._answer({"url": "http://hub/datasets/me/certificates"})
+            self._answer({"url": self._where})
         elif "/preupload/" in self.path:
             named = [each["path"] for each in json.loads(content)["files"]]
             self._answer({"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in named]})
@@ -144,9 +147,13 @@ class Handler(BaseHTTPRequestHandler):
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 if line["key"] == "deletedFile":
                     del self.server.files[line["value"]["path"]]
-            self._answer({"commitUrl": "http://hub/datasets/me/certificates/commit/0", "commitOid": "0"})
+            self._answer({"commitUrl": f"{self._where}/commit/0", "commitOid": "0"})
         else:
             self._answer({"errors": [], "warnings": []})
+
+    @property
+    def _where(self) -> str:
+        return f"http://{self.headers['Host']}/datasets/me/certificates"
 
     def _answer(self, content: Any, status: int = 200) -> None:
         body = json.dumps(content).encode()
@@ -161,11 +168,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with Hub(("127.0.0.1", 0), Handler) as found:
         found.files, found.asked = {"certificates/dual/shard-000000.parquet": b"old", "LICENSE": b"mine"}, []
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{found.server_address[1]}")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        cache = str(tmp_path / "cache.json")  # of what the client asks beside all this; not the machine's own
+        monkeypatch.setattr(huggingface_hub.constants, "AGENT_HARNESSES_PATH", cache, raising=False)
         monkeypatch.setenv("HF_TOKEN", "hf_token_of_mine")
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield found
@@ -173,11 +182,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def test_push_replaces_the_rows_of_an_earlier_publication_and_no_other_file(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
     files = {"README.md": b"---\npretty_name: x\n---\n", "certificates/dual/part-000000-000001.parquet": b"new"}
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    assert publish.push(tmp_path, "me/certificates", private=True).endswith("/datasets/me/certificates")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    assert publish.push(folder, "me/certificates", private=True).endswith("/datasets/me/certificates")
     assert hub.files == files | {"LICENSE": b"mine"}
     asked = [text for text in hub.asked if not text.startswith("GET")]
     assert asked[0] == "POST /api/repos/create Bearer hf_token_of_mine"
@@ -186,7 +196,7 @@ def test_push_replaces_the_rows_of_an_earlier_publication_and_no_other_file(hub:
     assert made.get("private") or made.get("visibility") == "private"
     hub.forbids = True
     with pytest.raises(DataError, match=r"the hub refused 'me/certificates': .*403") as refused:
-        publish.push(tmp_path, "me/certificates", private=True)
+        publish.push(folder, "me/certificates", private=True)
     assert "\n" not in str(refused.value)
     assert "hf_token_of_mine" not in str(refused.value)
 
