@@ -118,15 +118,21 @@ def test_examples_list_and_classes_are_a_count_over_the_rows(run: RunDirectory) 
         right = [row["prediction"] == row["label"] for row in standard[example_id]]
         if not any(right) or right == [row["sigma"] == dual[example_id][0]["sigma"] for row in standard[example_id]]:
             assert lost == 0, "no level is right, or the chosen one alone"
-    best = max(data.standard, key=lambda rows: (rows.correct * rows.radius).sum())
-    alone = list_columns(replace(data, dual=None))
-    assert alone["sigma"][0] == best.sigma
+    first, second = data.standard
+    large = replace(first, radius=first.radius + 9.0 * ~first.abstained, correct=np.zeros_like(first.correct))
+    alone = list_columns(replace(data, dual=None, standard=(large, second)))
+    assert alone["sigma"][0] == second.sigma, "large radii of wrong classes are worth nothing"
     assert set(alone["bound"]) == {None}
 
 
-def test_examples_images_are_those_of_the_data_and_the_first_estimation_draw(run: RunDirectory) -> None:
-    report, page, _ = page_of(run)
+def test_examples_images_are_those_of_the_data_and_the_first_estimation_draw(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, dual = run.data("test"), by_id(run, "dual")
+    assert isinstance(data.images, np.ndarray)
+    turned = replace(data, example_ids=data.example_ids[::-1], images=data.images[::-1], labels=data.labels[::-1])
+    monkeypatch.setattr(run, "data", lambda split: turned)  # rows are in the order of the ids, data need not be
+    report, page, _ = page_of(run)
     for example_id, small in zip(page["ids"], page["pictures"], strict=True):
         np.testing.assert_array_equal(pixels(small), data.image(data.example_ids.index(example_id))[0])
     worth = {x: row["radius"] if row["correct"] else -row["radius"] for x, (row,) in dual.items()}
