@@ -33,6 +33,7 @@ def follow(run: RunDirectory, folder: Path) -> None:
         tracker.log_artifact(folder, "report")
 
 
+@pytest.mark.slow
 def test_mlflow_has_one_run_with_the_metrics_and_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
@@ -72,10 +73,11 @@ def test_wandb_offline_has_the_metrics_and_the_report_and_no_secrets(
     assert len(logs) == 2
     everything = b"".join(file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
     assert SECRET.encode() not in everything
-    for name in (b"train_base-classifier/loss", b"certified_accuracy/Dual RS/0.25", b"0.625", b"report.html"):
-        assert any(name in log for log in logs), name
+    for word in (b"train_base-classifier/loss", b"certified_accuracy/Dual RS/0.25", b"0.625", b"report.html"):
+        assert any(word in log for log in logs), word
 
 
+@pytest.mark.slow
 def test_wandb_without_a_key_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb").teardown()  # it reads the environment once
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
