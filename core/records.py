@@ -25,6 +25,7 @@ __all__ = [
     "DualCertificate",
     "DualPrediction",
     "MultiscaleCertificate",
+    "Norm",
     "Phase",
     "Prediction",
     "Procedure",
@@ -41,6 +42,9 @@ ABSTAIN: Final = -1
 
 ESTIMATOR: Final = "estimator"
 CLASSIFIER: Final = "classifier"
+
+Norm = Literal["l1", "l2", "linf"]
+"""Of a ball, and so of its radius."""
 
 Counts = NDArray[np.int64]
 """Votes per class, shape ``(num_classes,)``. Draws with non-finite logits vote for no class."""
@@ -222,6 +226,7 @@ class Certificate(Record):
         alpha_early: the part of alpha that was set aside for stopping early; the look at the last draw has the rest.
         target: the radius that was aimed at, or the highest one of a grid that was shown; None without either. A
             radius that equals it is censored: more draws might have shown more.
+        norm: of the radius.
     """
 
     prediction: int
@@ -236,6 +241,7 @@ class Certificate(Record):
     stop: Stop = Stop.FULL
     alpha_early: float = 0.0
     target: float | None = None
+    norm: Norm = "l2"
 
     @property
     def abstained(self) -> bool:

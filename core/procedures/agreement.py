@@ -6,8 +6,8 @@ within that distance, and then only if the classifier at that level would answer
     E_j, within which the router does not pick it, and
     R_j, within which the classifier smoothed at it answers c,
 
-and the radius is min over j of max(E_j, R_j). docs/guarantees.md holds the theorem, its proof, and why alpha needs no
-correction for the number of levels. Levels are counted from 0 here.
+and the radius is what `core.procedures.composition` makes of them. docs/guarantees.md holds the theorem, its proof, and
+why alpha needs no correction for the number of levels. Levels are counted from 0 here.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -25,7 +25,8 @@ from core.agreement_records import (
     StageVotes,
 )
 from core.errors import ConfigError
-from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
+from core.procedures.composition import Composition, Radius, RouterCertificate, compose
+from core.procedures.confidence import binomial_p_value, bound_and_radius, radius_of_two_bounds
 from core.procedures.dual import selection_heads
 from core.procedures.ladder import Ladder, sample
 from core.procedures.sequential import Budget, ascending_grid, beyond, second_targets
@@ -34,6 +35,7 @@ from core.records import (
     ABSTAIN,
     CLASSIFIER,
     ESTIMATOR,
+    Certificate,
     Counts,
     Draws,
     Phase,
@@ -45,7 +47,14 @@ from core.records import (
     divided,
 )
 
-__all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
+__all__ = [
+    "Agreement",
+    "agreement_certify",
+    "agreement_from_votes",
+    "agreement_predict",
+    "choose_level",
+    "smoothed_router",
+]
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,7 @@ def _statement(
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
+    alphas = {head: stage.alpha for head, stage in terms.stages.items()}
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
@@ -201,25 +211,32 @@ def _statement(
         router = yield _Stage(None, reach.verdict)
         excluded, constant = reach.radii(router)
 
+    def composed(places: Sequence[int]) -> Composition:
+        return compose(
+            [Radius(excluded[place], "l2", 0.0 if place == chosen else alphas[ESTIMATOR]) for place in places],
+            [Radius(radii[place], "l2", alphas[CLASSIFIER]) for place in places],
+        )
+
     seen = [chosen]
     for place in sorted(_others(chosen, num_levels), key=excluded.__getitem__):
-        reached = _joint(excluded, radii, seen)
+        reached = composed(seen).radius
         if excluded[place] < reached:
             yield from ask(place, terms.targets(reached, excluded[place]), excluded[place])
         seen.append(place)
-    radius = _joint(excluded, radii, seen)
+    joint = composed(seen)
+    radius = joint.radius
     return AgreementCertificate(
         prediction=c if radius > 0.0 else ABSTAIN,
         radius=radius,
         radius_constant=min(constant, radii[chosen]),
         level=chosen,
-        binding=next(j for j in seen if max(excluded[j], radii[j]) == radius) if radius > 0.0 else None,
+        binding=seen[joint.binding] if radius > 0.0 else None,
         levels=tuple(map(AgreementLevel, terms.sigmas, excluded, radii, bounds)),
         router=terms.router,
         sigma_e=terms.sigma_e,
         alpha=terms.sampling.alpha,
-        alpha_router=terms.stages[ESTIMATOR].alpha,
-        alpha_class=terms.stages[CLASSIFIER].alpha,
+        alpha_router=alphas[ESTIMATOR],
+        alpha_class=alphas[CLASSIFIER],
         num_selection=terms.sampling.num_selection,
         num_shared=_num_shared(terms, chosen, router, classes),
         votes=AgreementVotes(router_selection, class_selection, router, tuple(classes)),
@@ -240,11 +257,6 @@ def _others(chosen: int, num_levels: int) -> list[int]:
 def _agreeing(votes: Counts, c: int) -> int:
     """Votes of any level for the one class that is certified."""
     return int(votes[c])
-
-
-def _joint(excluded: Sequence[float], radii: Sequence[float], places: Sequence[int]) -> float:
-    """The radius within which each of these levels is out of the router's reach or answers c."""
-    return min(max(excluded[place], radii[place]) for place in places)
 
 
 def _against(votes: Counts, chosen: int, place: int) -> int:
@@ -299,6 +311,38 @@ class _Reach:
         if self.terms.budget == "grid":
             return max((target for target in self.targets if target <= radius), default=0.0)
         return radius
+
+
+def smoothed_router(certificate: Certificate, router: Router = "median") -> RouterCertificate:
+    """How far a smoothed router is from picking each expert, from the votes of its own certificate.
+
+    Args:
+        certificate: of `SmoothedClassifier(router, num_experts, sigma_e)`, all of its draws taken. Its selection draws
+            name the choice, its estimation draws bound the others at its alpha.
+        router: how its votes pick an expert; the median goes by the order of the experts, whatever that is.
+
+    Raises:
+        ConfigError: for a certificate that stopped early: its votes were looked at for another question. For one in
+            another norm than l2.
+    """
+    if certificate.alpha_early or certificate.stop is not Stop.FULL:
+        raise ConfigError(
+            "a router's certificate must have all of its draws (budget 'fixed'), got one made to stop early "
+            f"(stop {certificate.stop.value!r})"
+        )
+    if certificate.norm != "l2":
+        raise ConfigError(f"a smoothed router is certified in l2 here, got a certificate in {certificate.norm}")
+    votes, num = certificate.counts_estimation, certificate.num_estimation
+    alpha, sigma = certificate.alpha, certificate.sigma
+    chosen = choose_level(certificate.counts_selection, router)
+
+    def excluded(place: int) -> float:
+        if router == "median":
+            return bound_and_radius(_against(votes, chosen, place), num, alpha, sigma)[1]
+        return radius_of_two_bounds(int(votes[chosen]), int(votes.sum() - votes[place]), num, alpha / 2, sigma)
+
+    reach = tuple(0.0 if place == chosen else excluded(place) for place in range(len(votes)))
+    return RouterCertificate(chosen, reach, "l2", alpha, certificate.num_draws)
 
 
 def _num_shared(terms: Agreement, chosen: int, router: StageVotes, classes: Sequence[StageVotes | None]) -> int:
