@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from core.deterministic import LipschitzCertificate, LipschitzClassifier
     from core.fitting import fit_router
     from core.models.lipschitz import MaxMin
-    from core.procedures.agreement import smoothed_router
     from core.procedures.composition import RoutedCertificate, RouterCertificate, Unasked, route
+    from core.procedures.routers import smoothed_router
     from core.records import ABSTAIN, Certificate, DualCertificate
     from core.smoothed import DualSmoothedClassifier, SmoothedClassifier
 
@@ -38,7 +38,7 @@ _HOMES = {
     "Unasked": "core.procedures.composition",
     "fit_router": "core.fitting",
     "route": "core.procedures.composition",
-    "smoothed_router": "core.procedures.agreement",
+    "smoothed_router": "core.procedures.routers",
 }
 
 __all__ = [

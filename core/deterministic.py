@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 from core.data.dataset import PIXELS, ValueRange, as_image
 from core.errors import ConfigError, DataError, ModelError
+from core.law import Norm
 from core.models.lipschitz import VerifiedNetwork, steepest_ratio
 from core.procedures.composition import RouterCertificate
-from core.records import ABSTAIN, Norm
+from core.records import ABSTAIN
 from core.running import Image, Images, listed
 
 __all__ = ["LipschitzCertificate", "LipschitzClassifier"]
 
 _DOWN = 1.0 - 2.0**-49
 """Sixteen roundings of float64 towards zero: more than the few that a radius is made of."""
+_ROOT = math.sqrt(2.0)
+"""A difference of two logits is sqrt(2) times as steep as the network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +132,11 @@ class LipschitzClassifier:
 
     def _certificate(self, logits: Tensor, norm: float) -> LipschitzCertificate:
         chosen = int(logits.argmax())
-        stretch = math.sqrt(2.0) * self.lipschitz
+        stretch = _ROOT * self.lipschitz
         leads = (logits[chosen] - logits).tolist()
         # Within the largest radius in question inputs are no larger than this, at which point rounding is worst.
         error = self.network.rounding(norm + max(leads) / max(stretch, 1e-300))
-        lost = 2.0 * math.sqrt(2.0) * error
+        lost = 2.0 * _ROOT * error  # at the input, and where it is moved to
         excluded = [max(0.0, (lead - lost) / max(stretch, 1e-300) * _DOWN) for lead in leads]
         excluded[chosen] = 0.0
         radius = min(value for place, value in enumerate(excluded) if place != chosen)

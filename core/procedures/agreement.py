@@ -25,17 +25,17 @@ from core.agreement_records import (
     StageVotes,
 )
 from core.errors import ConfigError
-from core.procedures.composition import Composition, Radius, RouterCertificate, compose
-from core.procedures.confidence import binomial_p_value, bound_and_radius, radius_of_two_bounds
+from core.procedures.composition import Composition, Radius, compose
+from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
 from core.procedures.dual import selection_heads
 from core.procedures.ladder import Ladder, sample
+from core.procedures.routers import against, choose_level
 from core.procedures.sequential import Budget, ascending_grid, beyond, check_budget, second_targets
 from core.procedures.smoothing import predict
 from core.records import (
     ABSTAIN,
     CLASSIFIER,
     ESTIMATOR,
-    Certificate,
     Counts,
     Draws,
     Phase,
@@ -53,7 +53,6 @@ __all__ = [
     "agreement_from_votes",
     "agreement_predict",
     "choose_level",
-    "smoothed_router",
 ]
 
 
@@ -198,7 +197,7 @@ def _statement(
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
-    alphas = {head: stage.alpha for head, stage in terms.stages.items()}
+    alphas, norm = {head: stage.alpha for head, stage in terms.stages.items()}, terms.sampling.law.norm
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
@@ -216,8 +215,8 @@ def _statement(
 
     def composed(places: Sequence[int]) -> Composition:
         return compose(
-            [Radius(excluded[place], "l2", 0.0 if place == chosen else alphas[ESTIMATOR]) for place in places],
-            [Radius(radii[place], "l2", alphas[CLASSIFIER]) for place in places],
+            [Radius(excluded[place], norm, 0.0 if place == chosen else alphas[ESTIMATOR]) for place in places],
+            [Radius(radii[place], norm, alphas[CLASSIFIER]) for place in places],
         )
 
     seen = [chosen]
@@ -246,13 +245,6 @@ def _statement(
     )
 
 
-def choose_level(votes: Counts, router: Router) -> int:
-    """The level that selection votes name: the router's own rule, on those that are finite."""
-    if router == "plurality":
-        return int(votes.argmax())
-    return int(np.searchsorted(2 * votes.cumsum(), votes.sum()))
-
-
 def _others(chosen: int, num_levels: int) -> list[int]:
     return [place for place in range(num_levels) if place != chosen]
 
@@ -260,14 +252,6 @@ def _others(chosen: int, num_levels: int) -> list[int]:
 def _agreeing(votes: Counts, c: int) -> int:
     """Votes of any level for the one class that is certified."""
     return int(votes[c])
-
-
-def _against(votes: Counts, chosen: int, place: int) -> int:
-    """Votes that keep the median router off level `place`: below it, or above it, on the side of the chosen level.
-
-    A draw without a vote is on neither side.
-    """
-    return int(votes[:place].sum() if chosen < place else votes[place + 1 :].sum())
 
 
 class _Reach:
@@ -283,7 +267,7 @@ class _Reach:
         if self.terms.router == "plurality":
             return Stop.FULL
         z = self.terms.rule.futility_z
-        seen = {self.ladder.verdict(_against(votes, self.chosen, place), num, z) for place in self.others}
+        seen = {self.ladder.verdict(against(votes, self.chosen, place), num, z) for place in self.others}
         order = (Stop.FULL, Stop.UNLIKELY, Stop.FUTILE)
         return next((stop for stop in order if stop in seen), Stop.REACHED if self.targets else Stop.FULL)
 
@@ -297,7 +281,7 @@ class _Reach:
 
     def _median(self, router: StageVotes, place: int) -> float:
         votes = router.counts
-        successes = int(votes[place]) if place == self.chosen else _against(votes, self.chosen, place)
+        successes = int(votes[place]) if place == self.chosen else against(votes, self.chosen, place)
         return self.ladder.result(successes, router.num)[1]
 
     def _plurality(self, router: StageVotes, place: int) -> float:
@@ -314,38 +298,6 @@ class _Reach:
         if self.terms.budget == "grid":
             return max((target for target in self.targets if target <= radius), default=0.0)
         return radius
-
-
-def smoothed_router(certificate: Certificate, router: Router = "median") -> RouterCertificate:
-    """How far a smoothed router is from picking each expert, from the votes of its own certificate.
-
-    Args:
-        certificate: of `SmoothedClassifier(router, num_experts, sigma_e)`, all of its draws taken. Its selection draws
-            name the choice, its estimation draws bound the others at its alpha.
-        router: how its votes pick an expert; the median goes by the order of the experts, whatever that is.
-
-    Raises:
-        ConfigError: for a certificate that stopped early: its votes were looked at for another question. For one in
-            another norm than l2.
-    """
-    if certificate.alpha_early or certificate.stop is not Stop.FULL:
-        raise ConfigError(
-            "a router's certificate must have all of its draws (budget 'fixed'), got one made to stop early "
-            f"(stop {certificate.stop.value!r})"
-        )
-    if certificate.norm != "l2":
-        raise ConfigError(f"a smoothed router is certified in l2 here, got a certificate in {certificate.norm}")
-    votes, num = certificate.counts_estimation, certificate.num_estimation
-    alpha, sigma = certificate.alpha, certificate.sigma
-    chosen = choose_level(certificate.counts_selection, router)
-
-    def excluded(place: int) -> float:
-        if router == "median":
-            return bound_and_radius(_against(votes, chosen, place), num, alpha, sigma)[1]
-        return radius_of_two_bounds(int(votes[chosen]), int(votes.sum() - votes[place]), num, alpha / 2, sigma)
-
-    reach = tuple(0.0 if place == chosen else excluded(place) for place in range(len(votes)))
-    return RouterCertificate(chosen, reach, "l2", alpha, certificate.num_draws)
 
 
 def _num_shared(terms: Agreement, chosen: int, router: StageVotes, classes: Sequence[StageVotes | None]) -> int:

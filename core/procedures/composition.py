@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.errors import ConfigError
-from core.records import ABSTAIN, Norm
+from core.law import Norm
+from core.records import ABSTAIN
 
 __all__ = [
     "Answer",
