@@ -4,7 +4,7 @@ A constant that is too small is a false certificate, so none is believed: `Verif
 and bounds each from its weights. Power iteration approaches a spectral norm from below and proves nothing. The Gram
 iteration (Delattre et al. 2023, arXiv 2305.16173) approaches it from above, ||A||^(2^k) <= ||(A A^T)^(2^(k-1))||_F,
 and here each of its products carries a bound of its rounding. How the network was trained does not matter: with
-`torch.nn.utils.parametrizations.orthogonal`, by deel-torchlip (its `vanilla_export`), with a penalty, or with nothing.
+`torch.nn.utils.parametrizations.orthogonal`, by a library, with a penalty, or with nothing.
 """
 
 import copy
@@ -125,7 +125,7 @@ def _plain(layer: nn.Module) -> nn.Module:
         return nn.ReLU() if type(layer) is nn.ReLU else copy.deepcopy(layer)
     raise ModelError(
         f"the Lipschitz constant of {type(layer).__name__} is not known here, expected Sequential, Linear, Conv2d, "
-        "MaxMin, ReLU, Flatten from dimension 1, PixelUnshuffle or Identity (deel-torchlip: model.vanilla_export())"
+        "MaxMin, ReLU, Flatten from dimension 1, PixelUnshuffle or Identity"
     )
 
 
