@@ -64,13 +64,11 @@ class VerifiedNetwork:
         self._terms: list[tuple[float, float, float, float]] = []
         x, self.lipschitz = torch.zeros(1, *shape, dtype=torch.float64), 1.0
         for layer in self._layers:
+            before, x = tuple(x.shape[1:]), _applied(layer, x)
             if isinstance(layer, nn.Linear | nn.Conv2d):
-                norm = layer_bound(layer, x.shape[1:])
+                norm = layer_bound(layer, before)
                 self.lipschitz *= norm * _UP
-                x = layer(x)
                 self._terms.append((norm, *_size(layer, x[0, 0].numel())))
-            else:
-                x = _applied(layer, x)
         if x.ndim != 2 or x.shape[1] < 2:
             raise ModelError(
                 f"the network gives {tuple(x.shape[1:])} for one input, expected logits of at least 2 classes"
@@ -92,7 +90,7 @@ class VerifiedNetwork:
         """
         error = 0.0
         for constant, absolute, bias, gamma in self._terms:
-            error = (constant * error + gamma * (absolute * (norm + error) + bias)) * _UP
+            error = (constant * error + gamma * (absolute * (norm + error) + bias)) * _UP + _TINY
             norm = (constant * norm + bias) * _UP
         return error
 
@@ -142,6 +140,10 @@ def _with_weights(plain: nn.Linear | nn.Conv2d, layer: nn.Linear | nn.Conv2d) ->
 def _applied(layer: nn.Module, x: Tensor) -> Tensor:
     if type(layer) is MaxMin and x.shape[1] % 2:
         raise ModelError(f"MaxMin needs an even number of channels, got {x.shape[1]}")
+    if (wanted := {nn.Linear: 2, nn.Conv2d: 4}.get(type(layer), x.ndim)) != x.ndim:
+        raise ModelError(
+            f"{layer} reads inputs of shape {tuple(x.shape[1:])}, expected {wanted - 1} dimensions: Flatten?"
+        )
     result: Tensor = layer(x)
     return result
 
@@ -153,13 +155,11 @@ def _gamma(terms: int) -> float:
 
 def _size(layer: nn.Linear | nn.Conv2d, places: int) -> tuple[float, float, float]:
     """For `rounding`: a bound of the norm of |W|, the norm of the bias at all places, and gamma of one output."""
-    weight = layer.weight.abs()
-    gamma = _gamma(weight[0].numel() + 1)
-    rows, columns = weight.flatten(1).sum(1).max(), weight.sum(0).flatten(1 if weight.ndim > 2 else 0)
-    if weight.ndim > 2:
-        columns = columns.sum(1)
+    weight = layer.weight.abs().reshape(*layer.weight.shape[:2], -1)
+    rows, columns = weight.sum((1, 2)).max(), weight.sum((0, 2)).max()
     bias = 0.0 if layer.bias is None else math.sqrt(places) * float(layer.bias.norm())
-    return math.sqrt(float(rows * columns.max())) * (1 + gamma), bias * (1 + gamma + _gamma(len(weight))), gamma
+    up = 1 + _gamma(weight.numel())
+    return math.sqrt(float(rows * columns)) * up, bias * up, _gamma(weight[0].numel() + 1)
 
 
 def layer_bound(layer: nn.Linear | nn.Conv2d, shape: Sequence[int]) -> float:

@@ -144,9 +144,9 @@ def exactly(layers: nn.Sequential, x: Tensor) -> list[Any]:
 def test_rounding_is_above_what_float64_loses(shift: float) -> None:
     """A large bias that the next layer takes away again: the digits are gone."""
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(6, 8), MaxMin(), nn.Linear(8, 3)).double()
-    with torch.no_grad():
-        layers[0].bias += shift
+    first = nn.Linear(6, 8)
+    torch.nn.init.uniform_(first.bias, shift - 1, shift + 1)
+    layers = nn.Sequential(first, MaxMin(), nn.Linear(8, 3)).double()
     verified, worst = VerifiedNetwork(layers, (6,)), 0.0
     with mpmath.workdps(60):
         for x in torch.rand(20, 6):
@@ -168,6 +168,7 @@ def test_rounding_is_above_what_float64_loses(shift: float) -> None:
         (nn.Conv2d(1, 2, 3), "expected logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), "expected logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(16, 3), MaxMin()), "even number of channels"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Flatten()), "Flatten"),
         (nn.Sequential(nn.Flatten(), nn.utils.spectral_norm(nn.Linear(16, 2))), "hooks"),
         (nn.Sequential(nn.Flatten(), linear([math.nan] * 16, [0.0] * 16)), "not finite"),
     ],
@@ -179,12 +180,12 @@ def test_verified_network_of_what_has_no_known_constant_is_refused(network: nn.M
 
 def test_verified_network_of_a_layer_with_a_forward_of_its_own_is_refused() -> None:
     class Twice(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            return 2 * super().forward(x)
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+            return 2 * super().forward(input)
 
     with pytest.raises(ModelError, match="Twice is not known"):
         VerifiedNetwork(nn.Sequential(Twice(2, 2)), (2,))
     plain = nn.Linear(2, 2)
-    plain.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    vars(plain)["forward"] = torch.neg
     with pytest.raises(ModelError, match="hooks"):
         VerifiedNetwork(nn.Sequential(plain), (2,))
