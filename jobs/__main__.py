@@ -4,6 +4,7 @@ import argparse
 import ast
 import difflib
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,8 +12,6 @@ from pathlib import Path
 __all__ = ["main", "summaries", "unknown"]
 
 EXIT_USAGE = 2
-
-
 SCRIPT = "dual-rs"
 """The console script's name."""
 
@@ -67,7 +66,10 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--names", action="store_true", help='names alone: complete -W "$(dual-rs --names)" dual-rs')
-    print("\n".join(jobs) if parser.parse_args().names else parser.format_help().rstrip())
+    try:
+        print("\n".join(jobs) if parser.parse_args().names else parser.format_help().rstrip(), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
