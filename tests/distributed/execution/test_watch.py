@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -247,7 +248,13 @@ def test_build_dataset_replicas_stopped_for_good_are_named_and_replaced(
 ) -> None:
     with job_on(tmp_path, "Slow", "compute.hang_s=60") as job:
         begun = job.run.path / "attempts" / "dataset"
-        job.wait(lambda: len({file.name for file in begun.glob("*/*")}) == 2, "both replicas are at work")
+
+        def both_at_work() -> bool:
+            """And have signed so: one that is stopped earlier is said to load."""
+            shards = Counter(file.name for file in begun.glob("*/[!.]*"))
+            return len(shards) == 2 and min(shards.values()) > 2
+
+        job.wait(both_at_work, "both replicas are at work")
         first, second = job.replicas().values()
         first.send_signal(signal.SIGSTOP)
         job.tell("one of two is stopped for good")
