@@ -5,7 +5,6 @@ import ast
 import difflib
 import importlib
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -25,13 +24,8 @@ def summaries() -> dict[str, str]:
     for file in Path(__file__).parent.glob("[!_]*.py"):
         text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         found[file.stem] = text.partition("\n")[0]
-    return dict(sorted(found.items(), key=lambda item: (_place(*item), item[0])))
-
-
-def _place(name: str, summary: str) -> int:
-    """`pipeline` first, its steps by their number, and the rest."""
-    step = re.match(r"Step (\d+)", summary)
-    return 0 if name == "pipeline" else int(step[1]) if step else sys.maxsize
+    first = {"pipeline": ""} | {name: text for name, text in found.items() if text.startswith("Step ")}
+    return dict(sorted(found.items(), key=lambda item: (first.get(item[0], "~"), item[0])))
 
 
 def unknown(name: str) -> str:

@@ -36,10 +36,10 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     found = check(directory, steps, here=on_cluster)
     device, replicas, of = replicas_here(directory.config.compute)
     found.facts.append(("device", of))
-    if holder := read_lock(directory.folder):
-        found.facts.append(("in use", f"by process {holder.get('pid')} on {holder.get('host')}"))
     if any(isinstance(problem, DataError | ModelError) for problem in found.problems):
         found.facts.append(("to do", f"`python -m jobs.fetch YAML` fetches published files. {_STATED}"))
+    if holder := read_lock(directory.folder):
+        found.facts.append(("in use", f"by process {holder.get('pid')} on {holder.get('host')}"))
     width = max(len(topic) for topic, _ in found.facts)
     for topic, fact in found.facts:
         print(f"{topic:<{width}}  {fact}")

@@ -29,11 +29,7 @@ _BACKWARD: Final = 3
 
 
 def parse_rates(texts: Sequence[str]) -> dict[str, float]:
-    """Numbers per second by network or step, of `NAME=PER_S`.
-
-    Raises:
-        ConfigError: for what is no positive number.
-    """
+    """Numbers per second by network or step, of `NAME=PER_S`; ConfigError for what is no positive number."""
     rates = {}
     for text in texts:
         name, _, value = text.rpartition("=")
