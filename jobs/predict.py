@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"{len(rows):,} images in {time.monotonic() - start:.1f} s: {len(rows) - abstained - failed:,} classified, "
         f"{abstained:,} abstentions, {failed:,} that could not be read; each answer is wrong with probability at most "
-        f"{question.alpha:g}{where}"
+        f"{0.0 if directory.config.law.exhaustive else question.alpha:g}{where}"
     )
 
 

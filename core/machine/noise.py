@@ -89,7 +89,7 @@ def rows_of(out: Tensor, copies: Sequence[Copies]) -> Iterator[tuple[Copies, Ten
 class GaussianNoise:
     """Normal noise: copies are the float32 sum of x and the float32 product sigma z, with sigma rounded to float32.
 
-    Radii speak of no larger sigma (`core.procedures.confidence.noise_scale`). All copies may vote.
+    Radii speak of no larger sigma (`core.law.Gaussian.scale`). All copies may vote.
 
     Args:
         seed: the run's seed.

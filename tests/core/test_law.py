@@ -22,6 +22,7 @@ from core.procedures.confidence import (
     radius_of_two_bounds,
 )
 from core.records import Sampling
+from tests.helpers.oracles import Scaled
 
 
 def nearest_odd(x: mpmath.mpf) -> int:
@@ -67,16 +68,12 @@ def test_radius_is_too_large_with_probability_at_most_alpha_and_planted_laws_are
         for p in (0.55, 0.75, 0.9, 0.97):
             true = float(law.scale(0.5) * law.quantile(p))  # distance of the half-space of probability p
             over = [k for k in range(201) if bound_and_radius(k, 200, 0.05, 0.5, claimed)[1] > true]
-            worst = max(worst, float(stats.binom.pmf(over, 200, p).sum()))
+            worst = max(worst, float(np.sum(stats.binom.pmf(over, 200, p))))
         return worst
 
     assert rate(law) <= 0.05
 
-    class Doubled(Law):
-        norm = law.norm
-        scale, quantile, cdf = (lambda self, s: 2 * law.scale(s)), (lambda self, p: law.quantile(p)), law.cdf
-
-    assert rate(Doubled()) > 0.5, "lambda for 2 lambda"
+    assert rate(Scaled(law, 2.0)) > 0.5, "lambda for 2 lambda"
     assert rate(GAUSSIAN if law is LAPLACE else LAPLACE) > 0.05, "the law of another noise"
 
 

@@ -4,13 +4,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from torch import Tensor
 
+from core.law import Law
 from core.records import Counts, Draws, Procedure
 
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Scaled(Law):
+    """A law with another one's functions, and a scale that is off: its radii are false."""
+
+    law: Law
+    by: float
+    norm = "l1"
+
+    def scale(self, sigma: ArrayLike) -> NDArray[np.float64]:
+        return self.by * self.law.scale(sigma)
+
+    def quantile(self, p: ArrayLike) -> NDArray[np.float64]:
+        return self.law.quantile(p)
+
+    def cdf(self, t: ArrayLike) -> NDArray[np.float64]:
+        return self.law.cdf(t)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from core.machine.noise_key import noise_key
 from core.machine.splitting import SplittingNoise, offsets, split
 from core.records import Phase
 from core.training.samples import STANDARD
-from tests.helpers.oracles import HalfSpace, axis
+from tests.helpers.oracles import HalfSpace, Scaled, axis
 
 CPU = torch.device("cpu")
 
@@ -103,18 +103,6 @@ def test_half_spaces_and_boxes_are_certified_up_to_their_l1_distance(kind: str, 
     assert box.radius == pytest.approx(float(lam * law.quantile(one**2)), rel=0.2)
 
 
-class Planted(Law):
-    """A law with another one's functions, or a scale that is off."""
-
-    def __init__(self, law: Law, by: float) -> None:
-        self.law, self.by = law, by
-
-    norm = "l1"
-    scale = lambda self, sigma: self.by * self.law.scale(sigma)  # noqa: E731
-    quantile = lambda self, p: self.law.quantile(p)  # noqa: E731
-    cdf = lambda self, t: self.law.cdf(t)  # noqa: E731
-
-
 @pytest.mark.parametrize("kind", ["uniform", "laplace"])
 def test_honest_noise_passes_and_planted_laws_and_noises_are_caught(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     noise, law = ExactNoise(3, kind), UNIFORM if kind == "uniform" else LAPLACE
@@ -122,7 +110,7 @@ def test_honest_noise_passes_and_planted_laws_and_noises_are_caught(kind: str, m
     zeros = torch.zeros(1, 16, 32)
     numbers = np.sort(drawn(noise, zeros, 1.0, 4096).numpy().ravel().astype(np.float64))
     assert not list(noise_check._contradictions(numbers, law))
-    for planted in (Planted(law, 2.0), Planted(law, 1.05), Planted(GAUSSIAN, 1.0), Planted(LAPLACE, 2.0)):
+    for planted in (Scaled(law, 2.0), Scaled(law, 1.05), Scaled(GAUSSIAN, 1.0), Scaled(LAPLACE, 2.0)):
         assert list(noise_check._contradictions(numbers, planted))
     right = exact_table(1.0, kind)
     shifted = exact_noise.ExactTable(right.k, np.concatenate([right.floors[1:], right.floors[-1:]]))
