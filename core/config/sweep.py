@@ -90,7 +90,7 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
 
     Raises:
         ConfigError: for a missing or malformed file, a setting that is not valid, an override of a swept key, or two
-            settings that are the same run.
+            settings that are the same run, or radii of different norms.
     """
     plain = read_yaml(path)
     try:
@@ -114,6 +114,8 @@ def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
         config = parse_config(base, [*common, *own], source=f"{path}, setting {name}")
         settings.append(Setting(name, values, config))
     _check_distinct(settings, path)
+    if len(norms := sorted({setting.config.law.norm for setting in settings})) > 1:
+        raise ConfigError(f"{path}: settings with {' and '.join(norms)} radii cannot share a table; sweep them apart")
     return Sweep(path.stem, file.title, file.classifier, keys, tuple(settings))
 
 

@@ -79,7 +79,7 @@ def _caption(sweep: Sweep, settings: Sequence[AblationSetting]) -> str:
     which = "as it was before fine-tuning" if sweep.classifier == "base" else "fine-tuned in each setting"
     return (
         f"Certified accuracy of Dual RS [%] on {data.num_examples:,} test examples of {data.labels}, "
-        f"n = {data.num_estimation:,}, alpha = {data.alpha:g}; the classifier is {which}. Capped: share of the "
-        "certified examples whose radius is R_sigma. ΔR_c: radius lost to the choice of sigma. All columns: "
+        f"n = {data.num_estimation:,}, alpha = {data.alpha:g}, {data.law.norm} radii; the classifier is {which}. "
+        "Capped: share of the certified examples whose radius is R_sigma. ΔR_c: radius lost to the choice of sigma. All columns: "
         "results.parquet."
     )

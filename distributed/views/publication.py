@@ -98,8 +98,8 @@ def _card(directory: RunDirectory, data: ReportData, said: str) -> str:
     names = [name.rpartition("/")[2] for name in published_stores(directory)]
     blocks: list[Block] = [
         Text(
-            f"Certified l2 radii of {data.num_examples:,} test examples of {data.labels} (digest {digest}), in the "
-            f"pixel scale [0, 1], by randomized smoothing at noise levels {sigmas}: n0 = {data.num_selection:,} "
+            f"Certified {data.law.norm} radii of {data.num_examples:,} test examples of {data.labels} (digest "
+            f"{digest}), in the pixel scale [0, 1], by randomized smoothing at noise levels {sigmas}: n0 = {data.num_selection:,} "
             f"selection draws and n = {data.num_estimation:,} estimation draws per certificate, failure probability "
             f"{data.alpha:g} per example. Claim of Dual RS: {config.certify.claim}. The images are not included."
         ),
