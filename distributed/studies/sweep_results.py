@@ -80,6 +80,6 @@ def _caption(sweep: Sweep, settings: Sequence[AblationSetting]) -> str:
     return (
         f"Certified accuracy of Dual RS [%] on {data.num_examples:,} test examples of {data.labels}, "
         f"n = {data.num_estimation:,}, alpha = {data.alpha:g}, {data.law.norm} radii; the classifier is {which}. "
-        "Capped: share of the certified examples whose radius is R_sigma. ΔR_c: radius lost to the choice of sigma. All columns: "
-        "results.parquet."
+        "Capped: share of the certified examples whose radius is R_sigma. ΔR_c: radius lost to the choice of sigma. "
+        "All columns: results.parquet."
     )

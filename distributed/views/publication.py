@@ -99,8 +99,8 @@ def _card(directory: RunDirectory, data: ReportData, said: str) -> str:
     blocks: list[Block] = [
         Text(
             f"Certified {data.law.norm} radii of {data.num_examples:,} test examples of {data.labels} (digest "
-            f"{digest}), in the pixel scale [0, 1], by randomized smoothing at noise levels {sigmas}: n0 = {data.num_selection:,} "
-            f"selection draws and n = {data.num_estimation:,} estimation draws per certificate, failure probability "
+            f"{digest}), in the pixel scale [0, 1], by randomized smoothing at noise levels {sigmas}: n0 = "
+            f"{data.num_selection:,} selection draws and n = {data.num_estimation:,} estimation draws per certificate, failure probability "
             f"{data.alpha:g} per example. Claim of Dual RS: {config.certify.claim}. The images are not included."
         ),
         Text(said),
