@@ -75,6 +75,14 @@ def test_layer_bound_of_a_convolution_is_above_the_norm_of_its_whole_matrix(how:
     assert exact * (1 - 1e-12) <= layer_bound(conv, shape) <= exact * loose
 
 
+def test_layer_bound_of_zero_padding_is_not_that_of_the_torus_of_the_image() -> None:
+    """x[i - 1] - x[i + 1] of six pixels: 2 cos(pi / 7), but on their torus, which has no quarter wave, sqrt(3)."""
+    conv = nn.Conv2d(1, 1, (3, 1), padding=(1, 0), bias=False).double()
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([1.0, 0.0, -1.0]).reshape(1, 1, 3, 1))
+    assert math.sqrt(3) < 2 * math.cos(math.pi / 7) < layer_bound(conv, (1, 6, 1)) < 2 + 1e-6
+
+
 def small_network(seed: int = 0) -> nn.Sequential:
     """Of every layer that is known."""
     torch.manual_seed(seed)
