@@ -102,13 +102,6 @@ def test_verified_network_evaluates_the_network_and_keeps_its_copy() -> None:
     assert torch.equal(verified(inputs), before)
 
 
-def test_verified_network_constant_is_the_product_and_no_attack_exceeds_it() -> None:
-    for seed in range(2):
-        verified = VerifiedNetwork(small_network(seed), (1, 4, 4))
-        found = steepest_ratio(verified, torch.rand(16, 1, 4, 4), steps=40)
-        assert 0.0 < found <= verified.lipschitz
-
-
 def linear(*rows: list[float], bias: float = 0.0) -> nn.Linear:
     layer = nn.Linear(len(rows[0]), len(rows)).double()
     with torch.no_grad():
