@@ -27,7 +27,7 @@ KINDS = {
     ),
     "gpu": (["tests.helpers.replicas", "Slow", "compute.device=cuda"], ("compute.shard_examples=2",)),
 }
-"""The job and its work: a minute of one core in shards of two seconds; 49 shards that sleep for three each."""
+"""The job and its work: a minute of one core in shards of two seconds; 49 shards that sleep for four each."""
 
 
 class Sample(NamedTuple):
