@@ -13,12 +13,14 @@ from core.errors import ConfigError
 
 __all__ = [
     "ABSTAIN",
+    "AUXILIARY",
     "CLASSIFIER",
     "ESTIMATOR",
     "AlphaSplit",
     "Answer",
     "Arithmetic",
     "Bound",
+    "BoundKind",
     "Certificate",
     "Counts",
     "Draws",
@@ -33,6 +35,8 @@ __all__ = [
     "Sampling",
     "Stop",
     "divided",
+    "is_paired",
+    "paired",
     "stage_sampling",
 ]
 
@@ -41,6 +45,22 @@ ABSTAIN: Final = -1
 
 ESTIMATOR: Final = "estimator"
 CLASSIFIER: Final = "classifier"
+
+AUXILIARY: Final = "auxiliary"
+"""In an answer: one integer in [0, 2^53), uniform and independent of all noise (`core.machine.noise_key.auxiliary`)."""
+
+_PAIRED = "/reference"
+
+
+def paired(head: str) -> str:
+    """The head that votes for what `head` votes for and the reference does not (`core.machine.reference`)."""
+    return head + _PAIRED
+
+
+def is_paired(head: str) -> bool:
+    """Whether this is such a head."""
+    return head.endswith(_PAIRED)
+
 
 Counts = NDArray[np.int64]
 """Votes per class, shape ``(num_classes,)``. Draws with non-finite logits vote for no class."""
@@ -67,6 +87,7 @@ class Draws:
         heads: networks that vote on each copy; several heads read the same (denoised) copy.
         phase: noise of different phases is independent.
         start: number of the first copy; a later request of the same sigma and phase goes on where the last one ended.
+        auxiliary: whether the answer has, under AUXILIARY, the number of `core.machine.noise_key.auxiliary` too.
     """
 
     sigma: float
@@ -74,6 +95,7 @@ class Draws:
     heads: tuple[str, ...]
     phase: Phase
     start: int = 0
+    auxiliary: bool = False
 
 
 R = TypeVar("R")
@@ -82,6 +104,9 @@ Procedure = Generator[Draws, Answer, R]
 
 
 Arithmetic = Literal[1, 2]
+"""See `Sampling`."""
+
+BoundKind = Literal["clopper_pearson", "randomized"]
 """See `Sampling`."""
 
 
@@ -95,15 +120,23 @@ class Sampling:
         alpha: failure probability in (0, 1).
         arithmetic: version of the rounding of bounds and radii. A run that was begun with the first one, whose radii
             were up to 3e-8 too large (`core.procedures.confidence.noise_scale`), goes on with it.
+        num_reference: of the estimation copies, the first ones, those that the reference sees too; 0 where the network
+            that votes is itself the one that is certified (`core.procedures.smoothing.lower_bound`).
+        reference_share: share of alpha for how often the two disagree.
+        bound: `clopper_pearson`; `randomized`, whose failure probability is alpha exactly
+            (`core.procedures.randomized`).
 
     Raises:
-        ConfigError: for a number of copies below 1 or an alpha outside (0, 1).
+        ConfigError: for a number of copies below 1, or an alpha or share outside (0, 1).
     """
 
     num_selection: int = 100
     num_estimation: int = 10_000
     alpha: float = 0.001
     arithmetic: Arithmetic = 2
+    num_reference: int = 0
+    reference_share: float = 0.5
+    bound: BoundKind = "clopper_pearson"
 
     def __post_init__(self) -> None:
         for name in ("num_selection", "num_estimation"):
@@ -112,6 +145,16 @@ class Sampling:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         if not 0.0 < self.alpha < 1.0:
             raise ConfigError(f"alpha is a failure probability and must lie in (0, 1), got {self.alpha!r}")
+        if not 0 <= self.num_reference <= self.num_estimation or not 0.0 < self.reference_share < 1.0:
+            raise ConfigError(
+                f"num_reference must lie in [0, num_estimation = {self.num_estimation}] and reference_share in (0, 1), "
+                f"got {self.num_reference!r} and {self.reference_share!r}"
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is Clopper-Pearson's bound of the network that votes: what all methods and budgets know."""
+        return not self.num_reference and self.bound == "clopper_pearson"
 
 
 AlphaSplit = Literal["halves", "full"]
@@ -222,6 +265,11 @@ class Certificate(Record):
         alpha_early: the part of alpha that was set aside for stopping early; the look at the last draw has the rest.
         target: the radius that was aimed at, or the highest one of a grid that was shown; None without either. A
             radius that equals it is censored: more draws might have shown more.
+        num_reference: estimation draws that the reference saw too; where there are any, the certificate is for the
+            reference, and `p_lower` a bound of its probability.
+        counts_missed: of these, by class, those that voted for it while the reference did not; None without reference.
+        disagreement_upper: upper confidence bound of the probability of that, for the top class.
+        uniform: of the randomised bound, in (0, 1); None otherwise.
     """
 
     prediction: int
@@ -236,6 +284,10 @@ class Certificate(Record):
     stop: Stop = Stop.FULL
     alpha_early: float = 0.0
     target: float | None = None
+    num_reference: int = 0
+    counts_missed: Counts | None = None
+    disagreement_upper: float = 0.0
+    uniform: float | None = None
 
     @property
     def abstained(self) -> bool:

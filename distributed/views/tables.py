@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from core.config import Config
 from core.errors import DataError
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
-from core.records import Sampling
+from core.procedures.smoothing import furthest
 from core.report import ReportData, RoutedRows, StandardRows
 from core.report.agreement import CONSTANT, AgreementRows
 from distributed.files.storage import Folder
@@ -51,7 +51,8 @@ def report_data(
     certify = config.certify
     alpha, full = certify.alpha, certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
-    terms = Terms.of(config, Sampling(certify.num_selection, certify.num_estimation, alpha), certify.budget)
+    sampling = certify.sampling()
+    terms = Terms.of(config, sampling, certify.budget)
     table = _read(ShardStore(root, f"certificates/standard{ending}"), config)
     standard = _standard_rows(table, config.sigmas)
     baseline_store = ShardStore(root, "certificates/standard-base")
@@ -66,7 +67,7 @@ def report_data(
             tables[name] = rows = _read(store, config)
             failed |= _failed(rows)
             _check_same_examples(rows, table, config.sigmas, store.name)
-        elif name == "agreement" and "dual" in tables and certify.budget == "fixed":
+        elif name == "agreement" and "dual" in tables and certify.budget == "fixed" and sampling.plain:
             tables[name] = _agreement(tables["dual"], table, terms)
             notes += ("The agreement claim was not certified by itself: it follows from the votes of the other rows.",)
     shown = {name: method_named(name).shown(rows, terms) for name, rows in tables.items()}
@@ -75,6 +76,7 @@ def report_data(
     if isinstance(dual, AgreementRows):
         dual = replace(dual, name="Dual RS")
         shown["dual"] = replace(shown.get("dual", dual.constant_level()), name=CONSTANT)
+    notes += _bound_notes(config)
     if failed:
         notes += (f"{len(failed)} examples could not be run and count as not certified, first {min(failed)!r}.",)
     return ReportData(
@@ -88,7 +90,8 @@ def report_data(
         dual=dual,
         others=tuple(shown.values()),
         experts=config.has_experts,
-        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]),
+        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]) if sampling.plain else None,
+        reach=furthest(max(config.sigmas), sampling),
         alpha=config.certify.alpha,
         alpha_stages=stages,
         num_selection=config.certify.num_selection,
@@ -96,6 +99,20 @@ def report_data(
         manifest=manifest,
         notes=notes,
     )
+
+
+def _bound_notes(config: Config) -> tuple[str, ...]:
+    """Whose certificates these are, and by which bound, where it is not what everybody expects."""
+    certify, notes = config.certify, []
+    if (reference := certify.reference) is not None:
+        notes.append(
+            f"Certificates hold for {config.holds_for}, not for the {config.compute.precision} network that votes: it "
+            f"saw {reference.num_draws:,} of the {certify.num_estimation:,} draws of each stage, and radii are less "
+            f"what the two may disagree by (at {reference.alpha_share:g} of alpha)."
+        )
+    if certify.bound == "randomized":
+        notes.append("Bounds are randomised Clopper-Pearson bounds, with the random number that each row's key gives.")
+    return tuple(notes)
 
 
 def _read(store: ShardStore, config: Config) -> pa.Table:

@@ -129,6 +129,6 @@ def test_corrupt_scales_with_the_float32_and_radii_speak_of_no_more(monkeypatch:
 def test_make_noise_is_the_one_that_is_named(kind: str, version: int, expected: type[Noise]) -> None:
     noise = make_noise(kind, 7, version, 30)
     assert type(noise) is expected
-    assert noise.seed == 7  # type: ignore[attr-defined]
+    assert noise.seed == 7
     assert getattr(noise, "chunk_size", 30) == 30
     assert type(make_noise(kind, 7)) is {"gaussian": GaussianNoise, "exact": ExactNoise}[kind]
