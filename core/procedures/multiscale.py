@@ -63,6 +63,8 @@ def multiscale_certify(
         sampling: draws of each level; alpha is the total failure probability.
         shares: how it is divided over Sigma, see `level_alphas`.
     """
+    if not sampling.plain:
+        raise ConfigError("Multiscale knows neither a reference nor the randomised bound")
     alphas = level_alphas(sampling.alpha, len(sigmas), shares)
     levels: list[Certificate] = []
     for place in reversed(range(len(sigmas))):

@@ -72,7 +72,7 @@ def optional_columns(sampling: Sampling, endings: Sequence[str]) -> pa.Schema:
 
 
 def optional_values(certificate: Certificate, ending: str = "", *, ran: bool = True) -> dict[str, Any]:
-    """Their values for a stage; for one that was not run, empty ones of those that `certificate`, another one's, has."""
+    """Their values for a stage; empty ones where it did not run, of those that `certificate`, another one's, has."""
     c, values = certificate, dict[str, Any]()
     if c.counts_missed is not None:
         values["num_reference"] = c.num_reference if ran else 0
