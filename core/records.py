@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from core.law import GAUSSIAN, Law
 
 __all__ = [
     "ABSTAIN",
@@ -18,7 +19,6 @@ __all__ = [
     "ESTIMATOR",
     "AlphaSplit",
     "Answer",
-    "Arithmetic",
     "Bound",
     "BoundKind",
     "Certificate",
@@ -82,7 +82,7 @@ class Draws:
     """A request for the votes of `num` noisy copies of the procedure's input.
 
     Attributes:
-        sigma: standard deviation of the Gaussian noise, pixel scale [0, 1].
+        sigma: standard deviation of the noise, pixel scale [0, 1].
         num: number of noisy copies.
         heads: networks that vote on each copy; several heads read the same (denoised) copy.
         phase: noise of different phases is independent.
@@ -103,9 +103,6 @@ Procedure = Generator[Draws, Answer, R]
 """A certification algorithm: yields `Draws`, is sent an `Answer`, returns its result."""
 
 
-Arithmetic = Literal[1, 2]
-"""See `Sampling`."""
-
 BoundKind = Literal["clopper_pearson", "randomized"]
 """See `Sampling`."""
 
@@ -117,11 +114,10 @@ class Sampling:
     Attributes:
         num_selection: copies that choose the class (Cohen's n0).
         num_estimation: fresh copies that bound its probability (Cohen's n).
-        alpha: failure probability in (0, 1).
-        arithmetic: version of the rounding of bounds and radii. A run that was begun with the first one, whose radii
-            were up to 3e-8 too large (`core.procedures.confidence.noise_scale`), goes on with it.
+        alpha: failure probability in (0, 1); 0 under an exhaustive law, whatever is given.
+        law: what the noise proves.
         num_reference: of the estimation copies, the first ones, those that the reference sees too; 0 where the network
-            that votes is itself the one that is certified (`core.procedures.smoothing.lower_bound`).
+            that votes is itself the one that is certified (`core.procedures.smoothing.stage_bound`).
         reference_share: share of alpha for how often the two disagree.
         bound: `clopper_pearson`; `randomized`, whose failure probability is alpha exactly
             (`core.procedures.randomized`).
@@ -133,7 +129,7 @@ class Sampling:
     num_selection: int = 100
     num_estimation: int = 10_000
     alpha: float = 0.001
-    arithmetic: Arithmetic = 2
+    law: Law = GAUSSIAN
     num_reference: int = 0
     reference_share: float = 0.5
     bound: BoundKind = "clopper_pearson"
@@ -143,8 +139,12 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not 0.0 < self.alpha < 1.0:
+        if self.law.exhaustive:
+            object.__setattr__(self, "alpha", 0.0)
+        elif not 0.0 < self.alpha < 1.0:
             raise ConfigError(f"alpha is a failure probability and must lie in (0, 1), got {self.alpha!r}")
+        if self.law.exhaustive and not self.plain:
+            raise ConfigError("noise that is drawn in full has no bound: neither a reference nor the randomised one")
         if not 0 <= self.num_reference <= self.num_estimation or not 0.0 < self.reference_share < 1.0:
             raise ConfigError(
                 f"num_reference must lie in [0, num_estimation = {self.num_estimation}] and reference_share in (0, 1), "
@@ -155,6 +155,10 @@ class Sampling:
     def plain(self) -> bool:
         """Whether it is Clopper-Pearson's bound of the network that votes: what all methods and budgets know."""
         return not self.num_reference and self.bound == "clopper_pearson"
+
+    def at(self, sigma: float) -> "Sampling":
+        """What is drawn at a noise level: all copies that there are, where the law asks for them."""
+        return replace(self, num_estimation=self.law.copies(sigma)) if self.law.exhaustive else self
 
 
 AlphaSplit = Literal["halves", "full"]
@@ -250,11 +254,12 @@ class Certificate(Record):
     """The outcome of CERTIFY (Cohen et al. 2019) for one input at one noise level.
 
     With probability at least 1 - alpha over the noise, the prediction (if it is not ABSTAIN) is the class of the
-    smoothed classifier everywhere in the open l2 ball of `radius` (pixel scale [0, 1]).
+    smoothed classifier everywhere in the open ball of `radius` (pixel scale [0, 1]), in the norm of the
+    noise (`core.law`): l2 for Gaussian noise.
 
     Attributes:
         prediction: class index, or ABSTAIN.
-        radius: l2 radius, float64, rounded towards zero; 0.0 where abstaining.
+        radius: float64, rounded towards zero; 0.0 where abstaining.
         p_lower: lower confidence bound of the top class's probability.
         sigma: noise level that was certified.
         num_selection, num_estimation: draws of the two phases.
@@ -315,7 +320,7 @@ class DualCertificate(Record):
     """The outcome of Dual RS for one input (arXiv 2512.01782, theorem 4.2).
 
     With probability at least 1 - alpha over the noise of both stages, if the prediction is not ABSTAIN, then for every
-    x' in the open l2 ball of `radius` the estimator picks `sigma` and the classifier smoothed at `sigma` predicts
+    x' in the open ball of `radius` the estimator picks `sigma` and the classifier smoothed at `sigma` predicts
     `prediction`.
 
     Attributes:
@@ -376,7 +381,7 @@ class MultiscaleCertificate(Record):
     """The outcome of Multiscale (Jeong & Shin 2023) for one input, made rigorous: see `core.procedures.multiscale`.
 
     With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
-    of the cascade everywhere in the open l2 ball of `radius`.
+    of the cascade everywhere in the open ball of `radius`.
 
     Attributes:
         prediction: class index, or ABSTAIN.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,8 +15,9 @@ from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, La
 from core.config.training import ALL_LEVELS, DenoiserTrainConfig, OptimisationConfig, TrainConfig
 from core.config.values import Count, Positive, Section
 from core.errors import ConfigError
+from core.law import Law, law_of
 from core.procedures.multiscale import level_alphas
-from core.records import CLASSIFIER
+from core.records import CLASSIFIER, Sampling
 
 __all__ = ["Config"]
 
@@ -73,10 +75,10 @@ class Config(Section):
                 f"certify anything, every input would abstain; {self._more_draws(0.0)}"
             )
         labels = self.labels
-        if largest_radius(top, labels.num_estimation, labels.alpha) <= 0:
+        if largest_radius(top, labels.num_estimation, labels.alpha, self.law) <= 0:
             raise ValueError(
                 f"labels.num_estimation: {labels.num_estimation} draws at alpha = {labels.alpha:g} cannot certify "
-                f"anything; set it to at least {draws_needed(0.0, top, labels.alpha):,}"
+                f"anything; set it to at least {draws_needed(0.0, top, labels.alpha, self.law):,}"
             )
         radii = list(self.report.radii)
         if radii != sorted(set(radii)):
@@ -110,6 +112,11 @@ class Config(Section):
                 "before has fine-tuned; raise finetune.epochs, or set rounds to 1"
             )
         return self
+
+    @property
+    def law(self) -> Law:
+        """What the noise proves."""
+        return law_of(self.noise)
 
     @property
     def has_experts(self) -> bool:
@@ -228,7 +235,7 @@ class Config(Section):
         from core.procedures.confidence import largest_radius  # scipy, as below
 
         num, (router, label) = self.certify.num_estimation, self.stage_alphas
-        wanted = largest_radius(max(self.sigmas), num, label) / largest_radius(1.0, num, router)
+        wanted = largest_radius(max(self.sigmas), num, label, self.law) / largest_radius(1.0, num, router, self.law)
         return None if self.estimator_sigma >= wanted else math.ceil(100 * wanted) / 100
 
     @property
@@ -254,8 +261,7 @@ class Config(Section):
         """The radius below which all certificates of Dual RS stay, whatever the networks do."""
         from core.procedures.smoothing import furthest  # scipy: half of what `--help` would take
 
-        sampling = self.certify.sampling
-        return min(max(furthest(sigma, sampling(alpha)) for sigma, alpha in group) for group in self._limits())
+        return min(max(furthest(sigma, self.sampling(alpha)) for sigma, alpha in group) for group in self._limits())
 
     def _more_draws(self, radius: float) -> str:
         """What to do for a `reach` that exceeds a radius."""
@@ -263,9 +269,13 @@ class Config(Section):
 
         if self.certify.reference:
             return "raise certify.reference.num_draws, and certify.num_estimation with it"
-        capped = self.certify.bound == "randomized"  # at what all draws show with probability 1/2
+        law, capped = self.law, self.certify.bound == "randomized"  # at what all draws show with probability 1/2
         needed = max(
-            min(draws_needed(radius, sigma, 0.5 if capped else alpha) for sigma, alpha in group)
+            min(
+                draws_needed(radius, sigma, 0.5 if capped else alpha, law)
+                for sigma, alpha in group
+                if radius < law.limit(sigma)
+            )
             for group in self._limits()
         )
         return f"set certify.num_estimation to at least {needed:,}"
@@ -281,6 +291,12 @@ class Config(Section):
         """
         asked, num = max(self.report.radii), self.certify.num_estimation
         if asked >= self.reach and asked > others:
+            limit = min(max(self.law.limit(sigma) for sigma, _ in group) for group in self._limits())
+            if asked >= limit or self.law.exhaustive:
+                raise ConfigError(
+                    f"report.radii: {asked:g} is asked for, and under noise={self.noise} these sigmas certify no radius"
+                    f" from {limit:.4g} on, with however many draws; lower report.radii, or raise sigmas"
+                )
             where = f"sigma = {max(self.sigmas)}"
             if self.certify.claim == "agreement":
                 where += f" and sigma_e = {self.estimator_sigma}"
@@ -289,6 +305,15 @@ class Config(Section):
                 f"{self.reach:.3f} at {where}, but report.radii asks for {asked:g}; "
                 f"{self._more_draws(asked)}, or lower report.radii"
             )
+
+    def sampling(self, alpha: float | None = None) -> Sampling:
+        """Draws of a stage of a certificate, and what of alpha (all unless given) it may spend."""
+        c, reference = self.certify, self.certify.reference
+        plain = Sampling(c.num_selection, c.num_estimation, c.alpha if alpha is None else alpha, self.law)
+        plain = replace(plain, bound=c.bound)
+        if reference is None:
+            return plain
+        return replace(plain, num_reference=reference.num_draws, reference_share=reference.alpha_share)
 
     @property
     def deployed(self) -> Self:

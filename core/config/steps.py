@@ -1,6 +1,5 @@
 """`labels`, `estimator`, `finetune`, `certify`, `report`: the steps of the method."""
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -9,7 +8,6 @@ from core.agreement_records import Claim, Router
 from core.config.compute import Compile, Precision
 from core.config.models import ClassifierConfig
 from core.config.values import Alpha, Augment, Count, NonNegative, Positive, Section, Share
-from core.records import Sampling
 
 __all__ = ["CertifyConfig", "EstimatorConfig", "FinetuneConfig", "LabelConfig", "ReferenceConfig", "ReportConfig"]
 
@@ -248,14 +246,6 @@ class CertifyConfig(Section):
                 "lower it"
             )
         return self
-
-    def sampling(self, alpha: float | None = None) -> Sampling:
-        """Draws of a stage, and what of alpha (all unless given) it may spend."""
-        plain = Sampling(self.num_selection, self.num_estimation, self.alpha if alpha is None else alpha)
-        plain = replace(plain, bound=self.bound)
-        if self.reference is None:
-            return plain
-        return replace(plain, num_reference=self.reference.num_draws, reference_share=self.reference.alpha_share)
 
     @property
     def routed(self) -> Literal["dual", "agreement"]:

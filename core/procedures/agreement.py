@@ -28,7 +28,7 @@ from core.errors import ConfigError
 from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
 from core.procedures.dual import selection_heads
 from core.procedures.ladder import Ladder, sample
-from core.procedures.sequential import Budget, ascending_grid, beyond, second_targets
+from core.procedures.sequential import Budget, ascending_grid, beyond, check_budget, second_targets
 from core.procedures.smoothing import predict
 from core.records import (
     ABSTAIN,
@@ -88,6 +88,7 @@ class Agreement:
                 f"the median router needs ascending sigmas, got {self.sigmas}; sort them, and the estimator's outputs "
                 "with them, or use router 'plurality'"
             )
+        check_budget(self.budget, self.sampling.law)
         if self.budget == "grid":
             ascending_grid(self.radii)
 
@@ -135,11 +136,12 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
     stage, look_every = next(statement), terms.rule.look_every
     while True:
         head, sigma = (ESTIMATOR, sigma_e) if stage.place is None else (CLASSIFIER, sigmas[stage.place])
+        most = terms.sampling.at(sigma).num_estimation
         both = shared and stage.place == level
         votes = yield from sample(
             sigma,
-            terms.sampling.num_estimation,
-            terms.sampling.num_estimation if terms.budget == "fixed" else look_every,
+            most,
+            most if terms.budget == "fixed" else look_every,
             head,
             stage.verdict,
             ask=heads if both else (head,),
@@ -165,7 +167,8 @@ def agreement_from_votes(terms: Agreement, votes: AgreementVotes) -> AgreementCe
         known = votes.router if stage.place is None else votes.classes[stage.place]
         if known and known.num:
             stop = stage.verdict(known.counts, known.num)
-            ended = stop is not Stop.FULL or known.num == terms.sampling.num_estimation
+            sigma = terms.sigma_e if stage.place is None else terms.sigmas[stage.place]
+            ended = stop is not Stop.FULL or known.num == terms.sampling.at(sigma).num_estimation
             known = replace(known, stop=stop if ended else known.stop)
         try:
             stage = statement.send(known or _nothing(votes.class_selection))
@@ -286,16 +289,16 @@ class _Reach:
         return self.ladder.result(successes, router.num)[1]
 
     def _plurality(self, router: StageVotes, place: int) -> float:
-        """sigma_e / 2 (Phi^-1(q_m) - Phi^-1(q_j)), half of the router's alpha each; a draw without a vote is one for j.
+        """`radius_of_two_bounds`, half of the router's alpha each; a draw without a vote is one for j.
 
         For the chosen level: as if all others were one, which is no more than any of them alone.
         """
         votes, num, alpha = router.counts, router.num, self.terms.stages[ESTIMATOR].alpha / 2
-        if num < self.terms.sampling.num_estimation:
+        if num < self.terms.sampling.at(self.terms.sigma_e).num_estimation:
             return 0.0  # no bound may be looked at before the last draw
         own = int(votes[self.chosen])
         off = own if place == self.chosen else int(votes.sum() - votes[place])
-        radius = radius_of_two_bounds(own, off, num, alpha, self.terms.sigma_e)
+        radius = radius_of_two_bounds(own, off, num, alpha, self.terms.sigma_e, self.terms.sampling.law)
         if self.terms.budget == "grid":
             return max((target for target in self.targets if target <= radius), default=0.0)
         return radius

@@ -31,7 +31,7 @@ from core.records import (
     paired,
 )
 
-__all__ = ["Estimation", "certificate", "certify", "estimate", "furthest", "lower_bound", "predict"]
+__all__ = ["Estimation", "certificate", "certify", "estimate", "furthest", "predict", "stage_bound"]
 
 
 def certify(sigma: float, sampling: Sampling, head: str = CLASSIFIER) -> Procedure[Certificate]:
@@ -45,6 +45,7 @@ def certify(sigma: float, sampling: Sampling, head: str = CLASSIFIER) -> Procedu
     Returns:
         A `Certificate`, wrong with probability at most `sampling.alpha` over the noise.
     """
+    sampling = sampling.at(sigma)
     selection = (yield Draws(sigma, sampling.num_selection, (head,), Phase.SELECTION))[head]
     estimation = (yield from estimate(sigma, sampling, (head,)))[head]
     return certificate(selection, estimation.counts, sigma, sampling, estimation)
@@ -67,6 +68,7 @@ class Estimation(NamedTuple):
 
 def estimate(sigma: float, sampling: Sampling, heads: tuple[str, ...]) -> Procedure[dict[str, Estimation]]:
     """All estimation draws of heads, the first of them put to the reference as well where there is one."""
+    sampling = sampling.at(sigma)
     num, seen, randomized = sampling.num_estimation, sampling.num_reference, sampling.bound == "randomized"
     asked = (*heads, *map(paired, heads)) if seen else heads
     first = yield Draws(sigma, seen or num, asked, Phase.ESTIMATION, auxiliary=randomized)
@@ -83,7 +85,7 @@ def estimate(sigma: float, sampling: Sampling, heads: tuple[str, ...]) -> Proced
     }
 
 
-def lower_bound(
+def stage_bound(
     successes: int, sampling: Sampling, missed: int = 0, uniform: float | None = None
 ) -> tuple[float, float]:
     """The lower bound of an event's probability that a stage's votes show: for the reference, where there is one.
@@ -110,7 +112,7 @@ def lower_bound(
     if sampling.bound == "randomized":
         p_lower = randomized_lower(successes, sampling.num_estimation, alpha, uniform)
     else:
-        p_lower = bound_and_radius(successes, sampling.num_estimation, alpha, 1.0, sampling.arithmetic)[0]
+        p_lower = bound_and_radius(successes, sampling.num_estimation, alpha, 1.0, sampling.law)[0]
     return max(0.0, math.nextafter(p_lower - upper, -1.0)) if upper else p_lower, upper
 
 
@@ -127,17 +129,18 @@ def certificate(
         more: what came with the estimation votes, where there is a reference or the bound is randomised.
     """
     top_class = int(selection.argmax())
+    s = sampling.at(sigma)
     missed, uniform = (more.missed, more.uniform) if more else (None, None)
     lost = 0 if missed is None else int(missed[top_class])
-    p_lower, upper = lower_bound(int(estimation[top_class]), sampling, lost, uniform)
+    p_lower, upper = stage_bound(int(estimation[top_class]), s, lost, uniform)
     certified = p_lower > 0.5
     return Certificate(
         prediction=top_class if certified else ABSTAIN,
-        radius=float(certified_radius(p_lower, sigma, sampling.arithmetic)),
+        radius=float(certified_radius(p_lower, sigma, sampling.law)),
         p_lower=p_lower,
         sigma=sigma,
-        num_selection=sampling.num_selection,
-        num_estimation=sampling.num_estimation,
+        num_selection=s.num_selection,
+        num_estimation=s.num_estimation,
         counts_selection=selection,
         counts_estimation=estimation,
         alpha=sampling.alpha,
@@ -150,8 +153,9 @@ def certificate(
 
 def furthest(sigma: float, sampling: Sampling) -> float:
     """The radius that no certificate of these draws exceeds: all agree, with the reference too, and U is least."""
-    p_lower, _ = lower_bound(sampling.num_estimation, sampling, 0, uniform_of(0))
-    return float(certified_radius(p_lower, sigma, sampling.arithmetic))
+    sampling = sampling.at(sigma)
+    p_lower, _ = stage_bound(sampling.num_estimation, sampling, 0, uniform_of(0))
+    return float(certified_radius(p_lower, sigma, sampling.law))
 
 
 def predict(sigma: float, num: int, alpha: float, head: str = CLASSIFIER) -> Procedure[Prediction]:

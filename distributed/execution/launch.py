@@ -32,9 +32,9 @@ def outline(directory: RunDirectory, store: str) -> Work:
     config = directory.config
     fixed = store == "dataset" or not method_of(store).early
     labels = config.labels
-    sampling = config.certify.sampling()
+    sampling = config.sampling()
     if store == "dataset":
-        sampling = Sampling(labels.num_selection, labels.num_estimation, labels.alpha)
+        sampling = Sampling(labels.num_selection, labels.num_estimation, labels.alpha, config.law)
     return Work(
         root=directory.folder,
         store=store,

@@ -183,7 +183,7 @@ def _work(directory: RunDirectory, question: Question, device: str) -> Work:
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: this machine has no GPU that can be used; use cpu")
     answering = work.config.deployed  # the reference itself, where certificates are for one
-    sampling = replace(answering.certify.sampling(question.alpha), num_estimation=question.num)
+    sampling = replace(answering.sampling(question.alpha), num_estimation=question.num)
     seeded = answering.model_copy(update={"seed": question.seed})
     return replace(work, config=seeded, sampling=sampling, device=device)
 

@@ -79,7 +79,7 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     if split == "full" and claim == "agreement":
         raise ConfigError("split=full is for claim=constant: under agreement an error of either stage is enough")
     alpha = certify.alpha if change.alpha is None else change.alpha
-    sampling = certify.sampling(alpha)
+    sampling = config.sampling(alpha)
     if claim == "agreement" and not sampling.plain:
         raise ConfigError("claim=agreement: the run has certify.reference or bound: randomized, which it does not know")
     terms = replace(Terms.of(config, sampling, certify.budget), split=split, router=router)
