@@ -12,9 +12,10 @@ from core.errors import ConfigError
 from core.machine.noise_key import auxiliary
 from core.procedures.confidence import certified_radius, clopper_pearson_lower, largest_radius
 from core.procedures.randomized import randomized_lower, uniform_of
-from core.procedures.smoothing import furthest
-from core.records import Phase, Sampling
+from core.procedures.smoothing import certify, furthest
+from core.records import ABSTAIN, AUXILIARY, CLASSIFIER, Answer, Draws, Phase, Sampling
 from tests.core.procedures.test_confidence import exact_tail, looseness
+from tests.helpers.oracles import drive
 
 Bound = Callable[[int, int, float, float], float]
 
@@ -111,3 +112,24 @@ def test_auxiliary_is_uniform_repeats_and_is_independent_between_keys() -> None:
     for other in (np.roll(base, 1), *(numbers(**change) for change in others)):
         assert abs(np.corrcoef(base, other)[0, 1]) < 4.5 / 5000**0.5
     assert (uniform_of(0), uniform_of(2**53 - 1)) == (2.0**-53, 1.0)
+
+
+@pytest.mark.slow
+def test_false_certificates_of_the_randomized_bound_over_20_000_are_a_share_alpha() -> None:
+    """Two classes of probability 1/2, where any certificate is false; the plain bound leaves some of alpha."""
+    rng, false = np.random.default_rng(0), {}
+    for bound in ("clopper_pearson", "randomized"):
+        sampling, claims = Sampling(11, 60, 0.1, bound=bound), 0  # type: ignore[arg-type]
+        for n in range(20_000):
+
+            def votes(draws: Draws, name: str = f"example {n}") -> Answer:
+                ones = rng.binomial(draws.num, 0.5)
+                number = auxiliary(0, name, draws.phase, draws.sigma)
+                return {CLASSIFIER: np.array([draws.num - ones, ones]), AUXILIARY: np.array([number])}
+
+            claims += drive(certify(0.5, sampling), votes).prediction != ABSTAIN
+        false[bound] = claims
+        print(f"{bound}: {claims:,} of 20,000 false at alpha 0.1")
+    assert abs(false["randomized"] - 2000) < 4.5 * (20_000 * 0.09) ** 0.5
+    expected = float(stats.binom.sf(np.searchsorted(clopper_pearson_lower(range(61), 60, 0.1), 0.5) - 1, 60, 0.5))
+    assert abs(false["clopper_pearson"] - 20_000 * expected) < 4.5 * (20_000 * 0.09) ** 0.5

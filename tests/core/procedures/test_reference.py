@@ -1,15 +1,17 @@
 """Certificates for a reference: how often they are false, by exact sums over networks whose disagreement is known."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from core.errors import ConfigError
-from core.procedures.confidence import clopper_pearson_upper, lower_bound
+from core.procedures.confidence import certified_radius, clopper_pearson_upper, lower_bound
 from core.procedures.dual import dual_certify
 from core.procedures.sequential import dual_procedure, standard_procedure
 from core.procedures.smoothing import Estimation, certificate, certify, estimate, stage_bound
@@ -81,6 +83,18 @@ def test_stage_bound_without_disagreement_loses_what_the_reference_was_not_asked
         assert p_lower == pytest.approx(0.05 ** (1 / 50) - upper, rel=1e-9)
     assert stage_bound(50, SAMPLING, 20)[0] == 0.0
     assert stage_bound(40, replace(SAMPLING, num_reference=0)) == (float(lower_bound(40, 50, ALPHA)), 0.0)
+
+
+def test_radii_of_the_documentation_are_what_the_bound_gives() -> None:
+    text = (Path(__file__).parents[3] / "docs/guarantees.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| m = ([\d,]+) \|(.*)\|$", text, re.MULTILINE)
+    assert len(lines) == 4
+    for number, cells in lines:
+        sampling = Sampling(100, 10_000, 0.001, num_reference=int(number.replace(",", "")))
+        for p, cell in zip((0.7, 0.9, 0.99, 1.0), cells.split("|"), strict=True):
+            for said, lost in zip(re.findall(r"\d*\.\d+", cell), (0.0, 0.001), strict=False):
+                p_lower = stage_bound(round(p * 10_000), sampling, round(lost * sampling.num_reference))[0]
+                assert float(certified_radius(p_lower, 1.0)) == pytest.approx(float(said), abs=6e-4)
 
 
 # --- Which draws ------------------------------------------------------------------------------------------------------
