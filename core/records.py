@@ -20,13 +20,11 @@ __all__ = [
     "AlphaSplit",
     "Answer",
     "Bound",
-    "BoundKind",
     "Certificate",
     "Counts",
     "Draws",
     "DualCertificate",
     "DualPrediction",
-    "MultiscaleCertificate",
     "Phase",
     "Prediction",
     "Procedure",
@@ -103,10 +101,6 @@ Procedure = Generator[Draws, Answer, R]
 """A certification algorithm: yields `Draws`, is sent an `Answer`, returns its result."""
 
 
-BoundKind = Literal["clopper_pearson", "randomized"]
-"""See `Sampling`."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How many noisy copies a certificate may use, and how often it may be wrong.
@@ -118,12 +112,12 @@ class Sampling:
         law: what the noise proves.
         num_reference: of the estimation copies, the first ones, those that the reference sees too; 0 where the network
             that votes is itself the one that is certified (`core.procedures.smoothing.stage_bound`).
-        reference_share: share of alpha for how often the two disagree.
+        reference_share: share of alpha, in (0, 1), for how often the two disagree.
         bound: `clopper_pearson`; `randomized`, whose failure probability is alpha exactly
             (`core.procedures.randomized`).
 
     Raises:
-        ConfigError: for a number of copies below 1, or an alpha or share outside (0, 1).
+        ConfigError: for a number of copies below 1, or an alpha outside (0, 1).
     """
 
     num_selection: int = 100
@@ -132,7 +126,7 @@ class Sampling:
     law: Law = GAUSSIAN
     num_reference: int = 0
     reference_share: float = 0.5
-    bound: BoundKind = "clopper_pearson"
+    bound: Literal["clopper_pearson", "randomized"] = "clopper_pearson"
 
     def __post_init__(self) -> None:
         for name in ("num_selection", "num_estimation"):
@@ -143,13 +137,10 @@ class Sampling:
             object.__setattr__(self, "alpha", 0.0)
         elif not 0.0 < self.alpha < 1.0:
             raise ConfigError(f"alpha is a failure probability and must lie in (0, 1), got {self.alpha!r}")
-        if self.law.exhaustive and not self.plain:
+        if not self.plain and self.law.exhaustive:
             raise ConfigError("noise that is drawn in full has no bound: neither a reference nor the randomised one")
-        if not 0 <= self.num_reference <= self.num_estimation or not 0.0 < self.reference_share < 1.0:
-            raise ConfigError(
-                f"num_reference must lie in [0, num_estimation = {self.num_estimation}] and reference_share in (0, 1), "
-                f"got {self.num_reference!r} and {self.reference_share!r}"
-            )
+        if not 0 <= self.num_reference <= self.num_estimation:
+            raise ConfigError(f"num_reference must lie in [0, {self.num_estimation}], got {self.num_reference!r}")
 
     @property
     def plain(self) -> bool:
@@ -374,45 +365,6 @@ class DualCertificate(Record):
     def counts_estimation(self) -> Counts:
         """The classifier's estimation votes; empty when it was not run."""
         return self.class_stage.counts_estimation if self.class_stage else np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MultiscaleCertificate(Record):
-    """The outcome of Multiscale (Jeong & Shin 2023) for one input, made rigorous: see `core.procedures.multiscale`.
-
-    With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
-    of the cascade everywhere in the open ball of `radius`.
-
-    Attributes:
-        prediction: class index, or ABSTAIN.
-        radius: min(radius_level, radius_above), or 0.0.
-        sigma: noise level that decided; None where abstaining.
-        levels: certificates of the levels that were asked, the largest sigma first. All but the last one abstained.
-        radius_level: radius of the class at the last level alone; 0.0 where that one abstained too.
-        radius_above: radius within which no level above decides for another class; infinite where there is none above,
-            0.0 where the last level abstained.
-        sigma_bound: the level that bounds the radius: `sigma` or one above it; None where abstaining.
-        alpha: total failure probability; `levels[-1].alpha` is the share of it that every bound of this one spends.
-    """
-
-    prediction: int
-    radius: float
-    sigma: float | None
-    levels: tuple[Certificate, ...]
-    radius_level: float
-    radius_above: float
-    sigma_bound: float | None
-    alpha: float
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
-
-    @property
-    def num_draws(self) -> int:
-        """Noisy copies spent on all levels that were asked."""
-        return sum(level.num_draws for level in self.levels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

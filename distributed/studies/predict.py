@@ -139,8 +139,8 @@ def predict_images(directory: RunDirectory, images: Images, question: Question, 
         ModelError: from the networks, which all images share.
         DataError: for two images of one name.
     """
-    config = directory.config
     work = _work(directory, question, device)
+    config = work.config
     shape, num_classes, classes = _expected(directory)
     names, stored = images
     if len(set(names)) < len(names):

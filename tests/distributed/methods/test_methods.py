@@ -15,7 +15,7 @@ from core.agreement_records import AgreementCertificate
 from core.config import parse_config
 from core.errors import ConfigError, DataError
 from core.machine.noise_key import auxiliary
-from core.procedures.multiscale import level_alphas
+from core.procedures.multiscale import MultiscaleCertificate, level_alphas
 from core.procedures.sequential import Budget
 from core.records import (
     AUXILIARY,
@@ -26,7 +26,6 @@ from core.records import (
     Counts,
     Draws,
     DualCertificate,
-    MultiscaleCertificate,
     Rule,
     Sampling,
     is_paired,
