@@ -81,7 +81,7 @@ def test_missed_votes_are_those_of_the_same_copies(batch_size: int | None) -> No
         assert result.counts_missed.tolist() == [missed.count(c) for c in (0, 1)]
         assert -1 in first + second
     if batch_size is not None:
-        assert set(passes) == {batch_size}
+        assert {batch_size} <= set(passes) <= {batch_size, 16}  # 16 rows: the look at the network
 
 
 def test_a_network_agrees_with_itself_whatever_the_batch_and_the_level() -> None:
