@@ -131,6 +131,8 @@ def certificate(
     top_class = int(selection.argmax())
     s = sampling.at(sigma)
     missed, uniform = (more.missed, more.uniform) if more else (None, None)
+    if s.num_reference and missed is None:
+        raise ConfigError("a certificate for a reference needs the votes that it did not cast")
     lost = 0 if missed is None else int(missed[top_class])
     p_lower, upper = stage_bound(int(estimation[top_class]), s, lost, uniform)
     certified = p_lower > 0.5

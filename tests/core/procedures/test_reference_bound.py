@@ -14,7 +14,7 @@ from core.errors import ConfigError
 from core.procedures.confidence import certified_radius, clopper_pearson_upper
 from core.procedures.dual import dual_certify
 from core.procedures.sequential import dual_procedure, standard_procedure
-from core.procedures.smoothing import certify, stage_bound
+from core.procedures.smoothing import certificate, certify, stage_bound
 from core.records import (
     ABSTAIN,
     CLASSIFIER,
@@ -178,5 +178,7 @@ def test_other_budgets_refuse_a_reference() -> None:
     ):
         with pytest.raises(ConfigError, match="for budget fixed and claim constant alone"):
             drive(made, lambda draws: {head: counts(0, draws.num) for head in draws.heads})
+    with pytest.raises(ConfigError, match="needs the votes that it did not cast"):
+        certificate(counts(0, 20), counts(0, 50), 0.5, SAMPLING)
     with pytest.raises(ConfigError, match=r"num_reference must lie in \[0, 50\], got 51"):
         replace(SAMPLING, num_reference=51)

@@ -46,7 +46,7 @@ class Other(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.inner(images)
-        odd = images.flatten(1)[:, :1] * 1000 % 10 < 0.5
+        odd = images.flatten(1).sum(dim=1, keepdim=True) * 100 % 10 < 0.3
         return torch.where(odd, logits.roll(1, 1), logits)
 
 
