@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.law import GAUSSIAN, Law
+from core.law import GAUSSIAN, Law, Norm
 
 __all__ = [
     "ABSTAIN",
@@ -266,6 +266,7 @@ class Certificate(Record):
         counts_missed: of these, by class, those that voted for it while the reference did not; None without reference.
         disagreement_upper: upper confidence bound of the probability of that, for the top class.
         uniform: of the randomised bound, in (0, 1); None otherwise.
+        law: what the noise proves.
     """
 
     prediction: int
@@ -284,6 +285,12 @@ class Certificate(Record):
     counts_missed: Counts | None = None
     disagreement_upper: float = 0.0
     uniform: float | None = None
+    law: Law = GAUSSIAN
+
+    @property
+    def norm(self) -> Norm:
+        """Of the radius."""
+        return self.law.norm
 
     @property
     def abstained(self) -> bool:

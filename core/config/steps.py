@@ -261,4 +261,4 @@ class ReportConfig(Section):
     strict: bool = True
     """Count radius > r (the Dual RS authors) rather than radius >= r (older scripts)."""
     gallery: Annotated[int, Field(ge=0)] = 4
-    """So many images with the largest and so many with the smallest certificates are shown, noisy and denoised."""
+    """So many examples with the largest certificates, the smallest, and routed wrong are shown noisy and denoised."""

@@ -6,8 +6,8 @@ within that distance, and then only if the classifier at that level would answer
     E_j, within which the router does not pick it, and
     R_j, within which the classifier smoothed at it answers c,
 
-and the radius is min over j of max(E_j, R_j). docs/guarantees.md holds the theorem, its proof, and why alpha needs no
-correction for the number of levels. Levels are counted from 0 here.
+and the radius is what `core.procedures.composition` makes of them. docs/guarantees.md holds the theorem, its proof, and
+why alpha needs no correction for the number of levels. Levels are counted from 0 here.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -25,9 +25,11 @@ from core.agreement_records import (
     StageVotes,
 )
 from core.errors import ConfigError
+from core.procedures.composition import Composition, Radius, compose
 from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
 from core.procedures.dual import selection_heads
 from core.procedures.ladder import Ladder, sample
+from core.procedures.routers import against, choose_level
 from core.procedures.sequential import Budget, ascending_grid, beyond, check_budget, second_targets
 from core.procedures.smoothing import predict
 from core.records import (
@@ -45,7 +47,13 @@ from core.records import (
     divided,
 )
 
-__all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
+__all__ = [
+    "Agreement",
+    "agreement_certify",
+    "agreement_from_votes",
+    "agreement_predict",
+    "choose_level",
+]
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,7 @@ def _statement(
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
+    alphas, norm = {head: stage.alpha for head, stage in terms.stages.items()}, terms.sampling.law.norm
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
@@ -204,36 +213,36 @@ def _statement(
         router = yield _Stage(None, reach.verdict)
         excluded, constant = reach.radii(router)
 
+    def composed(places: Sequence[int]) -> Composition:
+        return compose(
+            [Radius(excluded[place], norm, 0.0 if place == chosen else alphas[ESTIMATOR]) for place in places],
+            [Radius(radii[place], norm, alphas[CLASSIFIER]) for place in places],
+        )
+
     seen = [chosen]
     for place in sorted(_others(chosen, num_levels), key=excluded.__getitem__):
-        reached = _joint(excluded, radii, seen)
+        reached = composed(seen).radius
         if excluded[place] < reached:
             yield from ask(place, terms.targets(reached, excluded[place]), excluded[place])
         seen.append(place)
-    radius = _joint(excluded, radii, seen)
+    joint = composed(seen)
+    radius = joint.radius
     return AgreementCertificate(
         prediction=c if radius > 0.0 else ABSTAIN,
         radius=radius,
         radius_constant=min(constant, radii[chosen]),
         level=chosen,
-        binding=next(j for j in seen if max(excluded[j], radii[j]) == radius) if radius > 0.0 else None,
+        binding=seen[joint.binding] if radius > 0.0 else None,
         levels=tuple(map(AgreementLevel, terms.sigmas, excluded, radii, bounds)),
         router=terms.router,
         sigma_e=terms.sigma_e,
         alpha=terms.sampling.alpha,
-        alpha_router=terms.stages[ESTIMATOR].alpha,
-        alpha_class=terms.stages[CLASSIFIER].alpha,
+        alpha_router=alphas[ESTIMATOR],
+        alpha_class=alphas[CLASSIFIER],
         num_selection=terms.sampling.num_selection,
         num_shared=_num_shared(terms, chosen, router, classes),
         votes=AgreementVotes(router_selection, class_selection, router, tuple(classes)),
     )
-
-
-def choose_level(votes: Counts, router: Router) -> int:
-    """The level that selection votes name: the router's own rule, on those that are finite."""
-    if router == "plurality":
-        return int(votes.argmax())
-    return int(np.searchsorted(2 * votes.cumsum(), votes.sum()))
 
 
 def _others(chosen: int, num_levels: int) -> list[int]:
@@ -243,19 +252,6 @@ def _others(chosen: int, num_levels: int) -> list[int]:
 def _agreeing(votes: Counts, c: int) -> int:
     """Votes of any level for the one class that is certified."""
     return int(votes[c])
-
-
-def _joint(excluded: Sequence[float], radii: Sequence[float], places: Sequence[int]) -> float:
-    """The radius within which each of these levels is out of the router's reach or answers c."""
-    return min(max(excluded[place], radii[place]) for place in places)
-
-
-def _against(votes: Counts, chosen: int, place: int) -> int:
-    """Votes that keep the median router off level `place`: below it, or above it, on the side of the chosen level.
-
-    A draw without a vote is on neither side.
-    """
-    return int(votes[:place].sum() if chosen < place else votes[place + 1 :].sum())
 
 
 class _Reach:
@@ -271,7 +267,7 @@ class _Reach:
         if self.terms.router == "plurality":
             return Stop.FULL
         z = self.terms.rule.futility_z
-        seen = {self.ladder.verdict(_against(votes, self.chosen, place), num, z) for place in self.others}
+        seen = {self.ladder.verdict(against(votes, self.chosen, place), num, z) for place in self.others}
         order = (Stop.FULL, Stop.UNLIKELY, Stop.FUTILE)
         return next((stop for stop in order if stop in seen), Stop.REACHED if self.targets else Stop.FULL)
 
@@ -285,7 +281,7 @@ class _Reach:
 
     def _median(self, router: StageVotes, place: int) -> float:
         votes = router.counts
-        successes = int(votes[place]) if place == self.chosen else _against(votes, self.chosen, place)
+        successes = int(votes[place]) if place == self.chosen else against(votes, self.chosen, place)
         return self.ladder.result(successes, router.num)[1]
 
     def _plurality(self, router: StageVotes, place: int) -> float:

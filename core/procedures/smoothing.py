@@ -150,6 +150,7 @@ def certificate(
         counts_missed=missed,
         disagreement_upper=upper,
         uniform=uniform,
+        law=sampling.law,
     )
 
 

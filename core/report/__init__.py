@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DualRows",
-    "Gallery",
     "ImportedRows",
     "Kind",
     "Method",
@@ -218,23 +217,6 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Gallery:
-    """Images to look at, M of them, from the most certified to the least.
-
-    Attributes:
-        captions: what is said of each.
-        clean, noisy, denoised: float32 ``(M, C, H, W)`` in [0, 1], C = 1 or 3; no `denoised` without a denoiser.
-        tied: examples that share the largest radius.
-    """
-
-    captions: tuple[str, ...]
-    clean: NDArray[np.float32]
-    noisy: NDArray[np.float32]
-    denoised: NDArray[np.float32] | None
-    tied: int = 1
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ReportData:
     """Everything that a report shows. All rows but the imported ones are aligned: entry i is the same example.
 
@@ -256,7 +238,6 @@ class ReportData:
         alpha_stages: what Dual RS spends on the noise level and on the class.
         num_selection, num_estimation: draws of each certificate (n0 and n).
         reach: what no radius of this run exceeds; None where that is `largest_radius` of these.
-        gallery: images with the largest and the smallest certificates, where they are at hand.
         notes: sentences to show below the summary.
         manifest: configuration, versions, seed; shown as JSON.
 
@@ -281,7 +262,6 @@ class ReportData:
     num_selection: int
     num_estimation: int
     reach: float | None = None
-    gallery: Gallery | None = None
     notes: tuple[str, ...] = ()
     manifest: Mapping[str, object]
 
