@@ -110,11 +110,10 @@ class Sampling:
         num_estimation: fresh copies that bound its probability (Cohen's n).
         alpha: failure probability in (0, 1); 0 under an exhaustive law, whatever is given.
         law: what the noise proves.
-        num_reference: of the estimation copies, the first ones, those that the reference sees too; 0 where the network
-            that votes is itself the one that is certified (`core.procedures.smoothing.stage_bound`).
+        num_reference: the first estimation copies, which the reference sees too; 0 where the network that votes is the
+            one that is certified (`core.procedures.smoothing.stage_bound`).
         reference_share: share of alpha, in (0, 1), for how often the two disagree.
-        bound: `clopper_pearson`; `randomized`, whose failure probability is alpha exactly
-            (`core.procedures.randomized`).
+        bound: `randomized`: see `core.procedures.randomized`.
 
     Raises:
         ConfigError: for a number of copies below 1, or an alpha outside (0, 1).
@@ -261,11 +260,10 @@ class Certificate(Record):
         alpha_early: the part of alpha that was set aside for stopping early; the look at the last draw has the rest.
         target: the radius that was aimed at, or the highest one of a grid that was shown; None without either. A
             radius that equals it is censored: more draws might have shown more.
-        num_reference: estimation draws that the reference saw too; where there are any, the certificate is for the
-            reference, and `p_lower` a bound of its probability.
+        num_reference: estimation draws that the reference saw too; if any, the certificate and `p_lower` are for it.
         counts_missed: of these, by class, those that voted for it while the reference did not; None without reference.
-        disagreement_upper: upper confidence bound of the probability of that, for the top class.
-        uniform: of the randomised bound, in (0, 1); None otherwise.
+        disagreement_upper: upper bound of the probability of that, for the top class.
+        uniform: of the randomised bound, in (0, 1]; None otherwise.
         law: what the noise proves.
     """
 
