@@ -253,7 +253,7 @@ class ShardStore:
         schema = method_of(self.name).schema
         if set(schema.names) ^ set(table.schema.names) == {"image_hash"}:  # from before rows had it
             table = table.append_column("image_hash", pa.nulls(table.num_rows, pa.string())).select(schema.names)
-        if table.schema != schema:
+        if table.schema != method_of(self.name).schema_with(table.schema.names):
             raise DataError(f"{self.folder.where(name)!r} has other columns than {self.name}: {table.schema.names}")
         return table, metadata
 
