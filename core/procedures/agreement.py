@@ -10,11 +10,13 @@ and the radius is min over j of max(E_j, R_j). docs/guarantees.md holds the theo
 correction for the number of levels. Levels are counted from 0 here.
 """
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
 import numpy as np
+from scipy import special
 
 from core.agreement_records import (
     AgreementCertificate,
@@ -25,7 +27,7 @@ from core.agreement_records import (
     StageVotes,
 )
 from core.errors import ConfigError
-from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
+from core.procedures.confidence import binomial_p_value, largest_radius, radius_of_two_bounds
 from core.procedures.dual import selection_heads
 from core.procedures.ladder import Ladder, sample
 from core.procedures.sequential import Budget, ascending_grid, beyond, second_targets
@@ -126,16 +128,17 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
     heads = selection_heads(sigmas, sigma_e)
     selection = yield Draws(sigma_e, num, heads, Phase.SELECTION)
     level = choose_level(selection[ESTIMATOR], terms.router)
-    shared = sigmas[level] == sigma_e
-    if not shared:
+    if sigmas[level] != sigma_e:
         selection = {**selection, **(yield Draws(sigmas[level], num, (CLASSIFIER,), Phase.SELECTION))}
-    others: list[Counts] | None = [] if shared else None
+    at_sigma_e = _Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]).at_sigma_e
+    others: list[Counts] = []
 
     statement = _statement(terms, selection[ESTIMATOR], selection[CLASSIFIER])
     stage, look_every = next(statement), terms.rule.look_every
     while True:
         head, sigma = (ESTIMATOR, sigma_e) if stage.place is None else (CLASSIFIER, sigmas[stage.place])
-        both = shared and stage.place == level
+        shared = at_sigma_e is not None and stage.place in (None, at_sigma_e)
+        both = shared and not others  # the first of the two has both networks vote, the second begins with that
         votes = yield from sample(
             sigma,
             terms.sampling.num_estimation,
@@ -143,7 +146,7 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
             head,
             stage.verdict,
             ask=heads if both else (head,),
-            given=others if others and stage.place is None else (),
+            given=() if both or not shared else tuple(others),
             others=others if both else None,
         )
         try:
@@ -180,12 +183,14 @@ def _statement(
     """The statement: asks for the votes of one stage after the other, and says what they show together.
 
     Another level is asked only where the router may pick it within the radius reached so far, and has only to show that
-    radius. In which order does not matter for a fixed budget; the nearest one first saves draws.
+    radius. In which order does not matter for a fixed budget; otherwise levels that the router is seen to pick near by
+    go first, for where their class is the same the router need not be bounded away from them.
     """
     chosen, c = choose_level(router_selection, terms.router), int(class_selection.argmax())
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
+    near = _Near(terms, chosen, router_selection, class_selection)
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
@@ -194,15 +199,33 @@ def _statement(
         classes[place] = votes
         bounds[place], radii[place], _ = ladder.result(_agreeing(votes.counts, c), votes.num)
 
-    yield from ask(chosen, beyond(terms.radii) if grid else ())
     router, excluded, constant = _nothing(router_selection), [0.0] * num_levels, 0.0
-    if radii[chosen]:
-        reach = _Reach(terms, chosen, terms.targets(radii[chosen], 0.0))
-        router = yield _Stage(None, reach.verdict)
-        excluded, constant = reach.radii(router)
 
-    seen = [chosen]
-    for place in sorted(_others(chosen, num_levels), key=excluded.__getitem__):
+    def route(reached: float) -> Generator[_Stage, StageVotes, None]:
+        nonlocal router, excluded, constant
+        places = [place for place in others if radii[place] < reached]
+        if places or not near.places:
+            reach = _Reach(terms, chosen, terms.targets(reached, 0.0), places)
+            router = yield _Stage(None, reach.verdict)
+            excluded, constant = reach.radii(router)
+
+    others, reached = _others(chosen, num_levels), near.goal
+    for place in near.places:
+        yield from ask(place, terms.targets(reached, 0.0))
+        reached = min(reached, max(radii[place], near.likely[place]))
+    doubtful = any(radii[place] < near.likely[place] for place in near.places)
+    if doubtful:  # the class there may be another one
+        yield from route(reached)
+        reached = min(reached, _joint(excluded, radii, near.places))
+    classes[chosen] = _nothing(class_selection)
+    if reached:
+        yield from ask(chosen, terms.targets(reached, 0.0) if near.places else beyond(terms.radii) if grid else ())
+        reached = min(reached, radii[chosen])
+    if reached and not doubtful:
+        yield from route(reached)
+
+    seen = [*near.places, chosen]
+    for place in sorted((place for place in others if place not in seen), key=excluded.__getitem__):
         reached = _joint(excluded, radii, seen)
         if excluded[place] < reached:
             yield from ask(place, terms.targets(reached, excluded[place]), excluded[place])
@@ -221,7 +244,7 @@ def _statement(
         alpha_router=terms.stages[ESTIMATOR].alpha,
         alpha_class=terms.stages[CLASSIFIER].alpha,
         num_selection=terms.sampling.num_selection,
-        num_shared=_num_shared(terms, chosen, router, classes),
+        num_shared=_num_shared(terms, chosen, near, router, classes),
         votes=AgreementVotes(router_selection, class_selection, router, tuple(classes)),
     )
 
@@ -258,8 +281,8 @@ def _against(votes: Counts, chosen: int, place: int) -> int:
 class _Reach:
     """How far the router cannot reach each level, from one stream of votes."""
 
-    def __init__(self, terms: Agreement, chosen: int, targets: tuple[float, ...]) -> None:
-        self.terms, self.chosen, self.targets = terms, chosen, targets
+    def __init__(self, terms: Agreement, chosen: int, targets: tuple[float, ...], places: Sequence[int]) -> None:
+        self.terms, self.chosen, self.targets, self.places = terms, chosen, targets, places
         self.others = _others(chosen, len(terms.sigmas))
         self.ladder = terms.ladder(ESTIMATOR, terms.sigma_e, targets)
 
@@ -268,7 +291,7 @@ class _Reach:
         if self.terms.router == "plurality":
             return Stop.FULL
         z = self.terms.rule.futility_z
-        seen = {self.ladder.verdict(_against(votes, self.chosen, place), num, z) for place in self.others}
+        seen = {self.ladder.verdict(_against(votes, self.chosen, place), num, z) for place in self.places}
         order = (Stop.FULL, Stop.UNLIKELY, Stop.FUTILE)
         return next((stop for stop in order if stop in seen), Stop.REACHED if self.targets else Stop.FULL)
 
@@ -301,11 +324,42 @@ class _Reach:
         return radius
 
 
-def _num_shared(terms: Agreement, chosen: int, router: StageVotes, classes: Sequence[StageVotes | None]) -> int:
-    own = classes[chosen]
-    if terms.sigmas[chosen] != terms.sigma_e or own is None:
-        return 0
-    return terms.sampling.num_selection + min(router.num, own.num)
+class _Near:
+    """What the selection votes say of the order of asking; no bound, and with a fixed budget or plurality nothing.
+
+    Attributes:
+        places: levels that the router is likely to pick within the radius that the class may reach.
+        goal: that radius; infinite without such levels.
+        likely: how far the router can be expected to stay off each level, at best.
+        at_sigma_e: the level, likely to be asked, whose class reads the router's copies.
+    """
+
+    def __init__(self, terms: Agreement, chosen: int, router: Counts, classes: Counts) -> None:
+        sigma, stage, others = terms.sigmas[chosen], terms.stages[CLASSIFIER], _others(chosen, len(terms.sigmas))
+        most = largest_radius(sigma, stage.num_estimation, stage.alpha)
+        goal = min(most, _at_best(int(classes.max()), int(classes.sum()), sigma))
+        votes = {place: _against(router, chosen, place) for place in others}
+        self.likely = {place: _at_best(votes[place], int(router.sum()), terms.sigma_e) for place in others}
+        orders = terms.budget != "fixed" and terms.router == "median"
+        self.places = [place for place in others if self.likely[place] < goal and orders]
+        self.goal = goal if self.places else math.inf
+        alike = (place for place in (chosen, *self.places) if terms.sigmas[place] == terms.sigma_e)
+        self.at_sigma_e = next(alike, None)
+
+
+def _at_best(votes: int, num: int, sigma: float) -> float:
+    """The radius of a share of votes and one standard deviation more."""
+    p = (votes + 0.5) / (num + 1)
+    best = min(1.0, p + math.sqrt(p * (1 - p) / max(1, num)))
+    return sigma * max(0.0, float(special.ndtri(best)))
+
+
+def _num_shared(
+    terms: Agreement, chosen: int, near: _Near, router: StageVotes, classes: Sequence[StageVotes | None]
+) -> int:
+    own = None if near.at_sigma_e is None else classes[near.at_sigma_e]
+    selection = terms.sampling.num_selection if near.at_sigma_e == chosen else 0
+    return selection + min(router.num, own.num) if own else 0
 
 
 def _nothing(like: Counts) -> StageVotes:
