@@ -130,9 +130,7 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
     level = choose_level(selection[ESTIMATOR], terms.router)
     if sigmas[level] != sigma_e:
         selection = {**selection, **(yield Draws(sigmas[level], num, (CLASSIFIER,), Phase.SELECTION))}
-    at_sigma_e = _Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]).at_sigma_e
-    others: list[Counts] = []
-
+    at_sigma_e, others = _Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]).at_sigma_e, list[Counts]()
     statement = _statement(terms, selection[ESTIMATOR], selection[CLASSIFIER])
     stage, look_every = next(statement), terms.rule.look_every
     while True:
@@ -190,7 +188,7 @@ def _statement(
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
-    near = _Near(terms, chosen, router_selection, class_selection)
+    near, others = _Near(terms, chosen, router_selection, class_selection), _others(chosen, num_levels)
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
@@ -209,7 +207,7 @@ def _statement(
             router = yield _Stage(None, reach.verdict)
             excluded, constant = reach.radii(router)
 
-    others, reached = _others(chosen, num_levels), near.goal
+    reached = near.goal
     for place in near.places:
         yield from ask(place, terms.targets(reached, 0.0))
         reached = min(reached, max(radii[place], near.likely[place]))
@@ -225,7 +223,7 @@ def _statement(
         yield from route(reached)
 
     seen = [*near.places, chosen]
-    for place in sorted((place for place in others if place not in seen), key=excluded.__getitem__):
+    for place in sorted((each for each in others if each not in seen), key=excluded.__getitem__):
         reached = _joint(excluded, radii, seen)
         if excluded[place] < reached:
             yield from ask(place, terms.targets(reached, excluded[place]), excluded[place])
@@ -283,7 +281,6 @@ class _Reach:
 
     def __init__(self, terms: Agreement, chosen: int, targets: tuple[float, ...], places: Sequence[int]) -> None:
         self.terms, self.chosen, self.targets, self.places = terms, chosen, targets, places
-        self.others = _others(chosen, len(terms.sigmas))
         self.ladder = terms.ladder(ESTIMATOR, terms.sigma_e, targets)
 
     def verdict(self, votes: Counts, num: int) -> Stop:
@@ -299,7 +296,7 @@ class _Reach:
         """E of every level (0.0 for the chosen one), and within what the chosen one does not change."""
         shown = self._median if self.terms.router == "median" else self._plurality
         excluded = [0.0] * len(self.terms.sigmas)
-        for place in self.others:
+        for place in _others(self.chosen, len(excluded)):
             excluded[place] = shown(router, place)
         return excluded, shown(router, self.chosen)
 
@@ -338,8 +335,8 @@ class _Near:
         sigma, stage, others = terms.sigmas[chosen], terms.stages[CLASSIFIER], _others(chosen, len(terms.sigmas))
         most = largest_radius(sigma, stage.num_estimation, stage.alpha)
         goal = min(most, _at_best(int(classes.max()), int(classes.sum()), sigma))
-        votes = {place: _against(router, chosen, place) for place in others}
-        self.likely = {place: _at_best(votes[place], int(router.sum()), terms.sigma_e) for place in others}
+        num = int(router.sum())
+        self.likely = {place: _at_best(_against(router, chosen, place), num, terms.sigma_e) for place in others}
         orders = terms.budget != "fixed" and terms.router == "median"
         self.places = [place for place in others if self.likely[place] < goal and orders]
         self.goal = goal if self.places else math.inf
@@ -350,8 +347,7 @@ class _Near:
 def _at_best(votes: int, num: int, sigma: float) -> float:
     """The radius of a share of votes and one standard deviation more."""
     p = (votes + 0.5) / (num + 1)
-    best = min(1.0, p + math.sqrt(p * (1 - p) / max(1, num)))
-    return sigma * max(0.0, float(special.ndtri(best)))
+    return sigma * max(0.0, float(special.ndtri(min(1.0, p + math.sqrt(p * (1 - p) / max(1, num))))))
 
 
 def _num_shared(

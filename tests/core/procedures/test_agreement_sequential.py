@@ -178,7 +178,8 @@ def test_agreement_sequential_router_in_doubt_between_levels_of_one_class_costs_
     stages = result.votes.classes
     assert (result.level, result.binding, fixed.binding) == (1, 0, 0)
     assert result.radius == pytest.approx(fixed.radius, rel=0.01)
-    assert stages[0] is not None and stages[1] is not None
+    assert stages[0] is not None
+    assert stages[1] is not None
     assert (stages[0].stop, stages[1].stop, stages[2]) == (Stop.FULL, Stop.REACHED, None)
     assert result.votes.router.stop == Stop.REACHED
     both = min(result.votes.router.num, stages[1].num)
@@ -187,7 +188,7 @@ def test_agreement_sequential_router_in_doubt_between_levels_of_one_class_costs_
 
 
 def test_agreement_sequential_class_that_is_another_at_a_near_level_asks_the_router_before_the_chosen_level() -> None:
-    """Level 0, likely to be picked, has another class: the router's reach is all there is, and level 1 has to show it."""
+    """Level 0, likely to be picked, has another class: the router's reach is all there is; level 1 has to show that."""
     routed = Routed(SIGMAS, 1.0, (0.4, 0.6, 0.0), (0.1, 0.999, 0.999))
     stream = Stream.of(routed, SAMPLING, np.random.default_rng(1))
     result = drive(agreement_certify(terms_of("sequential", sigma_e=1.0)), stream)
