@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from core.law import GAUSSIAN, Law
 
 __all__ = [
     "ABSTAIN",
@@ -17,7 +18,6 @@ __all__ = [
     "ESTIMATOR",
     "AlphaSplit",
     "Answer",
-    "Arithmetic",
     "Bound",
     "Certificate",
     "Counts",
@@ -62,7 +62,7 @@ class Draws:
     """A request for the votes of `num` noisy copies of the procedure's input.
 
     Attributes:
-        sigma: standard deviation of the Gaussian noise, pixel scale [0, 1].
+        sigma: standard deviation of the noise, pixel scale [0, 1].
         num: number of noisy copies.
         heads: networks that vote on each copy; several heads read the same (denoised) copy.
         phase: noise of different phases is independent.
@@ -81,10 +81,6 @@ Procedure = Generator[Draws, Answer, R]
 """A certification algorithm: yields `Draws`, is sent an `Answer`, returns its result."""
 
 
-Arithmetic = Literal[1, 2]
-"""See `Sampling`."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How many noisy copies a certificate may use, and how often it may be wrong.
@@ -92,9 +88,8 @@ class Sampling:
     Attributes:
         num_selection: copies that choose the class (Cohen's n0).
         num_estimation: fresh copies that bound its probability (Cohen's n).
-        alpha: failure probability in (0, 1).
-        arithmetic: version of the rounding of bounds and radii. A run that was begun with the first one, whose radii
-            were up to 3e-8 too large (`core.procedures.confidence.noise_scale`), goes on with it.
+        alpha: failure probability in (0, 1); 0 under an exhaustive law, whatever is given.
+        law: what the noise proves.
 
     Raises:
         ConfigError: for a number of copies below 1 or an alpha outside (0, 1).
@@ -103,15 +98,21 @@ class Sampling:
     num_selection: int = 100
     num_estimation: int = 10_000
     alpha: float = 0.001
-    arithmetic: Arithmetic = 2
+    law: Law = GAUSSIAN
 
     def __post_init__(self) -> None:
         for name in ("num_selection", "num_estimation"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not 0.0 < self.alpha < 1.0:
+        if self.law.exhaustive:
+            object.__setattr__(self, "alpha", 0.0)
+        elif not 0.0 < self.alpha < 1.0:
             raise ConfigError(f"alpha is a failure probability and must lie in (0, 1), got {self.alpha!r}")
+
+    def at(self, sigma: float) -> "Sampling":
+        """What is drawn at a noise level: all copies that there are, where the law asks for them."""
+        return replace(self, num_estimation=self.law.copies(sigma)) if self.law.exhaustive else self
 
 
 AlphaSplit = Literal["halves", "full"]
@@ -207,11 +208,12 @@ class Certificate(Record):
     """The outcome of CERTIFY (Cohen et al. 2019) for one input at one noise level.
 
     With probability at least 1 - alpha over the noise, the prediction (if it is not ABSTAIN) is the class of the
-    smoothed classifier everywhere in the open l2 ball of `radius` (pixel scale [0, 1]).
+    smoothed classifier everywhere in the open ball of `radius` (pixel scale [0, 1]), in the norm of the
+    noise (`core.law`): l2 for Gaussian noise.
 
     Attributes:
         prediction: class index, or ABSTAIN.
-        radius: l2 radius, float64, rounded towards zero; 0.0 where abstaining.
+        radius: float64, rounded towards zero; 0.0 where abstaining.
         p_lower: lower confidence bound of the top class's probability.
         sigma: noise level that was certified.
         num_selection, num_estimation: draws of the two phases.
@@ -263,7 +265,7 @@ class DualCertificate(Record):
     """The outcome of Dual RS for one input (arXiv 2512.01782, theorem 4.2).
 
     With probability at least 1 - alpha over the noise of both stages, if the prediction is not ABSTAIN, then for every
-    x' in the open l2 ball of `radius` the estimator picks `sigma` and the classifier smoothed at `sigma` predicts
+    x' in the open ball of `radius` the estimator picks `sigma` and the classifier smoothed at `sigma` predicts
     `prediction`.
 
     Attributes:
@@ -324,7 +326,7 @@ class MultiscaleCertificate(Record):
     """The outcome of Multiscale (Jeong & Shin 2023) for one input, made rigorous: see `core.procedures.multiscale`.
 
     With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
-    of the cascade everywhere in the open l2 ball of `radius`.
+    of the cascade everywhere in the open ball of `radius`.
 
     Attributes:
         prediction: class index, or ABSTAIN.

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.data.dataset import PIXELS, ValueRange, as_image
 from core.errors import ConfigError, DataError
+from core.law import law_of
 from core.machine.engine import Engine, Task
 from core.machine.exact_noise import grid_integers
 from core.machine.network import Denoiser, Head, Module, Network
@@ -53,6 +54,7 @@ class Smoothed:
         self.device = _device_of([*calls, ("denoiser", denoiser)], device)
         self.seed = seed
         self.noise = noise
+        self.law = law_of(noise)
         self.value_range = value_range
         self._network = Network(heads, denoiser, self.device)
 

@@ -166,7 +166,7 @@ class SmoothedClassifier(Smoothed):
             ModelError: when the logits have another shape, or the network is random or mixes rows ("Your network" in
                 docs/guarantees.md; looked at in the first call).
         """
-        sampling = Sampling(num_selection, num_estimation, alpha)
+        sampling = Sampling(num_selection, num_estimation, alpha, self.law)
         return self._run(
             images,
             example_ids,
@@ -304,7 +304,7 @@ class DualSmoothedClassifier(Smoothed):
         see `certify`; for the claim `agreement`, `router` says how the estimator's votes pick a level and
         `router_share` what part of alpha they spend.
         """
-        sampling = Sampling(num_selection, num_estimation, alpha)
+        sampling = Sampling(num_selection, num_estimation, alpha, self.law)
         self._check_claim(claim)
         if claim == "agreement":
             if alpha_split != "halves":

@@ -47,6 +47,7 @@ TESTS = {
     "core/procedures/multiscale.py": "multiscale multiscale_closed_forms",
     "core/procedures/ladder.py": "sequential dual_sequential",
     "core/procedures/agreement.py": "agreement agreement_oracles agreement_planted agreement_sequential",
+    "core/procedures/agreement_terms.py": "agreement agreement_sequential",
     "core/machine/engine.py": "engine device_use@memory",
     "core/machine/noise.py": "noise engine",
     "core/machine/keystream.py": "keystream",

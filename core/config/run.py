@@ -14,6 +14,7 @@ from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, La
 from core.config.training import ALL_LEVELS, DenoiserTrainConfig, OptimisationConfig, TrainConfig
 from core.config.values import Count, Positive, Section
 from core.errors import ConfigError
+from core.law import Law, law_of
 from core.procedures.multiscale import level_alphas
 from core.records import CLASSIFIER
 
@@ -74,10 +75,10 @@ class Config(Section):
                 f"{self._draws_for(0.0):,}"
             )
         labels = self.labels
-        if largest_radius(top, labels.num_estimation, labels.alpha) <= 0:
+        if largest_radius(top, labels.num_estimation, labels.alpha, self.law) <= 0:
             raise ValueError(
                 f"labels.num_estimation: {labels.num_estimation} draws at alpha = {labels.alpha:g} cannot certify "
-                f"anything; set it to at least {draws_needed(0.0, top, labels.alpha):,}"
+                f"anything; set it to at least {draws_needed(0.0, top, labels.alpha, self.law):,}"
             )
         radii = list(self.report.radii)
         if radii != sorted(set(radii)):
@@ -105,6 +106,11 @@ class Config(Section):
                 "before has fine-tuned; raise finetune.epochs, or set rounds to 1"
             )
         return self
+
+    @property
+    def law(self) -> Law:
+        """What the noise proves."""
+        return law_of(self.noise)
 
     @property
     def has_experts(self) -> bool:
@@ -223,7 +229,7 @@ class Config(Section):
         from core.procedures.confidence import largest_radius  # scipy, as below
 
         num, (router, label) = self.certify.num_estimation, self.stage_alphas
-        wanted = largest_radius(max(self.sigmas), num, label) / largest_radius(1.0, num, router)
+        wanted = largest_radius(max(self.sigmas), num, label, self.law) / largest_radius(1.0, num, router, self.law)
         return None if self.estimator_sigma >= wanted else math.ceil(100 * wanted) / 100
 
     @property
@@ -249,14 +255,18 @@ class Config(Section):
         """The radius below which all certificates of Dual RS stay, whatever the networks do."""
         from core.procedures.confidence import largest_radius  # scipy: half of what `--help` would take
 
-        num = self.certify.num_estimation
-        return min(max(largest_radius(sigma, num, alpha) for sigma, alpha in group) for group in self._limits())
+        num, law = self.certify.num_estimation, self.law
+        return min(max(largest_radius(sigma, num, alpha, law) for sigma, alpha in group) for group in self._limits())
 
     def _draws_for(self, radius: float) -> int:
         """The fewest draws whose `reach` exceeds a radius."""
         from core.procedures.confidence import draws_needed
 
-        return max(min(draws_needed(radius, sigma, alpha) for sigma, alpha in group) for group in self._limits())
+        law = self.law
+        return max(
+            min(draws_needed(radius, sigma, alpha, law) for sigma, alpha in group if radius < law.limit(sigma))
+            for group in self._limits()
+        )
 
     def check_radii(self, others: float = 0.0) -> None:
         """Refuse radii of the report that nothing on it reaches.
@@ -269,6 +279,12 @@ class Config(Section):
         """
         asked, num = max(self.report.radii), self.certify.num_estimation
         if asked >= self.reach and asked > others:
+            limit = min(max(self.law.limit(sigma) for sigma, _ in group) for group in self._limits())
+            if asked >= limit or self.law.exhaustive:
+                raise ConfigError(
+                    f"report.radii: {asked:g} is asked for, and under noise={self.noise} these sigmas certify no radius"
+                    f" from {limit:.4g} on, with however many draws; lower report.radii, or raise sigmas"
+                )
             where = f"sigma = {max(self.sigmas)}"
             if self.certify.claim == "agreement":
                 where += f" and sigma_e = {self.estimator_sigma}"

@@ -1,4 +1,4 @@
-"""What a linear router of noise levels is worth once its choice is certified, without a draw."""
+"""What a linear router of noise levels is worth under Gaussian noise once its choice is certified, without a draw."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from scipy import special
 
 from core.agreement_records import Claim, Router
-from core.procedures.confidence import certified_radius, lower_bounds, noise_scale
+from core.law import GAUSSIAN
+from core.procedures.confidence import certified_radius, lower_bounds
 
 __all__ = ["Price", "route"]
 
@@ -71,7 +72,7 @@ def route(scores: Floats, norms: Floats, levels: Sequence[int], sigmas: Floats, 
         away = np.where(place > best[:, None], upwards, missed.cumsum(axis=1))
     else:
         both = (_quantile(whole, price), _quantile(missed, price))
-        radius = np.maximum(0.0, float(noise_scale(sigma_e)) / 2 * (both[0] + both[1]))
+        radius = np.maximum(0.0, float(GAUSSIAN.scale(sigma_e)) / 2 * (both[0] + both[1]))
         radius[rows, best] = 0.0
         return chosen[best], radius
     votes = np.rint(np.maximum(1.0 - away, 0.0) * price.num).astype(np.int64)

@@ -223,7 +223,7 @@ class Engine:
     def _start(self, task: Task[R]) -> Iterator[Finished[R]]:
         image = self._to_device(task.image.float())
         if self._noisy is None:
-            self._noisy = torch.zeros((self.batch_size, *image.shape), device=self._device)
+            self._noisy = torch.empty((self.batch_size, *image.shape), device=self._device)
         elif self._noisy.shape[1:] != image.shape:
             error = DataError(
                 f"example {task.example_id!r} has shape {tuple(image.shape)}, "
@@ -279,7 +279,8 @@ class Engine:
                 completed.append(lane.queue.popleft())
         lane.rows -= row
         may_vote = self.noise.corrupt(noisy[:row], copies)
-        sigmas[row:] = sigmas[0]  # padding: a level that is asked for anyway; its votes go to slot 0
+        noisy[row:] = 0.0  # padding
+        sigmas[row:] = sigmas[0]  # a level that is asked for anyway; its votes go to slot 0
         self.rows_run += shape
         cell_of_row = self._to_device(torch.from_numpy(cells))
         if may_vote is not None:  # on the device: reading it here would wait for all that is queued there

@@ -157,6 +157,7 @@ class Network:
                     "load its weights, before"
                 )
         self._dtypes = {id(call): input_dtype(call) for call in self._calls.values()}
+        self._one_shape = {key for key, call in self._calls.items() if not takes_any_batch(call)}
 
     def lane(self, draws: Draws) -> Hashable:
         """The lane of a request.
@@ -243,9 +244,7 @@ class Network:
 
     def _any_batch(self, asked: set[tuple[str, float | None]]) -> bool:
         keys = asked | {(_DENOISER, None)}
-        return not self.forward.compile and all(
-            takes_any_batch(call) for key, call in self._calls.items() if key in keys
-        )
+        return not self.forward.compile and not keys & self._one_shape
 
     def _check(
         self,

@@ -3,7 +3,7 @@
 import functools
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +28,8 @@ __all__ = [
 _LEAVES = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, np.generic, types.ModuleType)
 _LIBRARIES = frozenset({"builtins", "torch", "numpy", "torchvision", "timm", "diffusers", "transformers"})
 """Packages whose own functions and classes keep no network of a user's in their globals."""
+_EMPTY = frozenset({bool, dict, list, tuple, set, OrderedDict})
+"""Most of what hangs on a torch module is one of these and holds nothing: the walk leaves it out at once."""
 _MANY = 10_000
 """Containers with more items are data, not networks."""
 
@@ -76,8 +78,9 @@ def _inside(thing: Any) -> Iterator[object]:
     else:
         if isinstance(thing, nn.Module):
             yield from thing.children()  # those of TorchScript are in no attribute
-        yield from list((_stored(thing, "__dict__") or {}).values())  # at once: other threads may add to it
-        yield from _inside_class(type(thing))
+        attributes = list((_stored(thing, "__dict__") or {}).values())  # at once: other threads may add to it
+        yield from [each for each in attributes if not (each is None or (type(each) in _EMPTY and not each))]
+        yield type(thing)
         for kind in type(thing).__mro__:
             names = kind.__dict__.get("__slots__", ())
             yield from (_stored(thing, name) for name in ([names] if isinstance(names, str) else names))

@@ -10,13 +10,10 @@ and the radius is min over j of max(E_j, R_j). docs/guarantees.md holds the theo
 correction for the number of levels. Levels are counted from 0 here.
 """
 
-import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import get_args
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special
 
 from core.agreement_records import (
     AgreementCertificate,
@@ -26,11 +23,11 @@ from core.agreement_records import (
     Router,
     StageVotes,
 )
-from core.errors import ConfigError
-from core.procedures.confidence import binomial_p_value, largest_radius, radius_of_two_bounds
+from core.procedures.agreement_terms import Agreement, Near, choose_level, others_of, votes_against
+from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
 from core.procedures.dual import selection_heads
-from core.procedures.ladder import Ladder, sample
-from core.procedures.sequential import Budget, ascending_grid, beyond, second_targets
+from core.procedures.ladder import sample
+from core.procedures.sequential import beyond
 from core.procedures.smoothing import predict
 from core.records import (
     ABSTAIN,
@@ -41,74 +38,11 @@ from core.records import (
     Phase,
     Prediction,
     Procedure,
-    Rule,
     Sampling,
     Stop,
-    divided,
 )
 
 __all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """The terms of an agreement certificate.
-
-    Attributes:
-        sigmas: Sigma, in the order of the estimator's outputs; ascending for the median router.
-        sigma_e: noise level of the estimator; any.
-        sampling: draws of each stage at most; alpha is the total failure probability.
-        router: how the estimator's votes pick a level.
-        budget: `fixed`, all draws of every stage that is asked; `sequential`, stop where nothing more is to be gained;
-            `grid`, decide only which of `radii` the radius exceeds. The plurality router takes all of its draws.
-        rule: when a budget other than `fixed` looks and gives up.
-        radii: the grid, ascending.
-        router_share: the part of alpha that the router spends, in (0, 1); the class spends the rest.
-
-    Raises:
-        ConfigError: for a router or a budget that there is not, levels that are not ascending under the median router,
-            or a grid that is none.
-    """
-
-    sigmas: tuple[float, ...]
-    sigma_e: float
-    sampling: Sampling
-    router: Router = "median"
-    budget: Budget = "fixed"
-    rule: Rule = field(default_factory=Rule)
-    radii: tuple[float, ...] = ()
-    router_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, known in (("router", get_args(Router)), ("budget", get_args(Budget))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if not 0.0 < self.router_share < 1.0:
-            raise ConfigError(f"router_share must lie in (0, 1), got {self.router_share!r}")
-        if self.router == "median" and list(self.sigmas) != sorted(set(self.sigmas)):
-            raise ConfigError(
-                f"the median router needs ascending sigmas, got {self.sigmas}; sort them, and the estimator's outputs "
-                "with them, or use router 'plurality'"
-            )
-        if self.budget == "grid":
-            ascending_grid(self.radii)
-
-    @property
-    def stages(self) -> dict[str, Sampling]:
-        """What the router may spend, and what the class may."""
-        return divided(self.sampling, self.router_share)
-
-    def targets(self, reached: float, useful: float) -> tuple[float, ...]:
-        """Radii that a stage may show early: it has only to show what was reached, beyond what is known anyway."""
-        if self.budget == "fixed":
-            return ()
-        radii = self.radii if self.budget == "grid" else ()
-        return tuple(target for target in second_targets(radii, reached) if target > useful)
-
-    def ladder(self, head: str, sigma: float, targets: tuple[float, ...], useful: float = 0.0) -> Ladder:
-        """What the votes of a stage show of the targets."""
-        grid = self.budget == "grid"
-        return Ladder(sigma, targets, self.stages[head], self.rule.early_share, grid=grid, useful=useful)
 
 
 @dataclass(frozen=True)
@@ -130,17 +64,18 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
     level = choose_level(selection[ESTIMATOR], terms.router)
     if sigmas[level] != sigma_e:
         selection = {**selection, **(yield Draws(sigmas[level], num, (CLASSIFIER,), Phase.SELECTION))}
-    at_sigma_e, others = _Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]).at_sigma_e, list[Counts]()
+    at_sigma_e, others = Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]).at_sigma_e, list[Counts]()
     statement = _statement(terms, selection[ESTIMATOR], selection[CLASSIFIER])
     stage, look_every = next(statement), terms.rule.look_every
     while True:
         head, sigma = (ESTIMATOR, sigma_e) if stage.place is None else (CLASSIFIER, sigmas[stage.place])
         shared = at_sigma_e is not None and stage.place in (None, at_sigma_e)
         both = shared and not others  # the first of the two has both networks vote, the second begins with that
+        most = terms.sampling.at(sigma).num_estimation
         votes = yield from sample(
             sigma,
-            terms.sampling.num_estimation,
-            terms.sampling.num_estimation if terms.budget == "fixed" else look_every,
+            most,
+            most if terms.budget == "fixed" else look_every,
             head,
             stage.verdict,
             ask=heads if both else (head,),
@@ -166,7 +101,8 @@ def agreement_from_votes(terms: Agreement, votes: AgreementVotes) -> AgreementCe
         known = votes.router if stage.place is None else votes.classes[stage.place]
         if known and known.num:
             stop = stage.verdict(known.counts, known.num)
-            ended = stop is not Stop.FULL or known.num == terms.sampling.num_estimation
+            sigma = terms.sigma_e if stage.place is None else terms.sigmas[stage.place]
+            ended = stop is not Stop.FULL or known.num == terms.sampling.at(sigma).num_estimation
             known = replace(known, stop=stop if ended else known.stop)
         try:
             stage = statement.send(known or _nothing(votes.class_selection))
@@ -188,7 +124,7 @@ def _statement(
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
-    near, others = _Near(terms, chosen, router_selection, class_selection), _others(chosen, num_levels)
+    near, others = Near(terms, chosen, router_selection, class_selection), others_of(chosen, num_levels)
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
@@ -211,7 +147,7 @@ def _statement(
     for place in near.places:
         yield from ask(place, terms.targets(reached, 0.0))
         reached = min(reached, max(radii[place], near.likely[place]))
-    doubtful = any(radii[place] < near.likely[place] for place in near.places)
+    doubtful = any(radii[place] < reached for place in near.places)
     if doubtful:  # the class there may be another one
         yield from route(reached)
         reached = min(reached, _joint(excluded, radii, near.places))
@@ -247,17 +183,6 @@ def _statement(
     )
 
 
-def choose_level(votes: Counts, router: Router) -> int:
-    """The level that selection votes name: the router's own rule, on those that are finite."""
-    if router == "plurality":
-        return int(votes.argmax())
-    return int(np.searchsorted(2 * votes.cumsum(), votes.sum()))
-
-
-def _others(chosen: int, num_levels: int) -> list[int]:
-    return [place for place in range(num_levels) if place != chosen]
-
-
 def _agreeing(votes: Counts, c: int) -> int:
     """Votes of any level for the one class that is certified."""
     return int(votes[c])
@@ -266,14 +191,6 @@ def _agreeing(votes: Counts, c: int) -> int:
 def _joint(excluded: Sequence[float], radii: Sequence[float], places: Sequence[int]) -> float:
     """The radius within which each of these levels is out of the router's reach or answers c."""
     return min(max(excluded[place], radii[place]) for place in places)
-
-
-def _against(votes: Counts, chosen: int, place: int) -> int:
-    """Votes that keep the median router off level `place`: below it, or above it, on the side of the chosen level.
-
-    A draw without a vote is on neither side.
-    """
-    return int(votes[:place].sum() if chosen < place else votes[place + 1 :].sum())
 
 
 class _Reach:
@@ -288,7 +205,7 @@ class _Reach:
         if self.terms.router == "plurality":
             return Stop.FULL
         z = self.terms.rule.futility_z
-        seen = {self.ladder.verdict(_against(votes, self.chosen, place), num, z) for place in self.places}
+        seen = {self.ladder.verdict(votes_against(votes, self.chosen, place), num, z) for place in self.places}
         order = (Stop.FULL, Stop.UNLIKELY, Stop.FUTILE)
         return next((stop for stop in order if stop in seen), Stop.REACHED if self.targets else Stop.FULL)
 
@@ -296,62 +213,33 @@ class _Reach:
         """E of every level (0.0 for the chosen one), and within what the chosen one does not change."""
         shown = self._median if self.terms.router == "median" else self._plurality
         excluded = [0.0] * len(self.terms.sigmas)
-        for place in _others(self.chosen, len(excluded)):
+        for place in others_of(self.chosen, len(excluded)):
             excluded[place] = shown(router, place)
         return excluded, shown(router, self.chosen)
 
     def _median(self, router: StageVotes, place: int) -> float:
         votes = router.counts
-        successes = int(votes[place]) if place == self.chosen else _against(votes, self.chosen, place)
+        successes = int(votes[place]) if place == self.chosen else votes_against(votes, self.chosen, place)
         return self.ladder.result(successes, router.num)[1]
 
     def _plurality(self, router: StageVotes, place: int) -> float:
-        """sigma_e / 2 (Phi^-1(q_m) - Phi^-1(q_j)), half of the router's alpha each; a draw without a vote is one for j.
+        """`radius_of_two_bounds`, half of the router's alpha each; a draw without a vote is one for j.
 
         For the chosen level: as if all others were one, which is no more than any of them alone.
         """
         votes, num, alpha = router.counts, router.num, self.terms.stages[ESTIMATOR].alpha / 2
-        if num < self.terms.sampling.num_estimation:
+        if num < self.terms.sampling.at(self.terms.sigma_e).num_estimation:
             return 0.0  # no bound may be looked at before the last draw
         own = int(votes[self.chosen])
         off = own if place == self.chosen else int(votes.sum() - votes[place])
-        radius = radius_of_two_bounds(own, off, num, alpha, self.terms.sigma_e)
+        radius = radius_of_two_bounds(own, off, num, alpha, self.terms.sigma_e, self.terms.sampling.law)
         if self.terms.budget == "grid":
             return max((target for target in self.targets if target <= radius), default=0.0)
         return radius
 
 
-class _Near:
-    """What the selection votes say of the order of asking; no bound, and with a fixed budget or plurality nothing.
-
-    Attributes:
-        places: levels that the router is likely to pick within the radius that the class may reach.
-        goal: that radius; infinite without such levels.
-        likely: how far the router can be expected to stay off each level, at best.
-        at_sigma_e: the level, likely to be asked, whose class reads the router's copies.
-    """
-
-    def __init__(self, terms: Agreement, chosen: int, router: Counts, classes: Counts) -> None:
-        sigma, stage, others = terms.sigmas[chosen], terms.stages[CLASSIFIER], _others(chosen, len(terms.sigmas))
-        most = largest_radius(sigma, stage.num_estimation, stage.alpha)
-        goal = min(most, _at_best(int(classes.max()), int(classes.sum()), sigma))
-        num = int(router.sum())
-        self.likely = {place: _at_best(_against(router, chosen, place), num, terms.sigma_e) for place in others}
-        orders = terms.budget != "fixed" and terms.router == "median"
-        self.places = [place for place in others if self.likely[place] < goal and orders]
-        self.goal = goal if self.places else math.inf
-        alike = (place for place in (chosen, *self.places) if terms.sigmas[place] == terms.sigma_e)
-        self.at_sigma_e = next(alike, None)
-
-
-def _at_best(votes: int, num: int, sigma: float) -> float:
-    """The radius of a share of votes and one standard deviation more."""
-    p = (votes + 0.5) / (num + 1)
-    return sigma * max(0.0, float(special.ndtri(min(1.0, p + math.sqrt(p * (1 - p) / max(1, num))))))
-
-
 def _num_shared(
-    terms: Agreement, chosen: int, near: _Near, router: StageVotes, classes: Sequence[StageVotes | None]
+    terms: Agreement, chosen: int, near: Near, router: StageVotes, classes: Sequence[StageVotes | None]
 ) -> int:
     own = None if near.at_sigma_e is None else classes[near.at_sigma_e]
     selection = terms.sampling.num_selection if near.at_sigma_e == chosen else 0

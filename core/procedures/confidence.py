@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from core.errors import ConfigError
-from core.records import Arithmetic, Counts
+from core.law import GAUSSIAN, Law
 
 __all__ = [
     "binomial_p_value",
@@ -25,8 +25,8 @@ __all__ = [
     "draws_needed",
     "largest_radius",
     "log_e_value",
+    "lower_bound",
     "lower_bounds",
-    "noise_scale",
     "probability_missed",
     "probability_of_radius",
     "radius_of_two_bounds",
@@ -43,6 +43,7 @@ MIN_ALPHA = 1e-100
 """Smaller ones are refused: SciPy was seen to be off by 2% at 1e-300."""
 
 Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 def _check_counts(k: NDArray[np.int64], n: NDArray[np.int64], alpha: ArrayLike) -> None:
@@ -52,7 +53,9 @@ def _check_counts(k: NDArray[np.int64], n: NDArray[np.int64], alpha: ArrayLike) 
         raise ConfigError(f"alpha is a failure probability and must lie in [{MIN_ALPHA:g}, 1), got {alpha!r}")
 
 
-def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
+def clopper_pearson_lower(
+    successes: ArrayLike, num: ArrayLike, alpha: ArrayLike, low_slack: float = LOW_SLACK
+) -> Floats:
     """One-sided exact lower confidence bound of a success probability (Clopper & Pearson 1934).
 
     P[bound <= p] >= 1 - alpha for every true p: the bound is BetaInv(alpha; k, n - k + 1), and 0 for k = 0.
@@ -61,8 +64,7 @@ def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
         successes: k, integers in [0, num]; any shape that broadcasts with the others.
         num: n >= 1.
         alpha: failure probability in [1e-100, 1).
-        arithmetic: see `core.records.Sampling`; in the first version bounds up to 1/2 may lie 3e-12 above the exact
-            ones.
+        low_slack: the relative step for bounds up to 1/2.
 
     Returns:
         float64 in [0, 1), never above the exact bound.
@@ -73,7 +75,7 @@ def clopper_pearson_lower(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
     k, n = np.asarray(successes, np.int64), np.asarray(num, np.int64)
     _check_counts(k, n, alpha)
     bound = special.betaincinv(np.maximum(k, 1), n - k + 1, np.asarray(alpha, np.float64))
-    bound = bound * (1.0 - np.where((bound <= 0.5) & (arithmetic > 1), LOW_SLACK, SLACK))
+    bound = bound * (1.0 - np.where(bound <= 0.5, low_slack, SLACK))
     return np.asarray(np.where(k == 0, 0.0, bound))
 
 
@@ -87,47 +89,44 @@ def clopper_pearson_upper(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike
     return np.asarray(np.minimum(np.nextafter(upper, 2.0), 1.0))  # the subtraction rounds to nearest
 
 
-def noise_scale(sigma: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
-    """The noise level that radii speak of: the smaller of sigma and the float32 next to it.
+def lower_bound(successes: ArrayLike, num: ArrayLike, alpha: ArrayLike, law: Law = GAUSSIAN) -> Floats:
+    """The lower bound of a probability that `law` takes: Clopper & Pearson's, or the share where `num` are all copies.
 
-    Gaussian noise is scaled by the float32 (0.12 becomes 0.1199999973), exact noise by sigma itself; the smaller one
-    is safe for both.
-
-    Args:
-        sigma: noise level.
-        arithmetic: see `core.records.Sampling`; the first version takes sigma as it is written.
+    In the first arithmetic bounds up to 1/2 may lie 3e-12 above the exact ones.
     """
-    level = np.asarray(sigma, np.float64)
-    return level if arithmetic == 1 else np.asarray(np.minimum(level, level.astype(np.float32)))
+    if law.exhaustive:
+        return np.asarray(np.asarray(successes, np.int64) / np.asarray(num, np.int64) * (1.0 - SLACK))
+    return clopper_pearson_lower(successes, num, alpha, SLACK if law.arithmetic == 1 else LOW_SLACK)
 
 
-def certified_radius(p_lower: ArrayLike, sigma: ArrayLike, arithmetic: Arithmetic = 2) -> Floats:
-    """The l2 radius sigma * Phi^-1(p_lower) of Cohen et al. 2019 (theorem 1, with p_B = 1 - p_A).
+def certified_radius(p_lower: ArrayLike, sigma: ArrayLike, law: Law = GAUSSIAN) -> Floats:
+    """The radius that a majority certifies; under Gaussian noise sigma * Phi^-1(p_lower) (Cohen et al. 2019, theorem 1,
+    with p_B = 1 - p_A).
 
     Args:
         p_lower: lower bound of the top class's probability, in [0, 1).
         sigma: noise level, > 0, pixel scale [0, 1].
-        arithmetic: see `noise_scale`.
+        law: what the noise proves.
 
     Returns:
-        float64 radius in the pixel scale, rounded towards zero; 0.0 where p_lower <= 1/2 (nothing is certified).
+        float64 radius in the norm of `law`, pixel scale, rounded towards zero; 0.0 where p_lower <= 1/2 (nothing is
+        certified).
     """
     p = np.asarray(p_lower, np.float64)
-    radius = noise_scale(sigma, arithmetic) * special.ndtri(np.maximum(p, 0.5)) * (1.0 - SLACK)
+    radius = law.scale(sigma) * law.quantile(np.maximum(p, 0.5)) * (1.0 - SLACK)
     return np.asarray(np.where(p > 0.5, radius, 0.0))
 
 
 @functools.lru_cache(maxsize=65_536)
-def bound_and_radius(
-    successes: int, num: int, alpha: float, sigma: float, arithmetic: Arithmetic = 2
-) -> tuple[float, float]:
-    """`clopper_pearson_lower` and the `certified_radius` of it; cached, for with few draws the same votes recur."""
-    p_lower = float(clopper_pearson_lower(successes, num, alpha, arithmetic))
-    return p_lower, float(certified_radius(p_lower, sigma, arithmetic))
+def bound_and_radius(successes: int, num: int, alpha: float, sigma: float, law: Law = GAUSSIAN) -> tuple[float, float]:
+    """`lower_bound` and the `certified_radius` of it; cached, for with few draws the same votes recur."""
+    p_lower = float(lower_bound(successes, num, alpha, law))
+    return p_lower, float(certified_radius(p_lower, sigma, law))
 
 
-def radius_of_two_bounds(one: int, other: int, num: int, alpha: float, sigma: float) -> float:
-    """Sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)) of Cohen et al. 2019 (theorem 1), with a bound of either at `alpha`.
+def radius_of_two_bounds(one: int, other: int, num: int, alpha: float, sigma: float, law: Law = GAUSSIAN) -> float:
+    """Half of the difference of both quantiles: of Gaussian noise sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)) (Cohen et al.
+    2019, theorem 1), with a bound of either at `alpha`.
 
     Args:
         one: of `num` draws those in A; p_A is bounded from below.
@@ -135,26 +134,36 @@ def radius_of_two_bounds(one: int, other: int, num: int, alpha: float, sigma: fl
         num: draws.
         alpha: failure probability of each bound.
         sigma: noise level.
+        law: what the noise proves.
 
     Returns:
         The radius, rounded towards zero; 0.0 where nothing is certified. At one = other it is `certified_radius`.
     """
-    a, b = (float(special.ndtri(bound)) for bound in clopper_pearson_lower([one, other], num, alpha))
     if not one or not other:
-        return 0.0  # no bound: the quantile is infinite
-    return max(0.0, float(noise_scale(sigma)) / 2 * (a + b - SLACK * (abs(a) + abs(b))))
+        return 0.0  # no bound: the quantile may be infinite
+    a, b = (float(law.quantile(bound)) for bound in lower_bound([one, other], num, alpha, law))
+    return max(0.0, float(law.scale(sigma)) / 2 * (a + b - SLACK * (abs(a) + abs(b))))
 
 
-def largest_radius(sigma: float, num: int, alpha: float) -> float:
-    """The largest radius that `num` draws can certify: all of them agree, sigma * Phi^-1(alpha^(1/num))."""
-    return float(certified_radius(clopper_pearson_lower(num, num, alpha), sigma))
+def largest_radius(sigma: float, num: int, alpha: float, law: Law = GAUSSIAN) -> float:
+    """The largest radius that `num` draws can certify: all of them agree, a bound of alpha^(1/num)."""
+    return float(certified_radius(lower_bound(num, num, alpha, law), sigma, law))
 
 
-def draws_needed(radius: float, sigma: float, alpha: float) -> int:
-    """The fewest draws whose `largest_radius` exceeds `radius` (beyond a million, to within a few)."""
-    certain = min(float(special.log_ndtr(radius / sigma)), -1e-300)  # it underflows 38 sigma away
+def draws_needed(radius: float, sigma: float, alpha: float, law: Law = GAUSSIAN) -> int:
+    """The fewest draws whose `largest_radius` exceeds `radius` (beyond a million, to within a few); all that there are
+    under an exhaustive law.
+
+    Raises:
+        ConfigError: for a radius that no number of draws certifies.
+    """
+    if radius >= law.limit(sigma):
+        raise ConfigError(f"no radius from {law.limit(sigma):.4g} on can be certified at sigma = {sigma:g}")
+    if law.exhaustive:
+        return law.copies(sigma)
+    certain = min(float(np.log(law.cdf(radius / law.scale(sigma)))), -1e-300)  # a cdf of 1 is one that was rounded
     needed = math.floor(math.log(alpha) / certain) + 1
-    while needed < 1_000_000 and largest_radius(sigma, needed, alpha) <= radius:
+    while needed < 1_000_000 and largest_radius(sigma, needed, alpha, law) <= radius:
         needed += 1
     return needed
 
@@ -187,16 +196,18 @@ def log_e_value(successes: ArrayLike, num: ArrayLike, p0: float) -> Floats:
     return np.asarray(mixture + tail - s * math.log(p0) - (n - s) * math.log1p(-p0))
 
 
-def probability_of_radius(radius: ArrayLike, sigma: float, arithmetic: Arithmetic = 2) -> Floats:
-    """Phi(radius / sigma), rounded up: showing that p is above it certifies at least this radius."""
-    ratio = np.asarray(radius, np.float64) / noise_scale(sigma, arithmetic)
-    return np.asarray(special.ndtr(ratio) * (1.0 + SLACK))
+def probability_of_radius(radius: ArrayLike, sigma: float, law: Law = GAUSSIAN) -> Floats:
+    """The probability that certifies a radius, rounded up: showing that p is above it certifies at least as much.
+
+    Under Gaussian noise Phi(radius / sigma). 1 or more where no probability does.
+    """
+    return np.asarray(law.cdf(np.asarray(radius, np.float64) / law.scale(sigma)) * (1.0 + SLACK))
 
 
 @functools.lru_cache(maxsize=64)
-def lower_bounds(num: int, alpha: float, arithmetic: Arithmetic = 2) -> Floats:
-    """`clopper_pearson_lower` for every number of successes 0 .. num; cached, read-only."""
-    bounds = clopper_pearson_lower(np.arange(num + 1), num, alpha, arithmetic)
+def lower_bounds(num: int, alpha: float, law: Law = GAUSSIAN) -> Floats:
+    """`lower_bound` for every number of successes 0 .. num; cached, read-only."""
+    bounds = lower_bound(np.arange(num + 1), num, alpha, law)
     bounds.setflags(write=False)
     return bounds
 

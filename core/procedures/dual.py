@@ -43,7 +43,7 @@ def dual_certify(
     sigma = sigmas[int(selection[ESTIMATOR].argmax())]
     shared = sigma == sigma_e
     asked = heads if shared else (ESTIMATOR,)
-    estimation = yield Draws(sigma_e, stage.num_estimation, asked, Phase.ESTIMATION)
+    estimation = yield Draws(sigma_e, stage.at(sigma_e).num_estimation, asked, Phase.ESTIMATION)
     level = certificate(selection[ESTIMATOR], estimation[ESTIMATOR], sigma_e, stage)
     if level.abstained:
         return join_stages(level, None, sigmas, sampling.alpha)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import special
 
 from core.procedures.confidence import certified_radius, log_e_value, lower_bounds, probability_of_radius
 from core.records import Counts, Draws, Phase, Procedure, Sampling, Stop
@@ -80,14 +79,15 @@ class Ladder:
         grid: bool = False,
         useful: float = 0.0,
     ) -> None:
+        sampling = sampling.at(sigma)
         self.sigma, self.targets, self.most, self.grid = sigma, targets, sampling.num_estimation, grid
-        self.arithmetic = sampling.arithmetic
+        self.law = sampling.law
         self.alpha_early = sampling.alpha * early_share if targets else 0.0
-        self.bounds = lower_bounds(self.most, final_alpha(sampling.alpha, self.alpha_early), self.arithmetic)
-        self.p_targets = probability_of_radius(np.asarray(targets, np.float64), sigma, self.arithmetic)
+        self.bounds = lower_bounds(self.most, final_alpha(sampling.alpha, self.alpha_early), self.law)
+        self.p_targets = probability_of_radius(np.asarray(targets, np.float64), sigma, self.law)
         # Votes at the last draw that show each target, and that certify anything of use.
         self.needed = np.searchsorted(self.bounds, self.p_targets, side="left")
-        self.certifying = int(np.searchsorted(self.bounds, special.ndtr(useful / sigma), side="right"))
+        self.certifying = int(np.searchsorted(self.bounds, self.law.cdf(useful / self.law.scale(sigma)), side="right"))
 
     def verdict(self, successes: int, num: int, z: float) -> Stop:
         """Whether the sampling may end at this look; FULL to go on. `z`: see `Rule.futility_z`."""
@@ -109,7 +109,7 @@ class Ladder:
         if targets and shown == len(targets):
             return float(self.p_targets[-1]), targets[-1], targets[-1]
         p_lower = float(self.bounds[successes]) if last else self.lower_bound_early(successes, num)
-        radius = min(float(certified_radius(p_lower, self.sigma, self.arithmetic)), *targets, math.inf)
+        radius = min(float(certified_radius(p_lower, self.sigma, self.law)), *targets, math.inf)
         return p_lower, radius, targets[-1] if targets else None
 
     def shown_early(self, successes: int, num: int) -> int:

@@ -19,9 +19,10 @@ from fractions import Fraction
 import numpy as np
 
 from core.errors import ConfigError
-from core.procedures.confidence import bound_and_radius, clopper_pearson_lower
+from core.law import Law
+from core.procedures.confidence import bound_and_radius, lower_bound
 from core.procedures.smoothing import certify
-from core.records import ABSTAIN, Arithmetic, Certificate, MultiscaleCertificate, Procedure, Sampling
+from core.records import ABSTAIN, Certificate, MultiscaleCertificate, Procedure, Sampling
 
 __all__ = ["level_alphas", "multiscale_certify"]
 
@@ -68,14 +69,14 @@ def multiscale_certify(
     for place in reversed(range(len(sigmas))):
         level = yield from certify(sigmas[place], replace(sampling, alpha=alphas[place]))
         levels.append(level)
-        if not level.abstained or (place > 0 and _is_hopeless(levels, max(alphas[:place]))):
+        if not level.abstained or (place > 0 and _is_hopeless(levels, max(alphas[:place]), sampling.law)):
             break
     return _join(levels, sampling)
 
 
 def _join(levels: Sequence[Certificate], sampling: Sampling) -> MultiscaleCertificate:
     last, above = levels[-1], levels[:-1]
-    others = [0.0 if last.abstained else _radius_of_others(level, last, sampling.arithmetic) for level in above]
+    others = [0.0 if last.abstained else _radius_of_others(level, last, sampling.law) for level in above]
     radii = [last.radius, *others]
     radius = min(radii)
     certified = radius > 0.0
@@ -92,7 +93,7 @@ def _join(levels: Sequence[Certificate], sampling: Sampling) -> MultiscaleCertif
     )
 
 
-def _radius_of_others(level: Certificate, last: Certificate, arithmetic: Arithmetic) -> float:
+def _radius_of_others(level: Certificate, last: Certificate, law: Law) -> float:
     """Radius within which no class but that of `last` has a probability above 1/2 at `level`.
 
     Its most frequent other class alone is bounded: the true one's bound is no better, so there is nothing to correct
@@ -101,14 +102,14 @@ def _radius_of_others(level: Certificate, last: Certificate, arithmetic: Arithme
     votes = level.counts_estimation
     highest = int(np.delete(votes, last.prediction).max(initial=0))
     successes, num = int(votes.sum()) - highest, level.num_estimation
-    return bound_and_radius(successes, num, last.alpha, level.sigma, arithmetic)[1]
+    return bound_and_radius(successes, num, last.alpha, level.sigma, law)[1]
 
 
-def _is_hopeless(levels: Sequence[Certificate], alpha: float) -> bool:
+def _is_hopeless(levels: Sequence[Certificate], alpha: float, law: Law) -> bool:
     """Whether no level below can certify any class, at most at `alpha`: two classes are in doubt already."""
     in_doubt: set[int] = set()
     for level in levels:
         votes = level.counts_estimation
-        p_lower = clopper_pearson_lower(votes.sum() - votes, level.num_estimation, alpha)
+        p_lower = lower_bound(votes.sum() - votes, level.num_estimation, alpha, law)
         in_doubt |= set(np.flatnonzero(p_lower <= 0.5).tolist())
     return len(in_doubt) > 1

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from scipy import special
 
 from core.errors import ConfigError
+from core.law import Law
 from core.procedures.dual import dual_certify, join_stages, selection_heads
 from core.procedures.ladder import Ladder, sample
 from core.procedures.smoothing import certify
@@ -42,6 +42,7 @@ __all__ = [
     "beyond",
     "certify_grid",
     "certify_sequential",
+    "check_budget",
     "climb",
     "conclude",
     "dual_certify_sequential",
@@ -192,7 +193,7 @@ def dual_certify_sequential(
         draws = Draws(level[CLASSIFIER], stage.num_selection, (CLASSIFIER,), Phase.SELECTION)
         selection[CLASSIFIER] = (yield draws)[CLASSIFIER]
 
-    first, second = stage_order(selection, level)
+    first, second = stage_order(selection, level, stage.law)
     others: list[Counts] = []
     stages: dict[str, Certificate] = {}
     stages[first] = yield from climb(
@@ -216,9 +217,9 @@ def dual_certify_sequential(
     return join_stages(stages[ESTIMATOR], stages[CLASSIFIER], sigmas, sampling.alpha, tie_of(first))
 
 
-def stage_order(selection: Mapping[str, Counts], level: Mapping[str, float]) -> tuple[str, str]:
+def stage_order(selection: Mapping[str, Counts], level: Mapping[str, float], law: Law) -> tuple[str, str]:
     """The stage that looks tighter on its selection votes first; a tie starts with the estimator."""
-    first, second = sorted((ESTIMATOR, CLASSIFIER), key=lambda head: _guess(selection[head], level[head]))
+    first, second = sorted((ESTIMATOR, CLASSIFIER), key=lambda head: _guess(selection[head], level[head], law))
     return first, second
 
 
@@ -232,10 +233,10 @@ def tie_of(first: str) -> Bound:
     return Bound.SIGMA if first == ESTIMATOR else Bound.CLASS
 
 
-def _guess(selection: Counts, sigma: float) -> float:
+def _guess(selection: Counts, sigma: float, law: Law) -> float:
     """A rough radius from selection votes, to order the stages by."""
     p = (selection.max() + 0.5) / (selection.sum() + 1.0)
-    return sigma * float(special.ndtri(p))
+    return float(law.scale(sigma) * law.quantile(p))
 
 
 def skipped(sigma: float, selection: Counts, sampling: Sampling) -> Certificate:
@@ -260,6 +261,7 @@ def standard_procedure(
     """CERTIFY with the budget that a configuration names; `radii` is the grid of `grid`."""
     if budget == "fixed":
         return certify(sigma, sampling)
+    check_budget(budget, sampling.law)
     if budget == "sequential":
         return certify_sequential(sigma, sampling, rule)
     return certify_grid(sigma, ascending_grid(radii), sampling, rule)
@@ -277,9 +279,18 @@ def dual_procedure(
     """DUAL-CERTIFY with the budget that a configuration names; `radii` is the grid of `grid`."""
     if budget == "fixed":
         return dual_certify(sigmas, sigma_e, sampling, split)
+    check_budget(budget, sampling.law)
     return dual_certify_sequential(
         sigmas, sigma_e, sampling, rule, ascending_grid(radii) if budget == "grid" else (), split
     )
+
+
+def check_budget(budget: Budget, law: Law) -> None:
+    """Refuse to stop early where nothing is drawn at random."""
+    if law.exhaustive and budget != "fixed":
+        raise ConfigError(
+            f"this noise has a fixed number of copies, and all are needed: budget must be 'fixed', got {budget!r}"
+        )
 
 
 def ascending_grid(radii: Sequence[float]) -> Sequence[float]:

@@ -32,6 +32,7 @@ def certify(sigma: float, sampling: Sampling, head: str = CLASSIFIER) -> Procedu
     Returns:
         A `Certificate`, wrong with probability at most `sampling.alpha` over the noise.
     """
+    sampling = sampling.at(sigma)
     selection = (yield Draws(sigma, sampling.num_selection, (head,), Phase.SELECTION))[head]
     estimation = (yield Draws(sigma, sampling.num_estimation, (head,), Phase.ESTIMATION))[head]
     return certificate(selection, estimation, sigma, sampling)
@@ -40,16 +41,16 @@ def certify(sigma: float, sampling: Sampling, head: str = CLASSIFIER) -> Procedu
 def certificate(selection: Counts, estimation: Counts, sigma: float, sampling: Sampling) -> Certificate:
     """The certificate that the votes of both phases give; also recomputes one from stored counts."""
     top_class = int(selection.argmax())
-    successes, s = int(estimation[top_class]), sampling
-    p_lower, radius = bound_and_radius(successes, s.num_estimation, s.alpha, sigma, s.arithmetic)
+    successes, s = int(estimation[top_class]), sampling.at(sigma)
+    p_lower, radius = bound_and_radius(successes, s.num_estimation, s.alpha, sigma, s.law)
     certified = p_lower > 0.5
     return Certificate(
         prediction=top_class if certified else ABSTAIN,
         radius=radius,
         p_lower=p_lower,
         sigma=sigma,
-        num_selection=sampling.num_selection,
-        num_estimation=sampling.num_estimation,
+        num_selection=s.num_selection,
+        num_estimation=s.num_estimation,
         counts_selection=selection,
         counts_estimation=estimation,
         alpha=sampling.alpha,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from core.errors import DataError
 from core.evaluation import metrics
+from core.law import GAUSSIAN, Law
 from core.records import Bound
 
 if TYPE_CHECKING:
@@ -250,6 +251,7 @@ class ReportData:
         experts: whether each noise level has a classifier of its own.
         imported: logs of others; shown beside the rest, never called the best.
         strict: whether a certificate counts at r when its radius is > r (else >= r).
+        law: of the noise; says the norm of all radii.
         alpha: failure probability per example.
         alpha_stages: what Dual RS spends on the noise level and on the class.
         num_selection, num_estimation: draws of each certificate (n0 and n).
@@ -272,6 +274,7 @@ class ReportData:
     experts: bool = False
     imported: tuple[ImportedRows, ...] = ()
     strict: bool = True
+    law: Law = GAUSSIAN
     alpha: float
     alpha_stages: tuple[float, float]
     num_selection: int

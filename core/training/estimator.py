@@ -6,17 +6,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import special
 from torch import Tensor, nn
 
 from core.config import CertifyConfig, ClassifierConfig, Config, EstimatorConfig
 from core.config.models import SMALL_CNN
 from core.data import Dataset
 from core.errors import ConfigError, DataError
+from core.law import GAUSSIAN, Law, law_of
 from core.machine.network import Denoiser
 from core.machine.noise_key import training_key
 from core.models.features import FeatureExtractor, FeatureHead, expert_place, new_router
-from core.procedures.confidence import certified_radius, clopper_pearson_lower
+from core.procedures.confidence import certified_radius, lower_bound
 from core.training.classifier import new_classifier
 from core.training.features import Features
 from core.training.loop import Objective, Schedule
@@ -54,6 +54,7 @@ def label_radii(
     sigmas: Floats,
     alpha: float,
     mode: str,
+    law: Law = GAUSSIAN,
 ) -> Floats:
     """The radii R_c(x, sigma_i) that the estimator learns from: 0 where the class is wrong or nothing is certified.
 
@@ -66,18 +67,24 @@ def label_radii(
         alpha: failure probability of the certificates.
         mode: `at_n`, the radii as they are; `at_10k`, those that the same share of votes gives with 10,000 draws. For
             `shrunk` see `shrunk_radii`.
+        law: of the noise.
 
     Returns:
         float64 ``(N, K)``, pixel scale [0, 1].
     """
     if mode == "at_10k":
         votes_at_10k = np.rint(votes / num_estimation * 10_000).astype(np.int64)
-        radius = certified_radius(clopper_pearson_lower(votes_at_10k, 10_000, alpha), sigmas[None, :])
+        radius = certified_radius(lower_bound(votes_at_10k, 10_000, alpha, law), sigmas[None, :], law)
     return np.where(correct, radius, 0.0)
 
 
 def shrunk_radii(
-    votes: NDArray[np.int64], num: NDArray[np.int64], sigmas: Floats, num_estimation: int, alpha: float
+    votes: NDArray[np.int64],
+    num: NDArray[np.int64],
+    sigmas: Floats,
+    num_estimation: int,
+    alpha: float,
+    law: Law = GAUSSIAN,
 ) -> Floats:
     """The radii R_c(x, sigma_i) that the test's draws would certify, were the shares of votes what they seem; and how
     far the class is from having the majority where it has none, as a radius below 0.
@@ -91,9 +98,10 @@ def shrunk_radii(
         sigmas: ``(K,)``.
         num_estimation: draws of the test.
         alpha: failure probability of its class.
+        law: of the noise.
 
     Returns:
-        float64 ``(N, K)``, pixel scale [0, 1]: sigma Phi^-1 of the lower bound, or of the share where that is below
+        float64 ``(N, K)``, pixel scale [0, 1]: the radius of the lower bound, or of the share where that is below
         1/2; 0 where the share is above 1/2 and the bound is not.
     """
     radii = np.zeros(votes.shape)
@@ -108,9 +116,9 @@ def shrunk_radii(
         between = (np.square(k / n - mean).mean() / once - 1 / size) / max(1 - 1 / size, 1e-9)
         strength = 1 / float(np.clip(between, 1e-6, 1 - 1e-6)) - 1
         share = (k + strength * mean) / (n + strength)
-        lower = clopper_pearson_lower(np.rint(share * num_estimation).astype(np.int64), num_estimation, alpha)
-        behind = sigma * special.ndtri(np.clip(share, _LEAST, 0.5))
-        radii[drawn, level] = certified_radius(lower, sigma) + behind
+        lower = lower_bound(np.rint(share * num_estimation).astype(np.int64), num_estimation, alpha, law)
+        behind = law.scale(sigma) * law.quantile(np.clip(share, _LEAST, 0.5))
+        radii[drawn, level] = certified_radius(lower, sigma, law) + behind
     return radii
 
 
@@ -232,6 +240,7 @@ class EstimatorObjective(Objective):
         extractor: with `backbone: features`, what the model, its head, reads; on the model's device.
         certify: the draws and alpha that the router is trained for; only the losses of the agreement claim and the
             samples held out ask.
+        noise: its kind, as in the configuration.
         processes: that hold the images on this machine.
 
     Raises:
@@ -252,6 +261,7 @@ class EstimatorObjective(Objective):
         *,
         extractor: FeatureExtractor | None = None,
         certify: CertifyConfig = _CERTIFY,
+        noise: str = "gaussian",
         processes: int = 1,
     ) -> None:
         kept = learnable(radii)
@@ -270,6 +280,7 @@ class EstimatorObjective(Objective):
         self._radii, self._held_radii = (torch.from_numpy(radii[kept[part]]).float() for part in (learnt, held))
         self._weight = torch.from_numpy(class_weights(radii[kept[learnt]], config.rebalance)).float()
         self._largest = largest_share(certify.num_estimation, certify.alpha * certify.router_share)
+        self._law = law_of(noise)
         self._extractor = extractor
         if extractor is not None:
             width = extractor.width(data.shape)
@@ -296,7 +307,7 @@ class EstimatorObjective(Objective):
         copies, radii, weight, warming = batch
         logits = self._logits(model, copies, self._config.num_copies)
         if self._config.claims_agreement:
-            return radius_losses(logits, radii, warming, self._sigma_e, self._largest, self._config)
+            return radius_losses(logits, radii, warming, self._sigma_e, self._largest, self._config, self._law)
         return estimator_losses(logits, radii, weight, self._config)
 
     def prepare(self, model: nn.Module) -> None:
@@ -320,7 +331,9 @@ class EstimatorObjective(Objective):
                 copies = self._held_features.batch(0, part, num)
             logits = self._logits(model, copies.to(device), num)
             votes = F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0)
-            found.append(voted_radius(votes, self._held_radii[part].to(device), self._sigma_e, self._largest))
+            found.append(
+                voted_radius(votes, self._held_radii[part].to(device), self._sigma_e, self._largest, self._law)
+            )
         return torch.cat(found)
 
     def _logits(self, model: nn.Module, copies: Tensor, num: int) -> Tensor:

@@ -55,7 +55,7 @@ class FinetuneObjective(Objective):
         self._samples = Samples(data, places, self.name, seed, augment=config.augment, processes=processes)
         self.threads = self._samples.threads
         self._labels = torch.from_numpy(data.labels[places])
-        self._sigma = torch.from_numpy(sigma).float()
+        self._sigma = torch.tensor(sigma, dtype=torch.float32)
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from core.config import EstimatorConfig
+from core.errors import ConfigError
+from core.law import GAUSSIAN, Gaussian, Laplace, Law, Uniform
 
 __all__ = ["expected_radius", "joint_radius", "largest_share", "radius_losses", "voted_radius"]
 
@@ -21,7 +23,23 @@ _BLUR = 0.05
 
 def largest_share(num: int, alpha: float) -> float:
     """The largest probability that `num` draws can show at `alpha`, all of them agreeing: alpha^(1/num)."""
-    return math.exp(math.log(alpha) / num)
+    return math.exp(math.log(alpha) / num) if alpha else 1.0
+
+
+def _quantile(p: Tensor, law: Law) -> Tensor:
+    """`Law.quantile`, with a gradient."""
+    match law:
+        case Gaussian():
+            quantile: Tensor = torch.special.ndtri(p)
+            return quantile
+        case Uniform():
+            return 2.0 * p - 1.0
+        case Laplace():
+            return -torch.sign(p - 0.5) * torch.log(2.0 * torch.minimum(p, 1.0 - p))
+    raise ConfigError(
+        "estimator.loss: radius and expected_radius know the noises of this package; train on a noise of your own with "
+        "loss=consistency"
+    )
 
 
 def expected_radius(logits: Tensor, radii: Tensor) -> Tensor:
@@ -34,12 +52,15 @@ def expected_radius(logits: Tensor, radii: Tensor) -> Tensor:
     return (logits.softmax(dim=2) * radii.clamp(min=0.0)).sum(dim=2).mean(dim=0)
 
 
-def joint_radius(logits: Tensor, radii: Tensor, sigma_e: float, largest: float, temperature: float) -> Tensor:
+def joint_radius(
+    logits: Tensor, radii: Tensor, sigma_e: float, largest: float, temperature: float, law: Law = GAUSSIAN
+) -> Tensor:
     """``(B,)`` T of the router that votes as the mean of the copies' softmax says, smoothly.
 
-    E_j = sigma_e Phi^-1(q), q the larger of P[h < j] and P[h > j], scaled from [0, 1] into [1 - largest, largest]: no
-    vote is worth more than a test can show, and the gradient ends nowhere. Maximum and minimum are log-sum-exps: exact
-    where the values lie apart, off by at most temperature log 2 upwards and temperature log K downwards.
+    E_j = sigma_e Phi^-1(q) (under another noise what its law says), q the larger of P[h < j] and P[h > j], scaled from
+    [0, 1] into [1 - largest, largest]: no vote is worth more than a test can show, and the gradient ends nowhere.
+    Maximum and minimum are log-sum-exps: exact where the values lie apart, off by at most temperature log 2 upwards and
+    temperature log K downwards.
 
     Args:
         logits: ``(m, B, K)`` of m noisy copies.
@@ -49,16 +70,18 @@ def joint_radius(logits: Tensor, radii: Tensor, sigma_e: float, largest: float, 
         sigma_e: noise level of the router.
         largest: see `largest_share`.
         temperature: of maximum and minimum, a radius in the pixel scale [0, 1].
+        law: of the noise.
     """
     p = logits.softmax(dim=2).mean(dim=0)
     up_to = p.cumsum(dim=1)
     excluded = torch.maximum(up_to - p, 1.0 - up_to)
-    reach = sigma_e * torch.special.ndtri((1.0 - largest) + (2.0 * largest - 1.0) * excluded.clamp(0.0, 1.0))
+    share = (1.0 - largest) + (2.0 * largest - 1.0) * excluded.clamp(0.0, 1.0)
+    reach = float(law.scale(sigma_e)) * _quantile(share, law)
     levels = torch.logaddexp(reach / temperature, radii / temperature)
     return -temperature * torch.logsumexp(-levels, dim=1)
 
 
-def voted_radius(votes: Tensor, radii: Tensor, sigma_e: float, largest: float) -> Tensor:
+def voted_radius(votes: Tensor, radii: Tensor, sigma_e: float, largest: float, law: Law = GAUSSIAN) -> Tensor:
     """``(B,)`` float64 T that votes promise, 0 where none: hard, and an estimate, no bound.
 
     Args:
@@ -66,16 +89,24 @@ def voted_radius(votes: Tensor, radii: Tensor, sigma_e: float, largest: float) -
         radii: ``(B, K)`` R_j, sigma ascending.
         sigma_e: noise level of the router.
         largest: see `largest_share`.
+        law: of the noise.
     """
     up_to = votes.cumsum(dim=1)
     num = up_to[:, -1:]
     excluded = torch.maximum(up_to - votes, num - up_to)
     share = ((excluded.double() + 0.5) / (num + 1)).clamp(max=largest)
-    return torch.maximum(sigma_e * torch.special.ndtri(share), radii.double()).amin(dim=1).clamp(min=0.0)
+    reach = float(law.scale(sigma_e)) * _quantile(share, law)
+    return torch.maximum(reach, radii.double()).amin(dim=1).clamp(min=0.0)
 
 
 def radius_losses(
-    logits: Tensor, radii: Tensor, warming: Tensor, sigma_e: float, largest: float, config: EstimatorConfig
+    logits: Tensor,
+    radii: Tensor,
+    warming: Tensor,
+    sigma_e: float,
+    largest: float,
+    config: EstimatorConfig,
+    law: Law = GAUSSIAN,
 ) -> dict[str, Tensor]:
     """The loss of each sample under `expected_radius` or `radius`, in float64.
 
@@ -86,13 +117,14 @@ def radius_losses(
         sigma_e: noise level of the router.
         largest: see `largest_share`.
         config: loss, temperature and radii.
+        law: of the noise.
 
     Returns:
         ``(B,)`` each: `loss`, and the two radii in the pixel scale [0, 1]: `expected_radius` and, smooth, `radius`.
     """
     logits, radii = logits.double(), radii.double()
     expected = expected_radius(logits, radii)
-    joint = worth = joint_radius(logits, radii, sigma_e, largest, config.temperature * sigma_e)
+    joint = worth = joint_radius(logits, radii, sigma_e, largest, config.temperature * sigma_e, law)
     if config.radii:
         asked = torch.tensor(config.radii, dtype=joint.dtype, device=joint.device)
         worth = torch.sigmoid((joint[:, None] - asked) / _BLUR).mean(dim=1)

@@ -36,7 +36,7 @@ def outline(directory: RunDirectory, store: str) -> Work:
         root=directory.folder,
         store=store,
         split="train" if store == "dataset" else "test",
-        sampling=Sampling(stage.num_selection, stage.num_estimation, stage.alpha),
+        sampling=Sampling(stage.num_selection, stage.num_estimation, stage.alpha, config.law),
         budget="fixed" if fixed else config.certify.budget,
         models={},
         config=config.model_copy(update={"dataset": absolute(config.dataset)}),

@@ -17,6 +17,7 @@ import torch
 from core.config import Config
 from core.data import Dataset, Split, image_hash
 from core.errors import ConfigError, ModelError
+from core.law import law_of
 from core.machine.batch_size import DeviceProbe, choose_batch_size
 from core.machine.cpu import settle
 from core.machine.engine import Engine, Task
@@ -115,7 +116,7 @@ class Work:
 
     def under(self, plan: Plan) -> "Work":
         """The same work with the arithmetic that a plan was begun with."""
-        return replace(self, sampling=replace(self.sampling, arithmetic=arithmetic_of(plan)))
+        return replace(self, sampling=replace(self.sampling, law=law_of(self.config.noise, arithmetic_of(plan))))
 
     def model_files(self) -> dict[str, Path]:
         """The networks as files of this machine."""

@@ -148,7 +148,7 @@ class Dual(Method):
             joined = join_stages(first, label, terms.sigmas, terms.sampling.alpha)
             return replace(joined, alpha_class=stage[CLASSIFIER].alpha)  # though it was not run
         stages: dict[str, Certificate] = {}
-        order = stage_order(selection, level)
+        order = stage_order(selection, level, terms.sampling.law)
         for head in order:
             if stages and stages[order[0]].abstained:
                 stages[head] = skipped(level[head], selection[head], stage[head])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from core.data import Dataset
 from core.errors import ConfigError, DataError
+from core.law import GAUSSIAN, Law
 from core.procedures.confidence import largest_radius
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
@@ -25,13 +26,14 @@ _DRAWS: Final = 1_000_000
 Floats = NDArray[np.float64]
 
 
-def parse_labels(content: bytes, sigmas: Sequence[float], source: str) -> Floats:
+def parse_labels(content: bytes, sigmas: Sequence[float], source: str, law: Law = GAUSSIAN) -> Floats:
     """The radii ``(N, K)`` of a file with K + 2 columns: radii in Sigma's order, the largest, the index of the best.
 
     Args:
         content: of the .npy file. Nothing in it is run.
         sigmas: Sigma of the run.
         source: named in messages.
+        law: of the run's noise.
 
     Raises:
         DataError: for another shape or type, values that no radius has, columns that contradict each other, or radii
@@ -64,7 +66,7 @@ def parse_labels(content: bytes, sigmas: Sequence[float], source: str) -> Floats
     wrong = (index != best) | ~np.isclose(chosen, there, rtol=1e-6, atol=0)
     refuse(wrong & (there > 0), f"column {width - 1} is not the index of its largest radius")
     for column, sigma in enumerate(sigmas):
-        most = largest_radius(sigma, _DRAWS, 1e-6)
+        most = largest_radius(sigma, _DRAWS, 1e-6, law)
         refuse(
             radii[:, column] > most,
             f"column {column} is above {most:.3g}, which no number of draws that anybody takes certifies at sigma = "
@@ -97,7 +99,7 @@ def import_labels(directory: RunDirectory, file: Path) -> Floats:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {str(file)!r}: {error.strerror}") from error
-    radii = parse_labels(content, config.sigmas, repr(str(file)))
+    radii = parse_labels(content, config.sigmas, repr(str(file)), config.law)
     _check_rows(radii, data, str(file), config.dataset.name == "cifar10" and config.dataset.layout == "parquet")
     (directory.folder / "imported").write(_FILE, content)
     facts = {"imported": str(file), "rows": radii.size, "shards": 0, "sha256": {_FILE: sha256(content).hexdigest()}}
@@ -134,7 +136,7 @@ def imported_radii(directory: RunDirectory) -> Floats | None:
             f"{folder.where(_FILE)!r} is not the file that was imported ({record['imported']!r}): put it back, or run "
             "jobs.import_labels again"
         )
-    return parse_labels(content, directory.config.sigmas, folder.where(_FILE))
+    return parse_labels(content, directory.config.sigmas, folder.where(_FILE), directory.config.law)
 
 
 def refuse_imported(directory: RunDirectory, what: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from core.config import Config
 from core.errors import DataError
-from core.records import Arithmetic
+from core.law import Arithmetic
 from distributed.store.plan import Plan
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 
 VERSION: Final = 2
 """Of what is written. In the first version, which does not name itself, a plan holds fingerprint and models alone,
-files of rows say nothing, rows do not name the image, and `Sampling.arithmetic` is 1."""
+files of rows say nothing, rows do not name the image, and `Law.arithmetic` is 1."""
 
 
 def origin_of(config: Config, models: Mapping[str, str], data: str, begun: Plan | None = None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.evaluation.choice import Sample, expected, pooled
 from core.evaluation.metrics import reached
-from core.procedures.confidence import certified_radius, clopper_pearson_lower
+from core.procedures.confidence import certified_radius, lower_bound
 from distributed.methods.rows import ERROR
 from distributed.methods.standard import grid
 from distributed.store.imported_labels import refuse_imported
@@ -69,7 +69,9 @@ def test_sample(directory: RunDirectory, radii: NDArray[np.float64]) -> tuple[st
         top = grid(table, "counts_selection", config.sigmas).argmax(axis=2)
         votes = np.take_along_axis(grid(table, "counts_estimation", config.sigmas), top[:, :, None], axis=2)[:, :, 0]
         draws = np.maximum(grid(table, "num_estimation", config.sigmas), 1)
-        radius = certified_radius(clopper_pearson_lower(votes, draws, config.stage_alphas[1]), np.array(config.sigmas))
+        radius = certified_radius(
+            lower_bound(votes, draws, config.stage_alphas[1], config.law), np.array(config.sigmas), config.law
+        )
         right = top == grid(table, "label", config.sigmas)
     else:
         radius, right = grid(table, "radius", config.sigmas), grid(table, "correct", config.sigmas)

@@ -182,7 +182,7 @@ def _work(directory: RunDirectory, question: Question, device: str) -> Work:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: this machine has no GPU that can be used; use cpu")
-    sampling = Sampling(config.certify.num_selection, question.num, question.alpha)
+    sampling = Sampling(config.certify.num_selection, question.num, question.alpha, config.law)
     seeded = work.config.model_copy(update={"seed": question.seed})
     return replace(work, config=seeded, sampling=sampling, device=device)
 

@@ -79,7 +79,7 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     if split == "full" and claim == "agreement":
         raise ConfigError("split=full is for claim=constant: under agreement an error of either stage is enough")
     alpha = certify.alpha if change.alpha is None else change.alpha
-    sampling = Sampling(certify.num_selection, certify.num_estimation, alpha)
+    sampling = Sampling(certify.num_selection, certify.num_estimation, alpha, config.law)
     terms = replace(Terms.of(config, sampling, certify.budget), split=split, router=router)
     if change.share is not None and claim == "constant":
         terms = replace(terms, sigma_share=change.share)

@@ -61,6 +61,7 @@ def training_radii(directory: RunDirectory, train: Dataset) -> NDArray[np.float6
             np.array(config.sigmas),
             config.certify.num_estimation,
             config.stage_alphas[1],
+            config.law,
         )
     else:
         radii = np.where(failed, 0.0, grid(table, "radius", config.sigmas))
@@ -101,6 +102,7 @@ def _radii(config: Config, table: pa.Table) -> pa.Table:
         sigmas=sigma,
         alpha=config.labels.alpha,
         mode=config.estimator.label_radius,
+        law=config.law,
     )[0]
     failed = np.array([status == ERROR for status in column["status"].to_pylist()], np.bool_)
     return pa.table(

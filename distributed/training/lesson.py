@@ -140,6 +140,7 @@ class Lesson:
                 config.seed,
                 extractor=extractor,
                 certify=config.certify,
+                noise=config.noise,
                 processes=processes,
             )
         return FinetuneObjective(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from core.config import Config
 from core.errors import DataError
-from core.procedures.confidence import certified_radius, clopper_pearson_lower
+from core.law import Law
+from core.procedures.confidence import certified_radius, lower_bound
 from core.records import Sampling
 from core.report import ReportData, RoutedRows, StandardRows
 from core.report.agreement import CONSTANT, AgreementRows
@@ -51,7 +52,7 @@ def report_data(
     certify = config.certify
     alpha, full = certify.alpha, certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
-    terms = Terms.of(config, Sampling(certify.num_selection, certify.num_estimation, alpha), certify.budget)
+    terms = Terms.of(config, Sampling(certify.num_selection, certify.num_estimation, alpha, config.law), certify.budget)
     table = _read(ShardStore(root, f"certificates/standard{ending}"), config)
     standard = _standard_rows(table, config.sigmas)
     baseline_store = ShardStore(root, "certificates/standard-base")
@@ -82,13 +83,14 @@ def report_data(
         labels=config.dataset.name,
         radii=np.asarray(config.report.radii),
         strict=config.report.strict,
+        law=config.law,
         standard=standard,
         baseline=baseline,
         imported=imported_rows(root),
         dual=dual,
         others=tuple(shown.values()),
         experts=config.has_experts,
-        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1]),
+        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1], config.law),
         alpha=config.certify.alpha,
         alpha_stages=stages,
         num_selection=config.certify.num_selection,
@@ -164,11 +166,10 @@ def _standard_rows(table: pa.Table, sigmas: Sequence[float]) -> tuple[StandardRo
     )
 
 
-def _radii_at(table: pa.Table, sigmas: Sequence[float], alpha: float) -> NDArray[np.float64]:
+def _radii_at(table: pa.Table, sigmas: Sequence[float], alpha: float, law: Law) -> NDArray[np.float64]:
     """R_c(x, sigma_i) at another alpha, from the stored counts: ``(N, K)``, 0 for a wrong class."""
     top = grid(table, "counts_selection", sigmas).argmax(axis=2)
     votes = np.take_along_axis(grid(table, "counts_estimation", sigmas), top[:, :, None], axis=2)[:, :, 0]
     draws = np.maximum(grid(table, "num_estimation", sigmas), 1)  # 0 where an example could not be run
-    p_lower = clopper_pearson_lower(votes, draws, alpha)
-    radius = certified_radius(p_lower, np.asarray(sigmas)[None, :])
+    radius = certified_radius(lower_bound(votes, draws, alpha, law), np.asarray(sigmas)[None, :], law)
     return np.where(top == grid(table, "label", sigmas), radius, 0.0)

@@ -26,7 +26,7 @@ class Slow(Replica):
 
     def commit(self, shard: Any) -> Facts:
         """Asleep, so that a busy machine does not matter."""
-        time.sleep(3.0)
+        time.sleep(4.0)
         return super().commit(shard)
 
 

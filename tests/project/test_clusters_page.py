@@ -54,17 +54,18 @@ def printed() -> list[str]:
 @contextmanager
 def ray_nodes(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """A head without CPUs and two workers, as `ray start` makes them; yields the dashboard's address."""
-    port, dashboard, temp = free_port(), free_port(), tempfile.mkdtemp(prefix="ray-")
-    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--num-cpus=0"]
+    port, dashboard = free_port(), free_port()
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
     head += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", "--dashboard-agent-listen-port=0"]
     worker = [f"--address=127.0.0.1:{port}", "--num-cpus=1", "--dashboard-agent-listen-port=0"]
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, temp, ignore_errors=True)
         log = stack.enter_context((folder / "ray.log").open("ab"))
         for number, options in enumerate((head, worker, worker), 1):
+            temp = tempfile.mkdtemp(prefix="ray-")  # each its own, as hosts have: a node unpacks the working directory
+            stack.callback(shutil.rmtree, temp, ignore_errors=True)  # over what is there
             start = partial(
                 subprocess.Popen,
-                [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *options],
+                [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", f"--temp-dir={temp}", *options],
                 env=environment, cwd=folder, stdout=log, stderr=log,
             )  # fmt: skip
             node = start()
@@ -125,6 +126,8 @@ class Desk:
         """`aws s3 cp`, which is not among what the tests need."""
         pairs = [file_system(name if "://" in name else str(self.folder / name)) for name in (source, target)]
         (here, start), (there, end) = pairs
+        if here.get_file_info(start).type == pafs.FileType.Directory:
+            there.create_dir(end)
         pafs.copy_files(start, end, here, there)
 
 
@@ -207,7 +210,7 @@ def test_page_runs_as_printed_from_the_upload_to_the_report(desk: Desk) -> None:
     desk.run(next(c for c in rest if c.startswith("ray job stop")))
     desk.run(submits[1])
     desk.run("ray job logs --follow run-2")
-    assert "SUCCEEDED" in desk.run("ray job status run-2")
+    assert "succeeded" in desk.run("ray job status run-2")
     desk.run(next(c for c in rest if "run/report" in c))
     assert "Dual RS" in (home / "report" / "report.md").read_text()
     run = finished("s3://bucket/prefix/run")

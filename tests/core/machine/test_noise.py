@@ -6,11 +6,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from core.law import GAUSSIAN
 from core.machine.exact_noise import ExactNoise
 from core.machine.former_noise import FormerExactNoise, FormerGaussianNoise
 from core.machine.noise import Copies, GaussianNoise, Noise, make_noise, rows_of
 from core.machine.noise_key import noise_key
-from core.procedures.confidence import noise_scale
 from core.records import Phase
 from tests.helpers.reference_noise import normals, stream_key
 
@@ -114,7 +114,7 @@ def test_corrupt_scales_with_the_float32_and_radii_speak_of_no_more(monkeypatch:
     for sigma in (0.12, 0.1, 0.25, 0.5, 0.7, 1.0):
         applied = set((draws(sigma=sigma).double() / 8.0).flatten().tolist())
         assert len(applied) == 1
-        assert float(noise_scale(sigma)) == min(sigma, *applied)
+        assert float(GAUSSIAN.scale(sigma)) == min(sigma, *applied)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,17 @@ def test_agreement_sequential_router_in_doubt_between_levels_of_one_class_costs_
     assert result.votes.router.stop == Stop.REACHED
     both = min(result.votes.router.num, stages[1].num)
     assert result.num_shared == (SAMPLING.num_selection + both if sigma_e == 0.5 else 0)
-    assert result.num_draws < SAMPLING.num_estimation + 2 * SAMPLING.num_selection + 1000 < fixed.num_draws / 2
+    assert result.num_draws < SAMPLING.num_estimation + 2 * SAMPLING.num_selection + 1000 < 0.65 * fixed.num_draws
+
+
+def test_agreement_sequential_router_that_may_pick_any_level_is_not_asked_where_the_class_is_the_same() -> None:
+    routed = Routed(SIGMAS, 0.6, (0.3, 0.4, 0.3), (1.0, 0.99, 0.99))
+    stream = Stream.of(routed, SAMPLING, np.random.default_rng(0))
+    result = drive(agreement_certify(terms_of("sequential", sigma_e=0.6)), stream)
+    fixed = drive(agreement_certify(terms_of("fixed", sigma_e=0.6)), stream)
+    assert result.radius == pytest.approx(fixed.radius, rel=0.01)
+    assert (result.votes.router.stop, result.radius_constant) == (Stop.SKIPPED, 0.0)
+    assert agreement_from_votes(terms_of("sequential", sigma_e=0.6), result.votes) == result
 
 
 def test_agreement_sequential_class_that_is_another_at_a_near_level_asks_the_router_before_the_chosen_level() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from core.errors import ConfigError
+from core.law import GAUSSIAN, Gaussian
 from core.procedures.confidence import (
     binomial_p_value,
     bound_and_radius,
@@ -17,8 +18,8 @@ from core.procedures.confidence import (
     draws_needed,
     largest_radius,
     log_e_value,
+    lower_bound,
     lower_bounds,
-    noise_scale,
     probability_missed,
     probability_of_radius,
     radius_of_two_bounds,
@@ -73,7 +74,7 @@ def test_clopper_pearson_lower_up_to_one_half_is_never_above_fifty_digits(
     k: int, n: int, alpha: float, above: float
 ) -> None:
     with mpmath.workdps(50):
-        bound, before = (mpmath.mpf(float(clopper_pearson_lower(k, n, alpha, version))) for version in (2, 1))
+        bound, before = (mpmath.mpf(float(lower_bound(k, n, alpha, Gaussian(version)))) for version in (2, 1))
         assert before <= 0.5
         assert exact_tail(n, k, before * (1 - mpmath.mpf(above))) > mpmath.mpf(alpha), "the case shows nothing"
         assert exact_tail(n, k, bound) < mpmath.mpf(alpha)
@@ -92,14 +93,14 @@ def test_clopper_pearson_lower_and_upper_of_random_counts_are_safe_at_any_alpha(
 
 def test_bounds_above_one_half_are_those_of_the_first_arithmetic() -> None:
     """Nothing that certifies has moved but by the noise level, and that only where float32 is smaller."""
-    one, two = (clopper_pearson_lower(np.arange(1001), 1000, 0.001, version) for version in (1, 2))
+    one, two = (lower_bound(np.arange(1001), 1000, 0.001, Gaussian(version)) for version in (1, 2))
     assert np.array_equal(one[one > 0.5], two[one > 0.5])
     assert np.all(two[1:] <= one[1:])
     assert np.all(two > one * (1 - 1e-9) - 1e-300)
-    assert [float(noise_scale(sigma)) for sigma in (0.12, 0.1, 0.25)] == [float(np.float32(0.12)), 0.1, 0.25]
-    assert float(noise_scale(0.12, 1)) == 0.12
-    assert 0.0 < 1 - float(certified_radius(0.9, 0.12) / certified_radius(0.9, 0.12, 1)) < 3e-8
-    assert float(certified_radius(0.9, 0.1)) == float(certified_radius(0.9, 0.1, 1))
+    assert [float(GAUSSIAN.scale(sigma)) for sigma in (0.12, 0.1, 0.25)] == [float(np.float32(0.12)), 0.1, 0.25]
+    assert float(Gaussian(1).scale(0.12)) == 0.12
+    assert 0.0 < 1 - float(certified_radius(0.9, 0.12) / certified_radius(0.9, 0.12, Gaussian(1))) < 3e-8
+    assert float(certified_radius(0.9, 0.1)) == float(certified_radius(0.9, 0.1, Gaussian(1)))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_radii_and_probabilities_of_float32_arguments_are_float64() -> None:
     for function in (certified_radius, probability_of_radius):
         assert function(narrow, 0.25).dtype == np.float64
         assert function(narrow, 0.25).tolist() == [float(function(float(value), 0.25)) for value in narrow]
-    assert noise_scale(narrow).dtype == noise_scale(narrow, 1).dtype == np.float64
+    assert GAUSSIAN.scale(narrow).dtype == Gaussian(1).scale(narrow).dtype == np.float64
     assert certified_radius(0.7, narrow).tolist() == [float(certified_radius(0.7, float(sigma))) for sigma in narrow]
 
 

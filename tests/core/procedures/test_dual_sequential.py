@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from core.law import GAUSSIAN
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
 from core.procedures.dual import dual_certify
 from core.procedures.ladder import final_alpha
@@ -141,7 +142,9 @@ def full_radii(pair: Pair, second_alpha: float) -> tuple[float, float]:
     radii = []
     selection = {head: stage.counts_selection for head, stage in stages.items() if stage}
     sigma = {head: stage.sigma for head, stage in stages.items() if stage}
-    for head, alpha in zip(stage_order(selection, sigma), (PAIR_SAMPLING.alpha / 2, second_alpha), strict=True):
+    for head, alpha in zip(
+        stage_order(selection, sigma, GAUSSIAN), (PAIR_SAMPLING.alpha / 2, second_alpha), strict=True
+    ):
         votes = pair.source.first(head, sigma[head], Phase.ESTIMATION, PAIR_SAMPLING.num_estimation)
         top = int(selection[head].argmax())
         bound = clopper_pearson_lower(int(votes[top]), PAIR_SAMPLING.num_estimation, alpha)
@@ -277,10 +280,10 @@ def test_dual_certify_sequential_equal_radii_are_bounded_by_the_stage_that_went_
 
 def test_stage_order_tie_starts_with_the_estimator() -> None:
     votes = {CLASSIFIER: counts(1, 9), ESTIMATOR: counts(9, 1)}
-    assert stage_order(votes, {CLASSIFIER: 0.5, ESTIMATOR: 0.5}) == (ESTIMATOR, CLASSIFIER)
-    assert stage_order(votes, {CLASSIFIER: 0.25, ESTIMATOR: 0.5}) == (CLASSIFIER, ESTIMATOR)
+    assert stage_order(votes, {CLASSIFIER: 0.5, ESTIMATOR: 0.5}, GAUSSIAN) == (ESTIMATOR, CLASSIFIER)
+    assert stage_order(votes, {CLASSIFIER: 0.25, ESTIMATOR: 0.5}, GAUSSIAN) == (CLASSIFIER, ESTIMATOR)
     nothing = {CLASSIFIER: counts(0, 0), ESTIMATOR: counts(9, 1)}
-    assert stage_order(nothing, {CLASSIFIER: 0.5, ESTIMATOR: 0.5}) == (CLASSIFIER, ESTIMATOR)
+    assert stage_order(nothing, {CLASSIFIER: 0.5, ESTIMATOR: 0.5}, GAUSSIAN) == (CLASSIFIER, ESTIMATOR)
 
 
 def test_second_targets_is_the_grid_up_to_the_first_radius_or_the_radius() -> None:

@@ -10,6 +10,7 @@ import pytest
 from scipy import special, stats
 
 from core.errors import ConfigError
+from core.law import GAUSSIAN
 from core.procedures import multiscale
 from core.procedures.multiscale import level_alphas, multiscale_certify
 from core.procedures.smoothing import certificate, certify
@@ -122,8 +123,8 @@ def test_multiscale_goes_on_where_the_best_share_below_leaves_one_class_in_doubt
 def test_is_hopeless_bound_of_exactly_one_half_is_in_doubt() -> None:
     alpha = 0.5 * (1 + 2.0**-44)  # the bound of one draw is alpha itself, less the step towards zero
     level = certificate(counts(1, 0, 0), counts(0, 0, 1), LARGE, Sampling(1, 1, alpha))
-    assert multiscale._is_hopeless([level], alpha)
-    assert not multiscale._is_hopeless([level], 0.51)
+    assert multiscale._is_hopeless([level], alpha, GAUSSIAN)
+    assert not multiscale._is_hopeless([level], 0.51, GAUSSIAN)
 
 
 def test_multiscale_no_level_decides_abstains() -> None:
@@ -280,7 +281,7 @@ def test_false_claims_finds_alpha_spent_on_each_level(monkeypatch: pytest.Monkey
 
 
 def test_false_claims_finds_a_level_above_that_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multiscale, "_radius_of_others", lambda level, last, arithmetic: math.inf)
+    monkeypatch.setattr(multiscale, "_radius_of_others", lambda level, last, law: math.inf)
     assert false_claims(HARD["another class above at 1/2, three classes"], 0.22) > 0.6
 
 
@@ -289,7 +290,7 @@ def test_false_claims_finds_bounds_above_that_spend_the_share_of_their_own_level
 ) -> None:
     """The obvious way to divide alpha: each level's bounds at that level's share. It fails for unequal shares."""
     truth, shares, alpha = HARD["another class above at 1/2"], (0.05, 0.95), 0.12
-    monkeypatch.setattr(multiscale, "_is_hopeless", lambda levels, alpha: False)  # it only saves draws
+    monkeypatch.setattr(multiscale, "_is_hopeless", lambda levels, alpha, law: False)  # it only saves draws
     assert false_claims(truth, alpha, shares) <= alpha
     real = multiscale._radius_of_others
     monkeypatch.setattr(

@@ -110,7 +110,7 @@ def test_multiscale_slabs_never_exceed_the_exact_radius_beyond_alpha(
     assert min(decided.count(0.12), decided.count(0.5)) > 50
     if name == "a level above that cuts the ball":
         assert sum(r.sigma == 0.12 and r.sigma_bound == 0.5 for r in results) > 40  # an upper bound binds
-        monkeypatch.setattr(multiscale, "_radius_of_others", lambda level, last, arithmetic: math.inf)
+        monkeypatch.setattr(multiscale, "_radius_of_others", lambda level, last, law: math.inf)
         assert false_certificates(experts, num)[0] > allowed, "the planted error is not seen"
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from core.errors import ConfigError
+from core.law import GAUSSIAN
 from core.machine.engine import Engine, Task
 from core.machine.network import Head, Network
 from core.machine.noise import GaussianNoise
-from core.procedures.confidence import noise_scale
 from core.procedures.dual import dual_certify, join_stages
 from core.procedures.multiscale import multiscale_certify
 from core.procedures.sequential import certify_grid, certify_sequential, dual_certify_sequential
@@ -67,7 +67,7 @@ def test_certificate_radius_is_linear_in_sigma(
 ) -> None:
     one = certificate(selection, estimation, sigma, SAMPLING)
     other = certificate(selection, estimation, scale * sigma, SAMPLING)
-    ratio = float(noise_scale(scale * sigma) / noise_scale(sigma))  # of what the noise is scaled with
+    ratio = float(GAUSSIAN.scale(scale * sigma) / GAUSSIAN.scale(sigma))  # of what the noise is scaled with
     assert math.isclose(ratio, scale, rel_tol=1.2e-7)
     assert math.isclose(other.radius, ratio * one.radius, rel_tol=1e-14)
     assert (other.prediction, other.p_lower) == (one.prediction, one.p_lower)

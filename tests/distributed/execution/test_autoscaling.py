@@ -27,7 +27,7 @@ KINDS = {
     ),
     "gpu": (["tests.helpers.replicas", "Slow", "compute.device=cuda"], ("compute.shard_examples=2",)),
 }
-"""The job and its work: a minute of one core in shards of two seconds; 49 shards that sleep for three each."""
+"""The job and its work: a minute of one core in shards of two seconds; 49 shards that sleep for four each."""
 
 
 class Sample(NamedTuple):
@@ -73,7 +73,7 @@ def test_build_dataset_nodes_come_by_demand_and_go_after_the_end(
         job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             for nodes in alive:
-                replicas |= {file.name for file in (run.path / "attempts/dataset").glob("*/*")}
+                replicas |= {file.name for file in (run.path / "attempts/dataset").glob("*/[!.]*")}
                 samples.append(Sample(time.monotonic() - start, nodes, len(replicas), len(store.committed())))
                 if ended is None and job.poll() is not None:
                     ended = samples[-1].seconds

@@ -15,6 +15,7 @@ from PIL import Image
 from core.data import Dataset, image_hash
 from core.errors import DataError
 from core.files import file_sha256
+from core.law import Gaussian
 from core.procedures.confidence import certified_radius
 from distributed.checks.audit import replay
 from distributed.execution.launch import work_of
@@ -177,7 +178,7 @@ def test_run_begun_before_files_named_their_origin_goes_on_with_its_arithmetic(
     for row in rows:
         one, two = row, new[row["example_id"]]
         assert one["counts_estimation"] == two["counts_estimation"]
-        assert one["radius"] == float(certified_radius(one["p_lower"], 0.12, 1))
+        assert one["radius"] == float(certified_radius(one["p_lower"], 0.12, Gaussian(1)))
         assert two["radius"] == float(certified_radius(two["p_lower"], 0.12))
         assert one["radius"] > two["radius"] or one["radius"] == two["radius"] == 0.0
     edit(run, lambda manifest: manifest["steps"]["certify-standard"].update(sha256=hashes(run, STANDARD)))

@@ -14,10 +14,16 @@ from jobs import certify, status
 from tests.helpers.tiny import run_main, tiny_run
 
 
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_run_stops_when_its_device_hours_are_spent_and_a_larger_limit_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    executor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ("compute.executor=local", "compute.shard_examples=3", "dataset.test.first=12")
+    small = (
+        f"compute.executor={executor}",
+        "compute.max_replicas=1",
+        "compute.shard_examples=1",
+        "dataset.test.first=12",
+    )
     limited, free = (tiny_run(tmp_path / name, *small) for name in ("limited", "free"))
     for run in (limited, free):
         run.finish("finetune_classifier", read={}, wrote={"classifier_finetuned": ""}, facts={})
