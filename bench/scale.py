@@ -184,7 +184,7 @@ class SleepingReplica(Replica):
 @contextmanager
 def _counted_store() -> Iterator[tuple[Folder, Counter[str]]]:
     """An S3 bucket in this process, and a count of its requests by kind."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     application, count = DomainDispatcherApplication(create_backend_app), Counter[str]()

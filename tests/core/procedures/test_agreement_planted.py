@@ -125,7 +125,7 @@ def test_false_claims_finds_an_exclusion_by_the_wrong_votes(
     against: Against, truth: Routed, at_least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert false_claims(truth, 0, 1, NUM, ALPHA) <= ALPHA
-    monkeypatch.setattr(agreement, "_against", against)
+    monkeypatch.setattr(agreement, "votes_against", against)
     assert false_claims(truth, 0, 1, NUM, ALPHA) > at_least * ALPHA
 
 
@@ -162,8 +162,8 @@ def test_false_claims_finds_what_is_chosen_by_the_draws_of_its_bound(planted: Ce
 def test_false_claims_finds_a_level_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = routed((HALF, 0, 1 - HALF), 1, 1, 0)
     assert false_claims(truth, 0, 1, NUM, ALPHA) <= ALPHA
-    real = agreement._others
-    monkeypatch.setattr(agreement, "_others", lambda chosen, num_levels: real(chosen, num_levels)[:-1])
+    real = agreement.others_of
+    monkeypatch.setattr(agreement, "others_of", lambda chosen, num_levels: real(chosen, num_levels)[:-1])
     assert false_claims(truth, 0, 1, NUM, ALPHA) > 20 * ALPHA
 
 
