@@ -199,7 +199,7 @@ def test_agreement_sequential_router_that_may_pick_any_level_is_not_asked_where_
 
 def test_agreement_sequential_class_that_is_another_at_a_near_level_asks_the_router_before_the_chosen_level() -> None:
     """Level 0, likely to be picked, has another class: the router's reach is all there is; level 1 has to show that."""
-    routed = Routed(SIGMAS, 1.0, (0.4, 0.6, 0.0), (0.1, 0.999, 0.999))
+    routed = Routed(SIGMAS, 1.0, (0.4, 0.6, 0.0), (0.1, 0.92, 0.999))
     stream = Stream.of(routed, SAMPLING, np.random.default_rng(1))
     result = drive(agreement_certify(terms_of("sequential", sigma_e=1.0)), stream)
     assert (result.level, result.binding, result.votes.router.num) == (1, 0, SAMPLING.num_estimation)
