@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench.scale import Cluster, simulate
+from bench.scale import Cluster, scale, simulate
+from bench.settings import Settings
 
 STEADY = Cluster(20, 30.0, 2000, life_s=1e12, notice_s=0.0, away_s=100.0, load_s=0.0, driver_s=0.0)
 
@@ -37,3 +38,11 @@ def test_simulate_notice_longer_than_what_is_in_flight_loses_nothing_and_stands_
     found = simulate(replace(STEADY, shards=40_000, life_s=2400.0, notice_s=120.0))
     assert found.lost_s < 0.001 * found.held_s, "only of machines that live for less than their notice"
     assert 1 - found.busy == pytest.approx(45.0 / 2400.0, rel=0.1), "of 120 s two shards and a half are worked off"
+
+
+@pytest.mark.slow
+def test_scale_prints_what_was_measured_and_what_is_modelled() -> None:
+    lines = {line.what.partition(" (")[0]: line.value.median for line in scale(Settings(tiny=True))}
+    assert {what.partition(":")[0] for what in lines} == {"measured", "model"}
+    assert 4 <= lines["measured: requests of a shard, shard"] <= 8
+    assert all(0 < value <= 1 for what, value in lines.items() if what.endswith("busy share"))
