@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from core.agreement_records import AgreementCertificate
+    from core.deterministic import LipschitzCertificate, LipschitzClassifier
     from core.fitting import fit_router
+    from core.models.lipschitz import MaxMin
+    from core.procedures.composition import RoutedCertificate, RouterCertificate, Unasked, route
+    from core.procedures.routers import smoothed_router
     from core.records import ABSTAIN, Certificate, DualCertificate
     from core.smoothed import DualSmoothedClassifier, SmoothedClassifier
 
@@ -25,8 +29,16 @@ _HOMES = {
     "Certificate": "core.records",
     "DualCertificate": "core.records",
     "DualSmoothedClassifier": "core.smoothed",
+    "LipschitzCertificate": "core.deterministic",
+    "LipschitzClassifier": "core.deterministic",
+    "MaxMin": "core.models.lipschitz",
+    "RoutedCertificate": "core.procedures.composition",
+    "RouterCertificate": "core.procedures.composition",
     "SmoothedClassifier": "core.smoothed",
+    "Unasked": "core.procedures.composition",
     "fit_router": "core.fitting",
+    "route": "core.procedures.composition",
+    "smoothed_router": "core.procedures.routers",
 }
 
 __all__ = [
@@ -35,8 +47,16 @@ __all__ = [
     "Certificate",
     "DualCertificate",
     "DualSmoothedClassifier",
+    "LipschitzCertificate",
+    "LipschitzClassifier",
+    "MaxMin",
+    "RoutedCertificate",
+    "RouterCertificate",
     "SmoothedClassifier",
+    "Unasked",
     "fit_router",
+    "route",
+    "smoothed_router",
 ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.law import GAUSSIAN, Law
+from core.law import GAUSSIAN, Law, Norm
 
 __all__ = [
     "ABSTAIN",
@@ -224,6 +224,7 @@ class Certificate(Record):
         alpha_early: the part of alpha that was set aside for stopping early; the look at the last draw has the rest.
         target: the radius that was aimed at, or the highest one of a grid that was shown; None without either. A
             radius that equals it is censored: more draws might have shown more.
+        law: what the noise proves.
     """
 
     prediction: int
@@ -238,6 +239,12 @@ class Certificate(Record):
     stop: Stop = Stop.FULL
     alpha_early: float = 0.0
     target: float | None = None
+    law: Law = GAUSSIAN
+
+    @property
+    def norm(self) -> Norm:
+        """Of the radius."""
+        return self.law.norm
 
     @property
     def abstained(self) -> bool:

@@ -24,7 +24,7 @@ from core.machine.user_modules import direct_module
 from core.progress import Progress
 from core.records import CLASSIFIER, Procedure
 
-__all__ = ["Image", "Images", "NoiseKind", "Smoothed"]
+__all__ = ["Image", "Images", "NoiseKind", "Smoothed", "listed"]
 
 R = TypeVar("R")
 Image = Tensor | NDArray[np.generic] | PIL.Image.Image
@@ -66,7 +66,7 @@ class Smoothed:
         procedure: Callable[[], Procedure[R]],
         progress: bool = False,
     ) -> list[R]:
-        images = _listed(images)
+        images = listed(images)
         if example_ids is not None and len(example_ids) != len(images):
             raise ConfigError(f"got {len(images)} images but {len(example_ids)} example_ids")
         names = example_ids if example_ids is not None else [f"image {index}" for index in range(len(images))]
@@ -97,7 +97,7 @@ class Smoothed:
         return [results[index] for index in range(len(ids))]
 
 
-def _listed(images: Images) -> Sequence[Image] | Tensor | NDArray[np.generic]:
+def listed(images: Images) -> Sequence[Image] | Tensor | NDArray[np.generic]:
     """The images one by one: of an iterator, of a DataLoader's batches, and without the labels that stand beside them.
 
     Raises:

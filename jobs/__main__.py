@@ -4,15 +4,13 @@ import argparse
 import ast
 import difflib
 import importlib
-import re
+import os
 import sys
 from pathlib import Path
 
 __all__ = ["main", "summaries", "unknown"]
 
 EXIT_USAGE = 2
-
-
 SCRIPT = "dual-rs"
 """The console script's name."""
 
@@ -26,13 +24,8 @@ def summaries() -> dict[str, str]:
     for file in Path(__file__).parent.glob("[!_]*.py"):
         text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         found[file.stem] = text.partition("\n")[0]
-    return dict(sorted(found.items(), key=lambda item: (_place(*item), item[0])))
-
-
-def _place(name: str, summary: str) -> int:
-    """`pipeline` first, its steps by their number, and the rest."""
-    step = re.match(r"Step (\d+)", summary)
-    return 0 if name == "pipeline" else int(step[1]) if step else sys.maxsize
+    first = {"pipeline": ""} | {name: text for name, text in found.items() if text.startswith("Step ")}
+    return dict(sorted(found.items(), key=lambda item: (first.get(item[0], "~"), item[0])))
 
 
 def unknown(name: str) -> str:
@@ -67,7 +60,10 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--names", action="store_true", help='names alone: complete -W "$(dual-rs --names)" dual-rs')
-    print("\n".join(jobs) if parser.parse_args().names else parser.format_help().rstrip())
+    try:
+        print("\n".join(jobs) if parser.parse_args().names else parser.format_help().rstrip(), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -134,9 +134,9 @@ def run_step(
         "--rate",
         action="append",
         default=[],
-        metavar="NETWORK=IMAGES_PER_S",
-        help="for --dry-run, of the denoiser, the estimator, the classifier on one device: nothing is measured, and "
-        "neither weights nor the images of CIFAR-10 and ImageNet have to be here",
+        metavar="NAME=PER_S",
+        help="for --dry-run, of one device: images through the denoiser, estimator, classifier, or noisy copies of a "
+        "step, as a run elsewhere printed them; neither weights nor CIFAR-10 or ImageNet have to be here",
     )
     parser.add_argument(
         "--max-cost",

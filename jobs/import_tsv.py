@@ -46,7 +46,7 @@ def main() -> int:
             print("its labels were not checked: the data set is not here, and dataset.num_classes is not set")
         for radius, share in zip(radii, shares, strict=True):
             print(f"  radius {'>' if strict else '>='} {radius:g}: {100 * share:.2f}%")
-        print(f"python -m jobs.report --out {directory.folder} shows it, beside certificates of the run's own")
+        print(f"beside the run's rows, or alone: jobs.report --out {args.out} | --logs {args.name}={args.file}")
 
     return run_job(parser, run)
 

@@ -7,10 +7,9 @@ Where the run has more than one round, or certified corrupted sets (jobs.shift),
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.errors import ConfigError
 from distributed.store.run_directory import RunDirectory
@@ -38,22 +37,16 @@ def run(directory: RunDirectory) -> None:
     require_matplotlib()
     folder = directory.folder / "report"
     folder.check_writable()
-    from core.report.render import best_method_sentence, format_table, write_report
+    from core.report.render import accuracies, best_method_sentence, format_table, write_report
+    from distributed.store.track import check_tracker, tracked
     from distributed.views.card import write_card
-    from distributed.views.tables import report_data
 
-    data = report_data(directory.config, directory.folder, directory.manifest)
-    if directory.config.report.gallery:
-        from distributed.views.gallery import gallery
-
-        images = gallery(directory, directory.config.report.gallery)
-        if isinstance(images, str):
-            print(f"no gallery of images: {images}")
-        else:
-            data = replace(data, gallery=images)
-    shown = sections(directory, data)
-    with folder.staged() as local:
+    check_tracker(directory.config)
+    data, shown = prepared(directory, directory.manifest)
+    with folder.staged() as local, tracked(directory) as tracker:
         write_report(data, local, shown)
+        tracker.log_metrics(accuracies(data))
+        tracker.log_artifact(local, "report")
     write_card(directory, data)
     print(format_table(data))
     print(best_method_sentence(data))
@@ -61,6 +54,18 @@ def run(directory: RunDirectory) -> None:
         print(f"\n{section.summary}\n")
     print(f"plot:   {folder.where('certified_accuracy.png')}")
     print(f"report: {folder.where('report.html')} (and report.md, table.csv beside it)")
+
+
+def prepared(
+    directory: RunDirectory, manifest: Mapping[str, Any], images: bool = True
+) -> "tuple[ReportData, list[Section]]":
+    """What the report of a run is made of, with this manifest in it, and with or without images of its data."""
+    from distributed.views.examples import examples_section
+    from distributed.views.tables import report_data, run_tables
+
+    tables = run_tables(directory.config, directory.folder)
+    data = report_data(directory.config, directory.folder, manifest, tables=tables)
+    return data, [*sections(directory, data), examples_section(directory, data, tables, images)]
 
 
 def sections(directory: RunDirectory, data: "ReportData") -> "list[Section]":

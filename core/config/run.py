@@ -49,6 +49,9 @@ class Config(Section):
     """Rounds of the alternation (step 4 of the paper's training): labels, estimator and fine-tuning again on the
     fine-tuned classifier, each round in a run directory of its own below this one. Decides no number of the rounds
     before, so it may grow."""
+    track: Literal["none", "mlflow", "wandb"] = "none"
+    """A tracker that is sent the metrics of trainings, certified accuracy and the report. Its own environment variables
+    say where it is and who you are (MLFLOW_TRACKING_URI; WANDB_API_KEY, WANDB_PROJECT, WANDB_MODE)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -305,7 +308,7 @@ class Config(Section):
         return max(self.sigmas) if self.sigma_e is None else self.sigma_e
 
     def identity(self) -> dict[str, Any]:
-        """The part that decides a run's numbers, as plain JSON: all but the report, `rounds`, and where things run."""
+        """The part that decides a run's numbers, as plain JSON: no report, `rounds`, `track`, places."""
         return self._identity(exclude_defaults=False)
 
     def fingerprint(self) -> str:
@@ -316,7 +319,13 @@ class Config(Section):
     def _identity(self, exclude_defaults: bool) -> dict[str, Any]:
         # Data may move; what they hold is for `Dataset.digest` to say.
         where: dict[str, Any] = {"path": True, "train": {"path": True}, "test": {"path": True}}
-        left_out: dict[str, Any] = {"report": True, "rounds": True, "dataset": where, "certify": {"multiscale": True}}
+        left_out: dict[str, Any] = {
+            "report": True,
+            "rounds": True,
+            "track": True,
+            "dataset": where,
+            "certify": {"multiscale": True},
+        }
         plain = self.model_dump(mode="json", exclude=left_out, exclude_defaults=exclude_defaults)
         if plain.get("certify") == {}:  # nothing else differed from the defaults
             del plain["certify"]

@@ -21,7 +21,8 @@ class LabelConfig(Section):
     """Draws that choose the class, n0."""
     num_estimation: Count = 100
     """Fresh draws that bound its probability, n; 100 are enough for labels (arXiv 2512.01782). With
-    `estimator.label_radius: shrunk`, which reads the true class in n0 + n, 10 and 56 cost a third (docs/performance.md)."""
+    `estimator.label_radius: shrunk`, which reads the true class in n0 + n, 10 and 56
+    cost a third (docs/performance.md)."""
     alpha: Alpha = 0.001
     """Failure probability of each certificate."""
 
@@ -224,4 +225,4 @@ class ReportConfig(Section):
     strict: bool = True
     """Count radius > r (the Dual RS authors) rather than radius >= r (older scripts)."""
     gallery: Annotated[int, Field(ge=0)] = 4
-    """So many images with the largest and so many with the smallest certificates are shown, noisy and denoised."""
+    """So many examples with the largest certificates, the smallest, and routed wrong are shown noisy and denoised."""

@@ -50,7 +50,7 @@ def local_path(source: str | Path) -> Path:
     if "://" in str(source):
         raise ModelError(f"{str(source)!r} is an address: the jobs fetch it; here give a file or a folder")
     if not is_hub_name(str(source)):
-        raise ModelError(f"no checkpoint at {str(source)!r}; look at the path")
+        raise ModelError(f"no checkpoint at {str(source)!r}; look at the path (jobs.fetch gets published files)")
     return from_hub(str(source))
 
 

@@ -6,8 +6,8 @@ within that distance, and then only if the classifier at that level would answer
     E_j, within which the router does not pick it, and
     R_j, within which the classifier smoothed at it answers c,
 
-and the radius is min over j of max(E_j, R_j). docs/guarantees.md holds the theorem, its proof, and why alpha needs no
-correction for the number of levels. Levels are counted from 0 here.
+and the radius is what `core.procedures.composition` makes of them. docs/guarantees.md holds the theorem, its proof, and
+why alpha needs no correction for the number of levels. Levels are counted from 0 here.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -23,10 +23,12 @@ from core.agreement_records import (
     Router,
     StageVotes,
 )
-from core.procedures.agreement_terms import Agreement, Near, choose_level, others_of, votes_against
+from core.procedures.agreement_terms import Agreement, Near, others_of
+from core.procedures.composition import Composition, Radius, compose
 from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
 from core.procedures.dual import selection_heads
 from core.procedures.ladder import sample
+from core.procedures.routers import against, choose_level
 from core.procedures.sequential import beyond
 from core.procedures.smoothing import predict
 from core.records import (
@@ -124,6 +126,7 @@ def _statement(
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
+    alphas, norm = {head: stage.alpha for head, stage in terms.stages.items()}, terms.sampling.law.norm
     near, others = Near(terms, chosen, router_selection, class_selection), others_of(chosen, num_levels)
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
@@ -144,13 +147,20 @@ def _statement(
             excluded, constant = reach.radii(router)
 
     reached = near.goal
+
+    def composed(places: Sequence[int]) -> Composition:
+        return compose(
+            [Radius(excluded[place], norm, 0.0 if place == chosen else alphas[ESTIMATOR]) for place in places],
+            [Radius(radii[place], norm, alphas[CLASSIFIER]) for place in places],
+        )
+
     for place in near.places:
         yield from ask(place, terms.targets(reached, 0.0))
         reached = min(reached, max(radii[place], near.likely[place]))
     doubtful = any(radii[place] < reached for place in near.places)
     if doubtful:  # the class there may be another one
         yield from route(reached)
-        reached = min(reached, _joint(excluded, radii, near.places))
+        reached = min(reached, composed(near.places).radius)
     classes[chosen] = _nothing(class_selection)
     if reached:
         yield from ask(chosen, terms.targets(reached, 0.0) if near.places else beyond(terms.radii) if grid else ())
@@ -160,23 +170,24 @@ def _statement(
 
     seen = [*near.places, chosen]
     for place in sorted((each for each in others if each not in seen), key=excluded.__getitem__):
-        reached = _joint(excluded, radii, seen)
+        reached = composed(seen).radius
         if excluded[place] < reached:
             yield from ask(place, terms.targets(reached, excluded[place]), excluded[place])
         seen.append(place)
-    radius = _joint(excluded, radii, seen)
+    joint = composed(seen)
+    radius = joint.radius
     return AgreementCertificate(
         prediction=c if radius > 0.0 else ABSTAIN,
         radius=radius,
         radius_constant=min(constant, radii[chosen]),
         level=chosen,
-        binding=next(j for j in seen if max(excluded[j], radii[j]) == radius) if radius > 0.0 else None,
+        binding=seen[joint.binding] if radius > 0.0 else None,
         levels=tuple(map(AgreementLevel, terms.sigmas, excluded, radii, bounds)),
         router=terms.router,
         sigma_e=terms.sigma_e,
         alpha=terms.sampling.alpha,
-        alpha_router=terms.stages[ESTIMATOR].alpha,
-        alpha_class=terms.stages[CLASSIFIER].alpha,
+        alpha_router=alphas[ESTIMATOR],
+        alpha_class=alphas[CLASSIFIER],
         num_selection=terms.sampling.num_selection,
         num_shared=_num_shared(terms, chosen, near, router, classes),
         votes=AgreementVotes(router_selection, class_selection, router, tuple(classes)),
@@ -186,11 +197,6 @@ def _statement(
 def _agreeing(votes: Counts, c: int) -> int:
     """Votes of any level for the one class that is certified."""
     return int(votes[c])
-
-
-def _joint(excluded: Sequence[float], radii: Sequence[float], places: Sequence[int]) -> float:
-    """The radius within which each of these levels is out of the router's reach or answers c."""
-    return min(max(excluded[place], radii[place]) for place in places)
 
 
 class _Reach:
@@ -205,7 +211,7 @@ class _Reach:
         if self.terms.router == "plurality":
             return Stop.FULL
         z = self.terms.rule.futility_z
-        seen = {self.ladder.verdict(votes_against(votes, self.chosen, place), num, z) for place in self.places}
+        seen = {self.ladder.verdict(against(votes, self.chosen, place), num, z) for place in self.places}
         order = (Stop.FULL, Stop.UNLIKELY, Stop.FUTILE)
         return next((stop for stop in order if stop in seen), Stop.REACHED if self.targets else Stop.FULL)
 
@@ -219,7 +225,7 @@ class _Reach:
 
     def _median(self, router: StageVotes, place: int) -> float:
         votes = router.counts
-        successes = int(votes[place]) if place == self.chosen else votes_against(votes, self.chosen, place)
+        successes = int(votes[place]) if place == self.chosen else against(votes, self.chosen, place)
         return self.ladder.result(successes, router.num)[1]
 
     def _plurality(self, router: StageVotes, place: int) -> float:

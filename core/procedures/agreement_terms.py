@@ -4,17 +4,16 @@ import math
 from dataclasses import dataclass, field
 from typing import get_args
 
-import numpy as np
-
 from core.agreement_records import Router
 from core.errors import ConfigError
 from core.law import Law
 from core.procedures.confidence import largest_radius
 from core.procedures.ladder import Ladder
+from core.procedures.routers import against
 from core.procedures.sequential import Budget, ascending_grid, check_budget, second_targets
 from core.records import CLASSIFIER, Counts, Rule, Sampling, divided
 
-__all__ = ["Agreement", "Near", "choose_level", "others_of", "votes_against"]
+__all__ = ["Agreement", "Near", "others_of"]
 
 
 @dataclass(frozen=True)
@@ -79,24 +78,9 @@ class Agreement:
         return Ladder(sigma, targets, self.stages[head], self.rule.early_share, grid=grid, useful=useful)
 
 
-def choose_level(votes: Counts, router: Router) -> int:
-    """The level that selection votes name: the router's own rule, on those that are finite."""
-    if router == "plurality":
-        return int(votes.argmax())
-    return int(np.searchsorted(2 * votes.cumsum(), votes.sum()))
-
-
 def others_of(chosen: int, num_levels: int) -> list[int]:
     """The levels but one, ascending."""
     return [place for place in range(num_levels) if place != chosen]
-
-
-def votes_against(votes: Counts, chosen: int, place: int) -> int:
-    """Votes that keep the median router off level `place`: below it, or above it, on the side of the chosen level.
-
-    A draw without a vote is on neither side.
-    """
-    return int(votes[:place].sum() if chosen < place else votes[place + 1 :].sum())
 
 
 class Near:
@@ -116,9 +100,9 @@ class Near:
             most = largest_radius(sigma, stage.num_estimation, stage.alpha, stage.law)
             goal = min(most, _at_best(int(classes.max()), classes, sigma, stage.law))
             for place in others_of(chosen, len(terms.sigmas)):
-                self.likely[place] = _at_best(votes_against(router, chosen, place), router, terms.sigma_e, stage.law)
+                self.likely[place] = _at_best(against(router, chosen, place), router, terms.sigma_e, stage.law)
             self.places = [place for place, likely in self.likely.items() if likely < goal]
-            self.goal = goal if self.places else math.inf
+            self.goal = terms.targets(goal, 0.0)[-1] if self.places else math.inf
         alike = (place for place in (chosen, *self.places) if terms.sigmas[place] == terms.sigma_e)
         self.at_sigma_e = next(alike, None)
 

@@ -142,6 +142,7 @@ def conclude(
         stop=stop,
         alpha_early=ladder.alpha_early,
         target=target,
+        law=sampling.law,
     )
 
 
@@ -252,6 +253,7 @@ def skipped(sigma: float, selection: Counts, sampling: Sampling) -> Certificate:
         counts_estimation=np.zeros_like(selection),
         alpha=sampling.alpha,
         stop=Stop.SKIPPED,
+        law=sampling.law,
     )
 
 

@@ -54,6 +54,7 @@ def certificate(selection: Counts, estimation: Counts, sigma: float, sampling: S
         counts_selection=selection,
         counts_estimation=estimation,
         alpha=sampling.alpha,
+        law=sampling.law,
     )
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DualRows",
-    "Gallery",
     "ImportedRows",
     "Kind",
     "Method",
@@ -218,23 +217,6 @@ class Method:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Gallery:
-    """Images to look at, M of them, from the most certified to the least.
-
-    Attributes:
-        captions: what is said of each.
-        clean, noisy, denoised: float32 ``(M, C, H, W)`` in [0, 1], C = 1 or 3; no `denoised` without a denoiser.
-        tied: examples that share the largest radius.
-    """
-
-    captions: tuple[str, ...]
-    clean: NDArray[np.float32]
-    noisy: NDArray[np.float32]
-    denoised: NDArray[np.float32] | None
-    tied: int = 1
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ReportData:
     """Everything that a report shows. All rows but the imported ones are aligned: entry i is the same example.
 
@@ -255,7 +237,6 @@ class ReportData:
         alpha: failure probability per example.
         alpha_stages: what Dual RS spends on the noise level and on the class.
         num_selection, num_estimation: draws of each certificate (n0 and n).
-        gallery: images with the largest and the smallest certificates, where they are at hand.
         notes: sentences to show below the summary.
         manifest: configuration, versions, seed; shown as JSON.
 
@@ -279,7 +260,6 @@ class ReportData:
     alpha_stages: tuple[float, float]
     num_selection: int
     num_estimation: int
-    gallery: Gallery | None = None
     notes: tuple[str, ...] = ()
     manifest: Mapping[str, object]
 

@@ -1,22 +1,27 @@
 """Blocks of a report, written as Markdown and as one self-contained HTML page."""
 
+import base64
+import hashlib
 import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from core.report.charts import CSS, SCRIPT, SCRIPT_HASH, Chart, chart_html
+from core.report.charts import CSS, SCRIPT, Chart, chart_html
 
 __all__ = [
     "NONE",
     "Block",
     "Heading",
+    "Link",
     "Picture",
     "Section",
     "Table",
     "Text",
+    "document",
     "html_page",
+    "html_table",
     "latex_table",
     "markdown_page",
     "markdown_table",
@@ -47,6 +52,14 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """A paragraph that leads to a file beside the page."""
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """Cells as plain text; `bold` holds (row, column)."""
 
@@ -65,7 +78,7 @@ class Picture:
     chart: Chart | None = None
 
 
-Block = Heading | Text | Table | Picture
+Block = Heading | Text | Link | Table | Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +145,8 @@ def markdown_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, ob
                 parts.append(f"## {_plain(text)}")
             case Text(text):
                 parts.append(_plain(text))
+            case Link(file, text):
+                parts.append(f"[{_plain(text)}]({file})")
             case Table():
                 parts.append(markdown_table(block))
             case Picture(file, caption):
@@ -165,28 +180,30 @@ figure { margin: 1.4rem 0; } figcaption { font-size: .85rem; opacity: .8; }
 pre { overflow-x: auto; padding: .8rem; background: var(--soft); border-radius: 6px; font-size: .8rem; }
 """
 
-# Keeps the promise that the page needs nothing but itself, and that nothing in it runs but its own script.
-_POLICY: Final = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src '{SCRIPT_HASH}'"
-
 
 def html_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:
     """The report as one page that needs nothing but itself."""
-    title = html.escape(title)
-    body = "\n".join(_html_block(block) for block in blocks)
+    body = "\n".join(map(_html_block, blocks))
+    return document(title, f"{body}\n{_manifest(manifest)}", CSS, SCRIPT)
+
+
+def document(title: str, body: str, css: str, script: str) -> str:
+    """A page in the report's look. Its policy: it loads nothing, and nothing in it runs but its own script."""
+    title, digest = html.escape(title), base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
-<style>{_CSS}{CSS}</style>
+<style>{_CSS}{css}</style>
 </head>
 <body>
 <h1>{title}</h1>
 {body}
-{_manifest(manifest)}
-<script>{SCRIPT}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -198,16 +215,22 @@ def _html_block(block: Block) -> str:
             return f"<h2>{html.escape(text)}</h2>"
         case Text(text):
             return f"<p>{html.escape(text)}</p>"
+        case Link(file, text):
+            return f'<p><a href="{html.escape(file)}">{html.escape(text)}</a></p>'
         case Picture(_, caption, svg, chart):
             image = svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(caption)}"', 1)
             look, inside = ("card", image) if chart is None else ("card chart", chart_html(chart, image))
             return f'<figure><div class="{look}">{inside}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
-        case Table(header, rows, bold):
-            head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-            body = "\n".join(_html_row(row, {j for i, j in bold if i == number}) for number, row in enumerate(rows))
-            table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-            # A region that scrolls takes the focus, so that the keyboard can scroll it.
-            return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(header[0])}">{table}</div>'
+        case Table():
+            return html_table(block)
+
+
+def html_table(table: Table) -> str:
+    """A table in a region that scrolls sideways, which takes the focus so that the keyboard can scroll it."""
+    head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.header)
+    body = "\n".join(_html_row(row, {j for i, j in table.bold if i == k}) for k, row in enumerate(table.rows))
+    inside = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.header[0])}">{inside}</div>'
 
 
 def _html_row(row: tuple[str, ...], bold: set[int]) -> str:

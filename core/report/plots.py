@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from core.evaluation.metrics import ecdf
-from core.report import Gallery, Kind, Method, ReportData
+from core.report import Kind, Method, ReportData
 from core.report.charts import Chart, Curve
 from core.report.pages import Picture
 
@@ -24,7 +24,6 @@ __all__ = [
     "delta_figure",
     "draw_curves",
     "figures",
-    "gallery_figure",
     "p_lower_figure",
     "severity_figure",
     "sigma_choice_figure",
@@ -73,8 +72,6 @@ def figures(data: ReportData) -> dict[str, Figure]:
         lost, slack = data.lost_radius(), data.dual.slack()
         if lost.size or slack.size:
             shown["delta_radius"] = delta_figure(lost, slack)
-    if data.gallery is not None:
-        shown["gallery"] = gallery_figure(data.gallery)
     return shown
 
 
@@ -147,27 +144,6 @@ def sigma_choice_figure(labels: Sequence[str], chosen: Ints, best: Ints) -> Figu
         axes.set(xlabel="sigma", ylabel="examples")
 
     return _figure([draw], height_in=2.8)
-
-
-def gallery_figure(gallery: Gallery) -> Figure:
-    """A row for each image: clean, noisy at its sigma, and denoised where there is a denoiser."""
-    num = len(gallery.captions)
-    shown = {"clean": gallery.clean, "noisy": gallery.noisy}
-    if gallery.denoised is not None:
-        shown["denoised"] = gallery.denoised
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, 1.5 * num), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        rows = figure.subfigures(num, 1, squeeze=False)[:, 0]
-        for row, caption, *images in zip(rows, gallery.captions, *shown.values(), strict=True):
-            row.suptitle(caption, fontsize=8.5)
-            for axes, image, name in zip(row.subplots(1, len(shown)), images, shown, strict=True):
-                pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-                axes.imshow(pixels, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
-                axes.set_xlabel(name, fontsize=8)
-                axes.set(xticks=[], yticks=[])
-                axes.grid(visible=False)
-    return figure
 
 
 def curves_figure(curves: Mapping[str, Method]) -> Figure:

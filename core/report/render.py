@@ -3,6 +3,7 @@
 Every number and every claim is computed from `ReportData` here; nothing is asserted that the rows do not show.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -29,7 +30,15 @@ from core.report.pages import (
     percent,
 )
 
-__all__ = ["DualRows", "ReportData", "StandardRows", "best_method_sentence", "format_table", "write_report"]
+__all__ = [
+    "DualRows",
+    "ReportData",
+    "StandardRows",
+    "accuracies",
+    "best_method_sentence",
+    "format_table",
+    "write_report",
+]
 
 _RHO: Final = 0.001
 _CAPTIONS: Final = {
@@ -38,8 +47,6 @@ _CAPTIONS: Final = {
     "sigma_choice": "The estimator's choice of sigma, against the oracle's.",
     "delta_radius": "Empirical distribution of the lost radius and of the spare radius, where measured.",
     "p_lower": "Empirical distribution of the lower bound.",
-    "gallery": "From the largest certificate to the smallest: the image, one of its noisy copies, and, "
-    "with a denoiser, that copy denoised.",
 }
 
 
@@ -49,6 +56,17 @@ def format_table(data: ReportData) -> str:
     The best certified methods of a column are bold, unless nothing is certified there; the oracle never is.
     """
     return markdown_table(accuracy_table(data))
+
+
+def accuracies(data: ReportData) -> dict[str, float]:
+    """Certified accuracy of each method at each radius, and its average certified radius, by a name for trackers."""
+    found: dict[str, float] = {}
+    for m in data.methods():
+        name = re.sub(r"[^\w\-./ ]+", "", m.name).replace("  ", " ")
+        shares = zip(data.radii, m.accuracy(data.radii), strict=True)
+        found |= {f"certified_accuracy/{name}/{radius:g}": float(share) for radius, share in shares}
+        found[f"average_certified_radius/{name}"] = average_certified_radius(m.correct, m.radius)
+    return found
 
 
 def best_method_sentence(data: ReportData) -> str:
@@ -78,7 +96,7 @@ def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = (
 
     Returns:
         The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png,
-        delta_radius.png, gallery.png (the last three where what they show was measured), those of the sections,
+        delta_radius.png (the last two where what they show was measured), those of the sections,
         report.md, report.html.
     """
     from core.report import plots  # matplotlib: half a second that a terminal table does not need
@@ -279,13 +297,6 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
     if isinstance(data.dual, DualRows):
         text += " Dual RS counts as 0 where its estimator abstained and its classifier was not run."
     blocks += [Heading("Lower bound of the top class's probability"), Text(text), pictures["p_lower"]]
-    if data.gallery is not None:
-        blocks.append(Heading("Most and least certified"))
-        if (tied := data.gallery.tied) > 1:
-            blocks.append(
-                Text(f"{tied:,} examples share the largest radius: the first of them by their ids are shown.")
-            )
-        blocks.append(pictures["gallery"])
     steps = data.manifest.get("steps")
     if isinstance(steps, Mapping) and (table := _steps_table(steps)).rows:
         blocks += [Heading("What it took"), table]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from core.errors import DataError, ModelError
 from distributed.checks.estimate import Part, format_parts, limit_notes
 from distributed.checks.preflight import Found, check, check_place, count_found, refuse
 from distributed.cluster.cluster import replicas_here
@@ -13,6 +14,8 @@ from distributed.store.progress import device_hours
 from distributed.store.run_directory import RunDirectory
 
 __all__ = ["dry_run", "show_parts"]
+
+_STATED = "For hours and a price without a device and files: --rate, with rates that an earlier run or dry run printed"
 
 
 def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, seconds: float = 2.0) -> None:
@@ -33,6 +36,8 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     found = check(directory, steps, here=on_cluster)
     device, replicas, of = replicas_here(directory.config.compute)
     found.facts.append(("device", of))
+    if any(isinstance(problem, DataError | ModelError) for problem in found.problems):
+        found.facts.append(("to do", f"`python -m jobs.fetch YAML` fetches published files. {_STATED}"))
     if holder := read_lock(directory.folder):
         found.facts.append(("in use", f"by process {holder.get('pid')} on {holder.get('host')}"))
     width = max(len(topic) for topic, _ in found.facts)
@@ -53,7 +58,7 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
 
         notes += measure_on_worker(directory, parts, [*found.data], seconds)
     elif parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
-        notes.append("compute.device is cuda and this machine has no GPU: nothing can be measured here")
+        notes.append(f"compute.device is cuda and this machine has no GPU: nothing can be measured here. {_STATED}")
     elif parts:
         from distributed.checks.measure import measure_parts
 

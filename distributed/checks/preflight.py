@@ -21,6 +21,7 @@ from distributed.cluster.joining import check_cluster
 from distributed.cluster.upload import check_upload
 from distributed.store.run_directory import RunDirectory
 from distributed.store.sources import local_models
+from distributed.store.track import check_tracker
 from distributed.views.exchange import imported_rows
 
 __all__ = ["Found", "check", "check_place", "count_found", "refuse", "unfinished"]
@@ -84,6 +85,8 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
         if any(split in plan[step].splits for step in found.steps):
             with found.collect():
                 found.data[split] = _check_split(directory, split, found)
+    with found.collect():
+        check_tracker(config)
     with found.collect():
         _check_pair(found.data)
     _check_models(directory, found)

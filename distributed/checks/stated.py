@@ -29,23 +29,16 @@ _BACKWARD: Final = 3
 
 
 def parse_rates(texts: Sequence[str]) -> dict[str, float]:
-    """Images per second by network, of `NETWORK=IMAGES_PER_S`.
-
-    Raises:
-        ConfigError: for another network, or what is no positive number.
-    """
+    """Numbers per second by network or step, of `NAME=PER_S`; ConfigError for what is no positive number."""
     rates = {}
     for text in texts:
-        name, _, value = text.partition("=")
+        name, _, value = text.rpartition("=")
         try:
             rates[name] = float(value)
         except ValueError:
             rates[name] = math.nan
-        if name not in _NETWORKS or not 0 < rates[name] < math.inf:
-            raise ConfigError(
-                f"--rate: expected NETWORK=IMAGES_PER_S with one of {', '.join(_NETWORKS)}, such as classifier=20000, "
-                f"got {text!r}"
-            )
+        if not 0 < rates[name] < math.inf:
+            raise ConfigError(f"--rate: expected NAME=PER_S, such as classifier=20000, got {text!r}")
     return rates
 
 
@@ -59,10 +52,10 @@ def price_at(directory: RunDirectory, steps: Sequence[str], price: float | None,
         steps: by their names in the manifest; those that are finished take nothing.
         price: of a device hour.
         rates: images per second and network: one classifier (or expert); the estimator with all that it reads but the
-            denoiser.
+            denoiser. Or noisy copies per second and step, as a dry run or a run elsewhere printed them.
 
     Raises:
-        ConfigError: for a network without a rate.
+        ConfigError: for a network without a rate, a rate without a network or step.
         DataError: for a data set that is neither here nor known by its published size.
     """
     config, found = directory.config, Found()
@@ -80,10 +73,13 @@ def price_at(directory: RunDirectory, steps: Sequence[str], price: float | None,
             notes.append(f"dataset.{split} is not here: counted as published, {len(found.data[split]):,} examples")
     replicas = replicas_here(config.compute)[1]
     parts = count_parts(directory, found.steps, found.data, {}, replicas)
+    names = [*_NETWORKS, *(part.name for part in parts)]
+    if unknown := [name for name in rates if name not in names]:
+        raise ConfigError(f"--rate: {unknown[0]!r} is none of {', '.join(map(repr, names))}")
     for part in parts:
         _set_rates(part, config, rates)
     said = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-    notes.append(f"rates are stated, not measured: {said} images per second of one device; without reading images")
+    notes.append(f"rates are stated, not measured: {said} a second (networks: images; steps: copies), of one device")
     show_parts(directory, parts, price, notes)
 
 
@@ -99,12 +95,14 @@ def _published(config: Config, split: Split, error: Exception) -> Dataset:
 
 def _set_rates(part: Part, config: Config, rates: Mapping[str, float]) -> None:
     for kind, copies in part.copies.items():
-        if not copies:
-            continue
         rows = dict(part.rows) if kind == TRAINING else dict(rows_of({kind: copies}, config))
         used = [name for name in _NETWORKS if rows.get(name)]
+        if not copies or part.name in rates:
+            part.rates[kind] = rates.get(part.name, math.inf)
+            continue
         if missing := [name for name in used if name not in rates]:
-            raise ConfigError(f"--rate: {part.name} asks the {missing[0]}: add --rate {missing[0]}=IMAGES_PER_S")
+            more = " ".join(f"--rate {name}=IMAGES_PER_S" for name in missing)
+            raise ConfigError(f"--rate: add {more}, or --rate {part.name!r}=COPIES_PER_S")
         if kind == TRAINING and not (part.name == "train_estimator" and config.estimator.reads_features):
             rows[used[-1]] *= _BACKWARD  # those in front of it are fixed
         part.rates[kind] = copies / math.fsum(rows[name] / rates[name] for name in used)

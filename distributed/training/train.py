@@ -28,6 +28,7 @@ from distributed.execution.work import check_visible
 from distributed.files.datasets import load_dataset
 from distributed.store.progress import StepProgress
 from distributed.store.run_directory import RunDirectory
+from distributed.store.track import Tracker, tracked
 from distributed.training.checkpoints import Checkpoints, Curves
 from distributed.training.lesson import Lesson
 
@@ -93,12 +94,12 @@ def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Recor
     histories: list[list[Record]] = [[] for _ in members]
     waiting = deque(enumerate(members))
     running: dict[int, Generator[None, None, list[Record]]] = {}
-    with train_cluster(compute), ExitStack() as stack:
+    with train_cluster(compute), tracked(directory) as tracker, ExitStack() as stack:
         at_once = trainings_at_once(compute)
         while waiting or running:
             while waiting and len(running) < at_once:
                 place, member = waiting.popleft()
-                running[place] = stack.enter_context(closing(_training(directory, member, 0.5 / at_once)))
+                running[place] = stack.enter_context(closing(_training(directory, member, 0.5 / at_once, tracker)))
             for place, training in list(running.items()):
                 try:
                     next(training)
@@ -108,7 +109,9 @@ def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Recor
     return histories
 
 
-def _training(directory: RunDirectory, member: Member, patience_s: float) -> Generator[None, None, list[Record]]:
+def _training(
+    directory: RunDirectory, member: Member, patience_s: float, tracker: Tracker
+) -> Generator[None, None, list[Record]]:
     """One training, told of as it goes on; yields now and then, and at the latest every `patience_s` on workers."""
     lesson, model, what = member.lesson, member.model, member.what
     compute = lesson.config.compute
@@ -135,6 +138,10 @@ def _training(directory: RunDirectory, member: Member, patience_s: float) -> Gen
             if sign.record is not None and sign.record["epoch"] > epoch:  # after a lost worker some come again
                 epoch, loss = int(sign.record["epoch"]), sign.record["loss"]
                 curves.add(sign.record)
+                values = {
+                    f"{lesson.folder.name}/{name}": value for name, value in sign.record.items() if name != "epoch"
+                }
+                tracker.log_metrics(values, epoch)
                 note = f"epoch {epoch}, loss {loss:.4f}"
                 if "held_out" in sign.record:
                     note += f", held-out radius {sign.record['held_out']:.4f}"

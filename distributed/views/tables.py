@@ -24,7 +24,7 @@ from distributed.methods.standard import grid
 from distributed.store.shards import ShardStore
 from distributed.views.exchange import imported_rows
 
-__all__ = ["report_data"]
+__all__ = ["failed_examples", "report_data", "run_tables"]
 
 
 def report_data(
@@ -35,6 +35,7 @@ def report_data(
     sigma_share: float = 0.5,
     notes: tuple[str, ...] = (),
     ending: str = "",
+    tables: Mapping[str, pa.Table] | None = None,
 ) -> ReportData:
     """The certificates of a run, aligned by example, as the report wants them.
 
@@ -45,32 +46,26 @@ def report_data(
         sigma_share: share of alpha that Dual RS spent on the noise level.
         notes: sentences to show below the summary.
         ending: of the stores: `-base` for the certificates of the classifier as it was before fine-tuning.
+        tables: what `run_tables` gives, where it is at hand.
 
     Raises:
-        DataError: when standard certificates are missing, or methods cover different examples.
+        DataError: as `run_tables`.
     """
     certify = config.certify
     alpha, full = certify.alpha, certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
-    terms = Terms.of(config, Sampling(certify.num_selection, certify.num_estimation, alpha, config.law), certify.budget)
-    table = _read(ShardStore(root, f"certificates/standard{ending}"), config)
+    terms = _terms(config)
+    tables = run_tables(config, root, ending) if tables is None else tables
+    table = tables["standard"]
     standard = _standard_rows(table, config.sigmas)
     baseline_store = ShardStore(root, "certificates/standard-base")
     baseline: tuple[StandardRows, ...] = ()
     if baseline_store.committed() and not ending:
         baseline = _standard_rows(_read(baseline_store, config), config.sigmas)
-    failed = _failed(table)
-    tables: dict[str, pa.Table] = {}
-    for name in METHODS:
-        store = ShardStore(root, f"certificates/{name}{ending}")
-        if name != "standard" and store.committed():
-            tables[name] = rows = _read(store, config)
-            failed |= _failed(rows)
-            _check_same_examples(rows, table, config.sigmas, store.name)
-        elif name == "agreement" and "dual" in tables and certify.budget == "fixed":
-            tables[name] = _agreement(tables["dual"], table, terms)
-            notes += ("The agreement claim was not certified by itself: it follows from the votes of the other rows.",)
-    shown = {name: method_named(name).shown(rows, terms) for name, rows in tables.items()}
+    failed = set[str]().union(*map(failed_examples, tables.values()))
+    if "agreement" in tables and not ShardStore(root, f"certificates/agreement{ending}").committed():
+        notes += ("The agreement claim was not certified by itself: it follows from the votes of the other rows.",)
+    shown = {name: method_named(name).shown(rows, terms) for name, rows in tables.items() if name != "standard"}
     dual = shown.pop(certify.routed, None)
     assert dual is None or isinstance(dual, RoutedRows)
     if isinstance(dual, AgreementRows):
@@ -97,6 +92,32 @@ def report_data(
         num_estimation=config.certify.num_estimation,
         manifest=manifest,
         notes=notes,
+    )
+
+
+def run_tables(config: Config, root: Folder, ending: str = "") -> dict[str, pa.Table]:
+    """The rows of each method, ordered by example; those of the agreement claim also where they follow from others.
+
+    Raises:
+        DataError: when standard certificates are missing, methods cover different examples, or rows were certified
+            under other settings than the configuration's.
+    """
+    standard = _read(ShardStore(root, f"certificates/standard{ending}"), config)
+    tables = {"standard": standard}
+    for name in METHODS:
+        store = ShardStore(root, f"certificates/{name}{ending}")
+        if name != "standard" and store.committed():
+            tables[name] = _read(store, config)
+            _check_same_examples(tables[name], standard, config.sigmas, store.name)
+        elif name == "agreement" and "dual" in tables and config.certify.budget == "fixed":
+            tables[name] = _agreement(tables["dual"], standard, _terms(config))
+    return tables
+
+
+def _terms(config: Config) -> Terms:
+    certify = config.certify
+    return Terms.of(
+        config, Sampling(certify.num_selection, certify.num_estimation, certify.alpha, config.law), certify.budget
     )
 
 
@@ -154,8 +175,8 @@ def _check_same_examples(rows: pa.Table, standard: pa.Table, sigmas: Sequence[fl
             )
 
 
-def _failed(table: pa.Table) -> set[str]:
-    """Examples with an error."""
+def failed_examples(table: pa.Table) -> set[str]:
+    """Ids of the examples that could not be run."""
     return set(table.filter(pc.equal(table.column("status"), ERROR)).column("example_id").to_pylist())
 
 

@@ -1,6 +1,7 @@
 import argparse
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -52,6 +53,15 @@ def test_list_has_every_job_in_one_line_and_the_pipeline_in_order() -> None:
     steps = [name for name in JOBS if summaries()[name].startswith("Step")]
     assert JOBS[: len(steps) + 1] == ["pipeline", *steps]
     assert steps[:5] == ["train_base", "build_dataset", "train_estimator", "finetune_classifier", "certify"]
+
+
+def test_list_that_nobody_reads_to_its_end_is_no_error() -> None:
+    """As behind `| head`, which may be gone before the list comes."""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-m", "jobs", "--names"], stdout=write, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_list_and_help_load_neither_torch_nor_ray() -> None:

@@ -13,8 +13,7 @@ from distributed.store import lock
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-TABLE = PAGE.partition("## What to do when")[2]
-OLD_KEYS = {"num_replicas"}  # named there because older notes have it
+TABLE = PAGE.partition("## What to do when")[2].partition("\n## ")[0]
 
 
 def messages() -> list[str]:
@@ -62,7 +61,7 @@ def test_symptom_table_message_that_nobody_prints_is_found() -> None:
 
 
 def test_page_log_lines_are_in_the_code() -> None:
-    table = PAGE.partition("| line | meaning |")[2].partition("\n## ")[0]
+    table = PAGE.partition("| line of the driver's log | meaning |")[2].partition("\n\n")[0]
     lines = [line.split("`")[1] for line in table.splitlines() if line.startswith("| `")]
     assert len(lines) >= 6
     for line in lines[:-1]:  # the last one is an example, with numbers
@@ -73,7 +72,7 @@ def test_page_log_lines_are_in_the_code() -> None:
 def test_page_compute_keys_exist() -> None:
     keys = set(re.findall(r"compute\.([a-z_]+)", PAGE))
     assert len(keys) >= 15
-    assert keys - ComputeConfig.model_fields.keys() == OLD_KEYS
+    assert not keys - ComputeConfig.model_fields.keys()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_page_seconds_are_the_codes(name: str, value: float) -> None:
 def test_page_jobs_and_their_options_exist() -> None:
     sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "jobs").glob("*.py"))
     jobs = set(re.findall(r"jobs\.([a-z_]+)", PAGE))
-    assert len(jobs) >= 7
+    assert len(jobs) >= 6
     for job in jobs:
         assert (ROOT / "jobs" / f"{job}.py").is_file(), job
     for command in re.findall(r"python -m jobs\.\w+((?:[^\n#`]|\\\n)*)", PAGE):

@@ -38,9 +38,9 @@ def test_version_stands_in_one_place() -> None:
 
 def test_extras_are_there_and_the_base_has_none_of_them() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert {"report", "aws", "docs", "dev"} <= extras.keys()
+    assert {"report", "aws", "docs", "mlflow", "wandb", "dev"} <= extras.keys()
     names = {re.split(r"[\[<>=~ ]", text)[0] for text in PROJECT["dependencies"]}
-    optional = {re.split(r"[\[<>=~ ]", text)[0] for extra in ("report", "aws", "docs") for text in extras[extra]}
+    optional = {re.split(r"[\[<>=~ ]", text)[0] for extra in extras.keys() - {"dev"} for text in extras[extra]}
     assert not names & optional
     assert "dual-rs[report,docs]" in extras["dev"]
 

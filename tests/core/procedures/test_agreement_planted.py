@@ -11,6 +11,7 @@ from core.agreement_records import AgreementCertificate
 from core.procedures import agreement
 from core.procedures.agreement import Agreement, agreement_from_votes
 from core.procedures.agreement_terms import others_of
+from core.procedures.composition import compose
 from core.procedures.confidence import clopper_pearson_lower
 from core.records import CLASSIFIER, ESTIMATOR, Counts, Sampling
 from tests.helpers.lattice import JUST_BELOW
@@ -126,7 +127,7 @@ def test_false_claims_finds_an_exclusion_by_the_wrong_votes(
     against: Against, truth: Routed, at_least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert false_claims(truth, 0, 1, NUM, ALPHA) <= ALPHA
-    monkeypatch.setattr(agreement, "votes_against", against)
+    monkeypatch.setattr(agreement, "against", against)
     assert false_claims(truth, 0, 1, NUM, ALPHA) > at_least * ALPHA
 
 
@@ -171,10 +172,7 @@ def test_false_claims_finds_a_level_that_is_forgotten(monkeypatch: pytest.Monkey
 def test_false_claims_finds_reach_and_class_of_different_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = routed((HALF, 1 - HALF, 0), 1, 0, 1)
     assert false_claims(truth, 0, 1, NUM, ALPHA) <= ALPHA
-    real = agreement._joint
-    monkeypatch.setattr(
-        agreement, "_joint", lambda excluded, radii, places: real(excluded, [radii[0], *radii[:-1]], places)
-    )
+    monkeypatch.setattr(agreement, "compose", lambda reach, radii: compose(reach, [radii[0], *radii[:-1]]))
     assert false_claims(truth, 0, 1, NUM, ALPHA) > 20 * ALPHA
 
 

@@ -66,9 +66,21 @@ def test_price_of_a_part_of_imagenet_counts_that_part(tmp_path: Path, capsys: py
     assert round(0.05 * 1_281_167) == 64_058
 
 
-@pytest.mark.parametrize("text", ["classifier", "classifier=", "classifier=0", "classifier=inf", "router=5", "=5"])
+def test_price_at_the_rates_that_an_earlier_run_printed_for_its_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ("build_dataset", "train_estimator", "certify-standard", "certify-agreement")
+    stated = [word for number, step in enumerate(steps, 2) for word in ("--rate", f"{step}={number}000")]
+    rows = dry("cifar10_rn110_experts.yaml", tmp_path, capsys, *stated, "--price", "2")
+    for number, step in enumerate(steps, 2):
+        seconds = int(rows[step][1].replace(",", "")) / (1000 * number)
+        assert rows[step][5:7] == [f"{1000 * number:,}", hours(seconds)]
+        assert f"{seconds / 3600 * 2:.2f}" in rows[step]
+
+
+@pytest.mark.parametrize("text", ["classifier", "classifier=", "classifier=0", "classifier=inf"])
 def test_parse_rates_refuses(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--rate: expected NETWORK=IMAGES_PER_S with one of denoiser, est"):
+    with pytest.raises(ConfigError, match=r"^--rate: expected NAME=PER_S, such as classifier=20000, got"):
         parse_rates([text])
 
 
@@ -78,7 +90,11 @@ def test_rate_that_is_missing_or_a_set_that_nobody_knows_is_refused(
     out = ("--out", str(tmp_path / "run"))
     config = ("--config", str(ROOT / "configs/cifar10_rn110_experts.yaml"), *out)
     assert run_main(pipeline, *config, "--dry-run", "--rate", "classifier=5") == 2
-    assert "--rate: train_estimator asks the estimator: add --rate estimator=IMAGES_PER_S" in capsys.readouterr().err
+    assert (
+        "--rate: add --rate estimator=IMAGES_PER_S, or --rate 'train_estimator'=COPIES_PER_S" in capsys.readouterr().err
+    )
+    assert run_main(pipeline, *config, "--dry-run", "--rate", "router=5") == 2
+    assert "--rate: 'router' is none of 'denoiser', 'estimator', 'classifier', 'build_d" in capsys.readouterr().err
     assert run_main(train_base, *config, "--rate", "classifier=5") == 2
     assert "--rate: goes with --dry-run" in capsys.readouterr().err
     own = ("--config", str(ROOT / "configs/fashion_mnist.yaml"), *out, f"dataset.path={tmp_path}")

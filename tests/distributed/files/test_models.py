@@ -128,7 +128,10 @@ def test_model_that_no_store_has_is_refused_with_its_key(local: Path, server: Fl
     problems = check(RunDirectory(local / "run", config, "dry"), ["train_base"]).problems
     first, second = map(str, problems)
     assert first.startswith("base.denoiser: no checkpoint at 's3://bucket/nothing/x.pt")
-    assert second == "base.classifier: no checkpoint at 'checkpoints/vit'; look at the path"
+    assert (
+        second
+        == "base.classifier: no checkpoint at 'checkpoints/vit'; look at the path (jobs.fetch gets published files)"
+    )
 
 
 def test_copy_of_a_store_is_whole_or_not_there(

@@ -22,6 +22,7 @@ from core.training.loop import Training
 from distributed.execution.work import build_network
 from distributed.files.storage import Folder
 from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row
+from distributed.store import track
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.training import checkpoints
@@ -207,12 +208,25 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.usefixtures("labels")
-def test_training_curves_are_the_losses_of_the_manifest(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "compute.executor=local", *QUICK, "estimator.lr_step=2")
+def test_training_curves_are_the_losses_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[tuple[str, int], float] = {}
+
+    class Backend:
+        def __init__(self, *about: object) -> None: ...
+
+        def log_metrics(self, values: dict[str, float], step: int) -> None:
+            told.update({(name, step): value for name, value in values.items()})
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(track, "_BACKENDS", {"mlflow": Backend})
+    monkeypatch.setattr(track, "check_tracker", lambda config: None)
+    run = tiny_run(tmp_path, "compute.executor=local", *QUICK, "estimator.lr_step=2", "track=mlflow")
     train_estimator.run(run)
     shown = scalars(run.path / "training" / "train_estimator" / "tensorboard")
     for epoch, loss in enumerate(run.manifest["steps"]["train_estimator"]["loss"], 1):
         assert shown["loss", epoch] == pytest.approx(loss, rel=1e-6)
+        assert told["train_estimator/loss", epoch] == loss
         assert 0 < shown["cross_entropy", epoch] < shown["loss", epoch]
         assert shown["samples_per_s", epoch] > 0
     assert [shown["lr", epoch] for epoch in (1, 2, 3)] == pytest.approx([1e-3, 1e-3, 5e-4])
