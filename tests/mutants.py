@@ -52,6 +52,7 @@ TESTS = {
     "core/models/lipschitz.py": "lipschitz deterministic",
     "core/deterministic.py": "deterministic",
     "core/procedures/agreement.py": "agreement agreement_oracles agreement_planted agreement_sequential",
+    "core/procedures/agreement_terms.py": "agreement agreement_sequential",
     "core/machine/engine.py": "engine device_use@memory",
     "core/machine/reference.py": "reference",
     "core/machine/noise.py": "noise engine",
