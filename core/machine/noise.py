@@ -42,6 +42,8 @@ class Copies:
 class Noise(Protocol):
     """What makes noisy copies."""
 
+    seed: int
+    """The run's."""
     kind: str
     """As a configuration names it."""
 

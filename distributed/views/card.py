@@ -29,5 +29,6 @@ def write_card(directory: RunDirectory, data: "ReportData | None" = None) -> Non
         networks = ", ".join(config.certified[role] for role in config.classifiers)
         draws = "all copies" if config.law.exhaustive else f"{config.certify.num_estimation:,} draws"
         spent = f"{draws}, failure probability {config.alpha:g}, {config.law.norm} radii"
+        spent += f"; for {config.holds_for}" if config.certify.reference else ""
         certified = [accuracy_table(data), Text(f"Of {networks}; {spent}.")]
     (directory.folder / "models").write("card.md", run_card(directory.config, directory.manifest, certified).encode())
