@@ -26,6 +26,7 @@ _PARTS = {
     "shapes": "bench.shapes",
     "replicas": "bench.replicas",
     "scheduler": "bench.scheduler",
+    "scale": "bench.scale",
     "startup": "bench.startup",
     "estimate": "bench.estimate",
 }

@@ -102,7 +102,8 @@ class AgreementCertificate(Record):
         radius_constant: what the same votes show of Dual RS's claim, that besides the router picks `sigma` throughout;
             never above `radius`. Each of the two holds with probability 1 - alpha on its own.
         level: m, the level that the selection draws chose, an index into Sigma.
-        binding: the level that has `radius`, an index into Sigma, the chosen one on a tie; None where abstaining.
+        binding: the level that has `radius`, an index into Sigma; of several the one that was asked first, with a fixed
+            budget the chosen one; None where abstaining.
         levels: what is shown of each level, in the order of Sigma.
         router: the rule by which the estimator's votes pick a level.
         sigma_e: noise level of the estimator.

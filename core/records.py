@@ -14,6 +14,7 @@ from core.law import GAUSSIAN, Law, Norm
 
 __all__ = [
     "ABSTAIN",
+    "AUXILIARY",
     "CLASSIFIER",
     "ESTIMATOR",
     "AlphaSplit",
@@ -24,7 +25,6 @@ __all__ = [
     "Draws",
     "DualCertificate",
     "DualPrediction",
-    "MultiscaleCertificate",
     "Phase",
     "Prediction",
     "Procedure",
@@ -33,6 +33,8 @@ __all__ = [
     "Sampling",
     "Stop",
     "divided",
+    "is_paired",
+    "paired",
     "stage_sampling",
 ]
 
@@ -41,6 +43,22 @@ ABSTAIN: Final = -1
 
 ESTIMATOR: Final = "estimator"
 CLASSIFIER: Final = "classifier"
+
+AUXILIARY: Final = "auxiliary"
+"""In an answer: one integer in [0, 2^53), uniform and independent of all noise (`core.machine.noise_key.auxiliary`)."""
+
+_PAIRED = "/reference"
+
+
+def paired(head: str) -> str:
+    """The head that votes for what `head` votes for and the reference does not (`core.machine.reference`)."""
+    return head + _PAIRED
+
+
+def is_paired(head: str) -> bool:
+    """Whether this is such a head."""
+    return head.endswith(_PAIRED)
+
 
 Counts = NDArray[np.int64]
 """Votes per class, shape ``(num_classes,)``. Draws with non-finite logits vote for no class."""
@@ -67,6 +85,7 @@ class Draws:
         heads: networks that vote on each copy; several heads read the same (denoised) copy.
         phase: noise of different phases is independent.
         start: number of the first copy; a later request of the same sigma and phase goes on where the last one ended.
+        auxiliary: whether the answer has, under AUXILIARY, the number of `core.machine.noise_key.auxiliary` too.
     """
 
     sigma: float
@@ -74,6 +93,7 @@ class Draws:
     heads: tuple[str, ...]
     phase: Phase
     start: int = 0
+    auxiliary: bool = False
 
 
 R = TypeVar("R")
@@ -90,15 +110,22 @@ class Sampling:
         num_estimation: fresh copies that bound its probability (Cohen's n).
         alpha: failure probability in (0, 1); 0 under an exhaustive law, whatever is given.
         law: what the noise proves.
+        num_reference: the first estimation copies, which the reference sees too; 0 where the network that votes is the
+            one that is certified (`core.procedures.smoothing.stage_bound`).
+        reference_share: share of alpha, in (0, 1), for how often the two disagree.
+        bound: `randomized`: see `core.procedures.randomized`.
 
     Raises:
-        ConfigError: for a number of copies below 1 or an alpha outside (0, 1).
+        ConfigError: for a number of copies below 1, or an alpha outside (0, 1).
     """
 
     num_selection: int = 100
     num_estimation: int = 10_000
     alpha: float = 0.001
     law: Law = GAUSSIAN
+    num_reference: int = 0
+    reference_share: float = 0.5
+    bound: Literal["clopper_pearson", "randomized"] = "clopper_pearson"
 
     def __post_init__(self) -> None:
         for name in ("num_selection", "num_estimation"):
@@ -109,6 +136,15 @@ class Sampling:
             object.__setattr__(self, "alpha", 0.0)
         elif not 0.0 < self.alpha < 1.0:
             raise ConfigError(f"alpha is a failure probability and must lie in (0, 1), got {self.alpha!r}")
+        if not self.plain and self.law.exhaustive:
+            raise ConfigError("noise that is drawn in full has no bound: neither a reference nor the randomised one")
+        if not 0 <= self.num_reference <= self.num_estimation:
+            raise ConfigError(f"num_reference must lie in [0, {self.num_estimation}], got {self.num_reference!r}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is Clopper-Pearson's bound of the network that votes: what all methods and budgets know."""
+        return not self.num_reference and self.bound == "clopper_pearson"
 
     def at(self, sigma: float) -> "Sampling":
         """What is drawn at a noise level: all copies that there are, where the law asks for them."""
@@ -224,6 +260,10 @@ class Certificate(Record):
         alpha_early: the part of alpha that was set aside for stopping early; the look at the last draw has the rest.
         target: the radius that was aimed at, or the highest one of a grid that was shown; None without either. A
             radius that equals it is censored: more draws might have shown more.
+        num_reference: estimation draws that the reference saw too; if any, the certificate and `p_lower` are for it.
+        counts_missed: of these, by class, those that voted for it while the reference did not; None without reference.
+        disagreement_upper: upper bound of the probability of that, for the top class.
+        uniform: of the randomised bound, in (0, 1]; None otherwise.
         law: what the noise proves.
     """
 
@@ -239,6 +279,10 @@ class Certificate(Record):
     stop: Stop = Stop.FULL
     alpha_early: float = 0.0
     target: float | None = None
+    num_reference: int = 0
+    counts_missed: Counts | None = None
+    disagreement_upper: float = 0.0
+    uniform: float | None = None
     law: Law = GAUSSIAN
 
     @property
@@ -326,45 +370,6 @@ class DualCertificate(Record):
     def counts_estimation(self) -> Counts:
         """The classifier's estimation votes; empty when it was not run."""
         return self.class_stage.counts_estimation if self.class_stage else np.zeros(0, np.int64)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MultiscaleCertificate(Record):
-    """The outcome of Multiscale (Jeong & Shin 2023) for one input, made rigorous: see `core.procedures.multiscale`.
-
-    With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
-    of the cascade everywhere in the open ball of `radius`.
-
-    Attributes:
-        prediction: class index, or ABSTAIN.
-        radius: min(radius_level, radius_above), or 0.0.
-        sigma: noise level that decided; None where abstaining.
-        levels: certificates of the levels that were asked, the largest sigma first. All but the last one abstained.
-        radius_level: radius of the class at the last level alone; 0.0 where that one abstained too.
-        radius_above: radius within which no level above decides for another class; infinite where there is none above,
-            0.0 where the last level abstained.
-        sigma_bound: the level that bounds the radius: `sigma` or one above it; None where abstaining.
-        alpha: total failure probability; `levels[-1].alpha` is the share of it that every bound of this one spends.
-    """
-
-    prediction: int
-    radius: float
-    sigma: float | None
-    levels: tuple[Certificate, ...]
-    radius_level: float
-    radius_above: float
-    sigma_bound: float | None
-    alpha: float
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
-
-    @property
-    def num_draws(self) -> int:
-        """Noisy copies spent on all levels that were asked."""
-        return sum(level.num_draws for level in self.levels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

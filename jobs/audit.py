@@ -49,6 +49,8 @@ def main() -> int:
             findings += [f"{prefix}{finding}" for finding in found]
             for store, rows in checked.items():
                 print(f"{prefix}{store}: {rows:,} rows recomputed from their votes")
+                if store != "dataset" and directory.config.certify.reference:
+                    print(f"{prefix}{store}: certificates for {directory.config.holds_for}")
                 shards = ShardStore(directory.folder, store)
                 if failed := len(shards.read_errors()):
                     print(f"{prefix}{store}: {failed:,} of them could not be run and certify nothing (errors/)")

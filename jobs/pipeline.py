@@ -69,7 +69,7 @@ def run(directory: RunDirectory) -> None:
 
 def _run_steps(directory: RunDirectory, steps: Sequence[Step], start: float) -> None:
     for number, (name, step) in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {name} ({time.monotonic() - start:.0f} s)", flush=True)
+        print(f"[{number}/{len(steps)}] {name} (after {time.monotonic() - start:.0f} s)", flush=True)
         step(directory)
 
 

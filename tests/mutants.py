@@ -41,7 +41,8 @@ from mutmut.mutation import mutators
 
 TESTS = {
     "core/procedures/confidence.py": "confidence e_process agreement@two_bounds",
-    "core/procedures/smoothing.py": "smoothing",
+    "core/procedures/smoothing.py": "smoothing reference_bound",
+    "core/procedures/randomized.py": "randomized",
     "core/procedures/dual.py": "smoothing dual_sequential properties",
     "core/procedures/sequential.py": "sequential dual_sequential",
     "core/procedures/multiscale.py": "multiscale multiscale_closed_forms",
@@ -51,7 +52,9 @@ TESTS = {
     "core/models/lipschitz.py": "lipschitz deterministic",
     "core/deterministic.py": "deterministic",
     "core/procedures/agreement.py": "agreement agreement_oracles agreement_planted agreement_sequential",
+    "core/procedures/agreement_terms.py": "agreement agreement_sequential",
     "core/machine/engine.py": "engine device_use@memory",
+    "core/machine/reference.py": "reference",
     "core/machine/noise.py": "noise engine",
     "core/machine/keystream.py": "keystream",
     "core/machine/normal.py": "normal",

@@ -9,6 +9,10 @@ from core.config.values import Count, Positive, Section
 __all__ = ["ComputeConfig"]
 
 
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+Compile = bool | Literal["graphs"]
+
+
 class ComputeConfig(Section):
     """How it runs. Of these, only `batch_size`, `precision`, `channels_last`, `compile`, `chunk_size`, `device` and, in
     the last bits, thread counts can touch a count.
@@ -21,12 +25,12 @@ class ComputeConfig(Section):
     batch_size: Literal["auto"] | Count = 500
     """Rows of every forward pass. `auto` measures, once, before a step's plan is written: doubled while two batches fit
     the memory and rows per second still grow. The plan keeps the number, for all replicas and every resumption."""
-    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     """Of the arithmetic in denoiser and heads when certificates are made: `tf32` on CUDA's tensor cores; `bfloat16`,
     `float16` by autocast. Noise, images, the timestep embedding and votes stay float32. Trainings have their own."""
     channels_last: bool = False
     """Memory order that convolutions on tensor cores want. On a CPU it may be slower: see docs/performance.md."""
-    compile: bool | Literal["graphs"] = False
+    compile: Compile = False
     """torch.compile of denoiser and heads, in every replica: minutes before its first pass. `graphs` also records CUDA
     graphs, for networks so small that launching their kernels takes longer than running them."""
     chunk_size: Count = 100

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,7 +17,7 @@ from core.config.values import Count, Positive, Section
 from core.errors import ConfigError
 from core.law import Law, law_of
 from core.procedures.multiscale import level_alphas
-from core.records import CLASSIFIER
+from core.records import CLASSIFIER, Sampling
 
 __all__ = ["Config"]
 
@@ -74,8 +75,7 @@ class Config(Section):
         if self.reach <= 0:
             raise ValueError(
                 f"certify.num_estimation: {self.certify.num_estimation} draws at {self._stages} cannot "
-                "certify anything, every input would abstain; set it to at least "
-                f"{self._draws_for(0.0):,}"
+                f"certify anything, every input would abstain; {self._more_draws(0.0)}"
             )
         labels = self.labels
         if largest_radius(top, labels.num_estimation, labels.alpha, self.law) <= 0:
@@ -102,6 +102,12 @@ class Config(Section):
             raise ValueError(
                 f"compute.train_workers: {compute.train_workers} workers need compute.executor=ray; with local, leave "
                 "it at 0"
+            )
+        reference = self.certify.reference
+        if reference and self.deployed.compute == compute:
+            raise ValueError(
+                "certify.reference: is the network that compute describes; remove it, or give the two another "
+                "precision, compile or batch_size"
             )
         if self.rounds > 1 and not self.finetune.epochs:
             raise ValueError(
@@ -256,20 +262,26 @@ class Config(Section):
     @property
     def reach(self) -> float:
         """The radius below which all certificates of Dual RS stay, whatever the networks do."""
-        from core.procedures.confidence import largest_radius  # scipy: half of what `--help` would take
+        from core.procedures.smoothing import furthest  # scipy: half of what `--help` would take
 
-        num, law = self.certify.num_estimation, self.law
-        return min(max(largest_radius(sigma, num, alpha, law) for sigma, alpha in group) for group in self._limits())
+        return min(max(furthest(sigma, self.sampling(alpha)) for sigma, alpha in group) for group in self._limits())
 
-    def _draws_for(self, radius: float) -> int:
-        """The fewest draws whose `reach` exceeds a radius."""
+    def _more_draws(self, radius: float) -> str:
+        """What to do for a `reach` that exceeds a radius."""
         from core.procedures.confidence import draws_needed
 
-        law = self.law
-        return max(
-            min(draws_needed(radius, sigma, alpha, law) for sigma, alpha in group if radius < law.limit(sigma))
+        if self.certify.reference:
+            return "raise certify.reference.num_draws, and certify.num_estimation with it"
+        law, capped = self.law, self.certify.bound == "randomized"  # at what all draws show with probability 1/2
+        needed = max(
+            min(
+                draws_needed(radius, sigma, 0.5 if capped else alpha, law)
+                for sigma, alpha in group
+                if radius < law.limit(sigma)
+            )
             for group in self._limits()
         )
+        return f"set certify.num_estimation to at least {needed:,}"
 
     def check_radii(self, others: float = 0.0) -> None:
         """Refuse radii of the report that nothing on it reaches.
@@ -293,9 +305,37 @@ class Config(Section):
                 where += f" and sigma_e = {self.estimator_sigma}"
             raise ConfigError(
                 f"certify.num_estimation: {num} draws at {self._stages} certify radii below "
-                f"{self.reach:.3f} at {where}, but report.radii asks for {asked:g}; set certify.num_estimation "
-                f"to at least {self._draws_for(asked):,}, or lower report.radii"
+                f"{self.reach:.3f} at {where}, but report.radii asks for {asked:g}; "
+                f"{self._more_draws(asked)}, or lower report.radii"
             )
+
+    def sampling(self, alpha: float | None = None) -> Sampling:
+        """Draws of a stage of a certificate, and what of alpha (all unless given) it may spend."""
+        c, reference = self.certify, self.certify.reference
+        plain = Sampling(c.num_selection, c.num_estimation, c.alpha if alpha is None else alpha, self.law)
+        plain = replace(plain, bound=c.bound)
+        if reference is None:
+            return plain
+        return replace(plain, num_reference=reference.num_draws, reference_share=reference.alpha_share)
+
+    @property
+    def deployed(self) -> Self:
+        """The configuration whose own network is the one that certificates are for."""
+        if (reference := self.certify.reference) is None:
+            return self
+        given: dict[str, Any] = {"precision": reference.precision, "compile": reference.compile}
+        if reference.batch_size is not None:
+            given["batch_size"] = reference.batch_size
+        compute, certify = self.compute.model_copy(update=given), self.certify.model_copy(update={"reference": None})
+        return self.model_copy(update={"compute": compute, "certify": certify})
+
+    @property
+    def holds_for(self) -> str:
+        """The network that certificates are for, in words."""
+        compute = self.deployed.compute
+        compiled = ", compiled" if compute.compile else ""
+        own = f"{compute.precision}{compiled}, batches of {compute.batch_size}"
+        return own if self.certify.reference is None else f"the reference ({own})"
 
     @property
     def grid_radii(self) -> tuple[float, ...]:

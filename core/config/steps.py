@@ -5,10 +5,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from core.agreement_records import Claim, Router
+from core.config.compute import Compile, Precision
 from core.config.models import ClassifierConfig
 from core.config.values import Alpha, Augment, Count, NonNegative, Positive, Section, Share
 
-__all__ = ["CertifyConfig", "EstimatorConfig", "FinetuneConfig", "LabelConfig", "ReportConfig"]
+__all__ = ["CertifyConfig", "EstimatorConfig", "FinetuneConfig", "LabelConfig", "ReferenceConfig", "ReportConfig"]
 
 FEATURES = "features"
 """As `estimator.backbone`."""
@@ -20,7 +21,9 @@ class LabelConfig(Section):
     num_selection: Count = 100
     """Draws that choose the class, n0."""
     num_estimation: Count = 100
-    """Fresh draws that bound its probability, n; 100 are enough for labels (arXiv 2512.01782)."""
+    """Fresh draws that bound its probability, n; 100 are enough for labels (arXiv 2512.01782). With
+    `estimator.label_radius: shrunk`, which reads the true class in n0 + n, 10 and 56
+    cost a third (docs/performance.md)."""
     alpha: Alpha = 0.001
     """Failure probability of each certificate."""
 
@@ -160,6 +163,24 @@ class FinetuneConfig(Section):
     """Noisy copies over which the estimator's majority picks the sigma of a training sample."""
 
 
+class ReferenceConfig(Section):
+    """The network that is deployed, where `compute` describes a faster one that stands in for it (docs/guarantees.md).
+
+    It sees the first `num_draws` of the estimation draws too. Radii are for it, less what the two may disagree by.
+    """
+
+    precision: Precision = "float32"
+    """As `compute.precision`."""
+    compile: Compile = False
+    """As `compute.compile`."""
+    batch_size: Count | None = None
+    """Rows of its passes, for example 1; `compute.batch_size` unless given."""
+    num_draws: Count = 1000
+    """Estimation draws of each stage that it sees. They limit the radius: it cannot be shown to agree more often."""
+    alpha_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of each stage's alpha for how often the two disagree."""
+
+
 class CertifyConfig(Section):
     """Test-time certification (`jobs.certify`)."""
 
@@ -181,6 +202,13 @@ class CertifyConfig(Section):
     router_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of alpha that the router spends under claim `agreement`, the class the rest. Where the router is sure the
     class decides the radius, so a small share costs little and gives the class more."""
+    bound: Literal["clopper_pearson", "randomized"] = "clopper_pearson"
+    """Lower confidence bound of a probability. `randomized`: it fails with alpha exactly, so radii are a little larger
+    (docs/guarantees.md); the row keeps the random number, a function of the noise's key. For budget `fixed` and claim
+    `constant`."""
+    reference: ReferenceConfig | None = None
+    """The network that certificates are for, where it is not the one that `compute` computes: the same weights in
+    another precision, compiled or not, or in passes of other rows. For budget `fixed` and claim `constant`."""
     budget: Literal["fixed", "sequential", "grid"] = "fixed"
     """`fixed`: all draws, the field's standard; `sequential`: the same radii, each stage of Dual RS stops as soon as
     it cannot change what is reported; `grid`: only which radii of `grid` are exceeded."""
@@ -206,6 +234,18 @@ class CertifyConfig(Section):
             raise ValueError(
                 f"alpha_split: {self.alpha_split!r} is for claim constant; under agreement an error of either stage is "
                 "enough, use halves"
+            )
+        odd = "reference" if self.reference else "bound" if self.bound != "clopper_pearson" else None
+        others = {"budget": self.budget != "fixed", "claim": self.claim != "constant", "multiscale": self.multiscale}
+        for key in (key for key, is_set in others.items() if odd and is_set):
+            raise ValueError(
+                f"{odd}: is for budget fixed and claim constant, without multiscale, but {key} is "
+                f"{getattr(self, key)}; change one of them"
+            )
+        if self.reference and self.reference.num_draws > self.num_estimation:
+            raise ValueError(
+                f"reference.num_draws: {self.reference.num_draws} draws of num_estimation = {self.num_estimation}; "
+                "lower it"
             )
         return self
 

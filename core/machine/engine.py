@@ -23,7 +23,8 @@ from core.errors import ConfigError, DataError
 from core.machine.batch_size import seconds_of_pass
 from core.machine.network import Network
 from core.machine.noise import Copies, Noise
-from core.records import Draws, Procedure
+from core.machine.noise_key import auxiliary
+from core.records import AUXILIARY, Draws, Procedure
 
 __all__ = ["Engine", "Finished", "Task"]
 
@@ -317,6 +318,9 @@ class Engine:
                 if self.micro_batch == 1:
                     error.add_note("not even a forward pass of one row fits: use a device with more memory")
                     raise
+                if not self.network.may_split:
+                    error.add_note("with certify.reference all passes have one shape: lower compute.batch_size")
+                    raise
             # Out of the handler, whose traceback holds the activations of the pass that failed.
             self.micro_batch = -(-self.micro_batch // 2)
             if self._device.type == "cuda":
@@ -375,6 +379,9 @@ class Engine:
                 name: counts[self._head_index[name], : self.network.heads[name].num_outputs].copy()
                 for name in request.draws.heads
             }
+            if (draws := request.draws).auxiliary:
+                number = auxiliary(self.noise.seed, request.task.example_id, draws.phase, draws.sigma)
+                answer[AUXILIARY] = np.array([number])
             yield from self._resume(request.task, request.image, answer)
 
     def _to_device(self, host: Tensor) -> Tensor:

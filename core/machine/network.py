@@ -104,6 +104,9 @@ class Network:
         ConfigError: for a head of fewer than two outputs (the estimator: fewer than one), or what cannot be called.
     """
 
+    may_split = True
+    """Whether passes may become smaller on the way, when memory runs out."""
+
     def __init__(
         self,
         heads: Mapping[str, Head],

@@ -42,6 +42,9 @@ class Copies:
 class Noise(Protocol):
     """What makes noisy copies."""
 
+    seed: int
+    """The run's."""
+
     def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> Tensor | None:
         """Overwrite `out` with noisy copies. Each depends on the seed, its example, phase, level and number alone.
 

@@ -8,7 +8,7 @@ import hashlib
 
 from core.records import Phase
 
-__all__ = ["noise_key", "training_key"]
+__all__ = ["auxiliary", "noise_key", "training_key"]
 
 
 def noise_key(seed: int, example_id: str, phase: Phase, sigma: float, kind: str) -> bytes:
@@ -19,6 +19,14 @@ def noise_key(seed: int, example_id: str, phase: Phase, sigma: float, kind: str)
     """
     text = f"{seed}|{phase.value}|{float(sigma).hex()}|{example_id}"
     return hashlib.blake2b(text.encode(), digest_size=32, person=kind.encode()).digest()
+
+
+def auxiliary(seed: int, example_id: str, phase: Phase, sigma: float) -> int:
+    """The uniform number of a randomised bound, an integer in [0, 2^53): a function of what keys the draws beside it.
+
+    It shares no bits with any noise, and nobody can draw it again: not a retry, and not the audit.
+    """
+    return int.from_bytes(noise_key(seed, example_id, phase, sigma, "auxiliary")[:8], "little") >> 11
 
 
 def training_key(seed: int, training: str, use: str, epoch: int, where: str) -> bytes:

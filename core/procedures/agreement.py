@@ -11,8 +11,7 @@ why alpha needs no correction for the number of levels. Levels are counted from 
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import get_args
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,13 +23,13 @@ from core.agreement_records import (
     Router,
     StageVotes,
 )
-from core.errors import ConfigError
+from core.procedures.agreement_terms import Agreement, Near, others_of
 from core.procedures.composition import Composition, Radius, compose
 from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
 from core.procedures.dual import selection_heads
-from core.procedures.ladder import Ladder, sample
+from core.procedures.ladder import sample
 from core.procedures.routers import against, choose_level
-from core.procedures.sequential import Budget, ascending_grid, beyond, check_budget, second_targets
+from core.procedures.sequential import beyond
 from core.procedures.smoothing import predict
 from core.records import (
     ABSTAIN,
@@ -41,81 +40,11 @@ from core.records import (
     Phase,
     Prediction,
     Procedure,
-    Rule,
     Sampling,
     Stop,
-    divided,
 )
 
-__all__ = [
-    "Agreement",
-    "agreement_certify",
-    "agreement_from_votes",
-    "agreement_predict",
-    "choose_level",
-]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """The terms of an agreement certificate.
-
-    Attributes:
-        sigmas: Sigma, in the order of the estimator's outputs; ascending for the median router.
-        sigma_e: noise level of the estimator; any.
-        sampling: draws of each stage at most; alpha is the total failure probability.
-        router: how the estimator's votes pick a level.
-        budget: `fixed`, all draws of every stage that is asked; `sequential`, stop where nothing more is to be gained;
-            `grid`, decide only which of `radii` the radius exceeds. The plurality router takes all of its draws.
-        rule: when a budget other than `fixed` looks and gives up.
-        radii: the grid, ascending.
-        router_share: the part of alpha that the router spends, in (0, 1); the class spends the rest.
-
-    Raises:
-        ConfigError: for a router or a budget that there is not, levels that are not ascending under the median router,
-            or a grid that is none.
-    """
-
-    sigmas: tuple[float, ...]
-    sigma_e: float
-    sampling: Sampling
-    router: Router = "median"
-    budget: Budget = "fixed"
-    rule: Rule = field(default_factory=Rule)
-    radii: tuple[float, ...] = ()
-    router_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, known in (("router", get_args(Router)), ("budget", get_args(Budget))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if not 0.0 < self.router_share < 1.0:
-            raise ConfigError(f"router_share must lie in (0, 1), got {self.router_share!r}")
-        if self.router == "median" and list(self.sigmas) != sorted(set(self.sigmas)):
-            raise ConfigError(
-                f"the median router needs ascending sigmas, got {self.sigmas}; sort them, and the estimator's outputs "
-                "with them, or use router 'plurality'"
-            )
-        check_budget(self.budget, self.sampling.law)
-        if self.budget == "grid":
-            ascending_grid(self.radii)
-
-    @property
-    def stages(self) -> dict[str, Sampling]:
-        """What the router may spend, and what the class may."""
-        return divided(self.sampling, self.router_share)
-
-    def targets(self, reached: float, useful: float) -> tuple[float, ...]:
-        """Radii that a stage may show early: it has only to show what was reached, beyond what is known anyway."""
-        if self.budget == "fixed":
-            return ()
-        radii = self.radii if self.budget == "grid" else ()
-        return tuple(target for target in second_targets(radii, reached) if target > useful)
-
-    def ladder(self, head: str, sigma: float, targets: tuple[float, ...], useful: float = 0.0) -> Ladder:
-        """What the votes of a stage show of the targets."""
-        grid = self.budget == "grid"
-        return Ladder(sigma, targets, self.stages[head], self.rule.early_share, grid=grid, useful=useful)
+__all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
 
 
 @dataclass(frozen=True)
@@ -135,17 +64,16 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
     heads = selection_heads(sigmas, sigma_e)
     selection = yield Draws(sigma_e, num, heads, Phase.SELECTION)
     level = choose_level(selection[ESTIMATOR], terms.router)
-    shared = sigmas[level] == sigma_e
-    if not shared:
+    if sigmas[level] != sigma_e:
         selection = {**selection, **(yield Draws(sigmas[level], num, (CLASSIFIER,), Phase.SELECTION))}
-    others: list[Counts] | None = [] if shared else None
-
+    at_sigma_e, others = Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]).at_sigma_e, list[Counts]()
     statement = _statement(terms, selection[ESTIMATOR], selection[CLASSIFIER])
     stage, look_every = next(statement), terms.rule.look_every
     while True:
         head, sigma = (ESTIMATOR, sigma_e) if stage.place is None else (CLASSIFIER, sigmas[stage.place])
+        shared = at_sigma_e is not None and stage.place in (None, at_sigma_e)
+        both = shared and not others  # the first of the two has both networks vote, the second begins with that
         most = terms.sampling.at(sigma).num_estimation
-        both = shared and stage.place == level
         votes = yield from sample(
             sigma,
             most,
@@ -153,7 +81,7 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
             head,
             stage.verdict,
             ask=heads if both else (head,),
-            given=others if others and stage.place is None else (),
+            given=() if both or not shared else tuple(others),
             others=others if both else None,
         )
         try:
@@ -191,13 +119,15 @@ def _statement(
     """The statement: asks for the votes of one stage after the other, and says what they show together.
 
     Another level is asked only where the router may pick it within the radius reached so far, and has only to show that
-    radius. In which order does not matter for a fixed budget; the nearest one first saves draws.
+    radius. In which order does not matter for a fixed budget; otherwise levels that the router is seen to pick near by
+    go first, for where their class is the same the router need not be bounded away from them.
     """
     chosen, c = choose_level(router_selection, terms.router), int(class_selection.argmax())
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
     alphas, norm = {head: stage.alpha for head, stage in terms.stages.items()}, terms.sampling.law.norm
+    near, others = Near(terms, chosen, router_selection, class_selection), others_of(chosen, num_levels)
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
@@ -206,12 +136,17 @@ def _statement(
         classes[place] = votes
         bounds[place], radii[place], _ = ladder.result(_agreeing(votes.counts, c), votes.num)
 
-    yield from ask(chosen, beyond(terms.radii) if grid else ())
     router, excluded, constant = _nothing(router_selection), [0.0] * num_levels, 0.0
-    if radii[chosen]:
-        reach = _Reach(terms, chosen, terms.targets(radii[chosen], 0.0))
-        router = yield _Stage(None, reach.verdict)
-        excluded, constant = reach.radii(router)
+
+    def route(reached: float) -> Generator[_Stage, StageVotes, None]:
+        nonlocal router, excluded, constant
+        places = [place for place in others if radii[place] < reached]
+        if places or not near.places:
+            reach = _Reach(terms, chosen, terms.targets(reached, 0.0), places)
+            router = yield _Stage(None, reach.verdict)
+            excluded, constant = reach.radii(router)
+
+    reached = near.goal
 
     def composed(places: Sequence[int]) -> Composition:
         return compose(
@@ -219,8 +154,22 @@ def _statement(
             [Radius(radii[place], norm, alphas[CLASSIFIER]) for place in places],
         )
 
-    seen = [chosen]
-    for place in sorted(_others(chosen, num_levels), key=excluded.__getitem__):
+    for place in near.places:
+        yield from ask(place, terms.targets(reached, 0.0))
+        reached = min(reached, max(radii[place], near.likely[place]))
+    doubtful = any(radii[place] < reached for place in near.places)
+    if doubtful:  # the class there may be another one
+        yield from route(reached)
+        reached = min(reached, composed(near.places).radius)
+    classes[chosen] = _nothing(class_selection)
+    if reached:
+        yield from ask(chosen, terms.targets(reached, 0.0) if near.places else beyond(terms.radii) if grid else ())
+        reached = min(reached, radii[chosen])
+    if reached and not doubtful:
+        yield from route(reached)
+
+    seen = [*near.places, chosen]
+    for place in sorted((each for each in others if each not in seen), key=excluded.__getitem__):
         reached = composed(seen).radius
         if excluded[place] < reached:
             yield from ask(place, terms.targets(reached, excluded[place]), excluded[place])
@@ -240,13 +189,9 @@ def _statement(
         alpha_router=alphas[ESTIMATOR],
         alpha_class=alphas[CLASSIFIER],
         num_selection=terms.sampling.num_selection,
-        num_shared=_num_shared(terms, chosen, router, classes),
+        num_shared=_num_shared(terms, chosen, near, router, classes),
         votes=AgreementVotes(router_selection, class_selection, router, tuple(classes)),
     )
-
-
-def _others(chosen: int, num_levels: int) -> list[int]:
-    return [place for place in range(num_levels) if place != chosen]
 
 
 def _agreeing(votes: Counts, c: int) -> int:
@@ -257,9 +202,8 @@ def _agreeing(votes: Counts, c: int) -> int:
 class _Reach:
     """How far the router cannot reach each level, from one stream of votes."""
 
-    def __init__(self, terms: Agreement, chosen: int, targets: tuple[float, ...]) -> None:
-        self.terms, self.chosen, self.targets = terms, chosen, targets
-        self.others = _others(chosen, len(terms.sigmas))
+    def __init__(self, terms: Agreement, chosen: int, targets: tuple[float, ...], places: Sequence[int]) -> None:
+        self.terms, self.chosen, self.targets, self.places = terms, chosen, targets, places
         self.ladder = terms.ladder(ESTIMATOR, terms.sigma_e, targets)
 
     def verdict(self, votes: Counts, num: int) -> Stop:
@@ -267,7 +211,7 @@ class _Reach:
         if self.terms.router == "plurality":
             return Stop.FULL
         z = self.terms.rule.futility_z
-        seen = {self.ladder.verdict(against(votes, self.chosen, place), num, z) for place in self.others}
+        seen = {self.ladder.verdict(against(votes, self.chosen, place), num, z) for place in self.places}
         order = (Stop.FULL, Stop.UNLIKELY, Stop.FUTILE)
         return next((stop for stop in order if stop in seen), Stop.REACHED if self.targets else Stop.FULL)
 
@@ -275,7 +219,7 @@ class _Reach:
         """E of every level (0.0 for the chosen one), and within what the chosen one does not change."""
         shown = self._median if self.terms.router == "median" else self._plurality
         excluded = [0.0] * len(self.terms.sigmas)
-        for place in self.others:
+        for place in others_of(self.chosen, len(excluded)):
             excluded[place] = shown(router, place)
         return excluded, shown(router, self.chosen)
 
@@ -300,11 +244,12 @@ class _Reach:
         return radius
 
 
-def _num_shared(terms: Agreement, chosen: int, router: StageVotes, classes: Sequence[StageVotes | None]) -> int:
-    own = classes[chosen]
-    if terms.sigmas[chosen] != terms.sigma_e or own is None:
-        return 0
-    return terms.sampling.num_selection + min(router.num, own.num)
+def _num_shared(
+    terms: Agreement, chosen: int, near: Near, router: StageVotes, classes: Sequence[StageVotes | None]
+) -> int:
+    own = None if near.at_sigma_e is None else classes[near.at_sigma_e]
+    selection = terms.sampling.num_selection if near.at_sigma_e == chosen else 0
+    return selection + min(router.num, own.num) if own else 0
 
 
 def _nothing(like: Counts) -> StageVotes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from core.procedures.smoothing import certificate, certify, predict
+from core.procedures.smoothing import certificate, certify, estimate, predict
 from core.records import (
     ABSTAIN,
     CLASSIFIER,
@@ -43,12 +43,12 @@ def dual_certify(
     sigma = sigmas[int(selection[ESTIMATOR].argmax())]
     shared = sigma == sigma_e
     asked = heads if shared else (ESTIMATOR,)
-    estimation = yield Draws(sigma_e, stage.at(sigma_e).num_estimation, asked, Phase.ESTIMATION)
-    level = certificate(selection[ESTIMATOR], estimation[ESTIMATOR], sigma_e, stage)
+    found = yield from estimate(sigma_e, stage, asked)
+    level = certificate(selection[ESTIMATOR], found[ESTIMATOR].counts, sigma_e, stage, found[ESTIMATOR])
     if level.abstained:
         return join_stages(level, None, sigmas, sampling.alpha)
     if shared:
-        label = certificate(selection[CLASSIFIER], estimation[CLASSIFIER], sigma, stage)
+        label = certificate(selection[CLASSIFIER], found[CLASSIFIER].counts, sigma, stage, found[CLASSIFIER])
     else:
         label = yield from certify(sigma, stage, head=CLASSIFIER)
     return join_stages(level, label, sigmas, sampling.alpha)

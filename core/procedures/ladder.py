@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from core.errors import ConfigError
 from core.procedures.confidence import certified_radius, log_e_value, lower_bounds, probability_of_radius
 from core.records import Counts, Draws, Phase, Procedure, Sampling, Stop
 
@@ -79,6 +80,8 @@ class Ladder:
         grid: bool = False,
         useful: float = 0.0,
     ) -> None:
+        if not sampling.plain:
+            raise ConfigError("a reference, or the randomised bound, is for budget fixed and claim constant alone")
         sampling = sampling.at(sigma)
         self.sigma, self.targets, self.most, self.grid = sigma, targets, sampling.num_estimation, grid
         self.law = sampling.law

@@ -13,7 +13,7 @@ class is in doubt does not end the cascade, as long as a level below may still d
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -22,9 +22,48 @@ from core.errors import ConfigError
 from core.law import Law
 from core.procedures.confidence import bound_and_radius, lower_bound
 from core.procedures.smoothing import certify
-from core.records import ABSTAIN, Certificate, MultiscaleCertificate, Procedure, Sampling
+from core.records import ABSTAIN, Certificate, Procedure, Record, Sampling
 
-__all__ = ["level_alphas", "multiscale_certify"]
+__all__ = ["MultiscaleCertificate", "level_alphas", "multiscale_certify"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MultiscaleCertificate(Record):
+    """The outcome of Multiscale (Jeong & Shin 2023) for one input.
+
+    With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
+    of the cascade everywhere in the open ball of `radius`.
+
+    Attributes:
+        prediction: class index, or ABSTAIN.
+        radius: min(radius_level, radius_above), or 0.0.
+        sigma: noise level that decided; None where abstaining.
+        levels: certificates of the levels that were asked, the largest sigma first. All but the last one abstained.
+        radius_level: radius of the class at the last level alone; 0.0 where that one abstained too.
+        radius_above: radius within which no level above decides for another class; infinite where there is none above,
+            0.0 where the last level abstained.
+        sigma_bound: the level that bounds the radius: `sigma` or one above it; None where abstaining.
+        alpha: total failure probability; `levels[-1].alpha` is the share of it that every bound of this one spends.
+    """
+
+    prediction: int
+    radius: float
+    sigma: float | None
+    levels: tuple[Certificate, ...]
+    radius_level: float
+    radius_above: float
+    sigma_bound: float | None
+    alpha: float
+
+    @property
+    def abstained(self) -> bool:
+        """Whether nothing was certified."""
+        return self.prediction == ABSTAIN
+
+    @property
+    def num_draws(self) -> int:
+        """Noisy copies spent on all levels that were asked."""
+        return sum(level.num_draws for level in self.levels)
 
 
 def level_alphas(alpha: float, num_levels: int, shares: Sequence[float] = ()) -> tuple[float, ...]:
@@ -64,6 +103,8 @@ def multiscale_certify(
         sampling: draws of each level; alpha is the total failure probability.
         shares: how it is divided over Sigma, see `level_alphas`.
     """
+    if not sampling.plain:
+        raise ConfigError("Multiscale knows neither a reference nor the randomised bound")
     alphas = level_alphas(sampling.alpha, len(sigmas), shares)
     levels: list[Certificate] = []
     for place in reversed(range(len(sigmas))):

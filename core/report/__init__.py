@@ -237,6 +237,7 @@ class ReportData:
         alpha: failure probability per example.
         alpha_stages: what Dual RS spends on the noise level and on the class.
         num_selection, num_estimation: draws of each certificate (n0 and n).
+        reach: what no radius of this run exceeds; None where that is `largest_radius` of these.
         notes: sentences to show below the summary.
         manifest: configuration, versions, seed; shown as JSON.
 
@@ -260,6 +261,7 @@ class ReportData:
     alpha_stages: tuple[float, float]
     num_selection: int
     num_estimation: int
+    reach: float | None = None
     notes: tuple[str, ...] = ()
     manifest: Mapping[str, object]
 

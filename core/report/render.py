@@ -194,7 +194,7 @@ def _imported_notes(data: ReportData) -> list[str]:
 
 def _reach_notes(data: ReportData) -> list[str]:
     """Where the columns begin that no certificate of this run can fill."""
-    reach = largest_radius(float(data.sigmas.max()), data.num_estimation, data.alpha, data.law)
+    reach = data.reach or largest_radius(float(data.sigmas.max()), data.num_estimation, data.alpha, data.law)
     beyond = [f"{radius:g}" for radius in data.radii if radius >= reach]
     if not beyond:
         return []

@@ -196,7 +196,7 @@ def _against_votes(
     if row["status"] == ERROR:
         if label is not None:
             expected = method.error_row(row["example_id"], label, row["sigma"] if method.per_level else None, terms)
-            yield from _differences(row, expected, method.schema)
+            yield from _differences(row, expected, method.columns(terms))
         return
     for votes in method.votes(row, terms, num_classes):
         yield from _out_of_range(votes)
@@ -207,7 +207,7 @@ def _against_votes(
             yield f"stopped as {stop!r} after {drawn} of {most} draws"
     if label is None:
         return  # reported against the plan
-    yield from _differences(row, method.again({**row, "label": label}, terms), method.schema)
+    yield from _differences(row, method.again({**row, "label": label}, terms), method.columns(terms))
     if row["image_hash"] is None and named:
         yield "does not name the image that it was computed from"
     if (spent := method.spent(row, terms)) > terms.sampling.alpha:
@@ -360,7 +360,7 @@ def _replay_store(
         )
         # Where the votes are near, what follows from them is not compared again: `audit` has.
         expected = drawn | {key: rows[number][key] for key in drawn if key != "image_hash"} if near else drawn
-        for problem in _differences(rows[number], expected, method.schema):
+        for problem in _differences(rows[number], expected, method.columns(work.terms)):
             findings.append(Finding(name, _row_name(rows[number]), f"drawn again: {problem}"))
         progress.update(1)
     return findings

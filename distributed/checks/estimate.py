@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from core.config import Config, DenoiserTrainConfig, TrainConfig
 from core.data import Dataset, Split
 from core.progress import clock
-from core.records import CLASSIFIER, ESTIMATOR
+from core.records import CLASSIFIER, ESTIMATOR, is_paired
 from core.training.classifier import copies_of, rows_per_image
 from distributed.execution.launch import outline, step_of, stores
 from distributed.execution.work import Work
@@ -94,9 +94,11 @@ def rows_of(copies: Mapping[Kind, int], config: Config) -> Counter[str]:
     """Rows through the denoiser, if any, and through each head."""
     rows: Counter[str] = Counter()
     for kind, num in copies.items():
-        rows.update(dict.fromkeys(kind, num))
-        if config.denoisers and (kind != (ESTIMATOR,) or config.estimator.denoiser):
-            rows[DENOISER] += num
+        heads = [name for name in kind if not is_paired(name)]
+        passes = num * len(kind) // len(heads)  # twice as many where the reference sees them too
+        rows.update(dict.fromkeys(heads, passes))
+        if config.denoisers and (heads != [ESTIMATOR] or config.estimator.denoiser):
+            rows[DENOISER] += passes
     return rows
 
 
@@ -104,7 +106,7 @@ def store_bytes(work: Work, examples: int, num_classes: int) -> int:
     """About how large the rows of so many examples are as Parquet, rather too large: of random values."""
     random, num, sampling = np.random.default_rng(0), 1000, work.sampling
     columns = []
-    for column in work.method.schema:
+    for column in work.method.columns(work.terms):
         width = len(work.config.sigmas) if column.name.endswith("_sigma") else num_classes
         share = np.full(width, 0.4 / width) + 0.6 * (np.arange(width) == 0)
         draws = sampling.num_selection if "selection" in column.name else sampling.num_estimation
@@ -131,7 +133,7 @@ def store_bytes(work: Work, examples: int, num_classes: int) -> int:
         else:
             columns.append(pa.array(random.integers(2, size=num)).cast(column.type))
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=work.method.schema), sink, compression="zstd")
+    pq.write_table(pa.table(columns, schema=work.method.columns(work.terms)), sink, compression="zstd")
     return math.ceil(int(sink.getvalue().size) / num * examples * work.rows_per_example)
 
 

@@ -28,8 +28,8 @@ from core.machine.network import Denoiser
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.models.features import FeatureRouter
-from core.procedures.smoothing import certificate, certify
-from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling
+from core.procedures.smoothing import certificate, certify, estimate
+from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling, is_paired
 from core.training.base_networks import base_network, base_objective
 from core.training.classifier import copies_of
 from core.training.estimator import EstimatorObjective, new_estimator
@@ -234,10 +234,16 @@ def _procedures(work: Work, kind: Kind, sigma_draws: int) -> Iterator[Callable[[
     config, sigma_e, stage = work.config, work.config.estimator_sigma, work.method.stage(work.terms)
     if sigma_draws:
         yield partial(choose_sigma, config.sigmas, sigma_e, sigma_draws)
-    elif kind == (CLASSIFIER,):
+        return
+    heads = tuple(name for name in kind if not is_paired(name))
+    if heads != kind:
+        stage = replace(stage, num_selection=1, num_reference=stage.num_estimation)
+    else:
+        stage = replace(stage, num_reference=0)
+    if heads == (CLASSIFIER,):
         for sigma in config.sigmas:
             yield partial(certify, sigma, stage)
-    elif kind == (ESTIMATOR,):
+    elif heads == (ESTIMATOR,):
         yield partial(certify, sigma_e, stage, head=ESTIMATOR)
     else:
         yield partial(_shared, sigma_e, stage)
@@ -245,9 +251,9 @@ def _procedures(work: Work, kind: Kind, sigma_draws: int) -> Iterator[Callable[[
 
 def _shared(sigma_e: float, stage: Sampling) -> Procedure[Certificate]:
     selection = yield Draws(sigma_e, stage.num_selection, Dual.heads, Phase.SELECTION)
-    estimation = yield Draws(sigma_e, stage.num_estimation, Dual.heads, Phase.ESTIMATION)
-    certificate(selection[CLASSIFIER], estimation[CLASSIFIER], sigma_e, stage)
-    return certificate(selection[ESTIMATOR], estimation[ESTIMATOR], sigma_e, stage)
+    found = yield from estimate(sigma_e, stage, Dual.heads)
+    certificate(selection[CLASSIFIER], found[CLASSIFIER].counts, sigma_e, stage, found[CLASSIFIER])
+    return certificate(selection[ESTIMATOR], found[ESTIMATOR].counts, sigma_e, stage, found[ESTIMATOR])
 
 
 def _one_row_s(network: Any, data: Dataset, work: Work) -> float:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from core.data import Dataset
-from core.errors import DataError
+from core.errors import ConfigError, DataError
 from core.records import ESTIMATOR, Sampling
 from distributed.execution.scheduler import run_work
 from distributed.execution.work import Work
@@ -31,12 +31,15 @@ def outline(directory: RunDirectory, store: str) -> Work:
     """What fills a store, without the models: enough to count with."""
     config = directory.config
     fixed = store == "dataset" or not method_of(store).early
-    stage = config.labels if store == "dataset" else config.certify
+    labels = config.labels
+    sampling = config.sampling()
+    if store == "dataset":
+        sampling = Sampling(labels.num_selection, labels.num_estimation, labels.alpha, config.law)
     return Work(
         root=directory.folder,
         store=store,
         split="train" if store == "dataset" else "test",
-        sampling=Sampling(stage.num_selection, stage.num_estimation, stage.alpha, config.law),
+        sampling=sampling,
         budget="fixed" if fixed else config.certify.budget,
         models={},
         config=config.model_copy(update={"dataset": absolute(config.dataset)}),
@@ -51,6 +54,9 @@ def work_of(directory: RunDirectory, store: str) -> tuple[Work, dict[str, str]]:
         ConfigError: when an earlier step is missing, or a model is not the one that it wrote.
     """
     work = outline(directory, store)
+    if not (work.sampling.plain or work.method.any_bound):
+        odd = "reference" if work.sampling.num_reference else "bound: randomized"
+        raise ConfigError(f"certify.{odd}: is for the methods standard and dual, not for {store}; leave it out")
     as_trained = store == "dataset" or store.endswith("-base")
     config = directory.config
     models = {role: role for role in config.base_models} if as_trained else config.certified

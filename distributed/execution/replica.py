@@ -211,7 +211,8 @@ class Replica:
         if fresh:
             check_visible(self.work.root)  # writing would make a folder anew that somebody has taken away
             shard.rows.sort(key=lambda row: (row["example_id"], row["sigma"] or 0.0))
-            self._store.commit(shard.number, shard.rows, self.work.method.schema, self._made_on(), shard.errors)
+            columns = self.work.method.columns(self.work.terms)
+            self._store.commit(shard.number, shard.rows, columns, self._made_on(), shard.errors)
         draws = sum(row["num_draws"] for row in shard.rows) if fresh else 0
         failed = {row["example_id"] for row in shard.errors}
         seconds = time.monotonic() - shard.started

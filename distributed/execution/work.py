@@ -24,6 +24,7 @@ from core.machine.engine import Engine, Task
 from core.machine.network import Forward, Head, Network
 from core.machine.noise import Noise, make_noise
 from core.machine.noise_check import check_noise
+from core.machine.reference import WithReference
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.procedures.sequential import Budget
@@ -33,6 +34,7 @@ from core.records import (
     Draws,
     Phase,
     Sampling,
+    paired,
 )
 from distributed.files.datasets import load_dataset
 from distributed.files.storage import Folder
@@ -184,16 +186,21 @@ def build_engine(work: Work, num_classes: int, batch_size: int | None = None) ->
     rows = batch_size or compute.batch_size
     if rows == "auto":
         raise ConfigError(f"the plan of {work.store} does not say what compute.batch_size=auto came to; use a number")
-    forward = Forward(compute.precision, compute.channels_last, compute.compile)
     noise = sound_noise(config, work.device)
-    return Engine(_load_network(work, num_classes, forward), noise, batch_size=rows)
+    return Engine(_load_network(work, num_classes), noise, batch_size=rows)
 
 
-def _load_network(work: Work, num_classes: int, forward: Forward) -> Network:
+def _load_network(work: Work, num_classes: int, compiled: bool = True) -> Network:
+    compute, reference = work.config.compute, work.config.certify.reference
     if work.device == "cpu":
-        settle(work.config.compute.threads_per_replica)
+        settle(compute.threads_per_replica)
     plain = build_network(work.model_files(), work.config, num_classes, work.device)
-    return Network(plain.heads, plain.denoiser, plain.device, forward)
+    forward = Forward(compute.precision, compute.channels_last, compiled and compute.compile)
+    network = Network(plain.heads, plain.denoiser, plain.device, forward)
+    if reference is None or not work.sampling.num_reference:
+        return network
+    second = Forward(reference.precision, compute.channels_last, compiled and reference.compile)
+    return WithReference(network, second, reference.batch_size)
 
 
 def _requests(work: Work, network: Network) -> list[Draws]:
@@ -203,6 +210,8 @@ def _requests(work: Work, network: Network) -> list[Draws]:
     requests = [Draws(level, 1, (CLASSIFIER,), Phase.ESTIMATION) for level in levels]
     if ESTIMATOR in work.method.heads:
         requests.append(Draws(work.config.estimator_sigma, 1, (ESTIMATOR,), Phase.ESTIMATION))
+    if work.sampling.num_reference:
+        requests += [replace(each, heads=(*each.heads, *map(paired, each.heads))) for each in requests]
     return requests
 
 
@@ -235,7 +244,7 @@ def probe_batch_size(work: Work) -> int:
     """
     check_visible(work.root)
     data, compute = load_dataset(work.config.dataset, work.split), work.config.compute
-    network = _load_network(work, data.num_classes, Forward(compute.precision, compute.channels_last))
+    network = _load_network(work, data.num_classes, compiled=False)
     replicas_here = max(1, (os.cpu_count() or 1) // compute.threads_per_replica)
     share = min(1.0, compute.gpus_per_replica) if work.device == "cuda" else 1 / replicas_here
     try:

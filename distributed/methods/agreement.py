@@ -75,7 +75,7 @@ class Agreement(Method):
         """A row of its schema."""
         c, votes = result, result.votes
         own = votes.classes[c.level]
-        assert own is not None, "the chosen level is asked first"
+        assert own is not None, "the chosen level has votes, if none at all"
         others = [None if place == c.level else stage for place, stage in enumerate(votes.classes)]
         return {
             "example_id": example_id,

@@ -35,15 +35,18 @@ from distributed.methods.method import (
     Votes,
     column,
     common_columns,
+    estimation_copies,
+    estimation_of,
     missing_votes,
     votes_of,
 )
-from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, OK
+from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, OK, optional_values
 
 __all__ = ["Dual", "dual_copies"]
 
 _ENDING = {ESTIMATOR: "_sigma", CLASSIFIER: ""}
 _CLASSIFIER_COLUMNS = ("counts_selection", "counts_estimation", "num_estimation", "stop_reason")
+_ITS_REFERENCE = ("counts_missed", "num_reference")
 
 
 class Dual(Method):
@@ -74,6 +77,7 @@ class Dual(Method):
     the estimator abstained; `sigma_index` is its selection draws' choice all the same."""
     heads = (ESTIMATOR, CLASSIFIER)
     endings = ("", "_sigma")
+    any_bound = True
     empty: ClassVar[Row] = {
         "stop_reason_sigma": Stop.SKIPPED.value,
         "target_sigma": None,
@@ -132,6 +136,8 @@ class Dual(Method):
             "num_shared": c.num_shared,
             "counts_selection_sigma": level.counts_selection,
             "counts_estimation_sigma": level.counts_estimation,
+            **optional_values(level, "_sigma"),
+            **optional_values(label_stage or level, ran=label_stage is not None),
         }
 
     def recompute(self, row: Row, terms: Terms) -> DualCertificate:
@@ -141,10 +147,13 @@ class Dual(Method):
         estimation = {head: votes_of(row, "estimation", _ENDING[head]) for head in self.heads}
         level = {ESTIMATOR: terms.sigma_e, CLASSIFIER: terms.sigmas[int(selection[ESTIMATOR].argmax())]}
         if terms.budget == "fixed":
-            first = certificate(selection[ESTIMATOR], estimation[ESTIMATOR], terms.sigma_e, stage[ESTIMATOR])
-            label = None
-            if not first.abstained:
-                label = certificate(selection[CLASSIFIER], estimation[CLASSIFIER], level[CLASSIFIER], stage[CLASSIFIER])
+
+            def made(head: str) -> Certificate:
+                more = estimation_of(row, terms, level[head], _ENDING[head])
+                return certificate(selection[head], estimation[head], level[head], stage[head], more)
+
+            first = made(ESTIMATOR)
+            label = None if first.abstained else made(CLASSIFIER)
             joined = join_stages(first, label, terms.sigmas, terms.sampling.alpha)
             return replace(joined, alpha_class=stage[CLASSIFIER].alpha)  # though it was not run
         stages: dict[str, Certificate] = {}
@@ -182,6 +191,9 @@ class Dual(Method):
             for phase in ("selection", "estimation"):
                 draws = row[f"num_{phase}{ending if phase == 'estimation' else ''}"]
                 yield Votes(f"counts_{phase}{ending}", row[f"counts_{phase}{ending}"], draws, widths[head])
+            if terms.sampling.num_reference:
+                name, draws = f"counts_missed{ending}", row[f"num_reference{ending}"]
+                yield Votes(name, row[name], draws, widths[head])
 
     def spent(self, row: Row, terms: Terms) -> float:
         """By the split: what both stages spend, or the larger of the two."""
@@ -212,12 +224,15 @@ class Dual(Method):
         for phase in ("selection", "estimation"):
             votes = row[f"counts_{phase}_sigma"]
             new[f"counts_{phase}_sigma"] = [votes[sigmas.index(sigma)] for sigma in terms.sigmas]
+        if terms.sampling.num_reference:
+            new["counts_missed_sigma"] = [row["counts_missed_sigma"][sigmas.index(sigma)] for sigma in terms.sigmas]
         choice = new["counts_selection_sigma"]
         sigma = terms.sigmas[choice.index(max(choice))]
         if sigma != sigmas[row["sigma_index"]] or not row["counts_selection"]:
             if terms.budget != "fixed":
                 raise ConfigError("a subset of Sigma that moves the estimator's choice needs budget: fixed")
-            new |= {key: standard[row["example_id"], sigma][key] for key in _CLASSIFIER_COLUMNS}
+            others = standard[row["example_id"], sigma]
+            new |= {key: others[key] for key in (*_CLASSIFIER_COLUMNS, *_ITS_REFERENCE) if key in others}
         return new
 
     def shown(self, table: pa.Table, terms: Terms) -> DualRows:
@@ -246,9 +261,9 @@ def dual_copies(terms: Terms, *, shared: bool, class_stage: bool) -> Copies:
     """
     sampling = terms.sampling
     copies = Counter({selection_heads(terms.sigmas, terms.sigma_e): sampling.num_selection})
-    copies[Dual.heads if shared else (ESTIMATOR,)] += sampling.num_estimation
+    copies += estimation_copies(Dual.heads if shared else (ESTIMATOR,), sampling)
     if class_stage and not shared:
-        copies[CLASSIFIER,] += sampling.num_selection + sampling.num_estimation
+        copies += Counter({(CLASSIFIER,): sampling.num_selection}) + estimation_copies((CLASSIFIER,), sampling)
     return copies
 
 

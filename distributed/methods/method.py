@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 
 from core.agreement_records import Router
 from core.config import Config
+from core.machine.noise_key import auxiliary
+from core.procedures.randomized import uniform_of
 from core.procedures.sequential import Budget
-from core.records import CLASSIFIER, AlphaSplit, Counts, Procedure, Rule, Sampling
+from core.procedures.smoothing import Estimation
+from core.records import CLASSIFIER, AlphaSplit, Counts, Phase, Procedure, Rule, Sampling, paired
 from core.report import MethodRows
-from distributed.methods.rows import CERTIFICATE_SCHEMA, ERROR, error_row
+from distributed.methods.rows import CERTIFICATE_SCHEMA, ERROR, error_row, optional_columns
 
 __all__ = [
     "Copies",
@@ -27,6 +30,8 @@ __all__ = [
     "Terms",
     "Votes",
     "column",
+    "estimation_copies",
+    "estimation_of",
     "keyed",
     "missing_votes",
     "votes_of",
@@ -61,6 +66,7 @@ class Terms:
         level_shares: shares of alpha by the level of Multiscale that decides, see `core.procedures.multiscale`.
         router: how the agreement claim's estimator picks a level.
         router_share: share of alpha that it spends.
+        seed: of the run.
     """
 
     sampling: Sampling
@@ -74,6 +80,7 @@ class Terms:
     level_shares: tuple[float, ...] = ()
     router: Router = "median"
     router_share: float = 0.5
+    seed: int = 0
 
     @classmethod
     def of(cls, config: Config, sampling: Sampling, budget: Budget) -> "Terms":
@@ -90,6 +97,7 @@ class Terms:
             level_shares=certify.level_shares,
             router=certify.router,
             router_share=certify.router_share,
+            seed=config.seed,
         )
 
 
@@ -127,6 +135,8 @@ class Method(ABC):
     """Whether an example has a row for each level of Sigma, or one."""
     early: ClassVar[bool] = True
     """Whether it obeys certify.budget; otherwise it takes all draws."""
+    any_bound: ClassVar[bool] = False
+    """Whether it knows certify.reference and other bounds than Clopper-Pearson's."""
     endings: ClassVar[tuple[str, ...]] = ("",)
     """Of the columns of its stages: num_estimation, stop_reason, counts_selection and counts_estimation of each."""
     empty: ClassVar[Row] = {}
@@ -135,6 +145,15 @@ class Method(ABC):
     def levels(self, sigmas: Sequence[float]) -> tuple[float | None, ...]:
         """Noise levels of an example's rows; (None,) where the draws pick it."""
         return tuple(sigmas) if self.per_level else (None,)
+
+    def columns(self, terms: Terms) -> pa.Schema:
+        """Of its rows under these terms: `schema`, and what a reference or a randomised bound adds."""
+        return pa.schema([*self.schema, *optional_columns(terms.sampling, self.endings)])
+
+    def schema_with(self, names: Sequence[str]) -> pa.Schema:
+        """`schema`, and those of all columns that may be added that have these names."""
+        added = optional_columns(Sampling(num_reference=1, bound="randomized"), self.endings) if self.any_bound else ()
+        return pa.schema([*self.schema, *(field for field in added if field.name in names)])
 
     @abstractmethod
     def procedures(self, terms: Terms) -> Sequence[Callable[[], Procedure[Any]]]:
@@ -163,7 +182,7 @@ class Method(ABC):
 
     def error_row(self, example_id: str, label: int, sigma: float | None, terms: Terms) -> dict[str, Any]:
         """The row of an example that could not be run."""
-        return error_row(self.schema, self.empty, example_id, label, sigma, terms.sampling.alpha)
+        return error_row(self.columns(terms), self.empty, example_id, label, sigma, terms.sampling.alpha)
 
     def stage(self, terms: Terms) -> Sampling:
         """What a certificate inside of it may spend."""
@@ -174,6 +193,8 @@ class Method(ABC):
         for phase in ("selection", "estimation"):
             name = f"counts_{phase}"
             yield Votes(name, row[name], row[f"num_{phase}"], frozenset({num_classes}))
+        if terms.sampling.num_reference:
+            yield Votes("counts_missed", row["counts_missed"], row["num_reference"], frozenset({num_classes}))
 
     def ends(self, row: Row) -> Iterator[tuple[str, int]]:
         """Why each stage of a row ended, and after how many estimation draws."""
@@ -231,6 +252,23 @@ def column(table: pa.Table, name: str) -> NDArray[Any]:
 def votes_of(row: Row, phase: str, ending: str = "") -> Counts:
     """The votes of a phase."""
     return np.asarray(row[f"counts_{phase}{ending}"], np.int64)
+
+
+def estimation_of(row: Row, terms: Terms, sigma: float, ending: str = "") -> Estimation:
+    """What came of a stage's estimation draws. The uniform number is computed anew, whatever the row says it was."""
+    sampling = terms.sampling
+    number = auxiliary(terms.seed, row["example_id"], Phase.ESTIMATION, sigma)
+    return Estimation(
+        votes_of(row, "estimation", ending),
+        np.asarray(row[f"counts_missed{ending}"], np.int64) if sampling.num_reference else None,
+        uniform_of(number) if sampling.bound == "randomized" else None,
+    )
+
+
+def estimation_copies(kind: Kind, sampling: Sampling) -> Copies:
+    """Noisy copies of a stage's estimation, those that the reference sees too among them."""
+    num, seen = sampling.num_estimation, sampling.num_reference
+    return +Counter({kind: num - seen, (*kind, *map(paired, kind)): seen})
 
 
 def missing_votes(table: pa.Table, ending: str = "") -> int:

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from core.procedures.multiscale import level_alphas, multiscale_certify
-from core.records import CLASSIFIER, Counts, MultiscaleCertificate, Phase, Procedure
+from core.procedures.multiscale import MultiscaleCertificate, level_alphas, multiscale_certify
+from core.records import CLASSIFIER, Counts, Phase, Procedure
 from core.report.multiscale import MultiscaleRows
 from distributed.methods.method import (
     Copies,
@@ -49,7 +49,7 @@ class Multiscale(Method):
     )
     """`sigma`, the level that decided, is null where it abstained. Unmarked counts and `p_lower` are of the last of
     `num_levels` levels that were asked, the largest sigma first; `_above` holds those before it, in that order.
-    `alpha_level` is what each of its bounds spends. See `core.records.MultiscaleCertificate`."""
+    `alpha_level` is what each of its bounds spends. See `MultiscaleCertificate`."""
     early = False
     empty: ClassVar[Row] = {"sigma_bound": None}
 

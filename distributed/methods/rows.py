@@ -1,13 +1,23 @@
 """Rows of certificates: the columns that all methods share, and those of an example that could not be run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
 
-from core.records import ABSTAIN, Certificate, Stop
+from core.records import ABSTAIN, Certificate, Sampling, Stop
 
-__all__ = ["CERTIFICATE_SCHEMA", "COUNTS", "ERROR", "ERROR_SCHEMA", "OK", "certificate_row", "error_row"]
+__all__ = [
+    "CERTIFICATE_SCHEMA",
+    "COUNTS",
+    "ERROR",
+    "ERROR_SCHEMA",
+    "OK",
+    "certificate_row",
+    "error_row",
+    "optional_columns",
+    "optional_values",
+]
 
 OK: Final = "ok"
 ERROR: Final = "error"
@@ -43,6 +53,35 @@ CERTIFICATE_SCHEMA = pa.schema(
 `stop_reason`, `alpha_early`, `target`: see `core.records.Certificate`. `num_estimation` is what was drawn. A row whose
 `status` is `error` abstains without a draw, see `ERROR_SCHEMA`. `image_hash`: of the pixels that the row was computed
 from, see `core.data.image_hash`; null where `status` is `error`, and in files from before rows had it."""
+
+
+def optional_columns(sampling: Sampling, endings: Sequence[str]) -> pa.Schema:
+    """Columns that rows have besides, where they are certificates for the reference or their bound is randomised.
+
+    For each stage, of the estimation draws that the reference saw too: how many; by class, those that voted for it
+    while the reference did not; and the upper bound of the probability of that for the top class. `uniform`: of the
+    randomised bound. See `core.records.Certificate`.
+    """
+    fields: list[tuple[str, pa.DataType]] = []
+    for ending in endings if sampling.num_reference else ():
+        fields += [(f"num_reference{ending}", pa.int64()), (f"counts_missed{ending}", COUNTS)]
+        fields += [(f"disagreement_upper{ending}", pa.float64())]
+    if sampling.bound == "randomized":
+        fields += [(f"uniform{ending}", pa.float64()) for ending in endings]
+    return pa.schema(fields)
+
+
+def optional_values(certificate: Certificate, ending: str = "", *, ran: bool = True) -> dict[str, Any]:
+    """Their values for a stage; empty ones where it did not run, of those that `certificate`, another one's, has."""
+    c, values = certificate, dict[str, Any]()
+    if c.counts_missed is not None:
+        values["num_reference"] = c.num_reference if ran else 0
+        values["counts_missed"] = c.counts_missed if ran else []
+        values["disagreement_upper"] = c.disagreement_upper if ran else 0.0
+    if c.uniform is not None:
+        values["uniform"] = c.uniform if ran else None
+    return {name + ending: value for name, value in values.items()}
+
 
 ERROR_SCHEMA = pa.schema(
     [
@@ -80,6 +119,7 @@ def certificate_row(example_id: str, label: int, certificate: Certificate) -> di
         "alpha_early": c.alpha_early,
         "target": c.target,
         "status": OK,
+        **optional_values(c),
     }
 
 

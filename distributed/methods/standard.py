@@ -13,7 +13,16 @@ from core.errors import DataError
 from core.procedures.sequential import beyond, conclude, standard_procedure
 from core.procedures.smoothing import certificate
 from core.records import CLASSIFIER, Certificate, Procedure, Stop
-from distributed.methods.method import Copies, Method, Row, RunRows, Terms, votes_of
+from distributed.methods.method import (
+    Copies,
+    Method,
+    Row,
+    RunRows,
+    Terms,
+    estimation_copies,
+    estimation_of,
+    votes_of,
+)
 from distributed.methods.rows import certificate_row
 
 __all__ = ["Standard", "grid", "stacked"]
@@ -24,6 +33,7 @@ class Standard(Method):
 
     title = "Standard RS"
     per_level = True
+    any_bound = True
 
     def procedures(self, terms: Terms) -> Sequence[Callable[[], Procedure[Certificate]]]:
         """One for each level."""
@@ -40,7 +50,8 @@ class Standard(Method):
         """The certificate of its noise level."""
         selection, estimation = votes_of(row, "selection"), votes_of(row, "estimation")
         if terms.budget == "fixed":
-            return certificate(selection, estimation, row["sigma"], terms.sampling)
+            more = estimation_of(row, terms, row["sigma"])
+            return certificate(selection, estimation, row["sigma"], terms.sampling, more)
         return conclude(
             row["sigma"],
             beyond(terms.radii),
@@ -55,8 +66,9 @@ class Standard(Method):
 
     def copies(self, terms: Terms) -> tuple[Copies, bool]:
         """All draws at all levels, unless they stop early."""
-        each = terms.sampling.num_selection + terms.sampling.num_estimation
-        return Counter({(CLASSIFIER,): len(terms.sigmas) * each}), terms.budget == "fixed"
+        kind, num = (CLASSIFIER,), len(terms.sigmas)
+        copies = Counter({kind: terms.sampling.num_selection}) + estimation_copies(kind, terms.sampling)
+        return Counter({kind: num * each for kind, each in copies.items()}), terms.budget == "fixed"
 
     def rederived(
         self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms

@@ -6,8 +6,9 @@ writes a shard twice writes the same rows under the same name; resuming is listi
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core.errors import ConfigError, DataError
+from distributed.files.ahead import ahead
 from distributed.files.parquet import from_bytes, metadata_of_file, to_bytes
 from distributed.files.storage import Folder
 from distributed.methods import method_of
@@ -104,8 +106,8 @@ class ShardStore:
             ConfigError: as `check_manifest`, and when there are files but no plan.
         """
         self.check_manifest()
-        for name in self._named(self._plan()):
-            self._check(name, metadata_of_file(self.folder, name))
+        for name, metadata in ahead(partial(metadata_of_file, self.folder), self._named(self._plan())):
+            self._check(name, metadata)
 
     def check_manifest(self) -> None:
         """Refuse a plan that was made for something else than the manifest beside it states; both may be missing.
@@ -240,8 +242,8 @@ class ShardStore:
             DataError: as `read_file`.
         """
         columns = ["example_id", "image_hash"]
-        for name in self._named(self._plan()):
-            table, metadata = from_bytes(self.folder.read(name), self.folder.where(name), columns)
+        for name, content in ahead(self.folder.read, self._named(self._plan())):
+            table, metadata = from_bytes(content, self.folder.where(name), columns)
             self._check(name, metadata)
             if table.schema.names == columns:
                 yield table
@@ -253,7 +255,7 @@ class ShardStore:
         schema = method_of(self.name).schema
         if set(schema.names) ^ set(table.schema.names) == {"image_hash"}:  # from before rows had it
             table = table.append_column("image_hash", pa.nulls(table.num_rows, pa.string())).select(schema.names)
-        if table.schema != schema:
+        if table.schema != method_of(self.name).schema_with(table.schema.names):
             raise DataError(f"{self.folder.where(name)!r} has other columns than {self.name}: {table.schema.names}")
         return table, metadata
 
@@ -280,8 +282,8 @@ class ShardStore:
             DataError: names the first missing, unexpected or repeated row, or a file that cannot be read.
         """
         verifier = Verifier(plan, example_ids, sigmas, method_of(self.name))
-        for name in self._complete(plan):
-            self._checked(name, verifier)
+        for name, content in ahead(self.folder.read, self._complete(plan)):
+            self._checked(name, content, verifier)
         return verifier.result()
 
     def finish(
@@ -302,12 +304,10 @@ class ShardStore:
         verifier, visible = Verifier(plan, example_ids, sigmas, method_of(self.name)), self._complete(plan)
         parts = dict(self._parts(plan, part_rows, visible))
         joining = {name for shards in parts.values() for name in shards}
-        for name in visible:
-            if name not in joining:
-                self._checked(name, verifier)
-        for name in {file.name for file in self.folder.files()} - set(visible):
-            if shards_of(name):  # covered by a part, which holds its rows
-                self.folder.remove(name)
+        for name, content in ahead(self.folder.read, [name for name in visible if name not in joining]):
+            self._checked(name, content, verifier)
+        covered = {file.name for file in self.folder.files() if shards_of(file.name)} - set(visible)
+        self._remove(covered)  # a part holds their rows
         for part, shards in parts.items():
             self._join(plan, shards, part, verifier)
         return verifier.result()
@@ -316,8 +316,8 @@ class ShardStore:
         devices, named = set[str](), list[bool]()
 
         def tables() -> Iterator[pa.Table]:
-            for name in shards:
-                table, metadata = self._checked(name, verifier)
+            for name, content in ahead(self.folder.read, shards):
+                table, metadata = self._checked(name, content, verifier)
                 devices.update(metadata["device"].split(", "))
                 named.append("origin" in metadata)
                 yield table
@@ -331,8 +331,10 @@ class ShardStore:
         content = to_bytes(first.schema, chain([first], rest), about)
         self.folder.write(part, content)
         verifier.joined(shards, part, content)
-        for name in shards:
-            self.folder.remove(name)
+        self._remove(shards)
+
+    def _remove(self, names: Iterable[str]) -> None:
+        deque(ahead(self.folder.remove, names), maxlen=0)
 
     def _complete(self, plan: Plan) -> list[str]:
         """The files of a store that lacks no shard."""
@@ -345,8 +347,7 @@ class ShardStore:
             )
         return files
 
-    def _checked(self, name: str, verifier: Verifier) -> tuple[pa.Table, dict[str, str]]:
-        content = self.folder.read(name)
+    def _checked(self, name: str, content: bytes, verifier: Verifier) -> tuple[pa.Table, dict[str, str]]:
         table, metadata = self._table(name, content)
         verifier.add(name, shards_of(name), content, table, metadata.get("device", ""), self.folder.where(name))
         return table, metadata

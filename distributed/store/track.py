@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from core.addresses import shown
 from core.config import Config
@@ -25,14 +25,6 @@ __all__ = ["Tracker", "check_tracker", "tracked"]
 _log = logging.getLogger(__name__)
 _PROJECT: Final = "dual-rs"
 _TAG: Final = "dual_rs.run"
-
-
-class _Backend(Protocol):
-    def log_metrics(self, values: Mapping[str, float], step: int | None) -> None: ...
-
-    def log_artifact(self, folder: Path, name: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class _MLflow:
@@ -99,7 +91,7 @@ class _WandB:
         self._run.finish()
 
 
-_BACKENDS: Final[Mapping[str, Callable[[str, str, Mapping[str, Any]], _Backend]]] = {"mlflow": _MLflow, "wandb": _WandB}
+_BACKENDS: Final[Mapping[str, Callable[[str, str, Mapping[str, Any]], Any]]] = {"mlflow": _MLflow, "wandb": _WandB}
 
 
 class Tracker:
@@ -107,7 +99,7 @@ class Tracker:
     are in the run directory all the same, and no training must end for it.
     """
 
-    def __init__(self, kind: str, backend: _Backend | None) -> None:
+    def __init__(self, kind: str, backend: Any) -> None:
         self._kind, self._backend = kind, backend
 
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
@@ -122,7 +114,7 @@ class Tracker:
         """No more will come from this process; another one may go on with the same run."""
         self._try(lambda backend: backend.close())
 
-    def _try(self, action: Callable[[_Backend], None]) -> None:
+    def _try(self, action: Callable[[Any], None]) -> None:
         if self._backend is None:
             return
         try:

@@ -65,7 +65,7 @@ def test_sample(directory: RunDirectory, radii: NDArray[np.float64]) -> tuple[st
     if name is None:
         return None
     table = ShardStore(directory.folder, name).read()
-    if config.certify.budget == "fixed":  # at the classifier's share of alpha
+    if config.certify.budget == "fixed" and config.sampling().plain:  # at the classifier's share of alpha
         top = grid(table, "counts_selection", config.sigmas).argmax(axis=2)
         votes = np.take_along_axis(grid(table, "counts_estimation", config.sigmas), top[:, :, None], axis=2)[:, :, 0]
         draws = np.maximum(grid(table, "num_estimation", config.sigmas), 1)

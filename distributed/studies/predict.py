@@ -29,7 +29,7 @@ from core.procedures.confidence import draws_needed
 from core.procedures.dual import dual_predict
 from core.procedures.smoothing import predict
 from core.progress import Progress
-from core.records import ABSTAIN, Certificate, DualCertificate, DualPrediction, Prediction, Sampling
+from core.records import ABSTAIN, Certificate, DualCertificate, DualPrediction, Prediction
 from distributed.execution.launch import work_of
 from distributed.execution.work import Work, build_engine
 from distributed.files.datasets import class_names, open_storage
@@ -139,8 +139,8 @@ def predict_images(directory: RunDirectory, images: Images, question: Question, 
         ModelError: from the networks, which all images share.
         DataError: for two images of one name.
     """
-    config = directory.config
     work = _work(directory, question, device)
+    config = work.config
     shape, num_classes, classes = _expected(directory)
     names, stored = images
     if len(set(names)) < len(names):
@@ -182,8 +182,9 @@ def _work(directory: RunDirectory, question: Question, device: str) -> Work:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: this machine has no GPU that can be used; use cpu")
-    sampling = Sampling(config.certify.num_selection, question.num, question.alpha, config.law)
-    seeded = work.config.model_copy(update={"seed": question.seed})
+    answering = work.config.deployed  # the reference itself, where certificates are for one
+    sampling = replace(answering.sampling(question.alpha), num_estimation=question.num)
+    seeded = answering.model_copy(update={"seed": question.seed})
     return replace(work, config=seeded, sampling=sampling, device=device)
 
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from core.agreement_records import Claim, Router
 from core.config import Config
 from core.errors import ConfigError
-from core.records import AlphaSplit, Sampling
+from core.records import AlphaSplit
 from core.report import ReportData
 from distributed.files.storage import Folder
 from distributed.methods import METHODS, method_named, method_of
@@ -79,7 +79,9 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     if split == "full" and claim == "agreement":
         raise ConfigError("split=full is for claim=constant: under agreement an error of either stage is enough")
     alpha = certify.alpha if change.alpha is None else change.alpha
-    sampling = Sampling(certify.num_selection, certify.num_estimation, alpha, config.law)
+    sampling = config.sampling(alpha)
+    if claim == "agreement" and not sampling.plain:
+        raise ConfigError("claim=agreement: the run has certify.reference or bound: randomized, which it does not know")
     terms = replace(Terms.of(config, sampling, certify.budget), split=split, router=router)
     if change.share is not None and claim == "constant":
         terms = replace(terms, sigma_share=change.share)
@@ -100,7 +102,9 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     made: dict[str, list[dict[str, Any]]] = {}
     for name, store in stores.items():
         stored = list(run.get(name, {}).values())
-        made[store.name] = list(method_named(name).rederived(stored, run, config.sigmas, terms))
+        method = method_named(name)
+        derives = method.any_bound or sampling.plain
+        made[store.name] = list(method.rederived(stored, run, config.sigmas, terms)) if derives else []
 
     routed = "dual" if claim == "constant" else "agreement"
     if change.claim is not None and not made[stores[routed].name]:
@@ -115,7 +119,7 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     root.remove_all()
     for name, rows in made.items():
         if rows:
-            ShardStore(root, name).commit(0, rows, method_of(name).schema, "recertified")
+            ShardStore(root, name).commit(0, rows, method_of(name).columns(terms), "recertified")
     notes = (
         f"Derived from the votes of {directory.folder.name}: alpha = {alpha:g}, share of the noise level "
         f"{share:g}, Sigma = {list(sigmas)}, claim {claim} (router of agreement: {router}).",

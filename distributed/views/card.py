@@ -28,5 +28,6 @@ def write_card(directory: RunDirectory, data: "ReportData | None" = None) -> Non
         config = directory.config
         networks = ", ".join(config.certified[role] for role in config.classifiers)
         spent = f"{config.certify.num_estimation:,} draws, failure probability {config.certify.alpha:g}"
+        spent += f"; for {config.holds_for}" if config.certify.reference else ""
         certified = [accuracy_table(data), Text(f"Of {networks}; {spent}.")]
     (directory.folder / "models").write("card.md", run_card(directory.config, directory.manifest, certified).encode())

@@ -84,15 +84,11 @@ def _method(name: str, table: pa.Table, sigmas: Sequence[float]) -> dict[str, An
     """
     method = method_named(name)
     step = len(sigmas) if method.per_level else 1
-    plain = ("sigma", "prediction", "num_draws", "stop_reason", "num_selection", "num_estimation")
-    columns = {each: table.column(each).to_pylist() for each in plain}
-    columns |= {each: floored(column(table, each)) for each in ("radius", "p_lower")}
-    columns |= {f"counts_{phase}": _votes(table, f"counts_{phase}") for phase in ("selection", "estimation")}
     shown = (
         "sigma", "prediction", "radius", "p_lower", "num_draws", "stop_reason", "counts_selection",
         "counts_estimation", "num_selection", "num_estimation",
     )  # fmt: skip
-    rows = list(zip(*(columns[each] for each in shown), strict=True))
+    rows = list(zip(*(_shown(table, each) for each in shown), strict=True))
     found: dict[str, Any] = {
         "name": method.title,
         "rows": [rows[start : start + step] for start in range(0, len(rows), step)],
@@ -117,8 +113,12 @@ def _fact(values: pa.ChunkedArray) -> Any:
     return found[0] if len(set(found)) == 1 else found
 
 
-def _votes(table: pa.Table, name: str) -> list[list[int]]:
-    return [_most(counts) for counts in table.column(name).to_pylist()]
+def _shown(table: pa.Table, name: str) -> Sequence[Any]:
+    """A column of all methods, as the page has it."""
+    if name in ("radius", "p_lower"):
+        return floored(column(table, name))
+    values: list[Any] = table.column(name).to_pylist()
+    return [_most(counts) for counts in values] if name.startswith("counts_") else values
 
 
 def _most(counts: Sequence[int]) -> list[int]:

@@ -13,14 +13,13 @@ from core.report import ReportData
 from core.report.pages import Block, Heading, Section, Text, markdown_page
 from core.report.render import accuracy_table, write_report
 from distributed.execution.launch import step_of, stores
-from distributed.methods import method_named
+from distributed.methods import method_of
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 
 __all__ = ["public", "published_stores", "unfinished_stores", "write_publication"]
 
 _PLACE: Final = re.compile(r"(?<![\w.~/:-])(?:[A-Za-z][\w+.-]*://|~?/|\.\.?/|[A-Za-z]:\\)[^\s'\",;()\[\]{}]+")
-_SIZES: Final = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
 def public(value: Any) -> Any:
@@ -67,11 +66,10 @@ def write_publication(
     Returns:
         The names of the files of rows.
     """
-    written, configs, num_rows = [], [], 0
+    written, configs = [], []
     for name in published_stores(directory):
         store = ShardStore(directory.folder, name)
         for file in store.files():
-            num_rows += store.read_file(file).num_rows  # verifies its checksums
             write_whole(target / name / file, store.folder.read(file))
             written.append(f"{name}/{file}")
         files = [{"split": "test", "path": f"{name}/*.parquet"}]
@@ -82,7 +80,6 @@ def write_publication(
         "pretty_name": f"Certificates of robustness: {data.labels}",
         "task_categories": ["image-classification"],
         "tags": ["certified-robustness", "randomized-smoothing", "dual-rs"],
-        "size_categories": [next((size for most, size in _SIZES if num_rows < most), "n>1M")],
         "configs": configs,
     }
     card = f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n{_card(directory, data, said)}"
@@ -91,22 +88,20 @@ def write_publication(
 
 
 def _card(directory: RunDirectory, data: ReportData, said: str) -> str:
-    manifest, config = data.manifest, directory.config
-    found: Any = manifest.get("data", {})
+    found: Any = data.manifest.get("data", {})
     digest = found.get("test", {}).get("digest", "unknown")
     sigmas = ", ".join(f"{sigma:g}" for sigma in data.sigmas)
-    names = [name.rpartition("/")[2] for name in published_stores(directory)]
     blocks: list[Block] = [
         Text(
             f"Certified l2 radii of {data.num_examples:,} test examples of {data.labels} (digest {digest}), in the "
             f"pixel scale [0, 1], by randomized smoothing at noise levels {sigmas}: n0 = {data.num_selection:,} "
             f"selection draws and n = {data.num_estimation:,} estimation draws per certificate, failure probability "
-            f"{data.alpha:g} per example. Claim of Dual RS: {config.certify.claim}. The images are not included."
+            f"{data.alpha:g} per example. Claim of Dual RS: {directory.config.certify.claim}. No image is included."
         ),
         Text(said),
         accuracy_table(data),
         Heading("Files"),
-        *(Text(f"certificates/{name}/*.parquet: {_about(name)}.") for name in names),
+        *(Text(f"{name}/*.parquet: {method_of(name).title}.") for name in published_stores(directory)),
         Text(
             "A row an example (standard: an example and noise level) with the raw votes, so that other radii or "
             "another alpha need no new draws. example_id, label, prediction (-1: abstained), correct, radius (0 where "
@@ -119,8 +114,3 @@ def _card(directory: RunDirectory, data: ReportData, said: str) -> str:
         ),
     ]
     return markdown_page(f"Certificates of robustness: {data.labels}", blocks, None)
-
-
-def _about(name: str) -> str:
-    base = name.removesuffix("-base")
-    return method_named(base).title + ", of the classifier before fine-tuning" * (base != name)

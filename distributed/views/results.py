@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 from core.agreement_records import AgreementCertificate
 from core.errors import ConfigError, DataError
 from core.evaluation.metrics import certified_accuracy, clopper_pearson_interval
-from core.records import ABSTAIN, Certificate, DualCertificate, MultiscaleCertificate
+from core.procedures.multiscale import MultiscaleCertificate
+from core.records import ABSTAIN, Certificate, DualCertificate
 from core.report import Kind, Method
 from distributed.files.storage import Folder
 from distributed.methods import METHODS

@@ -13,7 +13,7 @@ from core.config import Config
 from core.errors import DataError
 from core.law import Law
 from core.procedures.confidence import certified_radius, lower_bound
-from core.records import Sampling
+from core.procedures.smoothing import furthest
 from core.report import ReportData, RoutedRows, StandardRows
 from core.report.agreement import CONSTANT, AgreementRows
 from distributed.files.storage import Folder
@@ -54,7 +54,7 @@ def report_data(
     certify = config.certify
     alpha, full = certify.alpha, certify.alpha_split == "full"
     stages = (alpha, alpha) if full else (alpha * sigma_share, alpha * (1 - sigma_share))
-    terms = _terms(config)
+    sampling, terms = config.sampling(), _terms(config)
     tables = run_tables(config, root, ending) if tables is None else tables
     table = tables["standard"]
     standard = _standard_rows(table, config.sigmas)
@@ -71,6 +71,7 @@ def report_data(
     if isinstance(dual, AgreementRows):
         dual = replace(dual, name="Dual RS")
         shown["dual"] = replace(shown.get("dual", dual.constant_level()), name=CONSTANT)
+    notes += _bound_notes(config)
     if failed:
         notes += (f"{len(failed)} examples could not be run and count as not certified, first {min(failed)!r}.",)
     return ReportData(
@@ -85,7 +86,8 @@ def report_data(
         dual=dual,
         others=tuple(shown.values()),
         experts=config.has_experts,
-        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1], config.law),
+        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1], config.law) if sampling.plain else None,
+        reach=furthest(max(config.sigmas), sampling),
         alpha=config.certify.alpha,
         alpha_stages=stages,
         num_selection=config.certify.num_selection,
@@ -93,6 +95,20 @@ def report_data(
         manifest=manifest,
         notes=notes,
     )
+
+
+def _bound_notes(config: Config) -> tuple[str, ...]:
+    """Whose certificates these are, and by which bound, where it is not what everybody expects."""
+    certify, notes = config.certify, []
+    if (reference := certify.reference) is not None:
+        notes.append(
+            f"Certificates hold for {config.holds_for}, not for the {config.compute.precision} network that votes: it "
+            f"saw {reference.num_draws:,} of the {certify.num_estimation:,} draws of each stage, and radii are less "
+            f"what the two may disagree by (at {reference.alpha_share:g} of alpha)."
+        )
+    if certify.bound == "randomized":
+        notes.append("Bounds are randomised Clopper-Pearson bounds, with the random number that each row's key gives.")
+    return tuple(notes)
 
 
 def run_tables(config: Config, root: Folder, ending: str = "") -> dict[str, pa.Table]:
@@ -109,16 +125,13 @@ def run_tables(config: Config, root: Folder, ending: str = "") -> dict[str, pa.T
         if name != "standard" and store.committed():
             tables[name] = _read(store, config)
             _check_same_examples(tables[name], standard, config.sigmas, store.name)
-        elif name == "agreement" and "dual" in tables and config.certify.budget == "fixed":
+        elif name == "agreement" and "dual" in tables and config.certify.budget == "fixed" and config.sampling().plain:
             tables[name] = _agreement(tables["dual"], standard, _terms(config))
     return tables
 
 
 def _terms(config: Config) -> Terms:
-    certify = config.certify
-    return Terms.of(
-        config, Sampling(certify.num_selection, certify.num_estimation, certify.alpha, config.law), certify.budget
-    )
+    return Terms.of(config, config.sampling(), config.certify.budget)
 
 
 def _read(store: ShardStore, config: Config) -> pa.Table:

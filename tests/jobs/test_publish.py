@@ -56,7 +56,6 @@ def test_publish_writes_the_card_the_rows_and_the_report_without_local_paths_or_
     _, header, card = (target / "README.md").read_text().split("---\n", 2)
     about = yaml.safe_load(header)
     assert [each["config_name"] for each in about["configs"]] == ["standard", "dual"]
-    assert about["size_categories"] == ["n<1K"]
     for each in about["configs"]:
         files = sorted(target.glob(each["data_files"][0]["path"]))
         rows = [row for file in files for row in pq.read_table(file).to_pylist()]

@@ -226,6 +226,8 @@ def test_run_source_that_pauses_is_asked_again() -> None:
 class Numbered:
     """Noise that writes each copy's number into it, and of some tens lets a scattered third vote."""
 
+    seed = 0
+
     def __init__(self, masked_tens: int) -> None:
         self.masked_tens = masked_tens
 
@@ -274,6 +276,8 @@ def test_run_denoiser_gets_the_level_of_each_row_and_one_of_the_batch_for_paddin
 
     class Level:
         """Copies that are their noise level."""
+
+        seed = 0
 
         def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> None:
             for each, rows in rows_of(out, copies):

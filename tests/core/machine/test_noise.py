@@ -129,6 +129,22 @@ def test_corrupt_scales_with_the_float32_and_radii_speak_of_no_more(monkeypatch:
 def test_make_noise_is_the_one_that_is_named(kind: str, version: int, expected: type[Noise]) -> None:
     noise = make_noise(kind, 7, version, 30)
     assert type(noise) is expected
-    assert noise.seed == 7  # type: ignore[attr-defined]
+    assert noise.seed == 7
     assert getattr(noise, "chunk_size", 30) == 30
     assert type(make_noise(kind, 7)) is {"gaussian": GaussianNoise, "exact": ExactNoise}[kind]
+
+
+@pytest.mark.parametrize(("kind", "version"), [("gaussian", 1), ("gaussian", 2), ("exact", 2)])
+def test_votes_of_examples_are_independent(kind: str, version: int) -> None:
+    """What a bound over a data set rests on: votes for one image under many names vary as binomial ones do."""
+    noise, num, names = make_noise(kind, 11, version, 25), 50, 800
+    image = torch.full((1, 2, 2), 0.0)
+    out = torch.empty(num * names, 1, 2, 2)
+    noise.corrupt(out, [Copies(image, f"example {n}", Phase.ESTIMATION, 0.5, 0, num) for n in range(names)])
+    for votes in (out.flatten(1).sum(dim=1) > 0.3, out[:, 0, 0, 0] > 0.3):
+        counts = votes.view(names, num).sum(dim=1).double().numpy()
+        p = counts.mean() / num
+        spread = counts.var() / (num * p * (1 - p))  # 0 of one stream for all
+        assert abs(spread - 1) < 4.5 * (2 / names) ** 0.5
+        for lag in (1, 2, 7):
+            assert abs(np.corrcoef(counts[lag:], counts[:-lag])[0, 1]) < 4.5 / names**0.5

@@ -10,6 +10,7 @@ from scipy import stats
 from core.agreement_records import AgreementCertificate
 from core.procedures import agreement
 from core.procedures.agreement import Agreement, agreement_from_votes
+from core.procedures.agreement_terms import others_of
 from core.procedures.composition import compose
 from core.procedures.confidence import clopper_pearson_lower
 from core.records import CLASSIFIER, ESTIMATOR, Counts, Sampling
@@ -163,8 +164,8 @@ def test_false_claims_finds_what_is_chosen_by_the_draws_of_its_bound(planted: Ce
 def test_false_claims_finds_a_level_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = routed((HALF, 0, 1 - HALF), 1, 1, 0)
     assert false_claims(truth, 0, 1, NUM, ALPHA) <= ALPHA
-    real = agreement._others
-    monkeypatch.setattr(agreement, "_others", lambda chosen, num_levels: real(chosen, num_levels)[:-1])
+    real = others_of
+    monkeypatch.setattr(agreement, "others_of", lambda chosen, num_levels: real(chosen, num_levels)[:-1])
     assert false_claims(truth, 0, 1, NUM, ALPHA) > 20 * ALPHA
 
 

@@ -12,7 +12,7 @@ from scipy import special, stats
 from core.errors import ConfigError
 from core.law import GAUSSIAN
 from core.procedures import multiscale
-from core.procedures.multiscale import level_alphas, multiscale_certify
+from core.procedures.multiscale import MultiscaleCertificate, level_alphas, multiscale_certify
 from core.procedures.smoothing import certificate, certify
 from core.records import (
     ABSTAIN,
@@ -20,7 +20,6 @@ from core.records import (
     Answer,
     Counts,
     Draws,
-    MultiscaleCertificate,
     Phase,
     Sampling,
 )

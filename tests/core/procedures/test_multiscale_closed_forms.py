@@ -14,14 +14,13 @@ from core.machine.engine import Engine, Task
 from core.machine.network import Head, Module, Network
 from core.machine.noise import GaussianNoise
 from core.procedures import multiscale
-from core.procedures.multiscale import multiscale_certify
+from core.procedures.multiscale import MultiscaleCertificate, multiscale_certify
 from core.procedures.smoothing import certify
 from core.records import (
     ABSTAIN,
     CLASSIFIER,
     Certificate,
     Counts,
-    MultiscaleCertificate,
     Procedure,
     Sampling,
 )

@@ -18,7 +18,7 @@ from core.machine.engine import Engine, Task
 from core.machine.network import Head, Network
 from core.machine.noise import GaussianNoise
 from core.procedures.dual import dual_certify, join_stages
-from core.procedures.multiscale import multiscale_certify
+from core.procedures.multiscale import MultiscaleCertificate, multiscale_certify
 from core.procedures.sequential import certify_grid, certify_sequential, dual_certify_sequential
 from core.procedures.smoothing import certificate, certify
 from core.records import (
@@ -29,7 +29,6 @@ from core.records import (
     Certificate,
     Counts,
     DualCertificate,
-    MultiscaleCertificate,
     Procedure,
     Rule,
     Sampling,

@@ -14,9 +14,11 @@ import pytest
 from core.agreement_records import AgreementCertificate
 from core.config import parse_config
 from core.errors import ConfigError, DataError
-from core.procedures.multiscale import level_alphas
+from core.machine.noise_key import auxiliary
+from core.procedures.multiscale import MultiscaleCertificate, level_alphas
 from core.procedures.sequential import Budget
 from core.records import (
+    AUXILIARY,
     CLASSIFIER,
     ESTIMATOR,
     Answer,
@@ -24,9 +26,10 @@ from core.records import (
     Counts,
     Draws,
     DualCertificate,
-    MultiscaleCertificate,
     Rule,
     Sampling,
+    is_paired,
+    paired,
 )
 from core.report import DualRows
 from core.report.multiscale import MultiscaleRows
@@ -52,6 +55,10 @@ TERMS = [
     terms_of("fixed", (0.12, 0.25, 0.5), 0.7),
     terms_of("sequential", (0.12, 0.25, 0.5), 0.7, split="full", router_share=0.25),
 ]
+WITH_REFERENCE = replace(
+    terms_of("fixed", (0.12, 0.5)), sampling=Sampling(15, 120, 0.02, num_reference=40, bound="randomized"), seed=3
+)
+"""For the methods that know it; the draws of the reference, and the number of each key."""
 
 
 @dataclass
@@ -60,6 +67,7 @@ class Voter:
 
     random: np.random.Generator
     num_levels: int
+    name: str = ""
     asked: Copies = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -72,14 +80,21 @@ class Voter:
 
     def __call__(self, draws: Draws) -> Answer:
         self.asked[draws.heads] += draws.num
-        return {head: self.random.multinomial(draws.num, self.shares[head])[:-1] for head in draws.heads}
+        votes = {
+            head: self.random.multinomial(draws.num, self.shares[head])[:-1]
+            for head in draws.heads
+            if not is_paired(head)
+        }
+        for head in (head for head in [*votes] if paired(head) in draws.heads):
+            votes[paired(head)] = np.append(self.random.binomial(votes[head], 0.01), 0)
+        return votes | {AUXILIARY: np.array([auxiliary(3, self.name, draws.phase, draws.sigma)])}
 
 
 def made(method: Method, terms: Terms, num: int = 25) -> Iterator[tuple[dict[str, Any], Any, Copies]]:
     """Row, result and the copies that were asked for, of each procedure of so many examples."""
     for seed in range(num):
         for procedure in method.procedures(terms):
-            voter = Voter(np.random.default_rng(seed), len(terms.sigmas))
+            voter = Voter(np.random.default_rng(seed), len(terms.sigmas), f"example-{seed}")
             result = drive(procedure(), voter)
             row = method.row(f"example-{seed}", seed % NUM_CLASSES, result) | {"image_hash": f"{seed:016x}"}
             yield row, result, voter.asked
@@ -122,6 +137,29 @@ def test_again_stored_row_gives_itself(name: str, terms: Terms) -> None:
         assert method.spent(row, terms) == terms.sampling.alpha == row["alpha"]
     share = {"agreement": 1 - terms.router_share, "dual": 0.5 if terms.split == "halves" else 1.0}.get(name, 1.0)
     assert method.stage(terms).alpha == pytest.approx(0.02 * share, rel=1e-15)
+
+
+@pytest.mark.parametrize("name", ["standard", "dual"])
+def test_again_row_of_a_reference_gives_itself_and_copies_counts_its_draws(name: str) -> None:
+    method, terms = method_named(name), WITH_REFERENCE
+    schema, ran = method.columns(terms), 0
+    bound, exact = method.copies(terms)
+    for row, _, asked in made(method, terms):
+        assert {*row} == {*schema.names}
+        plain = pa.Table.from_pylist([row], schema=schema).to_pylist()[0]
+        assert pa.Table.from_pylist([method.again(plain, terms)], schema=schema).to_pylist() == [plain]
+        other = {**plain, "uniform": 0.5, "uniform_sigma": 0.5}  # as if it had been drawn anew
+        assert method.again(other, terms)["uniform"] == row["uniform"]
+        columns = [votes.column for votes in method.votes(plain, terms, NUM_CLASSES)]
+        assert {f"counts_missed{ending}" for ending in method.endings} <= {*columns}
+        if name == "standard" or not row["abstained"]:
+            assert row["num_reference"] == 40
+            ran += 1
+        assert all(num <= bound[kind] for kind, num in asked.items()) or not exact
+    assert ran
+    assert bound[CLASSIFIER, paired(CLASSIFIER)] == 40 * (len(terms.sigmas) if name == "standard" else 1)
+    assert method.schema_with(schema.names) == schema
+    assert method.schema_with([]) == method.schema
 
 
 @each
