@@ -86,6 +86,8 @@ def test_route_takes_the_class_of_the_chosen_expert_and_no_other() -> None:
     assert (other.radius, other.binding, other.answered[2]) == (0.1, 2, 0.0)
     own = route(router, [sure(1, 9.0), sure(ABSTAIN, 0.0), sure(ABSTAIN, 0.0)])
     assert (own.prediction, own.radius, own.binding, own.abstained) == (ABSTAIN, 0.0, None, True)
+    none = route(RouterCertificate(1, (0.0, 0.0), "l2"), [sure(0, 9.0), sure(1, 0.6)])
+    assert (none.prediction, none.radius, none.binding, none.abstained) == (ABSTAIN, 0.0, None, True)
 
 
 def test_route_without_any_noise_never_fails_and_draws_nothing() -> None:
