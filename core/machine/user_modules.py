@@ -28,8 +28,11 @@ __all__ = [
 _LEAVES = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, np.generic, types.ModuleType)
 _LIBRARIES = frozenset({"builtins", "torch", "numpy", "torchvision", "timm", "diffusers", "transformers"})
 """Packages whose own functions and classes keep no network of a user's in their globals."""
-_EMPTY = frozenset({bool, dict, list, tuple, set, OrderedDict})
-"""Most of what hangs on a torch module is one of these and holds nothing: the walk leaves it out at once."""
+_PLAIN = frozenset({bool, int, float, str, type(None), nn.Parameter, Tensor})
+_ROWS, _BOOKS = frozenset({tuple, list, set}), frozenset({dict, OrderedDict})
+"""Most of what hangs on a torch module is plain, or one of these that holds nothing else: left out at once."""
+_TENSORS = frozenset({"_parameters", "_buffers", "_modules"})
+"""Attributes of a torch module that hold tensors alone, and its children, which are asked for."""
 _MANY = 10_000
 """Containers with more items are data, not networks."""
 
@@ -46,7 +49,7 @@ def submodules(*things: object) -> list[nn.Module]:
     left = list(things)
     while left:
         thing = left.pop()
-        if isinstance(thing, _LEAVES) or id(thing) in seen:
+        if type(thing) in _PLAIN or isinstance(thing, _LEAVES) or id(thing) in seen:
             continue
         seen[id(thing)] = thing
         if isinstance(thing, nn.Module):
@@ -76,10 +79,17 @@ def _inside(thing: Any) -> Iterator[object]:
     elif isinstance(thing, type):
         yield from _inside_class(thing)
     else:
+        known: frozenset[str] = frozenset()
         if isinstance(thing, nn.Module):
             yield from thing.children()  # those of TorchScript are in no attribute
-        attributes = list((_stored(thing, "__dict__") or {}).values())  # at once: other threads may add to it
-        yield from [each for each in attributes if not (each is None or (type(each) in _EMPTY and not each))]
+            known = _TENSORS
+        attributes = list((_stored(thing, "__dict__") or {}).items())  # at once: other threads may add to it
+        for name, each in attributes:
+            kind = type(each)
+            if kind in _PLAIN or name in known or (kind in _BOOKS and not each):
+                continue
+            if not (kind in _ROWS and _PLAIN.issuperset(map(type, each))):
+                yield each
         yield type(thing)
         for kind in type(thing).__mro__:
             names = kind.__dict__.get("__slots__", ())
@@ -150,20 +160,24 @@ def direct_module(call: object) -> nn.Module | None:
 
 def input_dtype(call: object) -> torch.dtype:
     """What a network takes: the type of all its floating parameters and buffers if they have one, else float32."""
-    module = direct_module(call)
-    if module is None:
-        return torch.float32
-    kinds = {tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()}
+    kinds = {tensor.dtype for tensor in _tensors(call) if tensor.is_floating_point()}
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 def is_materialised(call: object) -> bool:
     """Whether all parameters have values: none of a lazy module's before its first pass, none on the meta device."""
-    module = direct_module(call)
-    tensors = () if module is None else (*module.parameters(), *module.buffers())
     return not any(
-        tensor.is_meta or isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in tensors
+        tensor.is_meta or isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in _tensors(call)
     )
+
+
+def _tensors(call: object) -> list[Tensor]:
+    """Parameters and buffers of a module, some several times: `parameters()` takes five times as long."""
+    module = direct_module(call)
+    if module is None:
+        return []
+    books = [book for each in module.modules() for book in (each._parameters, each._buffers)]
+    return [tensor for book in books for tensor in book.values() if tensor is not None]
 
 
 def takes_any_batch(call: object) -> bool:
