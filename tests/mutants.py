@@ -40,6 +40,8 @@ from libcst.metadata import CodeRange, WhitespaceInclusivePositionProvider
 from mutmut.mutation import mutators
 
 TESTS = {
+    "core/law.py": "law confidence",
+    "core/machine/splitting.py": "l1_noise@splitting",
     "core/procedures/confidence.py": "confidence e_process agreement@two_bounds",
     "core/procedures/smoothing.py": "smoothing reference_bound",
     "core/procedures/randomized.py": "randomized",

@@ -241,3 +241,18 @@ def test_training_noise_has_standard_deviation_one_and_its_own_kurtosis(kind: st
     assert out.std() == pytest.approx(1.0, abs=0.01)
     assert float((out.astype(np.float64) ** 4).mean()) == pytest.approx(kurtosis, rel=0.05)
     assert make_noise(kind, 0).kind == kind
+
+
+def test_splitting_offsets_and_training_copies_come_from_their_keystreams() -> None:
+    def words(key: bytes, num: int) -> list[int]:
+        out = np.empty(num, np.int32)
+        words_on_host(Part(key, 0, num), out)
+        return out.view(np.uint32).tolist()
+
+    m, image = SPLITTING.copies(0.1), torch.randint(256, (1, 4, 4)).float() / 255
+    expected = [word % m for word in words(noise_key(7, "offsets", Phase.ESTIMATION, m / 510.0, "splitting"), 16)]
+    assert offsets(7, (1, 4, 4), m).ravel().tolist() == expected
+    copies = drawn(SplittingNoise(7), image, 0.1, m)
+    chosen = [word % m for word in words(noise_key(7, "x", Phase.TRAINING, 0.1, "splitting"), 20)]
+    assert torch.equal(drawn(SplittingNoise(7), image, 0.1, 20, Phase.TRAINING), copies[chosen])
+    assert torch.equal(drawn(SplittingNoise(7), image, 0.1, 8, Phase.TRAINING, first=12), copies[chosen[12:]])
