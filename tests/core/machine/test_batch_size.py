@@ -139,6 +139,7 @@ def test_build_dataset_auto_on_this_machine(tmp_path: Path) -> None:
     assert number & (number - 1) == 0
 
 
+@pytest.mark.slow
 def test_build_dataset_auto_on_ray_is_drawn_again_at_the_plans_size(tmp_path: Path) -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
