@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -307,14 +308,15 @@ class Config(Section):
         if self.certify.reference:
             return "raise certify.reference.num_draws, and certify.num_estimation with it"
         law, capped = self.law, self.certify.bound == "randomized"  # at what all draws show with probability 1/2
-        needed = max(
-            min(
-                draws_needed(radius, sigma, 0.5 if capped else alpha, law)
-                for sigma, alpha in group
-                if radius < law.limit(sigma)
-            )
-            for group in self._limits()
-        )
+        needed = 0
+        for group in self._limits():
+            enough: list[int] = []
+            for sigma, alpha in group:
+                with suppress(ConfigError):
+                    enough.append(draws_needed(radius, sigma, 0.5 if capped else alpha, law))
+            if not enough:
+                return "no number of draws certifies it at these sigmas"
+            needed = max(needed, min(enough))
         return f"set certify.num_estimation to at least {needed:,}"
 
     def check_radii(self, others: float = 0.0) -> None:

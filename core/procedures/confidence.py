@@ -155,13 +155,15 @@ def draws_needed(radius: float, sigma: float, alpha: float, law: Law = GAUSSIAN)
     under an exhaustive law.
 
     Raises:
-        ConfigError: for a radius that no number of draws certifies.
+        ConfigError: for a radius that no number of draws certifies, or none below 10^15.
     """
     if radius >= law.limit(sigma):
         raise ConfigError(f"no radius from {law.limit(sigma):.4g} on can be certified at sigma = {sigma:g}")
     if law.exhaustive:
         return law.copies(sigma)
-    certain = min(float(np.log(law.cdf(radius / law.scale(sigma)))), -1e-300)  # a cdf of 1 is one that was rounded
+    certain = float(np.log(law.cdf(radius / law.scale(sigma))))
+    if certain > -1e-15:  # of what rounding leaves
+        raise ConfigError(f"a radius of {radius:g} cannot be certified at sigma = {sigma:g} in 10^15 draws")
     needed = math.floor(math.log(alpha) / certain) + 1
     while needed < 1_000_000 and largest_radius(sigma, needed, alpha, law) <= radius:
         needed += 1

@@ -208,7 +208,7 @@ def test_check_radii_beyond_the_reach_is_refused_unless_another_curve_reaches_th
     config = parse_config(MINIMAL, ["report.radii=[0, 5]"])
     assert config.reach == pytest.approx(0.5 * stats.norm.ppf(0.0005 ** (1 / 10_000)))
     with pytest.raises(
-        ConfigError, match=r"but report.radii asks for 5; set certify.num_estimation to at least [\d,]+, or"
+        ConfigError, match=r"but report.radii asks for 5; no number of draws certifies it at these sigmas, or"
     ):
         config.check_radii()
     with pytest.raises(ConfigError, match="asks for 5"):
