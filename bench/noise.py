@@ -20,30 +20,31 @@ __all__ = ["noise"]
 
 
 def noise(settings: Settings) -> list[Line]:
-    """Chunks of 100 copies of a digit, at each noise level."""
+    """Batches of 1,000 copies, 100 of each of ten digits, at each noise level."""
     settle(1)
     pair, cuda = digits(), settings.device == "cuda"
     network = pair.network(settings.device, Forward())
     kinds: dict[str, Noise] = {"Gaussian": GaussianNoise(0), "exact": ExactNoise(0)}
     former = FormerGaussianNoise(0, 100)
-    chunks = 2 if settings.tiny else 100
+    batches = 2 if settings.tiny else 10
 
     def drawn(kind: Noise, sigma: float) -> Callable[[], float]:
         image = torch.full(pair.shape, 128 / 255, device=settings.device)
-        out = torch.empty(100, *pair.shape, device=settings.device)
+        out = torch.empty(1000, *pair.shape, device=settings.device)
 
         def run() -> float:
-            for chunk in range(chunks):
-                kind.corrupt(out, [Copies(image, "bench", Phase.ESTIMATION, sigma, 100 * chunk, 100)])
-            return 100 * chunks
+            for number in range(batches):
+                ten = [Copies(image, f"{place}", Phase.ESTIMATION, sigma, 100 * number, 100) for place in range(10)]
+                kind.corrupt(out, ten)
+            return 1000 * batches
 
         return run
 
     def randn() -> float:
-        image, out = torch.full(pair.shape, 128 / 255), torch.empty(100, *pair.shape)
-        for _ in range(chunks):
+        image, out = torch.full(pair.shape, 128 / 255), torch.empty(1000, *pair.shape)
+        for _ in range(batches):
             torch.randn(out.shape, out=out).mul_(0.5).add_(image)
-        return 100 * chunks
+        return 1000 * batches
 
     sides = {f"{name} noise, sigma = {s}": drawn(kind, s) for s in pair.sigmas for name, kind in kinds.items()}
     top = f"Gaussian noise, sigma = {pair.sigmas[-1]}"
