@@ -227,6 +227,10 @@ def made_small(arguments: list[str]) -> list[str]:
         return [word for word in arguments[:place] + arguments[place + 2 :] if "=" not in word]
     given = {argument.partition("=")[0] for argument in arguments}
     added = [override for override in small() if override.partition("=")[0] not in given]
+    if "configs/digits_l1.yaml" in arguments:  # experts of its own, no denoiser
+        added = [override for override in added if not override.startswith("base.")]
+        pool = "{0.25: {train: {epochs: 1}}, 0.5: {train: {epochs: 1}}, 1.0: {train: {epochs: 1}}}"
+        added += [] if "base.experts" in given else [f"base.experts={pool}"]
     if any(word.startswith("noise=") or "budget=" in word for word in arguments):
         added.append("dataset.test.first=4")
     return arguments + added
