@@ -36,7 +36,7 @@ from distributed.store.plan import Plan
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 
-__all__ = ["Cluster", "Outcome", "scale", "simulate"]
+__all__ = ["Cluster", "Outcome", "SleepingReplica", "scale", "simulate"]
 
 SAMPLING = Sampling(100, 100, 0.001)
 SIGMAS = (0.25, 0.5, 1.0)

@@ -19,13 +19,14 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
+from bench.scale import SleepingReplica
 from bench.settings import Settings
 from bench.timing import Line, spread
 from core.config import parse_config
 from core.procedures.smoothing import certificate
 from core.records import Sampling
 from distributed.cluster.cluster import connected
-from distributed.execution.replica import Replica, _OpenShard
+from distributed.execution.replica import _OpenShard
 from distributed.execution.scheduler import run_work
 from distributed.execution.work import Work
 from distributed.files.storage import Folder
@@ -74,21 +75,15 @@ def scheduler(settings: Settings) -> list[Line]:
     return [*found, Line("scheduler", what, spread([growth]), unit="MiB", wanted="<= 200")]
 
 
-class InstantReplica(Replica):
+class InstantReplica(SleepingReplica):
     """Everything of a replica but data, networks and engine."""
 
     def _load(self, work: Work) -> None:
-        self._store = ShardStore(work.root, work.store)
-        plan = self._store.read_plan()
-        assert plan is not None
-        self._plan = plan
+        super()._load(work)
         self._ids = pq.read_table(self._store.plan_file, columns=["example_id"]).column("example_id")
 
     def _serve(self) -> None:
         pass
-
-    def _made_on(self) -> str:
-        return "cpu"
 
     def submit(self, number: int) -> "Future[_OpenShard]":
         """The shard's rows, at once."""

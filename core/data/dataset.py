@@ -120,31 +120,6 @@ class Dataset:
             )
         return image
 
-    def pixels(self) -> Tensor:
-        """All images as float32 ``(N, C, H, W)`` in [0, 1], in memory: for sets that fit.
-
-        Raises:
-            DataError: as `image`, or when the machine has not the memory.
-        """
-        if isinstance(self.images, np.ndarray):
-            return torch.from_numpy(self.images).float().div_(255.0)
-        self.check_memory()
-        pixels = torch.empty(len(self), *self.shape)
-        for index in range(len(self)):
-            pixels[index] = torch.from_numpy(self.image(index))
-        return pixels.div_(255.0)
-
-    def check_memory(self, num: int | None = None) -> None:
-        """Raise `DataError` when the machine has not the memory for `pixels` of all images, or of so many."""
-        count = len(self) if num is None else num
-        needed = 4 * count * int(np.prod(self.shape))
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > available:
-            raise DataError(
-                f"{self.name}: {count:,} images of shape {self.shape} take {needed / 2**30:,.0f} GiB as float32, "
-                f"this machine has {available / 2**30:,.0f}; take a part of them (dataset.train.share or .first)"
-            )
-
     def readable_pixels(self, places: Sequence[int]) -> tuple[Tensor, NDArray[np.int64]]:
         """The images at these places, without those that cannot be read.
 
@@ -154,7 +129,13 @@ class Dataset:
         Raises:
             DataError: when the whole set holds no image that can be read, or the machine has not the memory.
         """
-        self.check_memory(len(places))
+        needed = 4 * len(places) * int(np.prod(self.shape))
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > available:
+            raise DataError(
+                f"{self.name}: {len(places):,} images of shape {self.shape} take {needed / 2**30:,.0f} GiB as float32, "
+                f"this machine has {available / 2**30:,.0f}; take a part of them (dataset.train.share or .first)"
+            )
         pixels = torch.empty(len(places), *self.shape)
         read: list[int] = []
         for place in places:

@@ -18,10 +18,6 @@ _ORIENTATION = 0x0112
 def check_header(file: ImageFile, encoded: bytes) -> None:
     """Let an image pass whose pixels come out of Pillow as they are stored: one picture, at most 8 bits a channel.
 
-    Args:
-        file: opened, not yet decoded.
-        encoded: its bytes.
-
     Raises:
         ValueError: for any other; says what it is.
     """

@@ -315,12 +315,7 @@ def _candidate(levels: tuple[int, ...], sample: Sample, routed: Floats) -> Candi
 
 
 def _winners_curse(values: Floats, generator: np.random.Generator) -> tuple[float, Floats]:
-    """Choose on half of the examples, look at the other half: mean fall of the winner's score, and who wins.
-
-    Args:
-        values: ``(subsets, N)``.
-        generator: of the halves.
-    """
+    """Choose among ``(subsets, N)`` values on half of N, look at the rest: the winner's mean fall, and who wins."""
     num = values.shape[1]
     falls, wins = [], np.zeros(len(values))
     for _ in range(_HALVES):

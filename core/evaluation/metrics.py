@@ -133,9 +133,7 @@ def paired_difference(one: Floats, other: Floats) -> tuple[Floats, Floats]:
     return gap.mean(axis=0), np.asarray(gap.std(axis=0, ddof=1) / math.sqrt(len(gap)))
 
 
-def dataset_level_bound(
-    accuracy: float, num_examples: int, alpha: float, rho: float, *, as_released: bool = False
-) -> float:
+def dataset_level_bound(accuracy: float, num_examples: int, alpha: float, rho: float) -> float:
     """How much of a certified accuracy stands once certificates may be wrong, with probability at least 1 - rho.
 
     Each of the m certificates fails with probability at most alpha, independently, so Bernstein's inequality bounds the
@@ -143,16 +141,14 @@ def dataset_level_bound(
 
         accuracy - alpha - sqrt(2 alpha (1 - alpha) ln(1/rho) / m) - ln(1/rho) / (3 m).
 
-    The randomness is the noise of the certificates; the examples are fixed. The statement is for one radius.
+    The randomness is the noise of the certificates; the examples are fixed. The statement is for one radius. Without
+    the factor 2, as in the scripts of Cohen et al. 2019, it would not hold at level rho.
 
     Args:
         accuracy: measured certified accuracy in [0, 1].
         num_examples: m >= 1.
         alpha: failure probability of one certificate, in (0, 1); for Dual RS the sum over both stages.
         rho: failure probability of the bound, in (0, 1).
-        as_released: leave out the factor 2, as the scripts of Cohen et al. 2019 do, to compare with numbers from them.
-            That version does not hold at level rho: with m = 10,000 and alpha = rho = 0.001 it fails with probability
-            0.0016 (`tests/core/evaluation/test_metrics.py`).
 
     Returns:
         The bound, at least 0.
@@ -168,7 +164,7 @@ def dataset_level_bound(
         if not 0.0 < value < 1.0:
             raise DataError(f"{name} is a failure probability and must lie in (0, 1), got {value!r}")
     log_term = math.log(1.0 / rho) / num_examples
-    deviation = math.sqrt((1.0 if as_released else 2.0) * alpha * (1.0 - alpha) * log_term)
+    deviation = math.sqrt(2.0 * alpha * (1.0 - alpha) * log_term)
     return max(0.0, accuracy - alpha - deviation - log_term / 3.0)
 
 

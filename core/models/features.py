@@ -62,13 +62,7 @@ def _gives_features(classifier: nn.Module) -> bool:
 
 
 class FeatureHead(nn.Module):
-    """Standardised features, one hidden layer, one output per sigma.
-
-    Args:
-        num_features: width of the input.
-        hidden: of the layer between.
-        num_outputs: candidate sigmas.
-    """
+    """Standardised features, one hidden layer, one output per sigma."""
 
     _mean: Tensor
     _scale: Tensor
@@ -100,12 +94,7 @@ class FeatureHead(nn.Module):
 
 
 class FeatureRouter(nn.Module):
-    """A head with copies of the classifiers that it reads: fine-tuning them later does not change it.
-
-    Args:
-        extractor: fixed.
-        head: trained.
-    """
+    """A head with copies of the classifiers that it reads: fine-tuning them later does not change it."""
 
     def __init__(self, extractor: FeatureExtractor, head: FeatureHead) -> None:
         super().__init__()

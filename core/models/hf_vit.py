@@ -76,11 +76,6 @@ def to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def check_hf_config(plain: Mapping[str, Any], num_heads: int, source: str) -> float:
     """The epsilon of the layer norms, after a check of what no shape shows.
 
-    Args:
-        plain: config.json of transformers.
-        num_heads: of the timm network.
-        source: what messages call it.
-
     Raises:
         ModelError: for another number of heads or activation.
     """

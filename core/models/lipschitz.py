@@ -10,6 +10,7 @@ and here each of its products carries a bound of its rounding. How the network w
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from core.errors import ModelError
 
 __all__ = ["MaxMin", "VerifiedNetwork", "gram_bound", "layer_bound", "steepest_ratio"]
 
+_K = TypeVar("_K", nn.Linear, nn.Conv2d)
+
 _UNIT = 2.0**-53
 _TINY = 1e-280
 """Far above what underflow can lose in a product of matrices that are scaled to a norm of about 1."""
@@ -28,6 +31,8 @@ _ROUNDS = 24
 _UP = 1.0 + 8 * _UNIT
 _KEEPING = (nn.Identity, nn.Flatten, nn.PixelUnshuffle)
 """Layers that only move numbers; with `MaxMin` and ReLU they are 1-Lipschitz, exact, and take 0 to 0."""
+_COMPUTING = {"forward", "_conv_forward", "__call__"}
+"""What a layer computes by; a subclass or an object with one of its own is another function than its weights say."""
 
 
 class MaxMin(nn.Module):
@@ -67,7 +72,7 @@ class VerifiedNetwork:
             before, x = tuple(x.shape[1:]), _applied(layer, x)
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 norm = layer_bound(layer, before)
-                self.lipschitz *= norm * _UP
+                self.lipschitz = max(self.lipschitz * norm * _UP, _TINY)  # what underflows, a later layer may stretch
                 self._terms.append((norm, *_size(layer, x[0, 0].numel())))
         if x.ndim != 2 or x.shape[1] < 2:
             raise ModelError(
@@ -91,13 +96,13 @@ class VerifiedNetwork:
         error = 0.0
         for constant, absolute, bias, gamma in self._terms:
             error = (constant * error + gamma * (absolute * (norm + error) + bias)) * _UP + _TINY
-            norm = (constant * norm + bias) * _UP
+            norm = (constant * norm + bias) * _UP + _TINY
         return error
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:
     """The layers, in order."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    if module._forward_hooks or module._forward_pre_hooks or _COMPUTING & vars(module).keys():
         raise ModelError(f"a {type(module).__name__} has forward hooks: remove them, what they do is not known here")
     if type(module) is nn.Sequential:
         for layer in module:
@@ -108,9 +113,9 @@ def _flat(module: nn.Module) -> Iterator[nn.Module]:
 
 def _plain(layer: nn.Module) -> nn.Module:
     """A copy in float64 that no parametrisation, subclass or later training can change."""
-    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
+    if _computes_as(layer, nn.Linear):
         return _with_weights(nn.Linear(layer.in_features, layer.out_features, layer.bias is not None), layer)
-    if isinstance(layer, nn.Conv2d) and type(layer).forward is nn.Conv2d.forward:
+    if _computes_as(layer, nn.Conv2d):
         if layer.dilation != (1, 1) or layer.padding_mode not in ("zeros", "circular"):
             raise ModelError(
                 f"a convolution with dilation {layer.dilation} and padding_mode {layer.padding_mode!r} has no known "
@@ -125,6 +130,12 @@ def _plain(layer: nn.Module) -> nn.Module:
         f"the Lipschitz constant of {type(layer).__name__} is not known here, expected Sequential, Linear, Conv2d, "
         "MaxMin, ReLU, Flatten from dimension 1, PixelUnshuffle or Identity"
     )
+
+
+def _computes_as(layer: nn.Module, kind: type[_K]) -> TypeGuard[_K]:
+    """Whether it is one of these, or a subclass that only makes its weights in another way."""
+    same = (getattr(type(layer), name, None) is getattr(kind, name, None) for name in _COMPUTING)
+    return isinstance(layer, kind) and all(same)
 
 
 def _with_weights(plain: nn.Linear | nn.Conv2d, layer: nn.Linear | nn.Conv2d) -> nn.Module:
@@ -159,7 +170,7 @@ def _size(layer: nn.Linear | nn.Conv2d, places: int) -> tuple[float, float, floa
     rows, columns = weight.sum((1, 2)).max(), weight.sum((0, 2)).max()
     bias = 0.0 if layer.bias is None else math.sqrt(places) * float(layer.bias.norm())
     up = 1 + _gamma(weight.numel())
-    return math.sqrt(float(rows * columns)) * up, bias * up, _gamma(weight[0].numel() + 1)
+    return math.sqrt(float(rows)) * math.sqrt(float(columns)) * up, bias * up, _gamma(weight[0].numel() + 1)
 
 
 def layer_bound(layer: nn.Linear | nn.Conv2d, shape: Sequence[int]) -> float:

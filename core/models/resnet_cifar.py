@@ -34,13 +34,7 @@ def _stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequential
 
 
 class ResNetCifar(nn.Module):
-    """6n + 2 layers in three stages of n blocks, 16, 32 and 64 channels wide; n = 18 is ResNet-110.
-
-    Args:
-        num_classes: width of the output.
-        channels: input channels.
-        blocks: blocks of a stage, n.
-    """
+    """6n + 2 layers in three stages of n blocks, 16, 32 and 64 channels wide; n = 18 is ResNet-110."""
 
     def __init__(self, num_classes: int = 10, channels: int = 3, blocks: int = 18) -> None:
         super().__init__()

@@ -146,18 +146,16 @@ def conclude(
     )
 
 
-def certify_sequential(sigma: float, sampling: Sampling, rule: Rule, head: str = CLASSIFIER) -> Procedure[Certificate]:
+def certify_sequential(sigma: float, sampling: Sampling, rule: Rule) -> Procedure[Certificate]:
     """CERTIFY that stops as soon as it can only abstain; otherwise draw by draw the fixed one."""
-    selection = (yield Draws(sigma, sampling.num_selection, (head,), Phase.SELECTION))[head]
-    return (yield from climb(sigma, (), selection, sampling, rule, head))
+    selection = (yield Draws(sigma, sampling.num_selection, (CLASSIFIER,), Phase.SELECTION))[CLASSIFIER]
+    return (yield from climb(sigma, (), selection, sampling, rule, CLASSIFIER))
 
 
-def certify_grid(
-    sigma: float, radii: Sequence[float], sampling: Sampling, rule: Rule, head: str = CLASSIFIER
-) -> Procedure[Certificate]:
+def certify_grid(sigma: float, radii: Sequence[float], sampling: Sampling, rule: Rule) -> Procedure[Certificate]:
     """CERTIFY that decides no more than which radii of a grid are exceeded."""
-    selection = (yield Draws(sigma, sampling.num_selection, (head,), Phase.SELECTION))[head]
-    return (yield from climb(sigma, beyond(radii), selection, sampling, rule, head, grid=True))
+    selection = (yield Draws(sigma, sampling.num_selection, (CLASSIFIER,), Phase.SELECTION))[CLASSIFIER]
+    return (yield from climb(sigma, beyond(radii), selection, sampling, rule, CLASSIFIER, grid=True))
 
 
 def dual_certify_sequential(

@@ -34,12 +34,7 @@ _MEASURES: Final = (
 
 
 def ablation_figure(settings: Sequence[AblationSetting], title: str) -> Figure:
-    """Three panels: certified accuracy of Dual RS against the radius, ECDF of Delta R_c, measures by setting.
-
-    Args:
-        settings: at least one.
-        title: above the first panel.
-    """
+    """Three panels: certified accuracy of Dual RS against the radius, ECDF of Delta R_c, measures by setting."""
     looks = [
         {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
         for index in range(len(settings))

@@ -22,10 +22,6 @@ __all__ = ["DenoisingObjective", "new_denoiser"]
 def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoiser:
     """The denoiser that the configuration names, with its weights, or initialised by torch's generator.
 
-    Args:
-        config: see there.
-        shape: ``(C, H, W)`` of the images.
-
     Raises:
         ModelError: as `load_denoiser` and `build_own`.
         ConfigError: see `trained_unet_config`.

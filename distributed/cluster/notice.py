@@ -32,11 +32,7 @@ GOOGLE_S: Final = 30.0
 
 
 class Notice:
-    """What the machine's cloud says of its end.
-
-    Args:
-        node_id: Ray's, of this machine.
-    """
+    """What the machine's cloud says of its end."""
 
     def __init__(self, node_id: str) -> None:
         self._node_id, self._failures = node_id, 0

@@ -6,11 +6,7 @@ __all__ = ["DriverMetrics", "ReplicaMetrics", "TrainingMetrics"]
 
 
 class ReplicaMetrics:
-    """Counted by each replica.
-
-    Args:
-        store: which step it is.
-    """
+    """Counted by each replica."""
 
     def __init__(self, store: str) -> None:
         from ray.util.metrics import Counter, Histogram
@@ -42,12 +38,7 @@ class ReplicaMetrics:
 
 
 class DriverMetrics:
-    """Set by the driver.
-
-    Args:
-        store: which step it is.
-        planned: examples in all.
-    """
+    """Set by the driver."""
 
     def __init__(self, store: str, planned: int) -> None:
         from ray.util.metrics import Gauge
@@ -68,11 +59,7 @@ class DriverMetrics:
 
 
 class TrainingMetrics:
-    """Set by the driver while workers of Ray Train are at work.
-
-    Args:
-        training: its name.
-    """
+    """Set by the driver while workers of Ray Train are at work."""
 
     def __init__(self, training: str) -> None:
         from ray.util.metrics import Gauge

@@ -27,10 +27,6 @@ def read_parquet(name: str, part: ParquetPart) -> Dataset:
     quick, jumping about is not. Ids are those of the id column, or `<name>-<split>-00000042`, the row counted through
     the files.
 
-    Args:
-        name: of the data set.
-        part: files and columns.
-
     Raises:
         DataError: for a file that cannot be read, a missing column (lists those there are) or label; names the file.
         ConfigError: when the number of classes, or their names, are needed and not known.

@@ -65,9 +65,6 @@ class RunLock:
     On this machine a holder is known to be alive or dead by its process; on another one, by its signs of life. If the
     lock is lost to another driver (after an outage longer than `STALE_S`), the main thread is interrupted.
 
-    Args:
-        folder: the run directory.
-
     Raises:
         ConfigError: when somebody else is at work, with host, process and since when.
     """

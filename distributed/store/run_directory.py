@@ -174,10 +174,6 @@ class RunDirectory:
     def borrow(self, lender: "RunDirectory", names: Sequence[str]) -> None:
         """Use networks of a run that this folder lies in, as they are now; nothing is copied.
 
-        Args:
-            lender: the run.
-            names: of the networks.
-
         Raises:
             ConfigError: as `model_hashes` of the lender.
         """
@@ -316,13 +312,7 @@ class RunDirectory:
             )
 
     def is_done(self, step: str, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> bool:
-        """Whether `step` has finished, with the models that are there now, and its own models are still there.
-
-        Args:
-            step: its name.
-            reads: models that it uses.
-            writes: models that it makes.
-        """
+        """Whether `step` has finished, the models that it `reads` are as they were, and those it `writes` are there."""
         record = self._manifest["steps"].get(step)
         if record is None or not all(self.models.exists(_model_file(name)) for name in writes):
             return False

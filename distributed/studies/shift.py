@@ -81,11 +81,6 @@ def shifted_config(config: Config, corruption: str, severity: int, path: str | N
 def open_set(run: RunDirectory, config: Config, mode: Literal["write", "dry"]) -> RunDirectory:
     """The run directory of a corrupted set, with the run's networks.
 
-    Args:
-        run: whose networks it borrows.
-        config: `shifted_config`.
-        mode: as for `RunDirectory`.
-
     Raises:
         ConfigError: when the run has not all of its networks yet, or the set was begun with another
             configuration.

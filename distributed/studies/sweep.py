@@ -160,15 +160,7 @@ def _base_models(config: Config, runs: Sequence[SharedRun]) -> RunDirectory:
 
 
 def run_setting(sweep: Sweep, setting: Setting, out: Folder, shared: Sequence[SharedRun], steps: Steps) -> None:
-    """Take over what is shared, then run the setting's own steps, all in this process.
-
-    Args:
-        sweep: that the setting belongs to.
-        setting: which.
-        out: folder of the sweep.
-        shared: finished, in their order.
-        steps: what runs a step.
-    """
+    """Take over what is shared, then run the setting's own steps, all in this process."""
     local = setting.config.compute.model_copy(update={"executor": "local", "train_workers": 0})
     directory = RunDirectory(setting_folder(out, setting), setting.config.model_copy(update={"compute": local}))
     with RunLock(directory.folder):

@@ -20,11 +20,6 @@ __all__ = ["read_settings", "write_results"]
 def read_settings(sweep: Sweep, settings: Sequence[Setting], out: Folder) -> list[AblationSetting]:
     """The certificates of finished settings.
 
-    Args:
-        sweep: that they belong to.
-        settings: finished ones.
-        out: folder of the sweep.
-
     Raises:
         DataError: when rows cannot be read.
     """

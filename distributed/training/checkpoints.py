@@ -45,10 +45,6 @@ class Checkpoints:
 
     It is written at the end of every epoch and, in epochs longer than that, every `EVERY_S` seconds, as long as all
     writing stays under 2% of the time; and at the end. Reading it runs no code (`weights_only`).
-
-    Args:
-        folder: of the training.
-        identity: from `identity_of`.
     """
 
     def __init__(self, folder: Folder, identity: str) -> None:

@@ -208,7 +208,7 @@ def test_cifar10_c_takes_the_severity_that_is_asked_for(tmp_path: Path) -> None:
         assert np.array_equal(data.labels, labels[:4])
         for index in range(4):
             assert np.array_equal(data.image(index), images[4 * (severity - 1) + index].transpose(2, 0, 1))
-        assert data.pixels().shape == (4, 3, 32, 32)
+        assert data.shape == (3, 32, 32)
 
 
 def test_cifar10_c_trains_on_the_clean_set(tmp_path: Path) -> None:

@@ -123,32 +123,18 @@ def test_dataset_level_bound_hand_computed() -> None:
     assert dataset_level_bound(0.7, 500, 0.001, 0.001) == pytest.approx(0.7 - 0.001 - 0.0052539 - 0.0046052, abs=1e-7)
 
 
-def test_dataset_level_bound_as_released_equals_script_of_cohen() -> None:
-    # sqrt(0.000999 * 6.907755 / 500) = 0.0037151
-    got = dataset_level_bound(0.7, 500, 0.001, 0.001, as_released=True)
-    assert got == pytest.approx(0.7 - 0.001 - 0.0037151 - 0.0046052, abs=1e-7)
-
-
 def test_dataset_level_bound_tiny_accuracy_is_clipped_at_zero() -> None:
     assert dataset_level_bound(0.0, 500, 0.001, 0.001) == 0.0
     assert dataset_level_bound(0.005, 500, 0.001, 0.001) == 0.0
-
-
-def failure(m: int, alpha: float, rho: float, as_released: bool) -> float:
-    """Exact probability that more certificates fail than the bound subtracts, if each fails with probability alpha."""
-    allowed = 1.0 - dataset_level_bound(1.0, m, alpha, rho, as_released=as_released)
-    return float(stats.binom.sf(np.floor(m * allowed), m, alpha))
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.001])
 @pytest.mark.parametrize("alpha", [0.0005, 0.001, 0.01, 0.3])
 @pytest.mark.parametrize("m", [1, 20, 500, 10_000])
 def test_dataset_level_bound_exact_failure_is_at_most_rho(m: int, alpha: float, rho: float) -> None:
-    assert failure(m, alpha, rho, as_released=False) <= rho
-
-
-def test_dataset_level_bound_as_released_fails_more_often_than_rho() -> None:
-    assert failure(10_000, 0.001, 0.001, as_released=True) == pytest.approx(0.00158, abs=1e-5)
+    """More certificates fail than the bound subtracts, if each fails with probability alpha."""
+    allowed = 1.0 - dataset_level_bound(1.0, m, alpha, rho)
+    assert stats.binom.sf(np.floor(m * allowed), m, alpha) <= rho
 
 
 def test_clopper_pearson_interval_all_or_none_is_closed_form() -> None:

@@ -59,7 +59,7 @@ def naive_votes(run: RunDirectory, example: int, sigma: float, phase: str, num: 
     config = run.config
     data = load_dataset(config.dataset, "train")
     denoiser, classifier = load_model(run.model("denoiser")), load_model(run.model("classifier"))
-    batch, image = config.compute.training_batch_size, data.pixels()[example]
+    batch, image = config.compute.training_batch_size, data.readable_pixels([example])[0][0]
     noise = normals(config.seed, data.example_ids[example], phase, sigma, num, tuple(image.shape))
     noisy = image + sigma * torch.from_numpy(noise)
     votes = np.zeros(10, np.int64)
