@@ -193,7 +193,7 @@ def test_verified_network_of_a_layer_with_a_forward_of_its_own_is_refused() -> N
 
     class Doubled(nn.Conv2d):
         def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-            return 2 * super()._conv_forward(input, weight, bias)
+            return 2 * super()._conv_forward(input, weight, bias)  # type: ignore[no-any-return]
 
     class Called(nn.Linear):
         def __call__(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -210,7 +210,7 @@ def test_rounding_and_constant_do_not_underflow() -> None:
     layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(6))).double()
     with torch.no_grad():
         for place, layer in enumerate(layers):
-            layer.weight.copy_(torch.eye(4, dtype=torch.float64) * (1e-170 if place < 3 else 1e170))  # type: ignore[operator, union-attr]
+            layer.weight.copy_(torch.eye(4, dtype=torch.float64) * (1e-170 if place < 3 else 1e170))  # type: ignore[operator]
     two = VerifiedNetwork(layers[2:4], (4,))
     assert 1e-16 < two.rounding(1.0) < 1e-12
     assert 1.0 <= two.lipschitz < 1.001
