@@ -102,6 +102,7 @@ def test_splitting_goes_through_every_job_without_alpha(tmp_path: Path, capsys: 
         assert run_main(job, "--out", out, *arguments) != 0
         assert message in capsys.readouterr().err
     assert run_main(predict, "--out", out, "--images", str(tmp_path / "a.png"), "--certify") == 0
+    assert "radii are l1" in capsys.readouterr().out
 
 
 def png(pixels: np.ndarray) -> bytes:
