@@ -1,5 +1,6 @@
 """Running procedures over a caller's images: whose networks, which images, under which names, with which noise."""
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
@@ -42,6 +43,7 @@ class Smoothed:
         device: str | torch.device | None,
         noise: str,
         value_range: ValueRange | None,
+        levels: Sequence[float],
     ):
         self.law = law_of(noise)
         if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
@@ -55,6 +57,8 @@ class Smoothed:
         self.noise = noise
         self.value_range = value_range
         self._network = Network(heads, denoiser, self.device)
+        if noise not in NOISES:
+            _check_own(noise, self.device, tuple(levels))
 
     def _check_chance(self) -> None:
         """Refuse PREDICT where nothing is drawn at random."""
@@ -98,6 +102,14 @@ class Smoothed:
                 if bar is not None:
                     bar.update(1)
         return [results[index] for index in range(len(ids))]
+
+
+@functools.lru_cache(maxsize=64)
+def _check_own(noise: str, device: torch.device, levels: tuple[float, ...]) -> None:
+    """As the jobs do of all noise: that of the user's own has been looked at by nobody else."""
+    from core.machine.noise_check import check_noise  # scipy.stats takes its time
+
+    check_noise(make_noise(noise, 0), device, levels)
 
 
 def listed(images: Images) -> Sequence[Image] | Tensor | NDArray[np.generic]:

@@ -95,6 +95,7 @@ class SmoothedClassifier(Smoothed):
 
     Raises:
         ConfigError: for a sigma that is not positive, fewer than two classes, or a module on another device.
+        NoiseError: for noise of your own that contradicts its law.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class SmoothedClassifier(Smoothed):
         self.sigma = _check_sigma("sigma", sigma)
         self.num_classes = num_classes
         heads = {CLASSIFIER: Head(base_classifier, num_classes)}
-        super().__init__(heads, denoiser, seed, device, noise, value_range)
+        super().__init__(heads, denoiser, seed, device, noise, value_range, (self.sigma,))
 
     def __repr__(self) -> str:
         return f"SmoothedClassifier(num_classes={self.num_classes}, sigma={self.sigma}, seed={self.seed})"
@@ -238,7 +239,7 @@ class DualSmoothedClassifier(Smoothed):
             ESTIMATOR: Head(estimator, len(self.sigmas), denoise_estimator),
             CLASSIFIER: Head(classifier, num_classes),
         }
-        super().__init__(heads, denoiser, seed, device, noise, value_range)
+        super().__init__(heads, denoiser, seed, device, noise, value_range, (*self.sigmas, self.sigma_e))
 
     def __repr__(self) -> str:
         return (

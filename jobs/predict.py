@@ -40,11 +40,12 @@ def run(args: argparse.Namespace) -> None:
         print(markdown_table(Table(columns, shown)))
     failed = sum(bool(row["error"]) for row in rows)
     abstained = sum(row["abstained"] for row in rows) - failed
+    radii = f", radii are {directory.config.law.norm}" * args.certify
     where = "" if args.to is None else f", written to {args.to}"
     print(
         f"{len(rows):,} images in {time.monotonic() - start:.1f} s: {len(rows) - abstained - failed:,} classified, "
         f"{abstained:,} abstentions, {failed:,} that could not be read; each answer is wrong with probability at most "
-        f"{0.0 if directory.config.law.exhaustive else question.alpha:g}{where}"
+        f"{0.0 if directory.config.law.exhaustive else question.alpha:g}{radii}{where}"
     )
 
 

@@ -126,7 +126,8 @@ def exact_table(sigma: float, kind: str = "exact") -> ExactTable:
         raise ConfigError(f"a noise level must be positive and finite, got sigma={sigma!r}")
     if kind == "uniform":
         width = int(uniform_width(sigma))
-        floors = [place * 2**BITS // width for place in range(1, width)]  # never a whole number: width is odd
+        # Never a whole number, width being odd; one that nothing reaches where the noise is always 0.
+        floors = [place * 2**BITS // width for place in range(1, max(width, 2))]
         return ExactTable(-(-width // 510), np.array(floors, np.int64))
     import mpmath
 

@@ -8,7 +8,7 @@ otherwise. What is looked at is what a network is given, on the device that draw
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,27 +41,28 @@ RELATED = 128
 Floats = NDArray[np.float64]
 
 
-def check_noise(noise: Noise, device: torch.device | str) -> None:
+def check_noise(noise: Noise, device: torch.device | str, levels: Iterable[float] = ()) -> None:
     """Refuse noise that is not its law's and independent; half a second, false alarm below 1e-6 for a seed.
 
-    Of a noise of the user's own no more is looked at than its bits and its streams; of splitting noise, which has no
-    chance, the bits.
+    Of a noise of the user's own no more is looked at than its bits, its streams and half-spaces along an axis, at each
+    of its levels; of splitting noise, which has no chance, the bits.
 
     Args:
         noise: of a run.
         device: that draws it.
+        levels: at which it is drawn.
 
     Raises:
         NoiseError: says what was found.
     """
-    if found := "; ".join(problems(noise, torch.device(device))):
+    if found := "; ".join(problems(noise, torch.device(device), levels)):
         raise NoiseError(
             f"the noise that {noise!r} draws on {device} is not what certificates assume: {found}. Nothing may be "
             "certified with it: replace this machine's cryptography, NumPy, SciPy or torch, or use another machine"
         )
 
 
-def problems(noise: Noise, device: torch.device) -> Iterator[str]:
+def problems(noise: Noise, device: torch.device, levels: Iterable[float] = ()) -> Iterator[str]:
     """What is wrong with noise; see `check_noise`."""
     many = [_copies(f"noise check {n}", num=COPIES) for n in range(STREAMS)]
     values = _drawn(noise, many, device)
@@ -75,29 +76,37 @@ def problems(noise: Noise, device: torch.device) -> Iterator[str]:
         yield from _related(noise, device, z)
     if noise.kind != "splitting":
         yield from _contradictions(np.sort(z.ravel().astype(np.float64)), law_of(noise.kind))
+        for sigma in () if known else sorted(set(levels)):  # at 1 a variance passes for a standard deviation
+            own = _drawn(noise, [_copies(f"noise check {n}", sigma=sigma, num=COPIES) for n in range(STREAMS)], device)
+            yield from _contradictions(np.sort(own.numpy().ravel().astype(np.float64)), law_of(noise.kind), sigma)
         starts = [_copies(f"key {n}", num=1, shape=(1, 1, 16)) for n in range(KEYS)]
         first = _drawn(noise, starts, device).flatten(1).numpy()
         if (different := len(np.unique(first, axis=0))) < KEYS:
             yield f"{KEYS} keys give {different} streams"
 
 
-def _contradictions(noise: Floats, law: Law) -> Iterator[str]:
+def _contradictions(noise: Floats, law: Law, sigma: float = LEVEL) -> Iterator[str]:
     """Where a half-space along an axis contradicts the law, sampling errors (Dvoretzky-Kiefer-Wolfowitz) set aside.
 
     Args:
-        noise: at `LEVEL`, sorted.
+        noise: at `sigma`, sorted.
         law: says that the half-space's probability p becomes no less than cdf(quantile(p) - r / scale) at distance r.
+        sigma: noise level.
     """
     error = math.sqrt(math.log(2 / ALARM) / (2 * len(noise)))
     p = np.linspace(0.5, 1.0, 200)[1:-1]
-    edge = -np.quantile(noise, p, method="lower")  # of the half-space where -noise > edge, of probability p
-    for share in (0.05, 0.2, 0.5):
-        moved = np.searchsorted(noise, -edge - share * float(law.scale(LEVEL))) / len(noise)
-        left = law.quantile(np.maximum(p - error, 0.5)) - share
-        claimed = np.where(left >= 0, law.cdf(np.maximum(left, 0.0)), 1 - law.cdf(np.maximum(-left, 0.0)))
-        if (off := float((claimed - moved).max())) > error:
-            yield f"a half-space falls below what its law says by {off:.3f} at distance {share:g} scale"
-            return
+    for side, values in (("up", noise), ("down", -noise[::-1])):
+        edge = np.quantile(values, p, method="lower")  # of the half-space below it, of probability p
+        for share in (0.05, 0.2, 0.5):
+            moved = np.searchsorted(values, edge - share * float(law.scale(sigma))) / len(values)
+            left = law.quantile(np.maximum(p - error, 0.5)) - share
+            claimed = np.where(left >= 0, law.cdf(np.maximum(left, 0.0)), 1 - law.cdf(np.maximum(-left, 0.0)))
+            if (off := float((claimed - moved).max())) > error:
+                yield (
+                    f"at sigma = {sigma:g} a half-space falls below what its law says by {off:.3f}, {share:g} scale "
+                    f"{side} an axis"
+                )
+                return
 
 
 def _related(noise: Noise, device: torch.device, z: NDArray[np.float32]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from core.errors import ConfigError
@@ -23,11 +24,19 @@ class OwnNoise:
         seed: the run's seed.
 
     Raises:
-        ModelError, ConfigError: as `core.law.own_noise`.
+        ModelError, ConfigError: as `core.law.own_noise`, and for a drawing whose numbers depend on one another.
     """
 
     def __init__(self, kind: str, seed: int) -> None:
-        self.kind, self.seed, self._draw = kind, seed, own_noise(kind).draw
+        self.kind, self.seed, self._own = kind, seed, own_noise(kind)
+        words = np.random.default_rng(0).integers(-(2**31), 2**31, 1001, np.int32)
+        whole = self._draw(words, 0.5)
+        for part in (slice(7), slice(500, None), slice(None, None, -1)):
+            if not np.allclose(self._draw(words[part].copy(), 0.5), whole[part], rtol=1e-5, atol=1e-6, equal_nan=True):
+                raise ConfigError(
+                    f"noise {kind!r}: draw makes other noise of a word in other company; each number must come of its "
+                    "own word alone, or neither are pixels independent nor is noise the same when it is drawn again"
+                )
 
     def corrupt(self, out: Tensor, copies: Sequence[Copies]) -> None:
         """See `core.machine.noise.Noise.corrupt`: float32 sums of image and noise.
@@ -40,10 +49,13 @@ class OwnNoise:
             words = np.empty(each.num * size, np.int32)
             key = noise_key(self.seed, each.example_id, each.phase, each.sigma, "own")
             words_on_host(Part(key, each.first * size, len(words)), words)
-            noise = np.asarray(self._draw(words, each.sigma))
-            if noise.shape != words.shape or noise.dtype != np.float32:
-                raise ConfigError(
-                    f"noise {self.kind!r}: draw returned {noise.dtype} of shape {noise.shape} for {len(words)} words, "
-                    f"expected float32 of shape ({len(words)},)"
-                )
-            rows.copy_(torch.from_numpy(noise).view(rows.shape)).add_(each.image)
+            rows.copy_(torch.from_numpy(self._draw(words, each.sigma)).view(rows.shape)).add_(each.image)
+
+    def _draw(self, words: NDArray[np.int32], sigma: float) -> NDArray[np.float32]:
+        noise = np.asarray(self._own.draw(words, sigma))
+        if noise.shape != words.shape or noise.dtype != np.float32:
+            raise ConfigError(
+                f"noise {self.kind!r}: draw returned {noise.dtype} of shape {noise.shape} for {len(words)} words, "
+                f"expected float32 of shape ({len(words)},)"
+            )
+        return noise

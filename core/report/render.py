@@ -214,11 +214,8 @@ def _imported_notes(data: ReportData) -> list[str]:
         return []
     return [
         f"Imported logs: {names}. They are shown as they are: on examples of their own, with their rounding of the "
-        "radii, and unchecked. They do not compete for the best method."
-        + (
-            f" Radii of this run are {data.law.norm}; a log does not say of which norm its own are."
-            * (data.law.norm != "l2")
-        )
+        f"radii, and unchecked. They do not compete for the best method. Radii of this run are {data.law.norm}; a log "
+        "does not say of which norm its own are."
     ]
 
 

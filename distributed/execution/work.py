@@ -160,13 +160,14 @@ def sound_noise(config: Config, device: str) -> Noise:
     Raises:
         NoiseError: when it is not what certificates assume.
     """
-    return _sound(config.noise, config.seed, config.noise_version, config.compute.chunk_size, device)
+    levels = (*config.sigmas, config.estimator_sigma)
+    return _sound(config.noise, config.seed, config.noise_version, config.compute.chunk_size, device, levels)
 
 
 @lru_cache(maxsize=16)
-def _sound(kind: str, seed: int, version: int, chunk_size: int, device: str) -> Noise:
+def _sound(kind: str, seed: int, version: int, chunk_size: int, device: str, levels: tuple[float, ...]) -> Noise:
     noise = make_noise(kind, seed, version, chunk_size)
-    check_noise(noise, device)
+    check_noise(noise, device, levels)
     return noise
 
 

@@ -228,8 +228,8 @@ def columns_of(question: Question) -> tuple[str, ...]:
 
     `class`: index, -1 where abstaining; `sigma`: the noise level, none where the estimator abstained or its votes leave
     several; `p_value` and `p_value_sigma`: of the exact tests of the class (the largest, where it was asked at several
-    levels) and of the noise level; radii: l2, pixel scale [0, 1], 0 where abstaining; `error`: why an image could not
-    be read, and nothing else is known of it.
+    levels) and of the noise level; radii: in the norm of the noise, pixel scale [0, 1], 0 where abstaining; `error`:
+    why an image could not be read, and nothing else is known of it.
     """
     further = {"dual": ("radius_sigma", "radius_class"), "agreement": ("radius_constant",), "standard": ()}
     if question.certify:

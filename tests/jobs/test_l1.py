@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from core import SmoothedClassifier
 from core.config import parse_config
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, NoiseError
 from core.law import LAPLACE, SPLITTING, law_of
 from core.machine.noise import make_noise
 from core.machine.noise_check import problems
 from core.models.checkpoints import load_model
 from core.procedures.confidence import certified_radius
+from core.running import _check_own
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.recertify import Change, recertify
@@ -58,6 +60,7 @@ def own_file(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str = OWN) -> 
     from core.law import own_noise
 
     own_noise.cache_clear()
+    _check_own.cache_clear()
 
 
 def test_splitting_goes_through_every_job_without_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +102,7 @@ def test_splitting_goes_through_every_job_without_alpha(tmp_path: Path, capsys: 
         assert run_main(job, "--out", out, *arguments) != 0
         assert message in capsys.readouterr().err
     assert run_main(predict, "--out", out, "--images", str(tmp_path / "a.png"), "--certify") == 0
+    assert "radii are l1" in capsys.readouterr().out
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -152,7 +156,24 @@ def test_own_noise_has_its_law_and_one_with_another_is_caught(tmp_path: Path, mo
     assert "a half-space falls below what its law says" in found[0]
     own_file(tmp_path, monkeypatch, OWN.replace("np.float32)", "np.float64)"))
     with pytest.raises(ConfigError, match="draw returned float64"):
-        drawn(make_noise("own_noise_file:noise", 0), torch.zeros(1, 2, 2), 0.5, 1)
+        make_noise("own_noise_file:noise", 0)
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "message"),
+    [
+        # At sigma = 1, where alone it was looked for, a variance is a standard deviation.
+        (").astype(np.float32) * np.float32(sigma)", NoiseError, r"at sigma = 0\.5 a half-space falls below"),
+        (").clip(-sigma).astype(np.float32)", NoiseError, "scale down an axis"),  # half-spaces up an axis are right
+        (").astype(np.float32)[np.arange(-1, len(u) - 1)]", ConfigError, "other noise of a word in other company"),
+    ],
+)
+def test_own_noise_that_is_wrong_at_its_level_downwards_or_between_pixels_is_refused(
+    end: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_file(tmp_path, monkeypatch, OWN.replace(").astype(np.float32)", end))
+    with pytest.raises(error, match=message):
+        SmoothedClassifier(lambda images: images.flatten(1)[:, :2], 2, 0.5, noise="own_noise_file:noise")
 
 
 @pytest.mark.parametrize(

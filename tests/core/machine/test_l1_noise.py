@@ -66,12 +66,13 @@ def test_copies_are_integers_from_the_keystream_in_any_pieces(kind: str) -> None
         drawn(noise, image + 0.001, 0.25, 1)
 
 
+@pytest.mark.parametrize("sigma", [0.001, 0.25])  # at the first uniform noise is 0 everywhere
 @pytest.mark.parametrize("kind", ["uniform", "laplace"])
-def test_device_form_draws_the_same_bits(kind: str) -> None:
+def test_device_form_draws_the_same_bits(kind: str, sigma: float) -> None:
     image, noise = torch.randint(256, (2, 3, 3)).float() / 255, ExactNoise(5, kind)
-    out, copies = torch.empty(40, 2, 3, 3), [Copies(image, "x", Phase.ESTIMATION, 0.25, 0, 40)]
-    noise._on_device(out, copies, [Part(noise_key(5, "x", Phase.ESTIMATION, 0.25, kind), 0, 2 * 40 * 18)])
-    assert torch.equal(out, drawn(noise, image, 0.25, 40))
+    out, copies = torch.empty(40, 2, 3, 3), [Copies(image, "x", Phase.ESTIMATION, sigma, 0, 40)]
+    noise._on_device(out, copies, [Part(noise_key(5, "x", Phase.ESTIMATION, sigma, kind), 0, 2 * 40 * 18)])
+    assert torch.equal(out, drawn(noise, image, sigma, 40))
 
 
 class Box:
