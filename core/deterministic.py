@@ -61,7 +61,8 @@ class LipschitzClassifier:
     """A network with a proven l2 Lipschitz constant L: logit k stays below logit c within (f_c - f_k) / (sqrt(2) L).
 
     What is certified is the class of the network as this object evaluates it, in float64 on the CPU, at every input in
-    the ball: rounding at both points is counted (`VerifiedNetwork.rounding`). The weights are copied.
+    the ball: rounding at both points is counted (`VerifiedNetwork.rounding`). The weights are copied. Inputs are
+    float32: others are rounded to it first, and the ball is that of the rounded one.
 
     Args:
         network: of layers that `core.models.lipschitz.VerifiedNetwork` knows, ``(B, C, H, W)`` -> logits.

@@ -242,6 +242,8 @@ class CertifyConfig(Section):
                 f"{odd}: is for budget fixed and claim constant, without multiscale, but {key} is "
                 f"{getattr(self, key)}; change one of them"
             )
+        if self.bound == "randomized" and self.alpha >= 0.5:
+            raise ValueError(f"bound: randomized needs alpha below 1/2, got {self.alpha}; lower alpha")
         if self.reference and self.reference.num_draws > self.num_estimation:
             raise ValueError(
                 f"reference.num_draws: {self.reference.num_draws} draws of num_estimation = {self.num_estimation}; "

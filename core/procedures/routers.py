@@ -37,8 +37,8 @@ def smoothed_router(certificate: Certificate, router: Router = "median") -> Rout
         router: how its votes pick an expert; the median goes by the order of the experts, whatever that is.
 
     Raises:
-        ConfigError: for a rule that there is not, or a certificate that stopped early: its votes were looked at for
-            another question.
+        ConfigError: for a rule that there is not, a certificate that stopped early (its votes were looked at for
+            another question), or one for a reference (its votes are those of another network).
     """
     if router not in get_args(Router):
         raise ConfigError(f"router must be one of {get_args(Router)}, got {router!r}")
@@ -47,6 +47,8 @@ def smoothed_router(certificate: Certificate, router: Router = "median") -> Rout
             "a router's certificate must have all of its draws (budget 'fixed'), got one made to stop early "
             f"(stop {certificate.stop.value!r})"
         )
+    if certificate.num_reference:
+        raise ConfigError("a router's certificate must be for the network that votes, got one for a reference")
     votes, num = certificate.counts_estimation, certificate.num_estimation
     alpha, sigma, law = certificate.alpha, certificate.sigma, certificate.law
     chosen = choose_level(certificate.counts_selection, router)

@@ -16,7 +16,7 @@ from core.procedures.agreement import Agreement, agreement_from_votes
 from core.procedures.composition import Answer, Radius, compose
 from core.procedures.confidence import bound_and_radius, clopper_pearson_lower
 from core.procedures.sequential import conclude
-from core.procedures.smoothing import certificate
+from core.procedures.smoothing import Estimation, certificate
 from core.records import ABSTAIN, Certificate, Sampling, Stop
 from tests.helpers.lattice import JUST_BELOW, counts
 from tests.helpers.routed import Given
@@ -149,6 +149,15 @@ def test_smoothed_router_that_stopped_early_is_refused() -> None:
         smoothed_router(early)
     with pytest.raises(ConfigError, match="router must be one of"):
         smoothed_router(smoothed(12), "mean")  # type: ignore[arg-type]
+
+
+def test_smoothed_router_of_a_certificate_for_a_reference_is_refused() -> None:
+    """All votes keep off expert 1, while the reference follows none of them."""
+    found = Estimation(counts(12, 0), missed=counts(12, 0))
+    other = certificate(counts(1, 0), counts(12, 0), 0.5, Sampling(1, NUM, ALPHA, num_reference=NUM), found)
+    assert other.abstained
+    with pytest.raises(ConfigError, match="for the network that votes"):
+        smoothed_router(other)
 
 
 # How often it is false: exact sums over the votes

@@ -163,6 +163,7 @@ def test_prediction_asks_the_reference_and_the_estimate_counts_its_passes(
         (["certify.reference={batch_size: 1, num_draws: 9}", "certify.budget=grid"], "reference: is for budget fixed"),
         (["certify.bound=randomized", "certify.claim=agreement"], "bound: is for budget fixed"),
         (["certify.bound=randomized", "certify.multiscale=true"], "bound: is for budget fixed"),
+        (["certify.bound=randomized", "certify.alpha=0.5"], "randomized needs alpha below 1/2"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides: list[str], message: str) -> None:
