@@ -4,11 +4,12 @@ import hashlib
 import os
 import tempfile
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from core.errors import DataError
 
-__all__ = ["cache_folder", "file_sha256", "known_sha256", "write_whole"]
+__all__ = ["cache_folder", "file_sha256", "known_sha256", "write_files", "write_whole"]
 
 _known: dict[Path, tuple[tuple[int, ...], str]] = {}
 
@@ -28,6 +29,13 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """`write_whole` of each, in their order; the paths written."""
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    return [folder / name for name in files]
 
 
 def file_sha256(path: Path) -> str:

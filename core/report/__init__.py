@@ -215,6 +215,12 @@ class Method:
         """Certified accuracy at each of `radii`."""
         return metrics.certified_accuracy(self.correct, self.radius, radii, self.strict)
 
+    def intervals(self, radii: Floats) -> list[tuple[float, ...]]:
+        """For each of `radii`: itself, the certified accuracy, and both ends of its exact 95% interval."""
+        accuracy = self.accuracy(radii)
+        columns = (radii, accuracy, *metrics.clopper_pearson_interval(accuracy, self.num_examples))
+        return [tuple(map(float, row)) for row in zip(*columns, strict=True)]
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ReportData:

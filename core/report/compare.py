@@ -9,8 +9,8 @@ import numpy as np
 
 from core.csv_text import csv_text
 from core.errors import DataError
-from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval, paired_difference, reached
-from core.files import write_whole
+from core.evaluation.metrics import average_certified_radius, paired_difference, reached
+from core.files import write_files
 from core.report import Floats, Kind, Method, ReportData
 from core.report.headroom import radius_cells
 from core.report.pages import (
@@ -80,9 +80,7 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
     files["comparison.tex"] = latex_table(accuracy, f"Certified accuracy, run by run. {_sets_sentence(runs)}").encode()
     files["comparison.md"] = markdown_page(_TITLE, blocks, manifests).encode()
     files["comparison.html"] = html_page(_TITLE, blocks, manifests).encode()
-    for name, content in files.items():
-        write_whole(folder / name, content)
-    return [folder / name for name in files]
+    return write_files(folder, files)
 
 
 def format_comparison(runs: Mapping[str, ReportData]) -> str:
@@ -248,11 +246,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 def _csv(runs: Mapping[str, ReportData]) -> str:
     header = ("run", "method", "is_certificate", "examples", "radius", "certified_accuracy", "ci95_lower", "ci95_upper")
-    lines: list[tuple[object, ...]] = []
-    for name, data in runs.items():
-        for m in data.methods():
-            accuracy = m.accuracy(data.radii)
-            columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, m.correct.size))
-            rows = zip(*columns, strict=True)
-            lines += [(name, m.name, m.is_certificate, m.num_examples, *map(float, row)) for row in rows]
+    methods = [(name, m, data.radii) for name, data in runs.items() for m in data.methods()]
+    lines = [(name, m.name, m.is_certificate, m.num_examples, *row) for name, m, r in methods for row in m.intervals(r)]
     return csv_text(header, lines)

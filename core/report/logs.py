@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from core.csv_text import csv_text
 from core.evaluation.exchange import CertifyLog
-from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval
-from core.files import write_whole
+from core.evaluation.metrics import average_certified_radius
+from core.files import write_files
 from core.report import Kind, Method
 from core.report.pages import Block, Heading, Table, Text, html_page, latex_table, markdown_page, markdown_table
 
@@ -47,9 +47,7 @@ def write_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], stric
         "logs.md": markdown_page(_TITLE, blocks, {}).encode(),
         "logs.html": html_page(_TITLE, blocks, {}).encode(),
     }
-    for name, content in files.items():
-        write_whole(folder / name, content)
-    return [folder / name for name in files]
+    return write_files(folder, files)
 
 
 def format_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], strict: bool) -> str:
@@ -79,11 +77,10 @@ def _table(methods: list[Method], radii: NDArray[np.float64]) -> Table:
 
 
 def _intervals(methods: list[Method], radii: NDArray[np.float64]) -> Table:
-    def cells(method: Method) -> list[str]:
-        ends = clopper_pearson_interval(method.accuracy(radii), method.num_examples)
-        return [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in zip(*ends, strict=True)]
-
-    return Table(("Log", *(f"{r:g}" for r in radii)), tuple((method.name, *cells(method)) for method in methods))
+    rows = (
+        (m.name, *(f"{100 * low:.1f} to {100 * high:.1f}" for *_, low, high in m.intervals(radii))) for m in methods
+    )
+    return Table(("Log", *(f"{r:g}" for r in radii)), tuple(rows))
 
 
 def _sentence(logs: Mapping[str, CertifyLog], strict: bool) -> str:
@@ -96,9 +93,5 @@ def _sentence(logs: Mapping[str, CertifyLog], strict: bool) -> str:
 
 
 def _csv(methods: list[Method], radii: NDArray[np.float64]) -> str:
-    lines: list[tuple[object, ...]] = []
-    for method in methods:
-        accuracy = method.accuracy(radii)
-        columns = (radii, accuracy, *clopper_pearson_interval(accuracy, method.num_examples))
-        lines += [(method.name, method.num_examples, *map(float, row)) for row in zip(*columns, strict=True)]
+    lines = [(method.name, method.num_examples, *row) for method in methods for row in method.intervals(radii)]
     return csv_text(("log", "examples", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"), lines)

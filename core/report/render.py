@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 
 from core.csv_text import csv_text
-from core.evaluation.metrics import average_certified_radius, clopper_pearson_interval, dataset_level_bound
-from core.files import write_whole
+from core.evaluation.metrics import average_certified_radius, dataset_level_bound
+from core.files import write_files
 from core.procedures.confidence import largest_radius
 from core.report import DualRows, Kind, ReportData, RoutedRows, StandardRows
 from core.report.pages import (
@@ -114,9 +114,7 @@ def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = (
     # The pages last: they name the other files.
     files["report.md"] = markdown_page(data.title, blocks, data.manifest).encode()
     files["report.html"] = html_page(data.title, blocks, data.manifest).encode()
-    for name, content in files.items():
-        write_whole(folder / name, content)
-    return [folder / name for name in files]
+    return write_files(folder, files)
 
 
 # What the report says
@@ -134,8 +132,7 @@ def accuracy_table(data: ReportData) -> Table:
 def _interval_table(data: ReportData) -> Table:
     rows = []
     for m in data.methods():
-        ends = clopper_pearson_interval(m.accuracy(data.radii), m.num_examples)
-        rows.append((m.name, *(f"{100.0 * low:.2f} – {100.0 * high:.2f}" for low, high in zip(*ends, strict=True))))
+        rows.append((m.name, *(f"{100.0 * low:.2f} – {100.0 * high:.2f}" for *_, low, high in m.intervals(data.radii))))
     return Table(("95% interval [%] beyond radius", *(f"{r:g}" for r in data.radii)), tuple(rows))
 
 
@@ -332,11 +329,7 @@ def _blocks(data: ReportData, pictures: Mapping[str, Picture]) -> list[Block]:
 
 def _csv(data: ReportData) -> str:
     """One line per method and radius; shares, unrounded."""
-    rows: list[tuple[object, ...]] = []
-    for m in data.methods():
-        accuracy = m.accuracy(data.radii)
-        columns = (data.radii, accuracy, *clopper_pearson_interval(accuracy, m.num_examples))
-        rows += [(m.name, m.is_certificate, *map(float, row)) for row in zip(*columns, strict=True)]
+    rows = [(m.name, m.is_certificate, *row) for m in data.methods() for row in m.intervals(data.radii)]
     return csv_text(("method", "is_certificate", "radius", "certified_accuracy", "ci95_lower", "ci95_upper"), rows)
 
 

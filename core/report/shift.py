@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from core.csv_text import csv_text
 from core.errors import DataError
-from core.evaluation.metrics import clopper_pearson_interval
 from core.report import Kind, Method, ReportData
 from core.report.pages import Block, Heading, Section, Table, Text, markdown_table
 
@@ -129,11 +128,10 @@ def _choices(clean: ReportData, sets: Iterable[Shifted]) -> Table:
 def _csv(sets: Iterable[Shifted], names: Collection[str]) -> bytes:
     """One line per set, method and radius; shares, unrounded."""
     columns = ("corruption", "severity", "method", "radius", "examples", "certified_accuracy")
-    rows: list[tuple[object, ...]] = []
-    for each in sets:
-        for method in _certified(each.data, names):
-            shares, num = method.accuracy(each.data.radii), each.data.num_examples
-            low, high = clopper_pearson_interval(shares, num)
-            for radius, *row in zip(each.data.radii, shares, low, high, strict=True):
-                rows.append((each.corruption, each.severity, method.name, float(radius), num, *map(float, row)))
+    rows = [
+        (each.corruption, each.severity, method.name, radius, method.num_examples, *row)
+        for each in sets
+        for method in _certified(each.data, names)
+        for radius, *row in method.intervals(each.data.radii)
+    ]
     return csv_text((*columns, "ci95_lower", "ci95_upper"), rows).encode()

@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 from pathlib import Path
 from typing import Any, ClassVar
@@ -80,46 +81,30 @@ def test_cifar10_pickled_again_by_python_3_reads_the_same(tmp_path: Path) -> Non
 
 
 class _Evil:
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, call: Any, argument: Any) -> None:
+        self.call, self.argument = call, argument
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.target,))
-
-
-class _Shell:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        import os
-
-        return (os.system, (f"touch {self.target}",))
-
-
-class _Eval:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (eval, (f"open({str(self.target)!r}, 'w')",))
+        return (self.call, (self.argument,))
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize(
-    ("kind", "named"),
+    ("evil", "named"),
     [
-        (_Evil, r"(pathlib\.\S+|__builtin__\.getattr)"),
-        (_Shell, r"(posix|nt)\.system"),
-        (_Eval, r"(builtins|__builtin__)\.eval"),
+        (lambda proof: _Evil(Path.touch, proof), r"(pathlib\.\S+|__builtin__\.getattr)"),
+        (lambda proof: _Evil(os.system, f"touch {proof}"), r"(posix|nt)\.system"),
+        (lambda proof: _Evil(eval, f"open({str(proof)!r}, 'w')"), r"(builtins|__builtin__)\.eval"),
     ],
 )
 def test_cifar10_malicious_pickle_runs_nothing_and_names_what_it_asked_for(
-    tmp_path: Path, kind: Any, named: str, protocol: int
+    tmp_path: Path, evil: Any, named: str, protocol: int
 ) -> None:
     write_cifar10(tmp_path / "a")
     proof = tmp_path / "proof"
-    content = pickle.dumps({"data": kind(proof), "labels": []}, protocol=protocol)
+    content = pickle.dumps({"data": evil(proof), "labels": []}, protocol=protocol)
     pickle.loads(content)  # it does work
     assert proof.exists()
     proof.unlink()

@@ -18,6 +18,7 @@ from distributed.files.datasets import class_names, load_dataset
 from distributed.store.run_directory import RunDirectory
 from distributed.studies.shift import shifted_config
 from tests.core.data.test_data_folders import encoded, picture
+from tests.helpers.tampering import edit
 from tests.helpers.tiny import PLAIN
 
 IMAGE = encoded(picture(1, (8, 8)))
@@ -119,10 +120,8 @@ def test_run_that_was_begun_with_folders_numbered_as_text_is_refused(tmp_path: P
     as_text = sorted(map(str, range(12)))
     old = np.array([as_text.index(example_id.split("/")[1]) for example_id in data.example_ids])
     before = Dataset(data.name, data.example_ids, data.images, old, 12)
-    file = tmp_path / "run" / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["data"] = {"train": {"digest": before.digest(), "examples": 12, "classes": 12, "shape": [3, 8, 8]}}
-    file.write_text(json.dumps(manifest))
+    noted = {"train": {"digest": before.digest(), "examples": 12, "classes": 12, "shape": [3, 8, 8]}}
+    edit(tmp_path / "run", lambda manifest: manifest.update(data=noted))
     with pytest.raises(ConfigError, match=r"dataset.train: this is not the data set .* read it otherwise"):
         RunDirectory(tmp_path / "run", config).data("train")
 
@@ -300,13 +299,11 @@ def test_run_directory_notes_its_classes_and_refuses_others(tmp_path: Path) -> N
     run = begun(tmp_path)
     for split in ("train", "test"):
         run.data(split)
-    file = tmp_path / "run" / "manifest.json"
-    manifest = json.loads(file.read_text())
-    assert manifest["data"]["class_names"] == ["bee", "cat"]
-    del manifest["data"]["class_names"]  # a run of an earlier version
-    file.write_text(json.dumps(manifest))
+    noted = RunDirectory(tmp_path / "run", None).manifest["data"]
+    assert noted["class_names"] == ["bee", "cat"]
+    edit(tmp_path / "run", lambda manifest: manifest["data"].pop("class_names"))  # a run of an earlier version
     RunDirectory(tmp_path / "run", None).data("test")
-    assert json.loads(file.read_text())["data"] == manifest["data"] | {"class_names": ["bee", "cat"]}
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["data"] == noted
     hub(tmp_path / "set", "train", ["bee", "horse"], [0, 1])
     hub(tmp_path / "set", "test", ["horse", "bee"], [0, 1])
     with pytest.raises(ConfigError, match=r"2 classes are not the 2 that .*: number 1 is 'cat' there, 'horse' now"):

@@ -1,14 +1,13 @@
 """Every way to spoil a run that the audit must find, and certificates derived from stored votes."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -19,34 +18,36 @@ from core.machine.engine import Engine
 from distributed.checks.audit import Finding, Replayed, audit, replay
 from distributed.execution.launch import work_of
 from distributed.execution.work import Work, _sound, build_engine
-from distributed.files.parquet import from_bytes, to_bytes
 from distributed.methods.dual import Dual
 from distributed.methods.rows import CERTIFICATE_SCHEMA, error_row
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.recertify import Change, recertify
 from jobs import build_dataset
+from tests.helpers import tampering
 from tests.helpers.runs import finished_run
-from tests.helpers.tampering import findings
+from tests.helpers.tampering import DUAL, edit, findings
 from tests.helpers.tiny import tiny_run
+
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 def problems(run: RunDirectory) -> list[str]:
     return findings(run.path).splitlines()
 
 
-def rewrite(run: RunDirectory, store: str, change: Callable[[list[dict]], list[dict]], rehash: bool) -> str:  # type: ignore[type-arg]
+def rewrite(run: RunDirectory, store: str, change: Callable[[Rows], Rows | None], rehash: bool = True) -> str:
     """Change the rows of a store's first shard; with `rehash` the manifest is made to agree."""
     file = run.path / store / ShardStore(run.path, store).files()[0]
-    table, metadata = from_bytes(file.read_bytes(), file.name)
-    rows = change(table.to_pylist())
-    file.write_bytes(to_bytes(table.schema, [pa.Table.from_pylist(rows, schema=table.schema)], lambda: metadata))
+
+    def changed(rows: Rows) -> None:
+        rows[:] = change(rows) or rows
+
+    tampering.rewrite(file, changed)
     if rehash:
-        path = run.path / "manifest.json"
-        manifest = json.loads(path.read_text())
         step = "build_dataset" if store == "dataset" else store.replace("certificates/", "certify-")
-        manifest["steps"][step]["sha256"][file.name] = file_sha256(file)
-        path.write_text(json.dumps(manifest))
+        edit(run.path, lambda manifest: manifest["steps"][step]["sha256"].update({file.name: file_sha256(file)}))
     return file.name
 
 
@@ -70,10 +71,9 @@ def test_audit_and_replay_untouched_cascade_finds_nothing(cascade: RunDirectory)
 @pytest.mark.parametrize("rehash", [False, True], ids=["file altered", "file and manifest altered"])
 @pytest.mark.parametrize("amount", [1, -1])
 def test_audit_count_altered_by_one_names_the_row(run: RunDirectory, rehash: bool, amount: int) -> None:
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+    def spoil(rows: Rows) -> None:
         votes = rows[0]["counts_estimation"]
         votes[votes.index(max(votes))] += amount
-        return rows
 
     name = rewrite(run, "certificates/standard", spoil, rehash)
     found = problems(run)
@@ -83,7 +83,7 @@ def test_audit_count_altered_by_one_names_the_row(run: RunDirectory, rehash: boo
 
 
 def test_audit_row_removed_doubled_or_foreign_is_named(run: RunDirectory) -> None:
-    rewrite(run, "certificates/dual", lambda rows: [*rows[1:], rows[2], {**rows[3], "example_id": "digits-x"}], True)
+    rewrite(run, "certificates/dual", lambda rows: [*rows[1:], rows[2], {**rows[3], "example_id": "digits-x"}])
     found = problems(run)
     ids = ShardStore(run.path, "certificates/dual").read().column("example_id").to_pylist()
     doubled = next(name for name in ids if ids.count(name) == 2)
@@ -93,134 +93,74 @@ def test_audit_row_removed_doubled_or_foreign_is_named(run: RunDirectory) -> Non
     assert any(problem.startswith("certificates/dual: '") and "exactly once" in problem for problem in found)
 
 
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [
-        ("radius", 9.0),
-        ("prediction", 77),
-        ("correct", None),
-        ("alpha", 0.5),
-        ("alpha_sigma", 0.009),
-        ("bounded_by", "nobody"),
-        ("num_draws", 3),
-        ("sigma", 0.3),
-        ("label", 3),
-        ("counts_selection_sigma", [-1, 21]),
-        ("counts_selection_sigma", [20]),
-        ("stop_reason_sigma", "futile"),
-    ],
-)
-def test_audit_any_column_altered_is_found(run: RunDirectory, column: str, value: object) -> None:
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
-        row = next(row for row in rows if row["sigma"] is not None)
-        row[column] = (
-            (not row["correct"]) if column == "correct" else (row["label"] + 1) % 10 if column == "label" else value
-        )
-        return rows
+MULTISCALE, AGREEMENT = "certificates/multiscale", "certificates/agreement"
+ALTERED: dict[str, tuple[Callable[[Row], bool], list[tuple[str, Any]]]] = {
+    DUAL: (lambda row: row["sigma"] is not None, [
+        ("radius", 9.0), ("prediction", 77), ("correct", lambda row: not row["correct"]), ("alpha", 0.5),
+        ("alpha_sigma", 0.009), ("bounded_by", "nobody"), ("num_draws", 3), ("sigma", 0.3),
+        ("label", lambda row: (row["label"] + 1) % 10), ("counts_selection_sigma", [-1, 21]),
+        ("counts_selection_sigma", [20]), ("stop_reason_sigma", "futile"),
+    ]),
+    MULTISCALE: (lambda row: row["sigma"] == 0.1, [  # the smaller one decided
+        ("radius", 9.0), ("prediction", 77), ("alpha", 0.5), ("alpha_level", 0.01), ("radius_level", 9.0),
+        ("radius_above", math.inf), ("sigma", 1.0), ("sigma_bound", None), ("num_levels", 1), ("num_draws", 3),
+        ("num_estimation", 99), ("counts_selection_above", []), ("counts_estimation_above", []),
+        ("counts_estimation_above", [[10] * 10, [10] * 10]), ("counts_estimation_above", [[10] * 9]),
+        ("counts_estimation_above", [[-1, *[10] * 9]]), ("counts_estimation_above", [[11] * 10]),
+    ]),
+    AGREEMENT: (lambda row: any(row["num_estimation_level"]) and not row["abstained"], [
+        ("radius", 9.0), ("sigma", 0.3), ("prediction", 77), ("num_draws", 3), ("stop_reason", "reached"),
+        ("alpha_early", 0.001), ("sigma_e", 0.1), ("router", "plurality"), ("sigma_index", 7),
+        ("radius_constant", 0.001), ("binding", None), ("num_shared", 1), ("counts_selection_sigma", [-1, 21]),
+        ("counts_estimation_sigma", [20]), ("num_estimation_sigma", 99), ("stop_reason_sigma", "reached"),
+        ("radius_excluded", [9.0, 9.0]), ("radius_class", [9.0]), ("p_lower_level", [1.0, 1.0]),
+        ("counts_estimation_level", [[], []]), ("counts_estimation_level", [[11] * 10, [11] * 10]),
+        ("num_estimation_level", [0, 0]), ("num_estimation_level", [100]),
+        ("stop_reason_level", ["skipped", "skipped"]), ("stop_reason_level", ["reached", "reached"]),
+    ]),
+}  # fmt: skip
+"""By store: in which row, and which column becomes what."""
 
-    rewrite(run, "certificates/dual", spoil, True)
+
+@pytest.mark.parametrize(
+    ("store", "column", "value"), [(store, *change) for store, (_, changes) in ALTERED.items() for change in changes]
+)
+def test_audit_any_column_altered_is_found(store: str, column: str, value: Any, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue("run" if store == DUAL else "cascade")
+
+    def spoil(rows: Rows) -> None:
+        row = next(filter(ALTERED[store][0], rows))
+        new = value(row) if callable(value) else value
+        assert row[column] != new
+        row[column] = new
+
+    rewrite(run, store, spoil)
     assert problems(run)
-
-
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [
-        ("radius", 9.0),
-        ("prediction", 77),
-        ("alpha", 0.5),
-        ("alpha_level", 0.01),
-        ("radius_level", 9.0),
-        ("radius_above", math.inf),
-        ("sigma", 1.0),
-        ("sigma_bound", None),
-        ("num_levels", 1),
-        ("num_draws", 3),
-        ("num_estimation", 99),
-        ("counts_selection_above", []),
-        ("counts_estimation_above", []),
-        ("counts_estimation_above", [[10] * 10, [10] * 10]),
-        ("counts_estimation_above", [[10] * 9]),
-        ("counts_estimation_above", [[-1, *[10] * 9]]),
-        ("counts_estimation_above", [[11] * 10]),
-    ],
-)
-def test_audit_any_column_of_multiscale_altered_is_found(cascade: RunDirectory, column: str, value: object) -> None:
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
-        row = next(row for row in rows if row["sigma"] == 0.1)  # the smaller one decided
-        assert row[column] != value
-        row[column] = value
-        return rows
-
-    rewrite(cascade, "certificates/multiscale", spoil, True)
-    assert problems(cascade)
-
-
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [
-        ("radius", 9.0),
-        ("sigma", 0.3),
-        ("prediction", 77),
-        ("num_draws", 3),
-        ("stop_reason", "reached"),
-        ("alpha_early", 0.001),
-        ("sigma_e", 0.1),
-        ("router", "plurality"),
-        ("sigma_index", 7),
-        ("radius_constant", 0.001),
-        ("binding", None),
-        ("num_shared", 1),
-        ("counts_selection_sigma", [-1, 21]),
-        ("counts_estimation_sigma", [20]),
-        ("num_estimation_sigma", 99),
-        ("stop_reason_sigma", "reached"),
-        ("radius_excluded", [9.0, 9.0]),
-        ("radius_class", [9.0]),
-        ("p_lower_level", [1.0, 1.0]),
-        ("counts_estimation_level", [[], []]),
-        ("counts_estimation_level", [[11] * 10, [11] * 10]),
-        ("num_estimation_level", [0, 0]),
-        ("num_estimation_level", [100]),
-        ("stop_reason_level", ["skipped", "skipped"]),
-        ("stop_reason_level", ["reached", "reached"]),
-    ],
-)
-def test_audit_any_column_of_agreement_altered_is_found(cascade: RunDirectory, column: str, value: object) -> None:
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
-        row = next(row for row in rows if any(row["num_estimation_level"]) and not row["abstained"])
-        assert row[column] != value
-        row[column] = value
-        return rows
-
-    rewrite(cascade, "certificates/agreement", spoil, True)
-    assert problems(cascade)
 
 
 def test_audit_vote_at_another_level_moved_is_found(cascade: RunDirectory) -> None:
     """Votes at the other levels are no decoration: what moves to another class moves what that level shows."""
 
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+    def spoil(rows: Rows) -> None:
         row = next(row for row in rows if any(row["num_estimation_level"]) and not row["abstained"])
         votes = next(votes for votes in row["counts_estimation_level"] if votes)
         votes[row["prediction"]] -= 1
         votes[row["prediction"] - 1] += 1
-        return rows
 
-    rewrite(cascade, "certificates/agreement", spoil, True)
+    rewrite(cascade, "certificates/agreement", spoil)
     assert any("radius_class is" in problem for problem in problems(cascade))
 
 
 def test_audit_vote_of_a_level_above_moved_is_found_and_named(cascade: RunDirectory) -> None:
     """Votes above are no decoration: what moves to another class moves the radius, or what the cascade asks next."""
 
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+    def spoil(rows: Rows) -> None:
         for row in rows:
             for votes in row["counts_estimation_above"]:
                 most = votes.index(max(votes))
                 votes[most], votes[most - 1] = votes[most] - 20, votes[most - 1] + 20
-        return rows
 
-    rewrite(cascade, "certificates/multiscale", spoil, True)
+    rewrite(cascade, "certificates/multiscale", spoil)
     found = problems(cascade)
     assert any("radius_above is" in problem or "cannot be recomputed" in problem for problem in found)
 
@@ -228,24 +168,22 @@ def test_audit_vote_of_a_level_above_moved_is_found_and_named(cascade: RunDirect
 def test_audit_cascade_that_goes_on_after_a_decision_is_found(cascade: RunDirectory) -> None:
     """A level that decided is passed over for a smaller sigma with a larger radius, its votes kept as if undecided."""
 
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+    def spoil(rows: Rows) -> None:
         row = next(row for row in rows if row["sigma"] == 1.0)
         for phase in ("selection", "estimation"):
             row[f"counts_{phase}_above"] = [row[f"counts_{phase}"]]
         row |= {"num_levels": 2, "sigma": 0.1, "num_draws": 2 * row["num_draws"]}
-        return rows
 
-    rewrite(cascade, "certificates/multiscale", spoil, True)
+    rewrite(cascade, "certificates/multiscale", spoil)
     assert any("num_levels is 2, its votes give 1" in problem for problem in problems(cascade))
 
 
 def test_audit_radius_off_by_the_last_bit_is_found(run: RunDirectory) -> None:
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+    def spoil(rows: Rows) -> None:
         row = next(row for row in rows if row["radius"] > 0)
         row["radius"] = math.nextafter(row["radius"], 1.0)
-        return rows
 
-    rewrite(run, "certificates/standard", spoil, True)
+    rewrite(run, "certificates/standard", spoil)
     assert any("radius is" in problem for problem in problems(run))
 
 
@@ -304,15 +242,14 @@ def test_replay_of_rows_of_a_gpu_on_the_cpu_lets_near_ties_pass(
     work, _ = work_of(run, "certificates/standard")
     method, terms = work.method, work.terms
 
-    def moved_votes(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+    def moved_votes(rows: Rows) -> None:
         for row in rows:
             counts = row["counts_estimation"]
             most = int(np.argmax(counts))
             counts[most], counts[most - 1] = counts[most] - moved, counts[most - 1] + moved
             row |= method.again(row, terms)
-        return rows
 
-    rewrite(run, "certificates/standard", moved_votes, True)
+    rewrite(run, "certificates/standard", moved_votes)
     assert {each.store for each in replay(run, 100, seed=0)} == {"certificates/standard"}
     told: list[Replayed] = []
     monkeypatch.setattr(ShardStore, "devices", lambda self: {"cuda"})
@@ -323,10 +260,7 @@ def test_replay_of_rows_of_a_gpu_on_the_cpu_lets_near_ties_pass(
 def test_run_begun_with_the_former_noise_goes_on_and_is_audited_with_it(tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", "compute.executor=local", "noise_version=1", "compute.part_rows=1")
     build_dataset.run(run)
-    file = run.path / "manifest.json"
-    manifest = json.loads(file.read_text())
-    assert manifest["config"].pop("noise_version") == 1  # as it was when there was no other
-    file.write_text(json.dumps(manifest))
+    edit(run.path, lambda manifest: manifest["config"].pop("noise_version"))  # as it was when there was no other
     store = ShardStore(run.path, "dataset")
     table, plan = store.read(), store.read_plan()
     assert plan is not None
@@ -357,13 +291,12 @@ def test_replay_votes_that_other_noise_gave_are_found(run: RunDirectory) -> None
     work, _ = work_of(run, "certificates/standard")
     method, terms = work.method, work.terms
 
-    def spoil(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+    def spoil(rows: Rows) -> None:
         for row in rows:
             row["counts_estimation"] = row["counts_estimation"][1:] + row["counts_estimation"][:1]
             row |= method.again(row, terms)
-        return rows
 
-    rewrite(run, "certificates/standard", spoil, True)
+    rewrite(run, "certificates/standard", spoil)
     assert problems(run) == []
     found = replay(run, 15, seed=1)
     assert found
@@ -420,9 +353,9 @@ def test_build_dataset_is_audited_too(tmp_path: Path) -> None:
     assert problems(run) == []
 
 
-def first_row_becomes(run: RunDirectory, change: Callable[[dict], dict]) -> list[str]:  # type: ignore[type-arg]
+def first_row_becomes(run: RunDirectory, change: Callable[[Row], Row]) -> list[str]:
     """What the audit finds after the first row of the standard certificates was replaced, hashes and all."""
-    rewrite(run, "certificates/standard", lambda rows: [change(rows[0]), *rows[1:]], True)
+    rewrite(run, "certificates/standard", lambda rows: [change(rows[0]), *rows[1:]])
     return problems(run)
 
 
@@ -430,7 +363,7 @@ def first_row_becomes(run: RunDirectory, change: Callable[[dict], dict]) -> list
     "claim", [{}, {"radius": 0.5}, {"prediction": 3}, {"counts_estimation": [100]}, {"alpha": 0.5}]
 )
 def test_audit_error_row_that_claims_something_is_found(run: RunDirectory, claim: dict[str, object]) -> None:
-    def failed(row: dict) -> dict:  # type: ignore[type-arg]
+    def failed(row: Row) -> Row:
         empty = error_row(CERTIFICATE_SCHEMA, {}, row["example_id"], row["label"], row["sigma"], 0.01)
         return {**row, **empty, **claim}
 
@@ -443,11 +376,11 @@ def test_audit_error_row_that_claims_something_is_found(run: RunDirectory, claim
 
 
 def test_audit_error_row_of_dual_that_names_a_level_is_found(run: RunDirectory) -> None:
-    def failed(rows: list[dict]) -> list[dict]:  # type: ignore[type-arg]
+    def failed(rows: Rows) -> Rows:
         row = error_row(Dual.schema, Dual.empty, rows[0]["example_id"], rows[0]["label"], None, 0.01)
         return [{**row, "sigma": 0.25}, *rows[1:]]
 
-    rewrite(run, "certificates/dual", failed, True)
+    rewrite(run, "certificates/dual", failed)
     assert [problem for problem in problems(run) if "sigma is 0.25, its votes give None" in problem]
 
 
@@ -467,19 +400,13 @@ def test_audit_reason_that_does_not_fit_the_draws_is_found(run: RunDirectory, st
 
 
 def test_audit_file_that_the_manifest_does_not_name_is_found(run: RunDirectory) -> None:
-    path = run.path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    name = sorted(manifest["steps"]["certify-dual"]["sha256"])[0]
-    del manifest["steps"]["certify-dual"]["sha256"][name]
-    path.write_text(json.dumps(manifest))
+    name = sorted(run.manifest["steps"]["certify-dual"]["sha256"])[0]
+    edit(run.path, lambda manifest: manifest["steps"]["certify-dual"]["sha256"].pop(name))
     assert f"certificates/dual: {name}: is not in the manifest" in problems(run)
 
 
 def test_audit_step_that_is_not_finished_is_looked_at_and_named(run: RunDirectory) -> None:
-    path = run.path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["steps"]["certify-dual"]
-    path.write_text(json.dumps(manifest))
+    edit(run.path, lambda manifest: manifest["steps"].pop("certify-dual"))
     found, checked = audit(RunDirectory(run.path, None))
     unfinished = "the step is not finished: its shards cannot be checked against recorded hashes"
     assert found == [Finding("certificates/dual", "", unfinished)]

@@ -16,13 +16,12 @@ from core.records import Bound, Certificate, DualCertificate, Sampling
 from distributed.files.parquet import from_bytes, to_bytes
 from distributed.files.storage import Folder
 from distributed.methods.dual import Dual
-from distributed.methods.multiscale import Multiscale
 from distributed.methods.rows import (
     CERTIFICATE_SCHEMA,
     certificate_row,
     error_row,
 )
-from distributed.methods.standard import Standard, grid
+from distributed.methods.standard import grid
 from distributed.store.plan import Plan
 from distributed.store.shards import ShardStore
 
@@ -46,6 +45,14 @@ def store_with_rows(root: Path, plan: Plan) -> ShardStore:
     for shard in range(len(plan)):
         store.commit(shard, rows_of(plan, shard), CERTIFICATE_SCHEMA, "cpu")
     return store
+
+
+def fail_one(store: ShardStore, plan: Plan) -> None:
+    """The first row of the second shard becomes one of an error."""
+    rows = rows_of(plan, 1)
+    failed = error_row(CERTIFICATE_SCHEMA, {}, rows[0]["example_id"], rows[0]["label"], rows[0]["sigma"], 0.001)
+    note = {"example_id": "e3", "sigma": 0.25, "error": "DataError", "message": "broken", "traceback": "", "node": "n"}
+    store.commit(1, [failed, *rows[1:]], CERTIFICATE_SCHEMA, "cpu", [{**note, "time": datetime.now(UTC)}])
 
 
 def test_commit_then_read_gives_rows_back_to_the_last_bit(tmp_path: Path) -> None:
@@ -122,9 +129,10 @@ def test_verify_finds_missing_doubled_and_foreign_rows(tmp_path: Path) -> None:
     rows, other = rows_of(plan, 1), rows_of(plan, 0)
     doubled = [*rows[1:], rows[1]]  # one row twice, its neighbour not at all
     moved = [{**rows[0], "sigma": 0.7}, *rows[1:]]
-    for damaged in (rows[1:], doubled, rows * 2, other, moved):
+    foreign = [{**row, "example_id": "foreign"} if row["example_id"] == "e5" else row for row in rows]
+    for damaged, first in ((rows[1:], ""), (doubled, ""), (rows * 2, ""), (other, ""), (moved, ""), (foreign, "5'")):
         store.commit(1, damaged, CERTIFICATE_SCHEMA, "cpu")
-        with pytest.raises(DataError, match=r"shard-000001.* exactly once, the first is 'e"):
+        with pytest.raises(DataError, match=rf"shard-000001.* exactly once, the first is 'e{first}"):
             store.verify(plan, IDS, SIGMAS)
     file = tmp_path / "dataset" / "shard-000001.parquet"
     store.commit(1, rows, CERTIFICATE_SCHEMA, "cpu")
@@ -230,17 +238,14 @@ def test_finish_that_was_cut_off_is_mended(tmp_path: Path, monkeypatch: pytest.M
 def test_commit_with_an_error_keeps_its_message_until_it_succeeds(tmp_path: Path) -> None:
     plan = Plan.divide(7, 3, 2, {})
     store = store_with_rows(tmp_path, plan)
-    rows = rows_of(plan, 1)
-    failed = error_row(CERTIFICATE_SCHEMA, {}, rows[0]["example_id"], rows[0]["label"], rows[0]["sigma"], 0.001)
-    note = {"example_id": "e3", "sigma": 0.25, "error": "DataError", "message": "broken", "traceback": "", "node": "n"}
-    store.commit(1, [failed, *rows[1:]], CERTIFICATE_SCHEMA, "cpu", [{**note, "time": datetime.now(UTC)}])
+    fail_one(store, plan)
     assert store.shards_with_errors() == {1}
     assert store.read_errors().column("message").to_pylist() == ["broken"]
     verified = store.verify(plan, IDS, SIGMAS)
     assert (verified.rows, verified.error_rows) == (14, 1)
     store.finish(plan, IDS, SIGMAS, 1_000)
     assert "shard-000001.parquet" in store.files()  # may be tried again
-    store.commit(1, rows, CERTIFICATE_SCHEMA, "cpu")
+    store.commit(1, rows_of(plan, 1), CERTIFICATE_SCHEMA, "cpu")
     assert store.read_errors().num_rows == 0
     assert store.verify(plan, IDS, SIGMAS).error_rows == 0
 
@@ -288,46 +293,10 @@ def test_dual_row_holds_both_stages_and_null_sigma_when_the_estimator_abstained(
     assert two["sigma_index"] == 1
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_non_finite_votes_are_what_the_votes_of_every_stage_lack(seed: int) -> None:
-    """Drawn stage by stage, some of which did not run."""
-    rng = np.random.default_rng(seed)
-    lacked = 0
-
-    def stage(ending: str, selection: int, estimation: int) -> dict[str, Any]:
-        nonlocal lacked
-        columns: dict[str, Any] = {f"num_estimation{ending}": estimation}
-        for phase, draws in (("selection", selection), ("estimation", estimation)):
-            *votes, none = rng.multinomial(draws, [0.3, 0.4, 0.3]).tolist()
-            columns[f"counts_{phase}{ending}"] = votes
-            lacked += none
-        return columns
-
-    skipped = {"num_estimation": 0, "counts_selection": [], "counts_estimation": []}
-    for method in (Standard(), Dual(), Multiscale()):
-        rows: list[dict[str, Any]] = []
-        lacked = 0
-        for number in range(5):
-            row: dict[str, Any] = {"num_selection": 20}
-            row |= skipped if isinstance(method, Dual) and number % 2 else stage("", 20, 100)
-            if isinstance(method, Dual):
-                row |= stage("_sigma", 20, 60)
-            if isinstance(method, Multiscale):
-                above = [stage("", 20, 100) for _ in range(number % 3)]
-                row["num_levels"] = 1 + len(above)
-                for phase in ("selection", "estimation"):
-                    row[f"counts_{phase}_above"] = [level[f"counts_{phase}"] for level in above]
-            rows.append(row)
-        assert method.non_finite(pa.Table.from_pylist(rows, schema=method.schema)) == lacked > 0
-
-
 def test_copy_from_takes_the_rows_of_some_levels_and_their_errors(tmp_path: Path) -> None:
     plan = Plan.divide(7, 3, 2, {})
     source = store_with_rows(tmp_path / "a", plan)
-    rows = rows_of(plan, 1)
-    failed = error_row(CERTIFICATE_SCHEMA, {}, rows[0]["example_id"], rows[0]["label"], rows[0]["sigma"], 0.001)
-    note = {"example_id": "e3", "sigma": 0.25, "error": "DataError", "message": "broken", "traceback": "", "node": "n"}
-    source.commit(1, [failed, *rows[1:]], CERTIFICATE_SCHEMA, "cpu", [{**note, "time": datetime.now(UTC)}])
+    fail_one(source, plan)
     for sigma, errors in ((0.25, ["broken"]), (0.5, [])):
         store = ShardStore(tmp_path / f"b{sigma}", "dataset")
         fewer = Plan.divide(7, 3, 1, {"seed": 1})
@@ -338,12 +307,3 @@ def test_copy_from_takes_the_rows_of_some_levels_and_their_errors(tmp_path: Path
         expected = [row for row in source.read().to_pylist() if row["sigma"] == sigma]
         assert store.read().to_pylist() == expected
         assert store.read_errors().column("message").to_pylist() == errors
-
-
-def test_verify_names_the_first_example_that_is_odd(tmp_path: Path) -> None:
-    plan = Plan.divide(7, 3, 2, {})
-    store = store_with_rows(tmp_path, plan)
-    rows = [{**row, "example_id": "foreign"} if row["example_id"] == "e5" else row for row in rows_of(plan, 1)]
-    store.commit(1, rows, CERTIFICATE_SCHEMA, "cpu")
-    with pytest.raises(DataError, match="the first is 'e5'"):
-        store.verify(plan, IDS, SIGMAS)
