@@ -24,9 +24,9 @@ else
 	$(BIN)/python -m jobs.pipeline --config $(CONFIG) --out $(RUN)
 endif
 
-# One thread for each process: there are two of them, and Ray's.
+# One thread for each process: there are two of them, and Ray's. In the order of the folders: the last files are short ones.
 test: $(VENV)/.installed  ## the tests, two files at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed  ## tests that take minutes
 	$(BIN)/python -m pytest -m 'slow and not gpu'

@@ -216,6 +216,7 @@ def expert_run(tmp_path: Path) -> RunDirectory:
     )
 
 
+@pytest.mark.slow
 def test_experts_each_certify_their_own_sigma_and_the_estimator_routes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

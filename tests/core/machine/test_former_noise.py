@@ -63,7 +63,7 @@ def test_corrupt_masks_the_copies_that_are_ambiguous(monkeypatch: pytest.MonkeyP
     table = exact_table(0.25)
     planted = [int(np.random.SFC64(seed_of(number, "exact")).random_raw(320)[16 * 7]) >> 4 for number in (0, 1)]
     floors = np.sort(np.concatenate([table.floors[2:], planted]))
-    monkeypatch.setattr("core.machine.exact_noise.exact_table", lambda _: ExactTable(table.k, floors))
+    monkeypatch.setattr("core.machine.exact_noise.exact_table", lambda *_: ExactTable(table.k, floors))
     out = torch.empty(35, 1, 4, 4)
     mask = FormerExactNoise(5, 20).corrupt(out, [asked(30, 1, "b"), asked(5, 34)])
     assert mask is not None
