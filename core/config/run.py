@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import math
-from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -12,11 +10,13 @@ from pydantic import Field, model_validator
 from core.config.compute import ComputeConfig
 from core.config.dataset import DatasetConfig
 from core.config.models import NO_DENOISER, BaseModelsConfig, ClassifierConfig, DenoiserConfig, is_own_code
+from core.config.reach import check_radii, more_draws, reach_of, stages_of, uncut_sigma_e
 from core.config.steps import CertifyConfig, EstimatorConfig, FinetuneConfig, LabelConfig, ReportConfig
 from core.config.training import ALL_LEVELS, DenoiserTrainConfig, OptimisationConfig, TrainConfig
 from core.config.values import Count, Positive, Section
 from core.errors import ConfigError, ModelError
 from core.law import Law, law_of
+from core.procedures.confidence import draws_needed, largest_radius
 from core.procedures.multiscale import level_alphas
 from core.records import CLASSIFIER, Sampling
 
@@ -60,8 +60,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        from core.procedures.confidence import draws_needed, largest_radius
-
         if list(self.sigmas) != sorted(set(self.sigmas)):
             raise ValueError(f"sigmas: must be ascending and distinct, got {list(self.sigmas)}; sort them")
         self._check_noise()
@@ -79,8 +77,8 @@ class Config(Section):
             )
         if self.reach <= 0:
             raise ValueError(
-                f"certify.num_estimation: {self.certify.num_estimation} draws at {self._stages} cannot "
-                f"certify anything, every input would abstain; {self._more_draws(0.0)}"
+                f"certify.num_estimation: {self.certify.num_estimation} draws at {stages_of(self)} cannot "
+                f"certify anything, every input would abstain; {more_draws(self, 0.0)}"
             )
         labels = self.labels
         if largest_radius(top, labels.num_estimation, labels.alpha, self.law) <= 0:
@@ -263,87 +261,18 @@ class Config(Section):
         return (self.alpha / 2 if certify.alpha_split == "halves" else self.alpha,) * 2
 
     @property
-    def uncut_sigma_e(self) -> float | None:
-        """The noise level from which on the router's draws cut no radius of claim `agreement`; None where they do not.
-
-        A router that names one level for all images loses what lies between its reach and the class's.
-        """
-        if self.certify.claim != "agreement" or len(self.sigmas) == 1:
-            return None
-        from core.procedures.confidence import largest_radius  # scipy, as below
-
-        num, (router, label) = self.certify.num_estimation, self.stage_alphas
-        wanted = largest_radius(max(self.sigmas), num, label, self.law) / largest_radius(1.0, num, router, self.law)
-        return None if self.estimator_sigma >= wanted else math.ceil(100 * wanted) / 100
-
-    @property
-    def _stages(self) -> str:
-        router, label = self.stage_alphas
-        return f"{label:g} a stage" if router == label else f"{router:g} (router) and {label:g} (class)"
-
-    def _limits(self) -> tuple[tuple[tuple[float, float], ...], ...]:
-        """Stages, as (noise level, alpha), that limit the radius of Dual RS: of each group the furthest one.
-
-        Under claim `agreement` it is min_j max(E_j, R_j) with E_m = 0 for the level m that is picked. R_m is furthest
-        at the largest level, and there the smallest one, whose R_j is least, has to be excluded or to answer the same.
-        """
-        router, label = self.stage_alphas
-        top = (max(self.sigmas), label)
-        if self.certify.claim == "constant":
-            return ((top,),)
-        parts = 2 if self.certify.router == "plurality" else 1  # two bounds exclude a level
-        return (top,), ((self.estimator_sigma, router / parts), (min(self.sigmas), label))
-
-    @property
     def reach(self) -> float:
-        """The radius below which all certificates of Dual RS stay, whatever the networks do."""
-        from core.procedures.smoothing import furthest  # scipy: half of what `--help` would take
+        """See `core.config.reach.reach_of`."""
+        return reach_of(self)
 
-        return min(max(furthest(sigma, self.sampling(alpha)) for sigma, alpha in group) for group in self._limits())
-
-    def _more_draws(self, radius: float) -> str:
-        """What to do for a `reach` that exceeds a radius."""
-        from core.procedures.confidence import draws_needed
-
-        if self.certify.reference:
-            return "raise certify.reference.num_draws, and certify.num_estimation with it"
-        law, capped = self.law, self.certify.bound == "randomized"  # at what all draws show with probability 1/2
-        needed = 0
-        for group in self._limits():
-            enough: list[int] = []
-            for sigma, alpha in group:
-                with suppress(ConfigError):
-                    enough.append(draws_needed(radius, sigma, 0.5 if capped else alpha, law))
-            if not enough:
-                return "no number of draws certifies it at these sigmas"
-            needed = max(needed, min(enough))
-        return f"set certify.num_estimation to at least {needed:,}"
+    @property
+    def uncut_sigma_e(self) -> float | None:
+        """See `core.config.reach.uncut_sigma_e`."""
+        return uncut_sigma_e(self)
 
     def check_radii(self, others: float = 0.0) -> None:
-        """Refuse radii of the report that nothing on it reaches.
-
-        Args:
-            others: how far its other curves (imported logs) reach.
-
-        Raises:
-            ConfigError: says how many draws they would take.
-        """
-        asked, num = max(self.report.radii), self.certify.num_estimation
-        if asked >= self.reach and asked > others:
-            limit = min(max(self.law.limit(sigma) for sigma, _ in group) for group in self._limits())
-            if asked >= limit or self.law.exhaustive:
-                raise ConfigError(
-                    f"report.radii: {asked:g} is asked for, and under noise={self.noise} these sigmas certify no radius"
-                    f" from {limit:.4g} on, with however many draws; lower report.radii, or raise sigmas"
-                )
-            where = f"sigma = {max(self.sigmas)}"
-            if self.certify.claim == "agreement":
-                where += f" and sigma_e = {self.estimator_sigma}"
-            raise ConfigError(
-                f"certify.num_estimation: {num} draws at {self._stages} certify radii below "
-                f"{self.reach:.3f} at {where}, but report.radii asks for {asked:g}; "
-                f"{self._more_draws(asked)}, or lower report.radii"
-            )
+        """See `core.config.reach.check_radii`."""
+        check_radii(self, others)
 
     def sampling(self, alpha: float | None = None) -> Sampling:
         """Draws of a stage of a certificate, and what of alpha (all unless given) it may spend."""
