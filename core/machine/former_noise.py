@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core.machine.exact_noise import BITS, Ints, draw_on_device, draw_on_host
 from core.machine.noise import Copies
+from core.machine.noise_key import random_of
 from core.records import Phase
 
 __all__ = ["FormerExactNoise", "FormerGaussianNoise", "chunk_key", "fill_normal"]
@@ -27,8 +28,7 @@ def chunk_key(seed: int, example_id: str, phase: Phase, sigma: float, chunk: int
 
 def fill_normal(out: NDArray[np.float32], key: bytes) -> None:
     """Overwrite `out`, contiguous, with the standard normal draws of a key."""
-    seed = int.from_bytes(key, "little")
-    np.random.Generator(np.random.SFC64(seed)).standard_normal(dtype=np.float32, out=out)
+    random_of(key).standard_normal(dtype=np.float32, out=out)
 
 
 class FormerGaussianNoise:

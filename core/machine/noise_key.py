@@ -6,9 +6,11 @@ nothing that happens to a run can select among certificates (a new draw after a 
 
 import hashlib
 
+import numpy as np
+
 from core.records import Phase
 
-__all__ = ["auxiliary", "noise_key", "training_key"]
+__all__ = ["auxiliary", "noise_key", "random_of", "training_key"]
 
 
 def noise_key(seed: int, example_id: str, phase: Phase, sigma: float, kind: str) -> bytes:
@@ -40,3 +42,8 @@ def training_key(seed: int, training: str, use: str, epoch: int, where: str) -> 
         where: an example id, or a place in the epoch.
     """
     return hashlib.blake2b(f"{seed}|{training}|{use}|{epoch}|{where}".encode(), digest_size=16).digest()
+
+
+def random_of(key: bytes) -> np.random.Generator:
+    """NumPy's generator of a 16-byte key: the same key, the same numbers."""
+    return np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))

@@ -66,12 +66,12 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
     level = choose_level(selection[ESTIMATOR], terms.router)
     if sigmas[level] != sigma_e:
         selection = {**selection, **(yield Draws(sigmas[level], num, (CLASSIFIER,), Phase.SELECTION))}
-    at_sigma_e, others = Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]).at_sigma_e, list[Counts]()
-    statement = _statement(terms, selection[ESTIMATOR], selection[CLASSIFIER])
+    near, others = Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]), list[Counts]()
+    statement = _statement(terms, level, near, selection[ESTIMATOR], selection[CLASSIFIER])
     stage, look_every = next(statement), terms.rule.look_every
     while True:
         head, sigma = (ESTIMATOR, sigma_e) if stage.place is None else (CLASSIFIER, sigmas[stage.place])
-        shared = at_sigma_e is not None and stage.place in (None, at_sigma_e)
+        shared = near.at_sigma_e is not None and stage.place in (None, near.at_sigma_e)
         both = shared and not others  # the first of the two has both networks vote, the second begins with that
         most = terms.sampling.at(sigma).num_estimation
         votes = yield from sample(
@@ -97,7 +97,9 @@ def agreement_from_votes(terms: Agreement, votes: AgreementVotes) -> AgreementCe
     A stage that these terms ask for and that was not drawn shows nothing; one that they do not ask for is not used. Why
     one ended is what these terms say of its votes, where they would have ended it there.
     """
-    statement = _statement(terms, votes.router_selection, votes.class_selection)
+    chosen = choose_level(votes.router_selection, terms.router)
+    near = Near(terms, chosen, votes.router_selection, votes.class_selection)
+    statement = _statement(terms, chosen, near, votes.router_selection, votes.class_selection)
     stage = next(statement)
     while True:
         known = votes.router if stage.place is None else votes.classes[stage.place]
@@ -114,7 +116,7 @@ def agreement_from_votes(terms: Agreement, votes: AgreementVotes) -> AgreementCe
 
 
 def _statement(
-    terms: Agreement, router_selection: Counts, class_selection: Counts
+    terms: Agreement, chosen: int, near: Near, router_selection: Counts, class_selection: Counts
 ) -> Generator[_Stage, StageVotes, AgreementCertificate]:
     """The statement: asks for the votes of one stage after the other, and says what they show together.
 
@@ -122,12 +124,12 @@ def _statement(
     radius. In which order does not matter for a fixed budget; otherwise levels that the router is seen to pick near by
     go first, for where their class is the same the router need not be bounded away from them.
     """
-    chosen, c = choose_level(router_selection, terms.router), int(class_selection.argmax())
+    c = int(class_selection.argmax())
     num_levels, grid = len(terms.sigmas), terms.budget == "grid"
     classes: list[StageVotes | None] = [None] * num_levels
     bounds, radii = [0.0] * num_levels, [0.0] * num_levels
     alphas, norm = {head: stage.alpha for head, stage in terms.stages.items()}, terms.sampling.law.norm
-    near, others = Near(terms, chosen, router_selection, class_selection), others_of(chosen, num_levels)
+    others = others_of(chosen, num_levels)
 
     def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)

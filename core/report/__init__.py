@@ -328,8 +328,16 @@ class ReportData:
         """Delta R_c over the examples that some sigma certifies (R_c* > 0); empty where it was not measured."""
         if self.dual is None or (radius := self.standard_at_dual_alpha) is None:
             return np.zeros(0)
-        best = radius.max(axis=1)
-        return np.asarray((best - radius[np.arange(best.size), self.dual.sigma_choice])[best > 0.0], np.float64)
+        return np.asarray(self.lost_by_example()[radius.max(axis=1) > 0.0], np.float64)
+
+    def lost_by_example(self) -> Floats:
+        """Delta R_c = R_c* - R_c, ``(N,)``: what the best level certifies of the right class beyond the chosen one, at
+        the classifier's share of alpha; above 0 the example was routed wrong. 0 where no level certifies it, and
+        throughout where it was not measured.
+        """
+        if self.dual is None or (radius := self.standard_at_dual_alpha) is None:
+            return np.zeros(self.num_examples)
+        return np.asarray(radius.max(axis=1) - radius[np.arange(len(radius)), self.dual.sigma_choice], np.float64)
 
     def choice_counts(self) -> tuple[Ints, Ints, Ints]:
         """Examples per sigma, ``(K,)``: chosen by the estimator, certified by it, best for the oracle (radius > 0)."""

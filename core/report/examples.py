@@ -3,6 +3,7 @@
 One file, `examples.html`, drawn in the reader's browser by `examples.js` from the data inside it: nothing is loaded.
 """
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from core.evaluation.metrics import certified_accuracy
 from core.report import MethodRows, ReportData
 from core.report.pages import NONE, Table, document, html_table, percent
 
-__all__ = ["class_table", "examples_page", "floored", "list_columns", "lost_radius", "main_rows"]
+__all__ = ["class_table", "examples_page", "floored", "list_columns", "main_rows"]
 
 _SAID: Final = {
     "right": "Certified, and the class is the label.",
@@ -53,19 +54,10 @@ def main_rows(data: ReportData) -> MethodRows:
     return data.dual or max(data.standard, key=lambda rows: float((rows.correct * rows.radius).mean()))
 
 
-def lost_radius(data: ReportData) -> NDArray[np.float64]:
-    """Delta R_c = R_c* - R_c of each example, float64 ``(N,)``: what the best level certifies of the right class beyond
-    the chosen one, at the classifier's share of alpha; above 0 it was routed wrong. 0 where no level certifies it.
-    """
-    if data.dual is None or (radius := data.standard_at_dual_alpha) is None:
-        return np.zeros(data.num_examples)
-    return np.asarray(radius.max(axis=1) - radius[np.arange(len(radius)), data.dual.sigma_choice])
-
-
 def list_columns(data: ReportData) -> dict[str, list[Any]]:
     """Columns of the list, an entry for each example; None where there is nothing to say.
 
-    `bound`: what bounds the radius, `router` or `class`. `lost`: as `lost_radius`.
+    `bound`: what bounds the radius, `router` or `class`. `lost`: as `ReportData.lost_by_example`.
     """
     rows, nothing = main_rows(data), [None] * data.num_examples
     columns: dict[str, list[Any]] = {"radius": floored(rows.radius), "bound": nothing, "lost": nothing}
@@ -74,7 +66,7 @@ def list_columns(data: ReportData) -> dict[str, list[Any]]:
     dual = data.dual
     names = np.where(dual.abstained, "none", np.where(dual.capped, "router", "class"))
     columns["bound"] = [None if name == "none" else str(name) for name in names]
-    columns["lost"] = [round(float(value), 6) for value in lost_radius(data)]
+    columns["lost"] = [round(float(value), 6) for value in data.lost_by_example()]
     return columns | {"sigma": [float(sigma) for sigma in data.sigmas[dual.sigma_choice]]}
 
 
@@ -90,7 +82,7 @@ def class_table(data: ReportData, labels: NDArray[np.int64], names: Sequence[str
         The labels that occur, ascending, and the table with a row for each.
     """
     rows, found = main_rows(data), [int(label) for label in np.unique(labels)]
-    wrong = lost_radius(data) > 0
+    wrong = data.lost_by_example() > 0
     lines = []
     for label in found:
         here = labels == label
@@ -130,7 +122,7 @@ def examples_page(
     )
     body = f"""<p><a href="report.html">The report</a></p>
 <div id="all">
-<p>{_plain(text)}</p>
+<p>{html.escape(text)}</p>
 <form role="search"><label>Id or class <input name="q" type="search"></label>
 <label>Show <select name="show"><option value="">everything</option>{options}</select></label>
 <label>Order <select name="sort"><option value="">by id</option><option value="radius">largest radius</option>
@@ -144,10 +136,6 @@ def examples_page(
 <script type="application/json" id="data">{_json(everything)}</script>"""
     script = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
     return document(f"Examples of {data.labels}", body, _CSS, script)
-
-
-def _plain(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _json(content: Mapping[str, Any]) -> str:

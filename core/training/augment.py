@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from core.config.values import Augment
+from core.machine.noise_key import random_of
 
 __all__ = ["Augmentation", "augment", "draw_augmentation"]
 
@@ -47,7 +48,7 @@ def draw_augmentation(kind: Augment, size: tuple[int, int], key: bytes) -> Augme
         key: of `core.machine.noise_key.training_key`; the same one, the same augmentation.
     """
     height, width = size
-    random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
+    random = random_of(key)
     mirrored = kind != "none" and bool(random.random() < 0.5)
     if kind == "crop_flip":
         top, left = random.integers(-_PAD, _PAD, 2, endpoint=True).tolist()

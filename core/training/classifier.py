@@ -15,7 +15,7 @@ from core.config import ClassifierConfig
 from core.config.models import SMALL_CNN
 from core.config.training import OptimisationConfig, TrainConfig
 from core.data import Dataset
-from core.machine.noise_key import training_key
+from core.machine.noise_key import random_of, training_key
 from core.machine.user_modules import evaluating
 from core.models.checkpoints import load_classifier
 from core.models.small import SmallConvNet
@@ -154,8 +154,7 @@ class ClassifierObjective(Objective):
     def _uniform_of(self, epoch: int) -> Tensor:
         """``(N, 1 + u)`` in [0, 1) for all samples: of the noise level, and what the loss takes."""
         if self._uniform[0] != epoch:
-            key = int.from_bytes(training_key(self.seed, self.name, "uniform", epoch, ""), "little")
-            size = (len(self), 1 + self._loss.num_uniform)
-            drawn = np.random.Generator(np.random.SFC64(key)).random(size, dtype=np.float32)
+            key = training_key(self.seed, self.name, "uniform", epoch, "")
+            drawn = random_of(key).random((len(self), 1 + self._loss.num_uniform), dtype=np.float32)
             self._uniform = (epoch, torch.from_numpy(drawn))
         return self._uniform[1]

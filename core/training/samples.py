@@ -12,7 +12,7 @@ from core.config.values import Augment
 from core.data import Dataset
 from core.machine.former_noise import fill_normal
 from core.machine.noise import Copies, make_noise
-from core.machine.noise_key import training_key
+from core.machine.noise_key import random_of, training_key
 from core.records import Phase
 from core.training.augment import augment, draw_augmentation
 
@@ -23,12 +23,12 @@ MEMORY_SHARE = 0.25
 
 
 def _fill_uniform(out: NDArray[np.float32], key: bytes) -> None:
-    numbers = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little"))).random(out.shape, np.float32)
+    numbers = random_of(key).random(out.shape, np.float32)
     np.multiply(2.0 * numbers - 1.0, np.float32(np.sqrt(3.0)), out=out)
 
 
 def _fill_laplace(out: NDArray[np.float32], key: bytes) -> None:
-    random = np.random.Generator(np.random.SFC64(int.from_bytes(key, "little")))
+    random = random_of(key)
     random.standard_exponential(dtype=np.float32, out=out)
     out *= random.choice(np.array([-(0.5**0.5), 0.5**0.5], np.float32), out.shape)
 

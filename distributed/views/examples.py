@@ -17,7 +17,7 @@ from core.machine.noise import Copies, make_noise
 from core.models.checkpoints import load_denoiser
 from core.records import Phase
 from core.report import ReportData
-from core.report.examples import examples_page, floored, lost_radius, main_rows
+from core.report.examples import examples_page, floored, main_rows
 from core.report.pages import Heading, Link, Section
 from distributed.methods import method_named
 from distributed.methods.method import column
@@ -192,7 +192,7 @@ def _gallery(directory: RunDirectory, data: ReportData, images: Dataset, places:
     order = np.argsort(-worth, kind="stable")  # ties in the order of the ids
     tied = int((worth == worth[order[0]]).sum())
     best = "largest certificate" + f" (shared by {tied:,})" * (tied > 1)
-    lost = lost_radius(data)
+    lost = data.lost_by_example()
     wrong = [place for place in np.argsort(-lost, kind="stable")[:num] if lost[place] > 0]
     chosen: dict[int, str] = {}
     parts = {best: order[: min(tied, num)], "large certificate": order[tied:num], "smallest certificate": order[-num:]}
