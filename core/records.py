@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Final, Literal, TypeVar
 
@@ -87,6 +87,7 @@ class Draws:
         phase: noise of different phases is independent.
         start: number of the first copy; a later request of the same sigma and phase goes on where the last one ended.
         auxiliary: whether the answer has, under AUXILIARY, the number of `core.machine.noise_key.auxiliary` too.
+        ahead: requests that will follow whatever the votes are, so they may be drawn at once; no part of this one.
     """
 
     sigma: float
@@ -95,6 +96,7 @@ class Draws:
     phase: Phase
     start: int = 0
     auxiliary: bool = False
+    ahead: tuple["Draws", ...] = field(default=(), compare=False, repr=False)
 
 
 R = TypeVar("R")

@@ -93,8 +93,7 @@ class Smoothed:
                 yield Task(index, example_id, image, procedure())
 
         noise = make_noise(self.noise, self.seed)
-        live = min(len(ids), 4096) or 1
-        engine = Engine(self._network, noise, batch_size=batch_size, max_live=live, pad=False)
+        engine = Engine(self._network, noise, batch_size=batch_size, pad=False)
         results = {}
         with Progress(len(ids), "certify", "inputs") if progress else nullcontext() as bar:
             for finished in engine.run(tasks()):

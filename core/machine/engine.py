@@ -32,6 +32,11 @@ R = TypeVar("R")
 
 _log = logging.getLogger(__name__)
 
+_SLOTS = 64
+"""Requests that have room for their votes at first; it doubles when more are open."""
+_CPU_ROWS = 256
+"""Rows that a thread gets in a pass where nothing is padded: activations of more leave the CPU's caches."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[R]):
@@ -73,11 +78,20 @@ class Finished(Generic[R]):
 
 
 @dataclass(slots=True, eq=False)
-class _Request:
-    """A live procedure's open request. Rows from next_row up to end are still to be launched."""
+class _Live:
+    """A procedure that has started: the request that it waits for, and those it has made ahead, with their answers."""
 
     task: Task[Any]
     image: Tensor
+    waits_for: Draws | None = None
+    answers: dict[Draws, dict[str, Any] | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A live procedure's open request. Rows from next_row up to end are still to be launched."""
+
+    owner: _Live
     draws: Draws
     slot: int
     next_row: int
@@ -119,8 +133,8 @@ class Engine:
         batch_size: rows of every forward pass, as long as they fit.
         max_live: procedures live at once, at most (bounds the memory for images and votes).
         pad: whether a batch that is not full is padded, so that all passes have one shape. Without, its shape is that
-            of the work, for networks that take any: with few images nothing is run in vain, but the last bits of
-            logits may then depend on how many images there are.
+            of the work, for networks that take any, and on a CPU no larger than is fast: with few images nothing is run
+            in vain, but the last bits of logits may then depend on how many images there are.
     """
 
     def __init__(
@@ -143,10 +157,11 @@ class Engine:
         self._head_index = {name: i for i, name in enumerate(network.heads)}
         # votes[slot, head, class]; the last class counts draws with non-finite logits; slot 0 takes the padding rows.
         # A free slot holds zeros.
-        self._votes = torch.zeros((max_live + 1, len(network.heads), self._width), dtype=torch.int64, device=device)
+        self._votes = torch.zeros((_SLOTS, len(network.heads), self._width), dtype=torch.int64, device=device)
         self._ones = torch.ones(batch_size, dtype=torch.int64, device=device)
-        self._free_slots = list(range(max_live, 0, -1))
+        self._free_slots = list(range(_SLOTS - 1, 0, -1))
         self._lanes: dict[Hashable, _Lane] = {}
+        self._image_shape: torch.Size | None = None
         self._noisy: Tensor | None = None
         self._in_flight: deque[_Launched] = deque()
         # On an accelerator the next batch is queued before the votes of the last one are read.
@@ -215,7 +230,7 @@ class Engine:
         self._in_flight.clear()
         if self.live:
             self._votes.zero_()
-        self._free_slots = list(range(self.max_live, 0, -1))
+        self._free_slots = list(range(len(self._votes) - 1, 0, -1))
         self.live = 0
 
     def _longest_queue(self) -> int:
@@ -223,44 +238,61 @@ class Engine:
 
     def _start(self, task: Task[R]) -> Iterator[Finished[R]]:
         image = self._to_device(task.image.float())
-        if self._noisy is None:
-            self._noisy = torch.empty((self.batch_size, *image.shape), device=self._device)
-        elif self._noisy.shape[1:] != image.shape:
+        if self._image_shape is None:
+            self._image_shape = image.shape
+        elif self._image_shape != image.shape:
             error = DataError(
                 f"example {task.example_id!r} has shape {tuple(image.shape)}, "
-                f"the others {tuple(self._noisy.shape[1:])}: all images of a run must have one shape"
+                f"the others {tuple(self._image_shape)}: all images of a run must have one shape"
             )
             yield Finished(task.key, None, error)
             return
         self.live += 1
-        yield from self._resume(task, image, None)
+        yield from self._resume(_Live(task, image), None)
 
-    def _resume(self, task: Task[R], image: Tensor, answer: dict[str, Any] | None) -> Iterator[Finished[R]]:
+    def _resume(self, live: _Live, answer: dict[str, Any] | None) -> Iterator[Finished[Any]]:
         """Send an answer (None to start) and queue what the procedure asks next, or yield its result."""
-        try:
-            draws = next(task.procedure) if answer is None else task.procedure.send(answer)
-        except StopIteration as stop:
-            self.live -= 1
-            yield Finished(task.key, stop.value)
-            return
-        except Exception as error:  # of this procedure alone: its neighbours go on
-            self.live -= 1
-            yield Finished(task.key, None, error)
-            return
-        slot = self._free_slots.pop()
+        key, procedure = live.task.key, live.task.procedure
+        while True:
+            try:
+                draws = next(procedure) if answer is None else procedure.send(answer)
+            except StopIteration as stop:
+                self.live -= 1
+                yield Finished(key, stop.value)
+                return
+            except Exception as error:  # of this procedure alone: its neighbours go on
+                self.live -= 1
+                yield Finished(key, None, error)
+                return
+            for each in (draws, *draws.ahead):
+                if each not in live.answers:
+                    self._queue(live, each)
+            if live.answers[draws] is None:
+                live.waits_for = draws
+                return
+            answer = live.answers.pop(draws)
+
+    def _queue(self, live: _Live, draws: Draws) -> None:
         lane = self._lanes.setdefault(self.network.lane(draws), _Lane())
-        lane.queue.append(_Request(task, image, draws, slot, draws.start))
+        if not self._free_slots:
+            held = len(self._votes)
+            self._votes = torch.cat([self._votes, torch.zeros_like(self._votes)])
+            self._free_slots = list(range(2 * held - 1, held - 1, -1))
+        lane.queue.append(_Request(live, draws, self._free_slots.pop(), draws.start))
         lane.rows += draws.num
+        live.answers[draws] = None
 
     @torch.inference_mode()
     def _launch(self, lane_key: Hashable) -> tuple[Tensor, Tensor, dict[str, Tensor], int]:
         """Fill one batch from a lane, run it, add up its votes; returns batch, levels (host), logits, rows in use."""
-        lane, noisy = self._lanes[lane_key], self._noisy
-        assert noisy is not None
-        shape = self.batch_size
-        if not self.pad and lane.rows < shape and self.network.any_batch(lane_key):
-            shape = lane.rows
-        noisy = noisy[:shape]
+        lane, shape = self._lanes[lane_key], self.batch_size
+        if not self.pad and self.network.any_batch(lane_key):
+            most = min(shape, _CPU_ROWS * torch.get_num_threads()) if self._device.type == "cpu" else shape
+            shape = -(-lane.rows // -(-lane.rows // most))
+        if self._noisy is None or len(self._noisy) < shape:
+            assert self._image_shape is not None
+            self._noisy = torch.empty((shape, *self._image_shape), device=self._device)
+        noisy = self._noisy[:shape]
         cells = np.zeros(shape, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0
         sigmas = np.empty(shape, np.float32)
         copies: list[Copies] = []
@@ -268,10 +300,8 @@ class Engine:
         row = 0
         while row < shape and lane.queue:
             request = lane.queue[0]
-            draws, taken = request.draws, min(request.end - request.next_row, shape - row)
-            copies.append(
-                Copies(request.image, request.task.example_id, draws.phase, draws.sigma, request.next_row, taken)
-            )
+            draws, live, taken = request.draws, request.owner, min(request.end - request.next_row, shape - row)
+            copies.append(Copies(live.image, live.task.example_id, draws.phase, draws.sigma, request.next_row, taken))
             cells[row : row + taken] = request.slot * self._votes[0].numel()
             sigmas[row : row + taken] = draws.sigma
             row += taken
@@ -379,10 +409,16 @@ class Engine:
                 name: counts[self._head_index[name], : self.network.heads[name].num_outputs].copy()
                 for name in request.draws.heads
             }
-            if (draws := request.draws).auxiliary:
-                number = auxiliary(self.noise.seed, request.task.example_id, draws.phase, draws.sigma)
+            draws, live = request.draws, request.owner
+            if draws.auxiliary:
+                number = auxiliary(self.noise.seed, live.task.example_id, draws.phase, draws.sigma)
                 answer[AUXILIARY] = np.array([number])
-            yield from self._resume(request.task, request.image, answer)
+            if live.waits_for != draws:  # made ahead, and not asked for yet
+                live.answers[draws] = answer
+                continue
+            del live.answers[draws]
+            live.waits_for = None
+            yield from self._resume(live, answer)
 
     def _to_device(self, host: Tensor) -> Tensor:
         if self._device.type == "cuda":

@@ -12,14 +12,7 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError, ModelError
 from core.machine.row_check import FEW, check_levels, check_rows
-from core.machine.user_modules import (
-    evaluating,
-    input_dtype,
-    is_materialised,
-    only_tensor,
-    submodules,
-    takes_any_batch,
-)
+from core.machine.user_modules import Traits, direct_module, evaluating, only_tensor, submodules, traits
 from core.records import ESTIMATOR, Draws
 
 __all__ = ["Compile", "Denoiser", "Forward", "Head", "Module", "Network", "Precision", "set_tf32"]
@@ -77,6 +70,7 @@ class Forward:
 
 _log = logging.getLogger(__name__)
 _DENOISER = "denoiser"
+_DENOISER_KEY: tuple[str, float | None] = (_DENOISER, None)
 _AS_THEY_ARE = (torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 """Types of logits that are compared as they are; half precision and bool are made float32."""
 _HALF: dict[Precision, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -135,6 +129,7 @@ class Network:
         for name, head in self.heads.items():
             _check_width(name, head.num_outputs)
         self._checked: set[tuple[str, float | None]] = set()
+        self._traits: dict[tuple[str, float | None], Traits] = {}
         self._compiled: dict[int, Callable[..., Any]] = {}
         """Compiled modules by the id of the original, which `heads` and `denoiser` keep alive."""
         self._modules: list[nn.Module] = []
@@ -144,23 +139,26 @@ class Network:
         """Find anew the torch modules inside the networks, and the types that these take.
 
         A function's own may have been replaced since, and are then checked anew. Those that cannot be seen
-        (`user_modules.submodules`) keep their mode; if that is training mode, `check` refuses what they do.
+        (`user_modules.submodules`) keep their mode; if that is training mode, `check` refuses what they do. Networks
+        whose modules are all registered are not searched for others again while these are the same.
 
         Raises:
             ConfigError: for a module without weights.
         """
-        modules = submodules(*self._calls.values())
-        if set(map(id, modules)) != set(map(id, self._modules)):
-            self._checked.clear()
-        self._modules = modules
-        for (name, _), call in self._calls.items():
-            if not is_materialised(call):
+        direct = [direct_module(call) for call in self._calls.values()]
+        registered = {id(each) for module in direct if module is not None for each in module.modules()}
+        if not self._modules or None in direct or registered != set(map(id, self._modules)):
+            modules = submodules(*self._calls.values())
+            if set(map(id, modules)) != set(map(id, self._modules)):
+                self._checked.clear()
+            self._modules = modules
+        self._traits = {key: traits(call) for key, call in self._calls.items()}
+        for (name, _), known in self._traits.items():
+            if not known.materialised:
                 raise ConfigError(
                     f"the {name} has parameters without values (a lazy module, or the meta device): run it once, or "
                     "load its weights, before"
                 )
-        self._dtypes = {id(call): input_dtype(call) for call in self._calls.values()}
-        self._one_shape = {key for key, call in self._calls.items() if not takes_any_batch(call)}
 
     def lane(self, draws: Draws) -> Hashable:
         """The lane of a request.
@@ -225,7 +223,7 @@ class Network:
         assert isinstance(lane, Lane)
         asked = {(name, self._expert(name, lane)) for name in lane.heads}
         if self._denoises(lane) and bool((sigma != sigma[0]).any()):
-            asked.add((_DENOISER, None))
+            asked.add(_DENOISER_KEY)
         if asked <= self._checked:
             return
         if self._any_batch(asked):
@@ -246,8 +244,8 @@ class Network:
         return self._any_batch({(name, self._expert(name, lane)) for name in lane.heads})
 
     def _any_batch(self, asked: set[tuple[str, float | None]]) -> bool:
-        keys = asked | {(_DENOISER, None)}
-        return not self.forward.compile and not keys & self._one_shape
+        known = [self._traits[key] for key in asked | {_DENOISER_KEY} if key in self._traits]
+        return not self.forward.compile and all(each.any_batch for each in known)
 
     def _check(
         self,
@@ -271,8 +269,8 @@ class Network:
             return self._outputs(lane, images, levels)
 
         check_rows(ask, noisy[places], levels.to(noisy.device), num, votes, same_batch=whole)
-        if (_DENOISER, None) not in asked or bool((levels == levels[0]).all()):
-            return asked - {(_DENOISER, None)}
+        if _DENOISER_KEY not in asked or bool((levels == levels[0]).all()):
+            return asked - {_DENOISER_KEY}
         check_levels(ask, noisy[places], levels.to(noisy.device))
         return asked
 
@@ -294,25 +292,25 @@ class Network:
             if self.forward.channels_last:
                 noisy = noisy.contiguous(memory_format=torch.channels_last)
             outputs, images = {}, noisy
-            if self.denoiser is not None and self._denoises(lane):
+            if self._denoises(lane):
                 shape = tuple(noisy.shape)
-                denoised = self._ask(_DENOISER, self.denoiser, "sample", shape, noisy, sigma.clone())
+                denoised = self._ask(_DENOISER_KEY, "sample", shape, noisy, sigma.clone())
                 outputs[_DENOISER] = images = denoised.to(self.device, torch.float32)
             for name in lane.heads:
-                head, call = self.heads[name], self._calls[name, self._expert(name, lane)]
-                shape = (len(noisy), head.num_outputs)
-                found = self._ask(name, call, "logits", shape, images if head.denoise else noisy)
+                head, shape = self.heads[name], (len(noisy), self.heads[name].num_outputs)
+                given = images if head.denoise else noisy
+                found = self._ask((name, self._expert(name, lane)), "logits", shape, given)
                 # A copy: the next pass may overwrite what this one has returned, as CUDA graphs do.
                 dtype = found.dtype if found.dtype in _AS_THEY_ARE else torch.float32
                 outputs[name] = found.to(self.device, dtype, copy=True)
         return outputs
 
     def _ask(
-        self, name: str, call: Callable[..., Any], key: str, shape: tuple[int, ...], images: Tensor, *more: Tensor
+        self, which: tuple[str, float | None], key: str, shape: tuple[int, ...], images: Tensor, *more: Tensor
     ) -> Tensor:
         """The output of one network, of the expected shape, for a copy of the images: it may write into them."""
-        given = images.to(self._dtypes[id(call)], copy=True)
-        return only_tensor(self._runner(name, call)(given, *more), name, key, shape)
+        given = images.to(self._traits[which].dtype, copy=True)
+        return only_tensor(self._runner(which[0], self._calls[which])(given, *more), which[0], key, shape)
 
     def _expert(self, name: str, lane: Lane) -> float | None:
         return lane.expert_sigma if isinstance(self.heads[name].module, Mapping) else None
@@ -331,7 +329,7 @@ def _named_calls(
 ) -> Iterator[tuple[tuple[str, float | None], Any]]:
     """Every network by its name and, for experts, noise level."""
     if denoiser is not None:
-        yield (_DENOISER, None), denoiser
+        yield _DENOISER_KEY, denoiser
     for name, head in heads.items():
         pool = head.module if isinstance(head.module, Mapping) else {None: head.module}
         for sigma, module in pool.items():

@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,12 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from core.errors import ModelError
 
 __all__ = [
+    "Traits",
     "direct_module",
     "evaluating",
-    "input_dtype",
-    "is_materialised",
     "only_tensor",
     "submodules",
-    "takes_any_batch",
+    "traits",
 ]
 
 _LEAVES = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, np.generic, types.ModuleType)
@@ -158,38 +157,40 @@ def direct_module(call: object) -> nn.Module | None:
     return call if isinstance(call, nn.Module) else None
 
 
-def input_dtype(call: object) -> torch.dtype:
-    """What a network takes: the type of all its floating parameters and buffers if they have one, else float32."""
-    kinds = {tensor.dtype for tensor in _tensors(call) if tensor.is_floating_point()}
-    return kinds.pop() if len(kinds) == 1 else torch.float32
+class Traits(NamedTuple):
+    """What can be said of a network without running it.
 
-
-def is_materialised(call: object) -> bool:
-    """Whether all parameters have values: none of a lazy module's before its first pass, none on the meta device."""
-    return not any(
-        tensor.is_meta or isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in _tensors(call)
-    )
-
-
-def _tensors(call: object) -> list[Tensor]:
-    """Parameters and buffers of a module, some several times: `parameters()` takes five times as long."""
-    module = direct_module(call)
-    if module is None:
-        return []
-    books = [book for each in module.modules() for book in (each._parameters, each._buffers)]
-    return [tensor for book in books for tensor in book.values() if tensor is not None]
-
-
-def takes_any_batch(call: object) -> bool:
-    """Whether another number of rows is known to cost nothing but the pass: a plain module, not a compiled, exported or
-    scripted one, whose shape may be fixed.
+    Attributes:
+        dtype: what it takes: the type of all its floating parameters and buffers if they have one, else float32.
+        materialised: whether all parameters have values: none of a lazy module's before its first pass, none on the
+            meta device.
+        any_batch: whether another number of rows is known to cost nothing but the pass: a plain module, not a compiled,
+            exported or scripted one, whose shape may be fixed.
     """
-    module = direct_module(call)
-    return module is not None and not any(
-        isinstance(each, torch.fx.GraphModule | torch.jit.ScriptModule)
-        or hasattr(each, "_orig_mod")
-        or getattr(each, "_compiled_call_impl", None) is not None
-        for each in module.modules()
+
+    dtype: torch.dtype = torch.float32
+    materialised: bool = True
+    any_batch: bool = False
+
+
+def traits(call: object) -> Traits:
+    """Of a network; nothing is known of a function around some."""
+    if (module := direct_module(call)) is None:
+        return Traits()
+    modules = list(module.modules())
+    # The books themselves: `parameters()` takes five times as long.
+    books = [book for each in modules for book in (each._parameters, each._buffers)]
+    tensors = [tensor for book in books for tensor in book.values() if tensor is not None]
+    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return Traits(
+        kinds.pop() if len(kinds) == 1 else torch.float32,
+        not any(t.is_meta or isinstance(t, UninitializedParameter | UninitializedBuffer) for t in tensors),
+        not any(
+            isinstance(each, torch.fx.GraphModule | torch.jit.ScriptModule)
+            or hasattr(each, "_orig_mod")
+            or getattr(each, "_compiled_call_impl", None) is not None
+            for each in modules
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from core.procedures.smoothing import certificate, certify, estimate, predict
+from core.procedures.smoothing import certificate, certify, estimate, estimation_draws, predict
 from core.records import (
     ABSTAIN,
     CLASSIFIER,
@@ -39,7 +39,8 @@ def dual_certify(
     """
     stage = stage_sampling(sampling, split)
     heads = selection_heads(sigmas, sigma_e)
-    selection = yield Draws(sigma_e, stage.num_selection, heads, Phase.SELECTION)
+    ahead = estimation_draws(sigma_e, stage, heads) if heads == (ESTIMATOR,) else ()
+    selection = yield Draws(sigma_e, stage.num_selection, heads, Phase.SELECTION, ahead=ahead)
     sigma = sigmas[int(selection[ESTIMATOR].argmax())]
     shared = sigma == sigma_e
     asked = heads if shared else (ESTIMATOR,)

@@ -7,6 +7,8 @@ reads like the paper's pseudo-code and is tested by sending it counts.
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from core.errors import ConfigError
 from core.procedures.confidence import (
     binomial_p_value,
@@ -31,7 +33,7 @@ from core.records import (
     paired,
 )
 
-__all__ = ["Estimation", "certificate", "certify", "estimate", "furthest", "predict", "stage_bound"]
+__all__ = ["Estimation", "certificate", "certify", "estimate", "estimation_draws", "furthest", "predict", "stage_bound"]
 
 
 def certify(sigma: float, sampling: Sampling, head: str = CLASSIFIER) -> Procedure[Certificate]:
@@ -46,7 +48,8 @@ def certify(sigma: float, sampling: Sampling, head: str = CLASSIFIER) -> Procedu
         A `Certificate`, wrong with probability at most `sampling.alpha` over the noise.
     """
     sampling = sampling.at(sigma)
-    selection = (yield Draws(sigma, sampling.num_selection, (head,), Phase.SELECTION))[head]
+    ahead = estimation_draws(sigma, sampling, (head,))
+    selection = (yield Draws(sigma, sampling.num_selection, (head,), Phase.SELECTION, ahead=ahead))[head]
     estimation = (yield from estimate(sigma, sampling, (head,)))[head]
     return certificate(selection, estimation.counts, sigma, sampling, estimation)
 
@@ -67,22 +70,28 @@ class Estimation(NamedTuple):
 
 
 def estimate(sigma: float, sampling: Sampling, heads: tuple[str, ...]) -> Procedure[dict[str, Estimation]]:
-    """All estimation draws of heads, the first of them put to the reference as well where there is one."""
-    sampling = sampling.at(sigma)
-    num, seen, randomized = sampling.num_estimation, sampling.num_reference, sampling.bound == "randomized"
-    asked = (*heads, *map(paired, heads)) if seen else heads
-    first = yield Draws(sigma, seen or num, asked, Phase.ESTIMATION, auxiliary=randomized)
-    rest: Answer = {}
-    if 0 < seen < num:
-        rest = yield Draws(sigma, num - seen, heads, Phase.ESTIMATION, start=seen)
+    """All estimation draws of heads."""
+    answers: list[Answer] = []
+    for draws in estimation_draws(sigma, sampling, heads):
+        answers.append((yield draws))
+    first = answers[0]
     return {
         head: Estimation(
-            first[head] + rest[head] if rest else first[head],
-            first[paired(head)][:-1] if seen else None,
-            uniform_of(int(first[AUXILIARY][0])) if randomized else None,
+            np.sum([answer[head] for answer in answers], axis=0),
+            first[paired(head)][:-1] if paired(head) in first else None,
+            uniform_of(int(first[AUXILIARY][0])) if AUXILIARY in first else None,
         )
         for head in heads
     }
+
+
+def estimation_draws(sigma: float, sampling: Sampling, heads: tuple[str, ...]) -> tuple[Draws, ...]:
+    """What `estimate` asks for: all draws, the first of them of the reference as well where there is one."""
+    sampling = sampling.at(sigma)
+    num, seen, randomized = sampling.num_estimation, sampling.num_reference, sampling.bound == "randomized"
+    asked = (*heads, *map(paired, heads)) if seen else heads
+    rest = (Draws(sigma, num - seen, heads, Phase.ESTIMATION, start=seen),) if 0 < seen < num else ()
+    return Draws(sigma, seen or num, asked, Phase.ESTIMATION, auxiliary=randomized, ahead=rest), *rest
 
 
 def stage_bound(

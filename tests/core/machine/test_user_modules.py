@@ -216,9 +216,31 @@ def test_certify_a_network_put_in_training_mode_after_wrapping_and_a_replaced_on
     assert g.certify(IMAGE, **options) == first  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("registered", [True, False])
+def test_certify_a_network_of_which_a_part_was_replaced(registered: bool) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = noisy_in_training() if registered else None
+            self.others = [] if registered else [noisy_in_training()]
+
+        def forward(self, x: Tensor) -> Any:
+            return (self.inner or self.others[0])(x)
+
+    model = Outer()
+    g = SmoothedClassifier(model, 3, 0.5, seed=1)
+    options = {"num_selection": 50, "num_estimation": 350, "batch_size": 100}
+    first = g.certify(IMAGE, **options)  # type: ignore[arg-type]
+    if registered:
+        model.inner = copy.deepcopy(model.inner).train()  # type: ignore[union-attr]
+    else:
+        model.others[0] = copy.deepcopy(model.others[0]).train()
+    assert g.certify(IMAGE, **options) == first  # type: ignore[arg-type]
+
+
 def test_certify_the_network_that_fails_is_put_back_too() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).train()
-    with pytest.raises(ModelError, match=r"logits of shape \(50, 5\)"):
+    with pytest.raises(ModelError, match=r"logits of shape \(100, 5\)"):
         certified(model, 3)
     assert model.training
 
