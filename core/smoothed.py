@@ -153,7 +153,7 @@ class SmoothedClassifier(Smoothed):
             num_selection: draws that choose the class (n0).
             num_estimation: fresh draws that bound its probability (n).
             alpha: failure probability, in (0, 1).
-            batch_size: rows of a forward pass, at most; on a CPU 256 a thread. What does not fill one runs as it is.
+            batch_size: rows of a forward pass, at most; on a CPU fewer of large images. What fills none runs as it is.
                 Where a network (a function, a compiled or exported one) may know one shape only, all passes have it.
             example_ids: name the images in the noise key; by default a hash of their pixels.
             budget: `fixed`, all draws; `sequential`, stop as soon as nothing more can be certified; `grid`, decide only

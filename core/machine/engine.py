@@ -34,8 +34,9 @@ _log = logging.getLogger(__name__)
 
 _SLOTS = 64
 """Requests that have room for their votes at first; it doubles when more are open."""
-_CPU_ROWS = 256
-"""Rows that a thread gets in a pass where nothing is padded: activations of more leave the CPU's caches."""
+_CPU_NUMBERS = 400_000
+"""Numbers that a thread gets in a pass where nothing is padded, 130 images of 3x32x32: activations of more leave the
+CPU's caches. But 16 rows at least and 512 at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,12 +286,14 @@ class Engine:
     @torch.inference_mode()
     def _launch(self, lane_key: Hashable) -> tuple[Tensor, Tensor, dict[str, Tensor], int]:
         """Fill one batch from a lane, run it, add up its votes; returns batch, levels (host), logits, rows in use."""
+        assert self._image_shape is not None
         lane, shape = self._lanes[lane_key], self.batch_size
         if not self.pad and self.network.any_batch(lane_key):
-            most = min(shape, _CPU_ROWS * torch.get_num_threads()) if self._device.type == "cpu" else shape
-            shape = -(-lane.rows // -(-lane.rows // most))
+            if self._device.type == "cpu":
+                fitting = min(max(_CPU_NUMBERS // max(1, self._image_shape.numel()), 16), 512)
+                shape = min(shape, fitting * torch.get_num_threads())
+            shape = -(-lane.rows // -(-lane.rows // shape))  # of equal passes
         if self._noisy is None or len(self._noisy) < shape:
-            assert self._image_shape is not None
             self._noisy = torch.empty((shape, *self._image_shape), device=self._device)
         noisy = self._noisy[:shape]
         cells = np.zeros(shape, np.int64)  # where each row's slot begins in the votes; padding rows: slot 0
