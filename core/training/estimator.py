@@ -226,29 +226,20 @@ def new_estimator(config: Config, shape: Sequence[int], classifier: Callable[[st
 
 
 class EstimatorObjective(Objective):
-    """To name the sigma with the largest radius, stably under noise of level `sigma_e`: a `loop.Objective`.
+    """To name the sigma with the largest radius, stably under noise of level `sigma_e`.
 
     Samples with radius 0 at every sigma are left out.
 
     Args:
-        data: the training split.
         radii: ``(N, K)`` from `label_radii` or `shrunk_radii`, in the data's order.
-        sigma_e: noise level of the estimator.
-        denoiser: fixed, the same as at test time, on the model's device; None for a denoiser-free estimator.
-        config: loss, optimiser and schedule.
-        seed: the run's.
         extractor: with `backbone: features`, what the model, its head, reads; on the model's device.
         certify: the draws and alpha that the router is trained for; only the losses of the agreement claim and the
             samples held out ask.
-        noise: its kind, as in the configuration.
-        processes: that hold the images on this machine.
 
     Raises:
         DataError: when no sample has a radius to learn from.
         ConfigError: when too few samples are left or held out, or their features do not fit into memory.
     """
-
-    name = "train_estimator"
 
     def __init__(
         self,
@@ -264,42 +255,36 @@ class EstimatorObjective(Objective):
         noise: str = "gaussian",
         processes: int = 1,
     ) -> None:
-        kept = learnable(radii)
-        learnt, held = hold_out(len(kept), config.holdout, seed, self.name)
-        self.seed, self._config, self._sigma_e, self._denoiser = seed, config, sigma_e, denoiser
-        self.schedule = Schedule(
-            config.epochs, config.batch_size, config.lr, config.weight_decay, config.lr_step, config.lr_gamma
-        )
-        self._samples, self._held = (
-            Samples(data, kept[part], self.name, seed, augment=how, noise=noise, processes=processes)
+        name, kept = "train_estimator", learnable(radii)
+        learnt, held = hold_out(len(kept), config.holdout, seed, name)
+        samples, held_out = (
+            Samples(data, kept[part], name, seed, augment=how, noise=noise, processes=processes)
             for part, how in ((learnt, config.augment), (held, "none"))
         )
-        self.threads, self.num_held_out = self._samples.threads, len(held)
+        rates = (config.lr, config.weight_decay, config.lr_step, config.lr_gamma)
+        super().__init__(samples, Schedule(config.epochs, config.batch_size, *rates))
+        self.num_held_out = len(held)
+        self._config, self._sigma_e, self._denoiser, self._extractor = config, sigma_e, denoiser, extractor
         if config.loss != "radius":
             radii = radii.clip(0.0)
         self._radii, self._held_radii = (torch.from_numpy(radii[kept[part]]).float() for part in (learnt, held))
         self._weight = torch.from_numpy(class_weights(radii[kept[learnt]], config.rebalance)).float()
         self._largest = largest_share(certify.num_estimation, certify.alpha * certify.router_share)
         self._law = law_of(noise)
-        self._extractor = extractor
-        if extractor is not None:
-            width = extractor.width(data.shape)
-            self._features, self._held_features = (
-                Features(samples, sigma_e, copies, self._extract, width, processes=processes)
-                for samples, copies in ((self._samples, config.feature_copies), (self._held, config.holdout_copies))
-            )
+        self._copies = self._reader(samples, config.feature_copies, processes)
+        self._held_copies = self._reader(held_out, config.holdout_copies, processes)
 
-    def __len__(self) -> int:
-        return len(self._samples)
+    def _reader(self, samples: Samples, copies: int, processes: int) -> Callable[[int, NDArray[np.int64], int], Tensor]:
+        """What reads, in an epoch, so many noisy copies of some samples, or their features."""
+        if self._extractor is None:
+            return lambda epoch, chosen, num: samples.noisy(epoch, chosen, self._sigma_e, num)
+        width = self._extractor.width(samples.data.shape)
+        return Features(samples, self._sigma_e, copies, self._extract, width, processes=processes).batch
 
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noisy copies (or their features), radii, weights, and whether this is still warm-up."""
-        num = self._config.num_copies
-        if self._extractor is None:
-            copies = self._samples.noisy(epoch, chosen, [self._sigma_e] * len(chosen), num)
-        else:
-            copies = self._features.batch(epoch, chosen, num)
         warming = torch.full((len(chosen),), epoch < round(self._config.warmup * self._config.epochs))
+        copies = self._copies(epoch, chosen, self._config.num_copies)
         return copies, self._radii[chosen], self._weight[chosen], warming
 
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -315,7 +300,7 @@ class EstimatorObjective(Objective):
         if self._extractor is not None:
             assert isinstance(model, FeatureHead)
             some = np.unique(np.linspace(0, len(self) - 1, min(len(self), _STATISTICS)).astype(np.int64))
-            model.standardise(self._features.batch(0, some, self._config.feature_copies))
+            model.standardise(self._copies(0, some, self._config.feature_copies))
 
     def worth(self, model: nn.Module, chosen: NDArray[np.int64]) -> Tensor:
         """The radius T that the votes of the copies promise (`voted_radius`)."""
@@ -325,15 +310,10 @@ class EstimatorObjective(Objective):
         found = [torch.zeros(0, device=device)]
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
-            if self._extractor is None:
-                copies = self._held.noisy(0, part, [self._sigma_e] * len(part), num)
-            else:
-                copies = self._held_features.batch(0, part, num)
-            logits = self._logits(model, copies.to(device), num)
+            logits = self._logits(model, self._held_copies(0, part, num).to(device), num)
             votes = F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0)
-            found.append(
-                voted_radius(votes, self._held_radii[part].to(device), self._sigma_e, self._largest, self._law)
-            )
+            radii = self._held_radii[part].to(device)
+            found.append(voted_radius(votes, radii, self._sigma_e, self._largest, self._law))
         return torch.cat(found)
 
     def _logits(self, model: nn.Module, copies: Tensor, num: int) -> Tensor:

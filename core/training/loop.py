@@ -7,11 +7,12 @@ computes its slice of every batch, weighted so that the mean of their gradients 
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from core.errors import ModelError
 from core.machine.network import set_tf32
 from core.machine.noise_key import training_key
 from core.models.denoiser import OneShotDenoiser
+from core.training.samples import Samples
 
 __all__ = ["Objective", "Record", "Schedule", "Training", "slice_of"]
 
@@ -104,29 +106,29 @@ def _along_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-class Objective(Protocol):
-    """What is learnt from which samples.
+class Objective(ABC):
+    """What is learnt from which samples, under their name and seed: its noise and its order are functions of these.
 
-    Attributes:
-        name: of the training; part of the key of its noise and its order.
-        seed: the run's.
-        schedule: length, optimiser and rates.
-        threads: that read and noise batches ahead of the network.
-        num_held_out: samples that are not learnt from: the epoch that is worth most on them is the one that is kept.
+    All of them are made of the training split, the run's seed, a fixed denoiser on the model's device (None for a
+    network that reads the noisy image itself), the noise's kind as in the configuration, and how many processes hold
+    the images on this machine.
     """
 
-    name: str
-    seed: int
-    schedule: Schedule
-    threads: int
     num_held_out: int = 0
+    """Samples that are not learnt from: the epoch that is worth most on them is the one that is kept."""
+
+    def __init__(self, samples: Samples, schedule: Schedule) -> None:
+        self._samples, self.schedule = samples, schedule
+        self.name, self.seed, self.threads = samples.name, samples.seed, samples.threads
 
     def __len__(self) -> int:
-        """Number of samples."""
+        return len(self._samples)
 
+    @abstractmethod
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> Sequence[Tensor]:
         """What `losses` takes for these samples, on the CPU: the same at every call. Called by other threads."""
 
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Terms by name, each ``(B,)``, on the model's device; `loss` is what is minimised, the others are noted."""
 

@@ -277,12 +277,6 @@ def torch_loss(logits: Tensor, radii: NDArray[np.float64], weights: NDArray[np.f
 class Broken(Objective):
     """An objective whose losses are not finite from the second epoch on."""
 
-    name, seed, threads = "broken", 0, 1
-    schedule = Schedule(epochs=3, batch_size=2, lr=0.1, weight_decay=0.0)
-
-    def __len__(self) -> int:
-        return 4
-
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor]:
         return (torch.full((len(chosen), 16), float("nan") if epoch else 1.0),)
 
@@ -291,7 +285,8 @@ class Broken(Objective):
 
 
 def test_training_whose_loss_is_not_finite_ends_with_an_error() -> None:
-    broken: Objective = Broken()
+    samples = Samples(small_data(4), np.arange(4), "broken", 0)
+    broken = Broken(samples, Schedule(epochs=3, batch_size=2, lr=0.1, weight_decay=0.0))
     training = Training(linear(), broken)
     with pytest.raises(ModelError, match=r"broken: the loss of epoch 2 is not finite .*lower its learning rate"):
         finished(training)
