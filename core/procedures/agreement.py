@@ -25,10 +25,10 @@ from core.agreement_records import (
 )
 from core.procedures.agreement_terms import Agreement, Near, others_of
 from core.procedures.composition import Composition, Radius, compose
-from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
+from core.procedures.confidence import binomial_p_value
 from core.procedures.dual import selection_heads
 from core.procedures.ladder import sample
-from core.procedures.routers import against, choose_level
+from core.procedures.routers import against, choose_level, plurality_radius
 from core.procedures.sequential import beyond
 from core.procedures.smoothing import predict
 from core.records import (
@@ -231,16 +231,10 @@ class _Reach:
         return self.ladder.result(successes, router.num)[1]
 
     def _plurality(self, router: StageVotes, place: int) -> float:
-        """`radius_of_two_bounds`, half of the router's alpha each; a draw without a vote is one for j.
-
-        For the chosen level: as if all others were one, which is no more than any of them alone.
-        """
-        votes, num, alpha = router.counts, router.num, self.terms.stages[ESTIMATOR].alpha / 2
-        if num < self.terms.sampling.at(self.terms.sigma_e).num_estimation:
+        stage, sigma_e = self.terms.stages[ESTIMATOR], self.terms.sigma_e
+        if router.num < stage.at(sigma_e).num_estimation:
             return 0.0  # no bound may be looked at before the last draw
-        own = int(votes[self.chosen])
-        off = own if place == self.chosen else int(votes.sum() - votes[place])
-        radius = radius_of_two_bounds(own, off, num, alpha, self.terms.sigma_e, self.terms.sampling.law)
+        radius = plurality_radius(router.counts, self.chosen, place, router.num, stage.alpha, sigma_e, stage.law)
         if self.terms.budget == "grid":
             return max((target for target in self.targets if target <= radius), default=0.0)
         return radius
