@@ -12,7 +12,7 @@ from core.evaluation.exchange import CertifyLog
 from core.evaluation.metrics import average_certified_radius
 from core.files import write_files
 from core.report import Kind, Method
-from core.report.pages import Block, Heading, Table, Text, html_page, latex_table, markdown_page, markdown_table
+from core.report.pages import Block, Heading, Table, Text, latex_table, markdown_table, page_files
 
 __all__ = ["format_logs", "write_logs"]
 
@@ -30,7 +30,6 @@ def write_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], stric
 
     Returns:
         The paths written.
-
     """
     from core.report import plots
 
@@ -44,10 +43,8 @@ def write_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], stric
     files = {f"logs.{kind}": plots.to_bytes(figure, kind) for kind in ("png", "pdf")} | {
         "logs.csv": _csv(methods, radii).encode(),
         "logs.tex": latex_table(table, _sentence(logs, strict)).encode(),
-        "logs.md": markdown_page(_TITLE, blocks, {}).encode(),
-        "logs.html": html_page(_TITLE, blocks, {}).encode(),
     }
-    return write_files(folder, files)
+    return write_files(folder, files | page_files("logs", _TITLE, blocks, {}))
 
 
 def format_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], strict: bool) -> str:

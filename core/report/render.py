@@ -24,11 +24,11 @@ from core.report.pages import (
     Section,
     Table,
     Text,
-    html_page,
     latex_table,
-    markdown_page,
     markdown_table,
+    page_files,
     percent,
+    shares_table,
 )
 
 __all__ = [
@@ -112,9 +112,7 @@ def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = (
         files |= section.files
         blocks += section.blocks
     # The pages last: they name the other files.
-    files["report.md"] = markdown_page(data.title, blocks, data.manifest).encode()
-    files["report.html"] = html_page(data.title, blocks, data.manifest).encode()
-    return write_files(folder, files)
+    return write_files(folder, files | page_files("report", data.title, blocks, data.manifest))
 
 
 # What the report says
@@ -122,11 +120,8 @@ def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = (
 
 def accuracy_table(data: ReportData) -> Table:
     """Certified accuracy of each method beyond each radius, the best in bold."""
-    methods = data.methods()
-    rows = tuple((m.name, *(f"{100.0 * a:.2f}" for a in m.accuracy(data.radii))) for m in methods)
-    names = [{m.name for m in best} for best in data.leaders()]
-    bold = frozenset((i, j + 1) for i, m in enumerate(methods) for j, best in enumerate(names) if m.name in best)
-    return Table(("Certified accuracy [%] beyond radius", *(f"{r:g}" for r in data.radii)), rows, bold)
+    rows = [(m.name, m.accuracy(data.radii), m.is_certificate or None) for m in data.methods()]
+    return shares_table("Certified accuracy [%] beyond radius", data.radii, rows)
 
 
 def _interval_table(data: ReportData) -> Table:
@@ -206,7 +201,7 @@ def _limits(data: ReportData) -> str:
 
 
 def _imported_notes(data: ReportData) -> list[str]:
-    names = ", ".join(f"{rows.name} ({rows.correct.size:,} examples)" for rows in data.imported)
+    names = ", ".join(f"{name} ({log.correct.size:,} examples)" for name, log in data.imported.items())
     if not data.imported:
         return []
     return [
@@ -338,11 +333,8 @@ def _latex(data: ReportData) -> str:
     if data.imported:
         claim += "; imported logs: examples and settings of their own"
     accuracy = latex_table(accuracy_table(data), f"Certified accuracy ({claim}).")
-    return (
-        accuracy
-        + "\n"
-        + latex_table(_interval_table(data), f"95% Clopper-Pearson intervals over the test set ({claim}).")
-    )
+    intervals = latex_table(_interval_table(data), f"95% Clopper-Pearson intervals over the test set ({claim}).")
+    return f"{accuracy}\n{intervals}"
 
 
 def _steps_table(steps: Mapping[str, Mapping[str, object]]) -> Table:

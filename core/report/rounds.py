@@ -9,7 +9,7 @@ from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import average_certified_radius, reached
 from core.report import Kind, Method, ReportData
-from core.report.pages import NONE, Block, Heading, Section, Table, Text, markdown_table, percent
+from core.report.pages import NONE, Block, Heading, Section, Table, Text, markdown_table, percent, shares_table
 
 __all__ = ["rounds_section"]
 
@@ -30,14 +30,8 @@ def rounds_section(rounds: Sequence[ReportData]) -> Section:
     radii = rounds[0].radii
     methods = {f"Round {number}": _dual(data) for number, data in enumerate(rounds, 1)}
     shares = {name: method.accuracy(radii) for name, method in methods.items()}
-    best = np.max(list(shares.values()), axis=0)
-    accuracy = Table(
-        ("Dual RS, certified accuracy [%] beyond radius", *(f"{radius:g}" for radius in radii)),
-        tuple((name, *(f"{100.0 * share:.2f}" for share in row)) for name, row in shares.items()),
-        frozenset(
-            (i, j + 1) for i, row in enumerate(shares.values()) for j, share in enumerate(row) if share == best[j] > 0.0
-        ),
-    )
+    rows = [(name, row, True) for name, row in shares.items()]
+    accuracy = shares_table("Dual RS, certified accuracy [%] beyond radius", radii, rows)
     figure = plots.curves_figure(methods)
     blocks: list[Block] = [
         Heading("Rounds"),
