@@ -82,11 +82,7 @@ class Sweep:
 
 
 def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
-    """Read a sweep and validate the configuration of every setting.
-
-    Args:
-        path: a YAML file, see `_SweepFile`.
-        overrides: further `key=value` texts for all settings.
+    """Read a sweep (`_SweepFile`) and validate the configuration of every setting; `overrides` are for all of them.
 
     Raises:
         ConfigError: for a missing or malformed file, a setting that is not valid, an override of a swept key, or two

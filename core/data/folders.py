@@ -59,17 +59,10 @@ def left_out(paths: Sequence[str]) -> tuple[str, ...]:
 def read_folders(
     name: str, storage: Storage, folder: str, label: str, classes: Sequence[str], preparation: Preparation
 ) -> Dataset:
-    """All images at `folder`/<class>/..., sorted by path; nothing is decoded yet.
+    """All images at `folder`/<class>/... of a storage ("" for all of it), sorted by path; nothing is decoded yet.
 
-    Ids are the paths below `folder` after `label`: `val/n01440764/ILSVRC2012_val_00000293.JPEG`.
-
-    Args:
-        name: of the data set.
-        storage: where it is.
-        folder: of the split, inside the storage; "" for all of it.
-        label: what ids begin with.
-        classes: names of the class folders, in the order of the labels.
-        preparation: makes pixels of a file.
+    Labels are the places of the class folders in `classes`. Ids are the paths below `folder` after `label`:
+    `val/n01440764/ILSVRC2012_val_00000293.JPEG`.
 
     Raises:
         DataError: when there are no images, a class folder is not among `classes` or holds nothing but other files, or

@@ -60,12 +60,6 @@ def load_dataset(
     Jobs call `distributed.files.datasets.load_dataset`, which adds Parquet files and object stores to what is here:
     digits, CIFAR-10's pickles, idx files, NumPy arrays and folders of images on this machine.
 
-    Args:
-        config: which data set.
-        split: `train` or `test`.
-        open_storage: opens a folder.
-        parquet: reads Parquet files.
-
     Raises:
         ConfigError: for a split that the configuration does not describe.
         DataError: for files that are missing or are not what they should be; names them. An image that is broken is

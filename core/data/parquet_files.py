@@ -62,11 +62,6 @@ def files_of_split(files: Sequence[str], label: str) -> list[str]:
 def check_whole(files: Sequence[str], location: str, key: str) -> None:
     """Let files pass that are one set: in one folder and, where their names count parts, all parts of one family.
 
-    Args:
-        files: of a split.
-        location: of the data set.
-        key: of the configuration, for messages: `dataset.test`.
-
     Raises:
         DataError: for files of two folders, families or splits, or a part that is missing.
     """

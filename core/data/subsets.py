@@ -15,11 +15,6 @@ __all__ = ["choose", "read_lines"]
 def choose(data: Dataset, part: SplitConfig, key: str) -> Dataset:
     """The examples that `part` asks for, in the data set's order: `ids_file`, or `every`, then `first`, then `share`.
 
-    Args:
-        data: the whole split.
-        part: what is asked for.
-        key: of the configuration, for messages: `dataset.test`.
-
     Raises:
         ConfigError: when there are fewer than `first`.
         DataError: for an id in the file that is not in the split, or is there twice.

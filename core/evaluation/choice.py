@@ -169,17 +169,11 @@ def expected(
 
 
 def pooled(image: NDArray[np.uint8], side: int = 8) -> Floats:
-    """An image as features of a router: sums over blocks, at most `side` x `side` a channel, as an orthonormal map.
+    """An image, uint8 ``(C, H, W)``, as features of a router, float64 ``(d,)``: sums over blocks, at most `side` x
+    `side` a channel, as an orthonormal map.
 
     Orthonormal: a change of the pixels by r changes the features by at most r, and by r along a feature. So distances
     among the features are distances in the pixel scale.
-
-    Args:
-        image: uint8 ``(C, H, W)``.
-        side: blocks along an axis, at most.
-
-    Returns:
-        float64 ``(d,)``.
     """
     values = image.astype(np.float64) / 255.0
     for axis in (1, 2):

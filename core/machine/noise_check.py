@@ -47,11 +47,6 @@ def check_noise(noise: Noise, device: torch.device | str, levels: Iterable[float
     Of a noise of the user's own no more is looked at than its bits, its streams and half-spaces along an axis, at each
     of its levels; of splitting noise, which has no chance, the bits.
 
-    Args:
-        noise: of a run.
-        device: that draws it.
-        levels: at which it is drawn.
-
     Raises:
         NoiseError: says what was found.
     """
@@ -126,13 +121,8 @@ def _related(noise: Noise, device: torch.device, z: NDArray[np.float32]) -> Iter
 
 
 def _normal(noise: NDArray[Any], kind: str, sigma: float, *, spread: bool = False) -> Floats:
-    """Noise as standard normal numbers: divided by sigma, or by way of its law.
-
-    Args:
-        noise: at `sigma`.
-        kind: whose law.
-        sigma: noise level.
-        spread: whether integers on the 8-bit grid are spread evenly over their cells, each to a number of its own.
+    """Noise as standard normal numbers: divided by sigma, or by way of the law of its kind; `spread`: integers on the
+    8-bit grid are spread evenly over their cells, each to a number of its own.
     """
     law = law_of(kind)
     if law == GAUSSIAN:

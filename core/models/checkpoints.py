@@ -62,11 +62,7 @@ def build_own_denoiser(
 ) -> OneShotDenoiser:
     """A `OneShotDenoiser` around what a function of the user's own returns (`core.models.own_code`): that is run.
 
-    Args:
-        arch: `module:function`.
-        schedule: such as `linear-1000`; the network is given its integer timesteps.
-        channels: of the images.
-        source: see `ImageClassifier`.
+    The network is given the integer timesteps of `schedule` (`linear-1000`); for `source` see `ImageClassifier`.
     """
     denoiser = OneShotDenoiser(build_own(arch, None, channels), **parse_schedule(schedule), rescale_timesteps=False)
     made_with = source_of(arch) if source is None else dict(source)
@@ -238,13 +234,8 @@ def _noted(denoiser: OneShotDenoiser, source: str | Path, *, schedule: str, **fa
 def assemble_denoiser(
     config: dict[str, Any], weights: dict[str, torch.Tensor], arguments: dict[str, Any], name: str
 ) -> OneShotDenoiser:
-    """A denoiser from its parts, in evaluation mode.
-
-    Args:
-        config: of a `UNet2DModel`.
-        weights: its state dict; float32 tensors become the parameters without a copy.
-        arguments: of `OneShotDenoiser`.
-        name: what messages call it.
+    """A denoiser from a `UNet2DModel`'s configuration and state dict and the arguments of `OneShotDenoiser`, in
+    evaluation mode; float32 weights become the parameters without a copy.
 
     Raises:
         ModelError: for parts that do not fit.

@@ -43,11 +43,8 @@ class ClassifierFile:
 
 
 def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> ClassifierFile:
-    """What the configuration names: a checkpoint, timm's own weights, or none.
-
-    Args:
-        config: names it and its architecture, and what the files leave open.
-        own: of the architecture, as `describe_architecture` has it.
+    """What the configuration names: a checkpoint, timm's own weights, or none. `own` is what `describe_architecture`
+    says.
 
     Raises:
         ModelError: for weights that cannot be read, and files that contradict each other or the architecture.
@@ -108,10 +105,7 @@ def _imagenet() -> tuple[str, ...]:
 def check_normalisation(found: ClassifierFile, config: ClassifierConfig, unpublished: bool) -> None:
     """Refuse a checkpoint whose mean and std neither it, nor the configuration, nor its architecture says.
 
-    Args:
-        found: the checkpoint.
-        config: of it.
-        unpublished: whether the architecture has no weights of its makers, whose normalisation would be the usual one.
+    An `unpublished` architecture has no weights of its makers, whose normalisation would be the usual one.
 
     Raises:
         ModelError: says why they are not known.

@@ -67,12 +67,8 @@ class MultiscaleCertificate(Record):
 
 
 def level_alphas(alpha: float, num_levels: int, shares: Sequence[float] = ()) -> tuple[float, ...]:
-    """What a certificate may spend, by the level that decides; adds up to at most `alpha`.
-
-    Args:
-        alpha: total failure probability.
-        num_levels: of Sigma.
-        shares: of alpha, in the order of Sigma; equal unless given.
+    """What a certificate may spend, by the level that decides: shares of `alpha` in the order of Sigma, equal unless
+    given; adds up to at most `alpha`.
 
     Raises:
         ConfigError: for shares that are not one for each level, not positive, or add up to more than 1.
@@ -97,11 +93,6 @@ def multiscale_certify(
 
     The level that decides says how much of alpha is spent: its own bound and those of the levels above are all at its
     share, for the radius is too large only if the one bound that should have been the smallest is.
-
-    Args:
-        sigmas: Sigma, ascending.
-        sampling: draws of each level; alpha is the total failure probability.
-        shares: how it is divided over Sigma, see `level_alphas`.
     """
     if not sampling.plain:
         raise ConfigError("Multiscale knows neither a reference nor the randomised bound")

@@ -160,19 +160,12 @@ def dual_certify_sequential(
     radii: Sequence[float] = (),
     split: AlphaSplit = "halves",
 ) -> Procedure[DualCertificate]:
-    """DUAL-CERTIFY with early stopping; the same claim and the same alpha as `core.procedures.dual.dual_certify`.
+    """DUAL-CERTIFY with early stopping; the same claim and the same alpha as `core.procedures.dual.dual_certify`. With
+    `radii`, a grid, only which of them the radius exceeds is decided.
 
     Which stage goes first is decided on selection draws, so it is independent of both stages' estimation draws. Where
     the classifier goes first and the estimator then abstains, the classifier's draws were in vain: never more than both
     stages in full, but more than `dual_certify`, which asks the estimator first.
-
-    Args:
-        sigmas: Sigma, in the order of the estimator's outputs.
-        sigma_e: noise level of the estimator.
-        sampling: draws of each stage at most, and the total failure probability.
-        rule: when to look and when to give up.
-        radii: a grid; then only which of them the radius exceeds is decided. Empty: the radius itself.
-        split: how alpha is spent, see `core.records.AlphaSplit`.
     """
     stage = stage_sampling(sampling, split)
     heads = selection_heads(sigmas, sigma_e)

@@ -33,14 +33,8 @@ _PAIRED: Final = "± is the standard error of a mean difference over the same ex
 
 
 def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]:
-    """Write comparison.html, comparison.md, comparison.csv, comparison.tex and the figures.
-
-    Args:
-        runs: by the name that they are shown under, all at the same radii; two at least.
-        folder: made if missing.
-
-    Returns:
-        The paths written.
+    """Write comparison.html, comparison.md, comparison.csv, comparison.tex and the figures of two runs at least, shown
+    under their names; returns the paths.
 
     Raises:
         DataError: for fewer than two runs, or radii or ways of counting (`strict`) that differ.

@@ -63,11 +63,8 @@ class Routed:
 
 
 def dual_claim(rows: DualRows, at_share: Floats) -> Routed:
-    """Neither the class nor the level changes (arXiv 2512.01782).
-
-    Args:
-        rows: the certificates.
-        at_share: float64 ``(N, K)``, standard RS at each level, at the class's share of alpha.
+    """Neither the class nor the level changes (arXiv 2512.01782); ``(N, K)`` `at_share` is standard RS at each level,
+    at the class's share of alpha.
     """
     return Routed(
         name=rows.name,

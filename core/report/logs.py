@@ -20,16 +20,8 @@ _TITLE: Final = "Certified accuracy of logs"
 
 
 def write_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], strict: bool, folder: Path) -> list[Path]:
-    """Write logs.html, logs.md, logs.csv, logs.tex and the figure.
-
-    Args:
-        logs: by the name that each is shown under.
-        radii: ``(R,)``, l2, pixel scale [0, 1].
-        strict: count radius > r, otherwise radius >= r.
-        folder: made if missing.
-
-    Returns:
-        The paths written.
+    """Write logs.html, logs.md, logs.csv, logs.tex and the figure, each log under its name; returns the paths. A
+    certificate counts where its radius > r if `strict`, otherwise radius >= r.
     """
     from core.report import plots
 

@@ -92,11 +92,8 @@ def certified_accuracy_figure(data: ReportData) -> Figure:
 
 
 def delta_figure(lost: Floats, slack: Floats) -> Figure:
-    """ECDFs of the radius that a sub-optimal noise level costs, and of the room that R_sigma leaves above R_c.
-
-    Args:
-        lost: Delta R_c = R_c* - R_c, >= 0; an empty array leaves its panel out.
-        slack: Delta R_sigma = R_sigma - R_c, negative where the estimator caps the radius; may be empty likewise.
+    """ECDFs of Delta R_c, the radius that a sub-optimal noise level costs, and of Delta R_sigma, the room that R_sigma
+    leaves above R_c, negative where the estimator caps the radius; an empty array leaves its panel out.
     """
     num = bool(lost.size) + bool(slack.size)
     with drawing(num, 2.9 * num) as (figure, panels):
@@ -162,12 +159,8 @@ def progress_figure(curves: Mapping[str, tuple[Floats, Floats]]) -> Figure:
 
 
 def severity_figure(severities: Sequence[int], methods: Sequence[Method], panels: Mapping[str, Floats]) -> Figure:
-    """Certified accuracy against the severity of a corruption, one line per method.
-
-    Args:
-        severities: x, ascending; 0 is the clean test set.
-        methods: M of them, for their names and looks.
-        panels: by title, shares ``(len(severities), M)``.
+    """Certified accuracy against the severity of a corruption (0: the clean test set), one line for each of M methods;
+    panels by title hold shares ``(len(severities), M)``.
     """
     with drawing(len(panels), 2.9 * len(panels), [method.name for method in methods]) as (figure, drawn):
         for axes, (title, shares) in zip(drawn, panels.items(), strict=True):

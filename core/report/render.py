@@ -88,12 +88,8 @@ def best_method_sentence(data: ReportData) -> str:
 
 
 def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = ()) -> list[Path]:
-    """Write report.md, report.html, table.csv, table.tex and the figures; each file appears whole or not at all.
-
-    Args:
-        data: what to report.
-        folder: made if missing; files of an earlier report are replaced.
-        sections: further blocks, below the others.
+    """Write report.md, report.html, table.csv, table.tex and the figures, then further sections; each file appears
+    whole or not at all, those of an earlier report are replaced.
 
     Returns:
         The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png,

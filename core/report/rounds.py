@@ -15,10 +15,7 @@ __all__ = ["rounds_section"]
 
 
 def rounds_section(rounds: Sequence[ReportData]) -> Section:
-    """Dual RS round by round: table, curves, summary numbers, examples gained and lost.
-
-    Args:
-        rounds: the report of each, the first round first, on the same examples, with Dual RS in each.
+    """Dual RS round by round, the first one first: table, curves, summary numbers, examples gained and lost.
 
     Raises:
         DataError: for a round without Dual RS, or of another number of examples.

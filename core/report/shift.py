@@ -26,11 +26,8 @@ class Shifted:
 
 
 def shift_section(clean: ReportData, sets: Sequence[Shifted]) -> Section:
-    """Certified accuracy of each method per corruption and severity, their mean, and the noise levels chosen.
-
-    Args:
-        clean: the report of the clean test set, as severity 0 beside the others.
-        sets: one or more, at the radii of `clean`; shown are the methods that all of them have.
+    """Certified accuracy per corruption and severity (0: the clean set) of the methods that all sets have, their mean,
+    and the noise levels chosen.
 
     Raises:
         DataError: for other radii than those of `clean`.

@@ -40,12 +40,7 @@ def draw_augmentation(kind: Augment, size: tuple[int, int], key: bytes) -> Augme
     `flip`: RandomHorizontalFlip. `crop_flip`: RandomCrop of the image's size out of the image with 4 black pixels
     around it, then the flip: CIFAR's. `resized_crop`: RandomResizedCrop (8% to all of the area, sides 3:4 to 4:3, ten
     tries) to the image's size, then the flip: ImageNet's, though of the image as the data set has it, which may be a
-    crop already.
-
-    Args:
-        kind: which.
-        size: height and width of the image.
-        key: of `core.machine.noise_key.training_key`; the same one, the same augmentation.
+    crop already. The same key (`core.machine.noise_key.training_key`), the same augmentation.
     """
     height, width = size
     random = random_of(key)

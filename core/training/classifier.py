@@ -34,14 +34,8 @@ def new_classifier(
     *,
     new_head: bool = False,
 ) -> nn.Module:
-    """The network that the configuration names, with its weights, or initialised by torch's generator.
-
-    Args:
-        config: see there.
-        shape: ``(C, H, W)`` of the images.
-        num_outputs: logits that are needed.
-        class_names: see `load_classifier`.
-        new_head: take weights for another number of outputs all the same, with an untrained last layer.
+    """The network that the configuration names, for images ``(C, H, W)``, with its weights, or initialised by torch's
+    generator. For the other arguments see `load_classifier`.
     """
     if config.arch == SMALL_CNN:
         return SmallConvNet.for_images(shape, num_outputs, config.width)

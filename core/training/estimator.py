@@ -56,21 +56,11 @@ def label_radii(
     mode: str,
     law: Law = GAUSSIAN,
 ) -> Floats:
-    """The radii R_c(x, sigma_i) that the estimator learns from: 0 where the class is wrong or nothing is certified.
+    """The radii R_c(x, sigma_i) that the estimator learns from, ``(N, K)`` in the pixel scale [0, 1]: 0 where the class
+    is wrong or nothing is certified.
 
-    Args:
-        radius: ``(N, K)`` as certified.
-        correct: ``(N, K)`` whether the certified class is the label.
-        votes: ``(N, K)`` estimation votes of the chosen class.
-        num_estimation: ``(N, K)`` estimation draws.
-        sigmas: ``(K,)``.
-        alpha: failure probability of the certificates.
-        mode: `at_n`, the radii as they are; `at_10k`, those that the same share of votes gives with 10,000 draws. For
-            `shrunk` see `shrunk_radii`.
-        law: of the noise.
-
-    Returns:
-        float64 ``(N, K)``, pixel scale [0, 1].
+    Mode `at_n` takes them as certified, `at_10k` those that the same share of votes (``(N, K)`` of the chosen class, of
+    as many draws) gives with 10,000 draws at `alpha`. For `shrunk` see `shrunk_radii`.
     """
     if mode == "at_10k":
         votes_at_10k = np.rint(votes / num_estimation * 10_000).astype(np.int64)
@@ -86,19 +76,12 @@ def shrunk_radii(
     alpha: float,
     law: Law = GAUSSIAN,
 ) -> Floats:
-    """The radii R_c(x, sigma_i) that the test's draws would certify, were the shares of votes what they seem; and how
-    far the class is from having the majority where it has none, as a radius below 0.
+    """The radii R_c(x, sigma_i) that the test's draws, `num_estimation` at `alpha`, would certify, were the shares of
+    votes what they seem; and how far the class is from having the majority where it has none, as a radius below 0.
 
-    200 votes of 200 are not 10,000 of 10,000. So each share is the mean of its posterior, under a Beta prior that has
-    the mean and the variance of all samples' shares at that sigma, less the variance of the draws.
-
-    Args:
-        votes: ``(N, K)`` of the true class.
-        num: ``(N, K)`` draws; samples without any have radius 0 and do not count.
-        sigmas: ``(K,)``.
-        num_estimation: draws of the test.
-        alpha: failure probability of its class.
-        law: of the noise.
+    200 votes of 200 are not 10,000 of 10,000. So each share, of the true class's votes in `num` draws (``(N, K)`` each;
+    samples without draws have radius 0), is the mean of its posterior, under a Beta prior that has the mean and the
+    variance of all samples' shares at that sigma, less the variance of the draws.
 
     Returns:
         float64 ``(N, K)``, pixel scale [0, 1]: the radius of the lower bound, or of the share where that is below
@@ -123,10 +106,7 @@ def shrunk_radii(
 
 
 def learnable(radii: Floats) -> NDArray[np.int64]:
-    """The samples, int64, that training takes: those with a radius at some sigma.
-
-    Args:
-        radii: ``(N, K)``.
+    """The samples, int64, that training takes: those of radii ``(N, K)`` with one above 0 at some sigma.
 
     Raises:
         DataError: when there is none.
@@ -138,11 +118,8 @@ def learnable(radii: Floats) -> NDArray[np.int64]:
 
 
 def class_weights(radii: Floats, rebalance: bool = True) -> Floats:
-    """w_e(x) = 1 / q_i, q_i the share of samples whose best sigma is that of x; ones without re-balancing.
-
-    Args:
-        radii: ``(N, K)``; ties go to the smaller sigma.
-        rebalance: whether to weight at all.
+    """w_e(x) = 1 / q_i, q_i the share of samples whose best sigma (of two, the smaller) is that of x; ones without
+    re-balancing.
     """
     if not rebalance:
         return np.ones(len(radii))
@@ -152,20 +129,12 @@ def class_weights(radii: Floats, rebalance: bool = True) -> Floats:
 
 
 def estimator_losses(logits: Tensor, radii: Tensor, weight: Tensor, config: EstimatorConfig) -> dict[str, Tensor]:
-    """w_e (CE + w_r L_con) of each sample, L_con = lambda KL + eta H; the published loss is its mean over a batch.
+    """w_e (CE + w_r L_con) of each sample as `loss` ``(B,)``, L_con = lambda KL + eta H, and of it `cross_entropy` (w_e
+    CE); the published loss is its mean over a batch.
 
-    CE is averaged over the m copies; its target is softmax(radii), or the best sigma (`loss: hard`). With the mean
-    prediction f = mean_i p_i, KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log f_k (Jeong & Shin
-    2020), with the gradient through f too.
-
-    Args:
-        logits: ``(m, B, K)`` of m noisy copies.
-        radii: ``(B, K)`` R_c(x, sigma_i), sigma ascending.
-        weight: ``(B,)`` w_e.
-        config: variant and weights.
-
-    Returns:
-        ``(B,)`` each: `loss`, and of it `cross_entropy` (w_e CE).
+    CE is averaged over the copies of the logits ``(m, B, K)``; its target is softmax(radii), or the best sigma (`loss:
+    hard`). With the mean prediction f = mean_i p_i, KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log
+    f_k (Jeong & Shin 2020), with the gradient through f too.
     """
     log_p = F.log_softmax(logits, dim=2)
     if config.loss == "hard":
@@ -211,12 +180,8 @@ def hold_out(num: int, share: float, seed: int, name: str) -> tuple[NDArray[np.i
 
 
 def new_estimator(config: Config, shape: Sequence[int], classifier: Callable[[str], nn.Module]) -> nn.Module:
-    """The network that `estimator.backbone` asks for, before its training; initialised by torch's generator.
-
-    Args:
-        config: the run's.
-        shape: ``(C, H, W)`` of the images.
-        classifier: the network of each of `config.classifiers`, which a router on features reads.
+    """The network that `estimator.backbone` asks for, for images ``(C, H, W)``, before its training; initialised by
+    torch's generator. A router on features reads the classifiers' networks.
     """
     backbone, outputs = config.estimator.backbone, len(config.sigmas)
     if config.estimator.reads_features:

@@ -23,12 +23,7 @@ class Features:
     other samples, sees others.
 
     Args:
-        samples: their images and noise.
-        sigma: noise level of the copies.
-        copies: of each sample.
         extract: ``(copies, C, H, W)`` noisy images -> ``(copies, num_features)``.
-        num_features: width.
-        processes: that hold features on this machine.
 
     Raises:
         ConfigError: when they take more than a quarter of the machine's memory.

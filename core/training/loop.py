@@ -150,7 +150,6 @@ class Training:
 
     Args:
         model: trained in place, on its device.
-        objective: what it learns.
         rank: which of the workers this process is.
         workers: processes that train together; above 1, torch.distributed's process group must be there.
     """

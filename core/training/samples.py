@@ -83,11 +83,7 @@ class Samples:
         return len(self._places)
 
     def images(self, epoch: int, chosen: NDArray[np.int64]) -> Tensor:
-        """Some samples, augmented: float32 ``(B, C, H, W)`` in [0, 1].
-
-        Args:
-            epoch: the augmentation is another one in each.
-            chosen: ``(B,)`` numbers of samples.
+        """Some samples, float32 ``(B, C, H, W)`` in [0, 1], augmented in another way in each epoch.
 
         Raises:
             DataError: for an image that cannot be read; names it.

@@ -26,12 +26,7 @@ _LOSSES: tuple[type[Any], ...] = (Gaussian, Consistency, Macer, SmoothMix, CatRs
 
 
 def make_loss(config: LossConfig, label_smoothing: float = 0.0) -> Loss:
-    """The loss that `config` names, with the published numbers for what it leaves open.
-
-    Args:
-        config: see there.
-        label_smoothing: share of the target that is spread over all classes, in the cross-entropy.
-    """
+    """The loss that `config` names, with the published numbers for what it leaves open."""
     (made,) = (loss for loss in _LOSSES if loss.name == config.name)
     given = {field.name: getattr(config, field.name, None) for field in fields(made)}
     loss: Loss = made(**{k: v for k, v in given.items() if v is not None} | {"smoothing": label_smoothing})

@@ -40,7 +40,6 @@ class SmoothAdv:
         steps: published: 10 (the paper has 2 to 10).
         epsilon: radius of the ball, pixel scale [0, 1]; published for these: 1, 1, 2.
         warmup: share of the training in which epsilon grows from 0; published: 10 epochs of 150, by epochs.
-        smoothing: of the labels (not in the attack).
     """
 
     copies: int = 4
@@ -80,7 +79,6 @@ class SmoothMix:
         one_step: whether the image after one step, within the step's length times the warm-up, stands in for the clean
             one in both terms; published: with and without.
         warmup: share of the training in which the second term's weight grows from 0; published: 10 epochs of 150.
-        smoothing: of the labels (not in the attack).
     """
 
     copies: int = 2
@@ -137,11 +135,7 @@ class CatRs:
     copies, without a gradient: that is not the published loss.
 
     Args:
-        copies: published: 4.
         weight: lambda; published: .5, 1, 2 at sigma = .25, .5, 1.
-        steps: published: 4.
-        epsilon: pixel scale [0, 1]; published: 1.
-        smoothing: of the labels.
     """
 
     copies: int = 4
@@ -185,12 +179,8 @@ class CatRs:
 
 
 def binomial_draw(uniform: Tensor, num: int, share: Tensor) -> Tensor:
-    """``(B,)`` int64 Bin(num, share) by its inverse distribution function, exactly ``num`` where the share is 1.
-
-    Args:
-        uniform: ``(B,)`` in [0, 1).
-        num: of trials.
-        share: ``(B,)`` probability of success, float64.
+    """``(B,)`` int64 Bin(num, share) by its inverse distribution function at uniform numbers in [0, 1), exactly ``num``
+    where the share is 1.
     """
     share, uniform = share.double(), uniform.double()
     mass = torch.stack([comb(num, k) * share**k * (1.0 - share) ** (num - k) for k in range(num)])

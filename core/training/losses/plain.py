@@ -21,12 +21,7 @@ __all__ = ["Consistency", "Gaussian", "Macer"]
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Cross-entropy of noisy copies (arXiv 1902.02918).
-
-    Args:
-        copies: published: 1.
-        smoothing: of the labels.
-    """
+    """Cross-entropy of noisy copies, published: 1 (arXiv 1902.02918)."""
 
     copies: int = 1
     smoothing: float = 0.0
@@ -44,10 +39,8 @@ class Consistency:
     """Cross-entropy + weight mean_i KL(f || p_i) + eta H(f), f the mean of the copies' softmax (arXiv 2006.04062).
 
     Args:
-        copies: published: 2.
         weight: lambda; published: 20, 10, 10 on CIFAR-10, 10, 5, 5 on MNIST at sigma = .25, .5, 1.
         eta: published: .5.
-        smoothing: of the labels.
     """
 
     copies: int = 2
@@ -80,13 +73,9 @@ class Macer:
     published code all of it is in float64, which ends at no probability of 0 or 1.
 
     Args:
-        copies: published: 16.
         weight: lambda; published: 12, 4, 12 on CIFAR-10, 16, 16, 6 on MNIST at sigma = .25, .5, 1.
-        beta: published: 16.
-        gamma: published: 8.
         deferred: share of the training in which the second term is left out; published: until the learning rate first
             drops for sigma = 1, else 0.
-        smoothing: of the labels.
     """
 
     copies: int = 16

@@ -87,12 +87,8 @@ def log_probabilities(
 ) -> Tensor:
     """``(m, B, K)`` log-softmax of noisy copies, seen in one pass, float32 or better whatever the network computes in.
 
-    Args:
-        predict: the classifier.
-        images: ``(B, C, H, W)``, or one for each copy: ``(m, B, C, H, W)``.
-        noise: ``(m, B, C, H, W)``, of the noise level itself.
-        sigma: ``(B,)``.
-        frozen: see `Predict`.
+    The images are ``(B, C, H, W)``, or one for each copy; their noise is ``(m, B, C, H, W)``, of the noise level
+    itself.
     """
     copies = len(noise)
     logits = predict((images + noise).flatten(0, 1), sigma.repeat(copies), frozen=frozen)
@@ -120,11 +116,8 @@ def divergence(log_target: Tensor, log_p: Tensor) -> Tensor:
 
 
 def consistency_terms(log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B,)`` each: mean_i KL(f || p_i) and the entropy H(f) of the mean prediction f = mean_i p_i, with the gradient
-    through f too (Jeong & Shin 2020).
-
-    Args:
-        log_p: ``(m, B, K)`` of m noisy copies.
+    """``(B,)`` each, of log-probabilities ``(m, B, K)``: mean_i KL(f || p_i) and the entropy H(f) of the mean
+    prediction f = mean_i p_i, with the gradient through f too (Jeong & Shin 2020).
     """
     log_f = log_mean(log_p)
     return divergence(log_f, log_p).mean(dim=0), -(log_f.exp() * log_f).sum(dim=-1)
