@@ -162,7 +162,7 @@ def expected(
     joint = likelihood * prior
     posterior = joint / joint.sum(axis=1, keepdims=True)
     radius = certified_radius(lower_bounds(num, alpha), sigma)  # of 0 .. num votes, ascending
-    enough = (radius[:, None] > radii if strict else radius[:, None] >= radii) & (radius[:, None] > 0.0)
+    enough = reached(radius, radii, strict) > 0.0
     needed = np.where(enough.any(axis=0), enough.argmax(axis=0), num + 1)
     chance = np.where(needed > num, 0.0, special.bdtrc(needed - 1.0, num, grid[:, None]))
     return np.asarray(np.clip(posterior @ chance, 0.0, 1.0)[which], np.float64)

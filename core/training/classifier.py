@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def numbers_of(config: OptimisationConfig) -> dict[str, Any]:
     """Those of the loss as it is minimised; None for one that follows each image's sigma, as published."""
     if not isinstance(config, TrainConfig):
         return {}
-    return asdict(cast(Any, make_loss(config.loss, config.label_smoothing)))
+    return asdict(make_loss(config.loss, config.label_smoothing))
 
 
 def rows_per_image(config: TrainConfig) -> int:

@@ -1,12 +1,12 @@
 """Losses on noisy copies alone: gaussian, consistency, macer."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from core.training.losses.terms import (
+    Loss,
     NoisyBatch,
     Predict,
     consistency_terms,
@@ -20,13 +20,11 @@ __all__ = ["Consistency", "Gaussian", "Macer"]
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Gaussian(Loss):
     """Cross-entropy of noisy copies, published: 1 (arXiv 1902.02918)."""
 
-    copies: int = 1
     smoothing: float = 0.0
-    name: ClassVar[str] = "gaussian"
-    num_uniform: ClassVar[int] = 0
+    name = "gaussian"
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`."""
@@ -35,7 +33,7 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class Consistency:
+class Consistency(Loss):
     """Cross-entropy + weight mean_i KL(f || p_i) + eta H(f), f the mean of the copies' softmax (arXiv 2006.04062).
 
     Args:
@@ -47,8 +45,7 @@ class Consistency:
     weight: float | None = None
     eta: float = 0.5
     smoothing: float = 0.0
-    name: ClassVar[str] = "consistency"
-    num_uniform: ClassVar[int] = 0
+    name = "consistency"
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`; `cross_entropy`, `divergence` (the KL) and `entropy` without their weights."""
@@ -65,7 +62,7 @@ class Consistency:
 
 
 @dataclass(frozen=True)
-class Macer:
+class Macer(Loss):
     """-log f_y + weight sigma/2 (gamma - xi), f the mean of the copies' softmax (arXiv 2001.02378).
 
     xi = Phi^-1(pA) - Phi^-1(pB) of the two largest means of softmax(beta logits); the second term is there where A is
@@ -84,8 +81,7 @@ class Macer:
     gamma: float = 8.0
     deferred: float = 0.0
     smoothing: float = 0.0
-    name: ClassVar[str] = "macer"
-    num_uniform: ClassVar[int] = 0
+    name = "macer"
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`; `cross_entropy` of the mean prediction; `radius`, sigma xi / 2 where the class is right, else 0."""

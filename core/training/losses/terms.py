@@ -1,8 +1,9 @@
 """What the losses share: their batch, their network, and the terms that several of them have."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -63,21 +64,21 @@ class Predict(Protocol):
         """
 
 
-class Loss(Protocol):
-    """A loss of base classifiers. It keeps no state, so a batch has the same loss at every call."""
+@dataclass(frozen=True)
+class Loss(ABC):
+    """A loss of base classifiers. It keeps no state, so a batch has the same loss at every call.
 
-    @property
-    def name(self) -> str:
-        """As in the configuration."""
+    Attributes:
+        name: as in the configuration.
+        num_uniform: how many numbers of `NoisyBatch.uniform` it takes.
+        copies: of each image, noisy ones, m.
+    """
 
-    @property
-    def copies(self) -> int:
-        """Noisy copies of each image, m."""
+    name: ClassVar[str]
+    num_uniform: ClassVar[int] = 0
+    copies: int = 1
 
-    @property
-    def num_uniform(self) -> int:
-        """How many numbers of `NoisyBatch.uniform` it takes."""
-
+    @abstractmethod
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """Terms by name, each ``(B,)``, float32 or better; `loss` is what is minimised, the others are noted."""
 
