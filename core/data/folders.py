@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from core.data.arrays import file_of
 from core.data.classes import numbers_of, readable
 from core.data.dataset import Dataset
 from core.data.formats import ENDINGS
@@ -105,4 +106,4 @@ def read_folders(
 
 def named(storage: Storage, path: str) -> str:
     """What messages call a file of a storage."""
-    return repr(readable(f"{storage.root.rstrip('/')}/{path}" if path else storage.root))
+    return repr(readable(file_of(storage, path)))
