@@ -21,14 +21,12 @@ from numpy.typing import NDArray
 from scipy import special
 
 from core.errors import DataError
-from core.evaluation.metrics import paired_difference, reached
+from core.evaluation.metrics import Floats, Ints, paired_difference, reached
 from core.evaluation.routing import Price, route
 from core.procedures.confidence import certified_radius, lower_bounds
 
 __all__ = ["Candidate", "Choice", "Sample", "choose", "expected", "pooled", "subsets"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 FOLDS: Final = 5
 _PENALTIES: Final = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, np.inf)

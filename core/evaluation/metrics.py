@@ -10,9 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from core.errors import DataError
+from core.law import Floats
 from core.procedures.confidence import clopper_pearson_lower, clopper_pearson_upper
 
 __all__ = [
+    "Bools",
+    "Floats",
+    "Ints",
     "average_certified_radius",
     "certified_accuracy",
     "clopper_pearson_interval",
@@ -24,7 +28,6 @@ __all__ = [
 ]
 
 Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 

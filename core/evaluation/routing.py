@@ -4,17 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
 from core.agreement_records import Claim, Router
+from core.evaluation.metrics import Floats, Ints
 from core.law import GAUSSIAN
 from core.procedures.confidence import certified_radius, lower_bounds
 
 __all__ = ["Price", "route"]
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

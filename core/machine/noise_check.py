@@ -19,7 +19,7 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from core.errors import NoiseError
-from core.law import GAUSSIAN, Law, law_of
+from core.law import GAUSSIAN, Floats, Law, law_of
 from core.machine.former_noise import FormerGaussianNoise
 from core.machine.noise import Copies, Noise
 from core.records import Phase
@@ -37,8 +37,6 @@ STREAMS, COPIES, KEYS = 8, 512, 4096
 """2 million numbers of 8 streams; the first 16 numbers of 4096 keys."""
 RELATED = 128
 """Copies of each stream whose independence is looked at, and of each phase and level beside."""
-
-Floats = NDArray[np.float64]
 
 
 def check_noise(noise: Noise, device: torch.device | str, levels: Iterable[float] = ()) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from core.errors import DataError
 from core.evaluation import metrics
 from core.evaluation.exchange import CertifyLog
+from core.evaluation.metrics import Bools, Floats, Ints
 from core.law import GAUSSIAN, Law
 from core.records import Bound
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from core.report.pages import Block
 
 __all__ = [
+    "Bools",
     "DualRows",
+    "Floats",
+    "Ints",
     "Kind",
     "Method",
     "MethodRows",
@@ -29,10 +33,6 @@ __all__ = [
     "RoutedRows",
     "StandardRows",
 ]
-
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.errors import DataError
-from core.report import Kind, ReportData
+from core.report import Floats, Kind, ReportData
 from core.report.pages import Table, markdown_table
 
 __all__ = ["AblationSetting", "ablation_row", "format_ablation"]
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

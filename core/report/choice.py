@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from core.csv_text import csv_text
 from core.evaluation.choice import Candidate, Choice
+from core.report import Floats
 from core.report.pages import Table, markdown_table
 from core.report.plots import accuracy_axes, drawing, nth_look
 
 __all__ = ["choice_csv", "choice_figure", "choice_json", "format_choice", "format_curve", "recommended"]
-
-Floats = NDArray[np.float64]
 
 
 def recommended(choice: Choice, size: int) -> int:

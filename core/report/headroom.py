@@ -7,12 +7,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import paired_difference, reached
-from core.report import DualRows, ReportData
+from core.report import Bools, DualRows, Floats, Ints, ReportData
 from core.report.agreement import CONSTANT, AgreementRows
 from core.report.pages import Block, Heading, Section, Table, Text
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Routed", "agreement_claims", "dual_claim", "headroom", "headroom_sections", "radius_cells"]
 
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _ORACLE: Final = "oracle"
 _LEVEL: Final = "wrong level"

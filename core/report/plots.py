@@ -12,10 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
 from core.evaluation.metrics import ecdf
-from core.report import Kind, Method, ReportData
+from core.report import Floats, Ints, Kind, Method, ReportData
 from core.report.charts import Chart, Curve
 from core.report.pages import Picture
 
@@ -39,8 +38,6 @@ __all__ = [
     "to_picture",
 ]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 # Okabe & Ito's palette without its yellow, which is hard to see on white. Vermillion is kept for Dual RS.
 COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")

@@ -4,16 +4,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.csv_text import csv_text
 from core.errors import DataError
-from core.report import Kind, Method, ReportData
+from core.report import Floats, Kind, Method, ReportData
 from core.report.pages import Block, Heading, Section, Table, Text, markdown_table, shares_table
 
 __all__ = ["Shifted", "shift_section"]
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

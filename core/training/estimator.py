@@ -12,7 +12,7 @@ from core.config import CertifyConfig, ClassifierConfig, Config, EstimatorConfig
 from core.config.models import SMALL_CNN
 from core.data import Dataset
 from core.errors import ConfigError, DataError
-from core.law import GAUSSIAN, Law, law_of
+from core.law import GAUSSIAN, Floats, Law, law_of
 from core.machine.network import Denoiser
 from core.machine.noise_key import training_key
 from core.models.features import FeatureExtractor, FeatureHead, expert_place, new_router
@@ -42,8 +42,6 @@ _LEAST = 1e-3
 
 _STATISTICS = 256
 """Samples whose features a head is standardised with."""
-
-Floats = NDArray[np.float64]
 
 
 def label_radii(
