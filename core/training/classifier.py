@@ -105,7 +105,7 @@ class ClassifierObjective(Objective):
     ) -> None:
         places = np.arange(len(data))
         samples = Samples(data, places, name, seed, augment=config.augment, noise=noise, processes=processes)
-        super().__init__(samples, Schedule.of(config, len(data), epochs=config.epochs))
+        super().__init__(samples, Schedule(config, config.epochs))
         assert config.sigma is not None
         self._config, (self._low, self._high) = config, map(math.log, config.sigma)
         self._denoiser = None if denoiser is None else denoiser.requires_grad_(False)

@@ -58,7 +58,7 @@ class DenoisingObjective(Objective):
         processes: int = 1,
     ) -> None:
         samples = Samples(data, np.arange(len(data)), name, seed, augment=config.augment, processes=processes)
-        super().__init__(samples, Schedule.of(config, len(data), steps=config.steps))
+        super().__init__(samples, Schedule.of_steps(config, config.steps, len(data)))
         assert config.sigma is not None
         self._config, (self._low, self._high) = config, map(math.log, config.sigma)
         self._sigmas = torch.tensor(sigmas, dtype=torch.float32)

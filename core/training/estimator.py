@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from core.config import CertifyConfig, ClassifierConfig, Config, EstimatorConfig
 from core.config.models import SMALL_CNN
+from core.config.training import OptimisationConfig
 from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.law import GAUSSIAN, Floats, Law, law_of
@@ -224,8 +225,8 @@ class EstimatorObjective(Objective):
             Samples(data, kept[part], name, seed, augment=how, noise=noise, processes=processes)
             for part, how in ((learnt, config.augment), (held, "none"))
         )
-        rates = (config.lr, config.weight_decay, config.lr_step, config.lr_gamma)
-        super().__init__(samples, Schedule(config.epochs, config.batch_size, *rates))
+        same = config.model_dump(include={"batch_size", "lr", "weight_decay", "lr_step", "lr_gamma"})
+        super().__init__(samples, Schedule(OptimisationConfig(schedule="step", **same), config.epochs))
         self.num_held_out = len(held)
         self._config, self._sigma_e, self._denoiser, self._extractor = config, sigma_e, denoiser, extractor
         if config.loss != "radius":

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.config import FinetuneConfig
+from core.config.training import OptimisationConfig
 from core.data import Dataset
 from core.machine.network import Denoiser
 from core.records import ESTIMATOR, Draws, Phase, Procedure
@@ -46,7 +47,8 @@ class FinetuneObjective(Objective):
     ) -> None:
         name, how = "finetune_classifier", config.augment
         samples = Samples(data, places, name, seed, augment=how, noise=noise, processes=processes)
-        super().__init__(samples, Schedule(config.epochs, config.batch_size, config.lr, config.weight_decay))
+        same = config.model_dump(include={"batch_size", "lr", "weight_decay"})
+        super().__init__(samples, Schedule(OptimisationConfig(schedule="constant", **same), config.epochs))
         self._denoiser = denoiser
         self._labels = torch.from_numpy(data.labels[places])
         self._sigma = torch.tensor(sigma, dtype=torch.float32)
