@@ -103,8 +103,7 @@ def _whole(
         if classes and config.class_file is None and config.name not in _CIFAR and not parquet.names(files):
             files = files._replace(notes=(*files.notes, "labels without names, taken for those of the other split"))
         return parquet.read(
-            of_split.name,
-            files._replace(classes=classes, num_classes=len(classes) if classes else files.num_classes),
+            of_split.name, files._replace(classes=classes, num_classes=len(classes) if classes else files.num_classes)
         )
     if config.name in _CIFAR:
         return read_cifar10(of_split.name, place.storage, split)

@@ -71,6 +71,14 @@ def build_own_denoiser(
     return denoiser
 
 
+_SPECIFIED: dict[str, type[FeatureHead | ImageClassifier | SmallConvNet]] = {
+    "feature_head": FeatureHead,
+    "image_classifier": ImageClassifier,
+    "small_conv_net": SmallConvNet,
+}
+"""Kinds whose `spec` are the arguments that they are made of."""
+
+
 def _describe(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, OneShotDenoiser) and module.own:
         return {"kind": "own_denoiser", **module.own}
@@ -85,17 +93,10 @@ def _describe(module: nn.Module) -> dict[str, Any]:
             "rescale_timesteps": module.rescale_timesteps,
         }
     if isinstance(module, FeatureRouter):
-        extractor = module.extractor
-        classifiers = [_describe(classifier) for classifier in extractor.classifiers]
-        return {
-            "kind": "feature_router",
-            "classifiers": classifiers,
-            "place": extractor.place,
-            "head": module.head.spec,
-        }
-    if isinstance(module, FeatureHead):
-        return {"kind": "feature_head", **module.spec}
-    for kind, known in (("image_classifier", ImageClassifier), ("small_conv_net", SmallConvNet)):
+        classifiers = [_describe(classifier) for classifier in module.extractor.classifiers]
+        own = {"classifiers": classifiers, "place": module.extractor.place, "head": module.head.spec}
+        return {"kind": "feature_router", **own}
+    for kind, known in _SPECIFIED.items():
         if isinstance(module, known):
             return {"kind": kind, **module.spec}
     raise ModelError(f"do not know how to describe a {type(module).__name__} in a checkpoint")
@@ -110,12 +111,10 @@ def _build(kind: str, **spec: Any) -> nn.Module:
 
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    **_SPECIFIED,
     "denoiser": build_denoiser,
-    "feature_head": FeatureHead,
     "feature_router": _build_router,
-    "image_classifier": ImageClassifier,
     "own_denoiser": build_own_denoiser,
-    "small_conv_net": SmallConvNet,
 }
 
 

@@ -10,15 +10,7 @@ from core.config import ClassifierConfig
 from core.errors import ModelError
 from core.models.hf_vit import is_hf_vit, to_timm
 from core.models.hub import CLASSIFIER_WEIGHTS, local_path, weights_file
-from core.models.stated import (
-    Stated,
-    agreed,
-    beside_weights,
-    by_timm,
-    by_transformers,
-    in_buffers,
-    label_map_of,
-)
+from core.models.stated import Stated, agreed, beside_weights, by_timm, by_transformers, in_buffers, label_map_of
 from core.models.weights import read_checkpoint, read_json, unwrapped
 
 __all__ = ["ClassifierFile", "check_normalisation", "outputs_by_name", "read_classifier"]

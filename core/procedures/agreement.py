@@ -31,18 +31,7 @@ from core.procedures.ladder import sample
 from core.procedures.routers import against, choose_level, plurality_radius
 from core.procedures.sequential import beyond
 from core.procedures.smoothing import predict
-from core.records import (
-    ABSTAIN,
-    CLASSIFIER,
-    ESTIMATOR,
-    Counts,
-    Draws,
-    Phase,
-    Prediction,
-    Procedure,
-    Sampling,
-    Stop,
-)
+from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, Counts, Draws, Phase, Prediction, Procedure, Sampling, Stop
 
 __all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
 

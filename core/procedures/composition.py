@@ -17,16 +17,7 @@ from core.errors import ConfigError
 from core.law import Norm
 from core.records import ABSTAIN
 
-__all__ = [
-    "Answer",
-    "Composition",
-    "Radius",
-    "RoutedCertificate",
-    "RouterCertificate",
-    "Unasked",
-    "compose",
-    "route",
-]
+__all__ = ["Answer", "Composition", "Radius", "RoutedCertificate", "RouterCertificate", "Unasked", "compose", "route"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,11 +95,7 @@ def ablation_row(setting: AblationSetting) -> dict[str, Any]:
 def _summary(values: Floats) -> dict[str, float]:
     if not values.size:
         return dict.fromkeys(("mean", "median", "p90"), float("nan"))
-    return {
-        "mean": float(values.mean()),
-        "median": float(np.median(values)),
-        "p90": float(np.quantile(values, 0.9)),
-    }
+    return {"mean": float(values.mean()), "median": float(np.median(values)), "p90": float(np.quantile(values, 0.9))}
 
 
 def format_ablation(settings: Sequence[AblationSetting]) -> str:

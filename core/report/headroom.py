@@ -187,10 +187,7 @@ def _section(radii: Floats, best: str, single: Floats, ways: Sequence[_Way]) -> 
     from core.report import plots
 
     header = ("Mean certified radius", *(f"{radius:g}" for radius in radii))
-    lines = [
-        (best, *radius_cells(single)),
-        ("Oracle (not a certificate)", *radius_cells(ways[0].stations[_ORACLE])),
-    ]
+    lines = [(best, *radius_cells(single)), ("Oracle (not a certificate)", *radius_cells(ways[0].stations[_ORACLE]))]
     for way in ways:
         lines += [
             (f"{way.name}: its choice, not certified", *radius_cells(way.stations[_LEVEL])),
