@@ -22,13 +22,13 @@ from core.errors import ConfigError
 from core.law import Law
 from core.procedures.confidence import bound_and_radius, lower_bound
 from core.procedures.smoothing import certify
-from core.records import ABSTAIN, Certificate, Procedure, Record, Sampling
+from core.records import ABSTAIN, Certificate, Outcome, Procedure, Sampling
 
 __all__ = ["MultiscaleCertificate", "level_alphas", "multiscale_certify"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MultiscaleCertificate(Record):
+class MultiscaleCertificate(Outcome):
     """The outcome of Multiscale (Jeong & Shin 2023) for one input.
 
     With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
@@ -54,11 +54,6 @@ class MultiscaleCertificate(Record):
     radius_above: float
     sigma_bound: float | None
     alpha: float
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
 
     @property
     def num_draws(self) -> int:
