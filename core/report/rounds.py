@@ -85,14 +85,12 @@ def _summary(rounds: Sequence[ReportData]) -> Table:
 
 
 def _changes(radii: np.ndarray, methods: dict[str, Method]) -> Table:
-    rows, names = [], list(methods)
-    for before, name in pairwise(names):
-        old, new = (_beyond(methods[each], radii) for each in (before, name))
+    beyond = {
+        name: reached(np.where(method.correct, method.radius, 0.0), radii, method.strict) > 0.0
+        for name, method in methods.items()
+    }
+    rows = []
+    for (before, old), (name, new) in pairwise(beyond.items()):
         gained, lost = (new & ~old).sum(axis=0), (old & ~new).sum(axis=0)
         rows.append((f"{name} against {before.lower()}", *(f"+{g} -{k}" for g, k in zip(gained, lost, strict=True))))
     return Table(("Examples beyond radius", *(f"{radius:g}" for radius in radii)), tuple(rows))
-
-
-def _beyond(method: Method, radii: np.ndarray) -> np.ndarray:
-    """Whether each example counts at each radius, bool ``(N, R)``."""
-    return reached(np.where(method.correct, method.radius, 0.0), radii, method.strict) > 0.0
