@@ -28,12 +28,8 @@ none. `plurality`: the level with the largest q_j, as published.
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageVotes(Record):
-    """Estimation votes of one stage.
-
-    Attributes:
-        counts: int64 votes per output; draws with non-finite logits are missing.
-        num: draws.
-        stop: why they ended.
+    """Estimation votes of one stage: int64 per output, without draws whose logits were not finite, of `num` draws, and
+    why they ended.
     """
 
     counts: Counts

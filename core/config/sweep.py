@@ -49,12 +49,8 @@ class _SweepFile(Section):
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of a sweep.
-
-    Attributes:
-        name: distinct, fit for a folder.
-        values: of the keys that are swept, where this setting gives one.
-        config: of its run.
+    """One point of a sweep: its distinct name, fit for a folder, the values of the swept keys that it gives, and its
+    run.
     """
 
     name: str
@@ -67,10 +63,7 @@ class Sweep:
     """Settings that are compared.
 
     Attributes:
-        name: of its file.
-        title: heading.
         classifier: `base` or `finetuned`, which classifier the certificates are of.
-        keys: that are swept.
         settings: in the order of the file, at least one; no two with the same identity.
     """
 

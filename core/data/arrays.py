@@ -23,7 +23,6 @@ class Arrays(NamedTuple):
     Attributes:
         labels: int64 ``(N,)`` as they are stored, not negative.
         images: reads the images, uint8 ``(N, C, H, W)``.
-        notes: of the data set.
     """
 
     labels: NDArray[np.int64]

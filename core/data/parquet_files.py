@@ -32,8 +32,6 @@ class ParquetPart(NamedTuple):
         classes: the run's classes in the order of the labels, by which labels are numbered; None where nothing names
             them.
         num_classes: None to take it from `classes`.
-        preparation: makes pixels of an image.
-        notes: of the data set.
     """
 
     location: str

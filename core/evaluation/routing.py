@@ -16,14 +16,9 @@ __all__ = ["Price", "route"]
 
 @dataclass(frozen=True)
 class Price:
-    """What the choice costs.
-
-    Attributes:
-        num: draws of the router's stage.
-        alpha: failure probability of the router's stage.
-        claim: `constant`, the level stays within R_sigma; or `agreement`, each other level is excluded within a radius
-            of its own.
-        router: of `agreement`.
+    """What the choice costs: draws and failure probability of the router's stage. Under the claim `constant` the level
+    stays within R_sigma; under `agreement`, by the rule `router`, each other level is excluded within a radius of its
+    own.
     """
 
     num: int

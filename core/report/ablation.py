@@ -18,7 +18,6 @@ class AblationSetting:
     """The certificates of one setting.
 
     Attributes:
-        name: of the setting.
         values: of the swept keys that it sets.
         data: standard RS and Dual RS on the same examples.
         facts: further columns of its row: seconds, fingerprint, folder.

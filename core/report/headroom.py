@@ -167,7 +167,6 @@ class _Way:
     """One claim's means, ``(1 + R,)`` each: the certified radius, then the certified accuracies.
 
     Attributes:
-        name: of the claim.
         stations: of `headroom`.
         gap, error: the claim less the best single level, and the paired standard error of that.
     """

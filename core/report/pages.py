@@ -88,13 +88,7 @@ Block = Heading | Text | Link | Table | Picture
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Further blocks of a report.
-
-    Attributes:
-        summary: what a terminal is shown of it.
-        blocks: in order.
-        files: contents by name, those of its pictures and tables.
-    """
+    """Further blocks of a report, what a terminal is shown of them, and the files of their pictures and tables."""
 
     summary: str
     blocks: tuple[Block, ...]

@@ -19,12 +19,8 @@ _LOG_RATIO = math.log(3 / 4), math.log(4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to one image: a part is cut out, brought to the image's size, and mirrored.
-
-    Attributes:
-        top, left: of the part; counted from the edge of the image, so that a part of a padded image may begin below 0.
-        height, width: of the part.
-        mirrored: whether left and right change places.
+    """What is done to one image: a part is cut out, brought to the image's size, and mirrored. Its place counts from
+    the edge of the image, so that a part of a padded image may begin below 0.
     """
 
     top: int
