@@ -15,7 +15,7 @@ from core.csv_text import csv_text
 from core.evaluation.metrics import average_certified_radius, dataset_level_bound
 from core.files import write_files
 from core.procedures.confidence import largest_radius
-from core.report import DualRows, Kind, ReportData, RoutedRows, StandardRows
+from core.report import DualRows, Kind, ReportData, RoutedRows
 from core.report.pages import (
     NONE,
     Block,
@@ -31,15 +31,7 @@ from core.report.pages import (
     shares_table,
 )
 
-__all__ = [
-    "DualRows",
-    "ReportData",
-    "StandardRows",
-    "accuracies",
-    "best_method_sentence",
-    "format_table",
-    "write_report",
-]
+__all__ = ["accuracies", "accuracy_table", "best_method_sentence", "format_table", "write_report"]
 
 _RHO: Final = 0.001
 _CAPTIONS: Final = {
