@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from core.records import ABSTAIN, Counts, Prediction, Record, Stop
+from core.records import Counts, Outcome, Prediction, Record, Stop
 
 __all__ = [
     "AgreementCertificate",
@@ -28,12 +28,8 @@ none. `plurality`: the level with the largest q_j, as published.
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageVotes(Record):
-    """Estimation votes of one stage.
-
-    Attributes:
-        counts: int64 votes per output; draws with non-finite logits are missing.
-        num: draws.
-        stop: why they ended.
+    """Estimation votes of one stage: int64 per output, without draws whose logits were not finite, of `num` draws, and
+    why they ended.
     """
 
     counts: Counts
@@ -89,7 +85,7 @@ class AgreementLevel(Record):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AgreementCertificate(Record):
+class AgreementCertificate(Outcome):
     """The outcome of `core.procedures.agreement.agreement_certify` for one input.
 
     With probability at least 1 - alpha over the noise of all stages, if the prediction is not ABSTAIN, then for every
@@ -127,11 +123,6 @@ class AgreementCertificate(Record):
     num_selection: int
     num_shared: int
     votes: AgreementVotes
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
 
     @property
     def sigma(self) -> float:

@@ -13,11 +13,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\n")
 def csv_text(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """CSV with a header line; a text that a spreadsheet would run gets an apostrophe in front, numbers stay.
 
-    Ids and names come from file names and columns that anybody may have written.
-
-    Args:
-        columns: the header.
-        rows: cells in the same order; None is empty.
+    Ids and names come from file names and columns that anybody may have written. None is an empty cell.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

@@ -12,7 +12,7 @@ from core.errors import ConfigError, DataError, ModelError
 from core.law import Norm
 from core.models.lipschitz import VerifiedNetwork, steepest_ratio
 from core.procedures.composition import RouterCertificate
-from core.records import ABSTAIN
+from core.records import ABSTAIN, Outcome
 from core.running import Image, Images, listed
 
 __all__ = ["LipschitzCertificate", "LipschitzClassifier"]
@@ -24,7 +24,7 @@ _ROOT = math.sqrt(2.0)
 
 
 @dataclass(frozen=True, slots=True)
-class LipschitzCertificate:
+class LipschitzCertificate(Outcome):
     """The outcome of `LipschitzClassifier.certify` for one input; it holds without any exception.
 
     Attributes:
@@ -43,11 +43,6 @@ class LipschitzCertificate:
     norm: Norm = "l2"
     alpha: float = 0.0
     num_draws: int = 0
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
 
     def as_router(self) -> RouterCertificate:
         """The same, of a network whose classes are experts: how far it is from picking each.

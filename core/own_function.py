@@ -16,11 +16,8 @@ __all__ = ["function_of", "line_of", "source_of"]
 
 
 def function_of(reference: str, key: str = "arch") -> Callable[..., Any]:
-    """Import what a `module:function` names; this runs the user's code.
-
-    Args:
-        reference: `module:function`; also looked for in the working directory.
-        key: of the configuration that names it, for messages.
+    """Import what a `module:function` names, also from the working directory; this runs the user's code. `key` is the
+    configuration's, for messages.
 
     Raises:
         ModelError: names the module and this machine when it cannot be imported or has no such function.

@@ -14,9 +14,6 @@ class Progress:
     """Context manager that counts finished units.
 
     Args:
-        total: units of the whole step.
-        what: name of the step, as printed.
-        unit: name of a unit, for the rate.
         done: units that an earlier run had finished; they do not count for the rate.
         interval_s: seconds between two lines where stderr is no terminal.
     """

@@ -25,6 +25,7 @@ __all__ = [
     "Draws",
     "DualCertificate",
     "DualPrediction",
+    "Outcome",
     "Phase",
     "Prediction",
     "Procedure",
@@ -242,8 +243,20 @@ class Record:
     __hash__ = None  # type: ignore[assignment]
 
 
+class Outcome(Record):
+    """Of a certification: a class, or ABSTAIN."""
+
+    __slots__ = ()
+    prediction: int
+
+    @property
+    def abstained(self) -> bool:
+        """Whether nothing was certified."""
+        return self.prediction == ABSTAIN
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Certificate(Record):
+class Certificate(Outcome):
     """The outcome of CERTIFY (Cohen et al. 2019) for one input at one noise level.
 
     With probability at least 1 - alpha over the noise, the prediction (if it is not ABSTAIN) is the class of the
@@ -294,11 +307,6 @@ class Certificate(Record):
         return self.law.norm
 
     @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
-
-    @property
     def num_draws(self) -> int:
         """Noisy copies spent on this certificate."""
         return self.num_selection + self.num_estimation
@@ -315,7 +323,7 @@ class Certificate(Record):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DualCertificate(Record):
+class DualCertificate(Outcome):
     """The outcome of Dual RS for one input (arXiv 2512.01782, theorem 4.2).
 
     With probability at least 1 - alpha over the noise of both stages, if the prediction is not ABSTAIN, then for every
@@ -347,11 +355,6 @@ class DualCertificate(Record):
     sigma_stage: Certificate
     class_stage: Certificate | None
     num_shared: int = 0
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
 
     @property
     def num_draws(self) -> int:

@@ -20,11 +20,8 @@ def reach_of(config: "Config") -> float:
 
 
 def check_radii(config: "Config", others: float = 0.0) -> None:
-    """Refuse radii of the report that nothing on it reaches.
-
-    Args:
-        config: of the run.
-        others: how far its other curves (imported logs) reach.
+    """Refuse radii of the report that nothing on it reaches, neither the run nor its other curves (imported logs, up to
+    `others`).
 
     Raises:
         ConfigError: says how many draws they would take.

@@ -49,12 +49,8 @@ class _SweepFile(Section):
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of a sweep.
-
-    Attributes:
-        name: distinct, fit for a folder.
-        values: of the keys that are swept, where this setting gives one.
-        config: of its run.
+    """One point of a sweep: its distinct name, fit for a folder, the values of the swept keys that it gives, and its
+    run.
     """
 
     name: str
@@ -67,10 +63,7 @@ class Sweep:
     """Settings that are compared.
 
     Attributes:
-        name: of its file.
-        title: heading.
         classifier: `base` or `finetuned`, which classifier the certificates are of.
-        keys: that are swept.
         settings: in the order of the file, at least one; no two with the same identity.
     """
 
@@ -82,11 +75,7 @@ class Sweep:
 
 
 def load_sweep(path: Path, overrides: Iterable[str] = ()) -> Sweep:
-    """Read a sweep and validate the configuration of every setting.
-
-    Args:
-        path: a YAML file, see `_SweepFile`.
-        overrides: further `key=value` texts for all settings.
+    """Read a sweep (`_SweepFile`) and validate the configuration of every setting; `overrides` are for all of them.
 
     Raises:
         ConfigError: for a missing or malformed file, a setting that is not valid, an override of a swept key, or two

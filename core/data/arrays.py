@@ -23,7 +23,6 @@ class Arrays(NamedTuple):
     Attributes:
         labels: int64 ``(N,)`` as they are stored, not negative.
         images: reads the images, uint8 ``(N, C, H, W)``.
-        notes: of the data set.
     """
 
     labels: NDArray[np.int64]
@@ -111,14 +110,10 @@ def as_pixels(array: NDArray[Any], num: int, file: str) -> NDArray[np.uint8]:
 
 
 def numbering(labels: Sequence[NDArray[np.int64]], num_classes: int | None, where: str) -> tuple[int, int]:
-    """The label of the first class (0 or 1), and how many classes there are.
+    """The label of the first class (0 or 1), and how many classes there are: as many as labels occur, where that is not
+    known.
 
-    Labels count from 1 where the label N occurs and 0 does not, of N classes.
-
-    Args:
-        labels: of each split that is there.
-        num_classes: where it is known; otherwise it is the number of labels that occur.
-        where: what messages call the set.
+    Labels, given for each split that is there, count from 1 where the label N occurs and 0 does not, of N classes.
 
     Raises:
         DataError: for labels that are neither 0 to N - 1 nor 1 to N; all of them occur, where N is not known.

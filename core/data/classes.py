@@ -25,10 +25,6 @@ def canonical(name: str) -> str:
 def in_order(names: Iterable[str], where: str) -> tuple[str, ...]:
     """Names of class folders in the order of their labels: as text; numbers 0 to N - 1, or 1 to N, as numbers.
 
-    Args:
-        names: of the folders.
-        where: what messages call their place.
-
     Raises:
         DataError: for numbers with gaps, or written in two ways: the label could be the number or the place.
     """
@@ -48,11 +44,6 @@ def in_order(names: Iterable[str], where: str) -> tuple[str, ...]:
 
 def numbers_of(names: Sequence[str], classes: Sequence[str], whose: str) -> NDArray[np.int64]:
     """For each of `names` its number in the run's list of classes.
-
-    Args:
-        names: of one source: folders, a Parquet file's description, labels that are names.
-        classes: the run's list.
-        whose: what messages call the source.
 
     Raises:
         DataError: for a name that is not in the list, or is there (or in `names`) more than once.

@@ -24,13 +24,8 @@ def corrupt_images(clean: Dataset, name: str, corruption: str, severity: int) ->
     """Every image of a set with one corruption of one severity.
 
     What is random in a corruption is drawn from a hash of corruption, severity and example id: the same set comes out
-    wherever the versions of NumPy and SciPy are the same, whichever part of it is taken.
-
-    Args:
-        clean: images uint8 ``(N, C, H, W)`` in memory.
-        name: of the corrupted set, ids begin with it: `digits-c-contrast-3-digits-0042`.
-        corruption: one of CORRUPTIONS.
-        severity: 1 to 5.
+    wherever the versions of NumPy and SciPy are the same, whichever part of it is taken. Ids begin with `name`:
+    `digits-c-contrast-3-digits-0042`.
 
     Raises:
         DataError: for an unknown corruption (lists those that there are).

@@ -150,12 +150,9 @@ class Dataset:
         """Fingerprint of the content: ids, labels, and the images.
 
         It does not depend on where the data lies or on the decoder's version. All images count that are in memory (a
-        quarter of a second for CIFAR-10). Of those that are stored, 32 evenly spread ones do, by their bytes: it takes
-        a second for a million, and cannot see a change of the others. Rows of certificates name the image that they
-        were computed from, see `image_hash`.
-
-        Args:
-            sample: whether 32 images count in any case.
+        quarter of a second for CIFAR-10), unless only a `sample` is asked for. Of those that are stored, 32 evenly
+        spread ones do, by their bytes: it takes a second for a million, and cannot see a change of the others. Rows of
+        certificates name the image that they were computed from, see `image_hash`.
 
         Returns:
             32 hexadecimal digits where all images count, otherwise 16.

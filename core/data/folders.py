@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from core.data.arrays import file_of
 from core.data.classes import numbers_of, readable
 from core.data.dataset import Dataset
 from core.data.formats import ENDINGS
@@ -59,17 +60,10 @@ def left_out(paths: Sequence[str]) -> tuple[str, ...]:
 def read_folders(
     name: str, storage: Storage, folder: str, label: str, classes: Sequence[str], preparation: Preparation
 ) -> Dataset:
-    """All images at `folder`/<class>/..., sorted by path; nothing is decoded yet.
+    """All images at `folder`/<class>/... of a storage ("" for all of it), sorted by path; nothing is decoded yet.
 
-    Ids are the paths below `folder` after `label`: `val/n01440764/ILSVRC2012_val_00000293.JPEG`.
-
-    Args:
-        name: of the data set.
-        storage: where it is.
-        folder: of the split, inside the storage; "" for all of it.
-        label: what ids begin with.
-        classes: names of the class folders, in the order of the labels.
-        preparation: makes pixels of a file.
+    Labels are the places of the class folders in `classes`. Ids are the paths below `folder` after `label`:
+    `val/n01440764/ILSVRC2012_val_00000293.JPEG`.
 
     Raises:
         DataError: when there are no images, a class folder is not among `classes` or holds nothing but other files, or
@@ -112,4 +106,4 @@ def read_folders(
 
 def named(storage: Storage, path: str) -> str:
     """What messages call a file of a storage."""
-    return repr(readable(f"{storage.root.rstrip('/')}/{path}" if path else storage.root))
+    return repr(readable(file_of(storage, path)))

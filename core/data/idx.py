@@ -28,12 +28,8 @@ def read_idx(storage: Storage, split: Split, label: str | None) -> Arrays:
     """One split: `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-...`, `emnist-letters-train-...`.
 
     `.idx3-ubyte` and `.gz` are read, too; where a file lies there packed and unpacked, both must hold the same. Images
-    of EMNIST, which are stored transposed, are turned upright.
-
-    Args:
-        storage: the folder.
-        split: which one.
-        label: what the files' names begin with; None where one set alone lies there.
+    of EMNIST, which are stored transposed, are turned upright. Their names begin with `label`; None where one set alone
+    lies there.
 
     Raises:
         DataError: for files that are missing, of several sets, truncated or longer than their headers say, or of

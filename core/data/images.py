@@ -50,11 +50,8 @@ class Preparation:
         return (3 if self.color == "rgb" else 1, self.crop, self.crop) if self.crop else None
 
     def __call__(self, encoded: bytes, notice: Callable[[str], None] | None = None) -> NDArray[np.uint8]:
-        """Pixels of a JPEG, PNG or other image file, uint8 ``(C, H, W)``.
-
-        Args:
-            encoded: its bytes.
-            notice: is told of an orientation that is ignored.
+        """Pixels of a JPEG, PNG or other image file, uint8 ``(C, H, W)``; `notice` is told of an orientation that is
+        ignored.
 
         Raises:
             ValueError: for an image of more than 8 bits or more than one frame, with transparent pixels where there is
@@ -116,13 +113,8 @@ def _stated_orientation(file: ImageFile) -> int:
 
 
 class StoredImages:
-    """Encoded images by place, read and decoded one at a time.
-
-    Args:
-        places: int64 ``(N,)``, what `fetch` and `describe` are asked for.
-        fetch: the encoded bytes at a place.
-        describe: which file (and row) that is.
-        preparation: makes pixels of them.
+    """Encoded images at int64 places ``(N,)``, read and decoded one at a time: `fetch` gives the bytes at a place,
+    `describe` its file (and row).
     """
 
     def __init__(

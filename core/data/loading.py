@@ -22,7 +22,6 @@ from core.errors import ConfigError, DataError
 
 __all__ = ["ParquetReader", "class_names", "load_dataset", "preparation"]
 
-_CLASSES = {"cifar10": 10, "imagenet": 1000, "imagenet-c": 1000}
 _DIGITS, _CIFAR, _ARRAYS = ("digits", "digits-c"), ("cifar10", "cifar10-c"), ("idx", "npz")
 
 
@@ -59,12 +58,6 @@ def load_dataset(
 
     Jobs call `distributed.files.datasets.load_dataset`, which adds Parquet files and object stores to what is here:
     digits, CIFAR-10's pickles, idx files, NumPy arrays and folders of images on this machine.
-
-    Args:
-        config: which data set.
-        split: `train` or `test`.
-        open_storage: opens a folder.
-        parquet: reads Parquet files.
 
     Raises:
         ConfigError: for a split that the configuration does not describe.
@@ -110,8 +103,7 @@ def _whole(
         if classes and config.class_file is None and config.name not in _CIFAR and not parquet.names(files):
             files = files._replace(notes=(*files.notes, "labels without names, taken for those of the other split"))
         return parquet.read(
-            of_split.name,
-            files._replace(classes=classes, num_classes=len(classes) if classes else files.num_classes),
+            of_split.name, files._replace(classes=classes, num_classes=len(classes) if classes else files.num_classes)
         )
     if config.name in _CIFAR:
         return read_cifar10(of_split.name, place.storage, split)
@@ -159,8 +151,9 @@ def _arrays(config: DatasetConfig, split: Split, open_storage: OpenStorage) -> A
 
 def _without_images(data: Dataset) -> tuple[str, ...]:
     """A note of classes that the split has no image of: a folder may be empty, a line of `class_file` no class."""
-    absent = sorted(set(range(data.num_classes)) - set(data.labels.tolist())) if data.class_names else []
-    names = [data.class_names[number] for number in absent] if data.class_names else []
+    if not data.class_names:
+        return ()
+    names = [data.class_names[number] for number in sorted(set(range(data.num_classes)) - set(data.labels.tolist()))]
     return (f"no image of {len(names):,} of its {data.num_classes:,} classes: {shown(names)}",) if names else ()
 
 
@@ -216,7 +209,7 @@ def class_names(
         return CLASSES
     if config.name in _ARRAYS:
         return None
-    folders, known = not _is_parquet(config, "test"), config.num_classes or _CLASSES.get(config.name)
+    folders, known = not _is_parquet(config, "test"), config.known_classes
     train, test = (_own_names(config, split, open_storage, parquet) for split in ("train", "test"))
     where = " and ".join(dict.fromkeys(repr(path) for path in _locations(config)))
     if train and test and train != test and (known is None or not folders):
@@ -251,7 +244,7 @@ def _own_names(
     try:
         place = _locate(config, part, split, open_storage)
     except DataError:
-        if _is_parquet(config, split) or not (config.num_classes or config.name in _CLASSES):
+        if _is_parquet(config, split) or not config.known_classes:
             raise
         return None
     if not _is_parquet(config, split):
@@ -313,7 +306,7 @@ def _parquet_part(config: DatasetConfig, part: SplitConfig, split: Split, place:
             config.id_column,
         ),
         classes=None,
-        num_classes=config.num_classes or _CLASSES.get(config.name),
+        num_classes=config.known_classes,
         preparation=preparation(config),
         notes=(f"left out, not of the split {label!r} by their names: {shown(alike)}",) if alike else (),
     )

@@ -21,13 +21,9 @@ _UNNAMED = ("arr_0", "arr_1")
 
 
 def read_npz(storage: Storage, split: Split, label: str, alone: bool) -> Arrays:
-    """One split: `x_train` and `y_train` (Keras), `train_images` and `train_labels` (MedMNIST), and the like.
-
-    Args:
-        storage: an archive, or a folder of `<name>.npy`.
-        split: which one.
-        label: what the names of its arrays call it.
-        alone: whether nothing else lies there; then `images` and `labels`, or `arr_0` and `arr_1`, will do.
+    """One split, of an archive or a folder of `<name>.npy`: `x_train` and `y_train` (Keras), `train_images` and
+    `train_labels` (MedMNIST), and the like; where it is `alone` there, `images` and `labels`, or `arr_0` and `arr_1`,
+    will do.
 
     Raises:
         DataError: for arrays that are missing, that several names could mean, that are not whole, or of another number,

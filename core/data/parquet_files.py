@@ -32,8 +32,6 @@ class ParquetPart(NamedTuple):
         classes: the run's classes in the order of the labels, by which labels are numbered; None where nothing names
             them.
         num_classes: None to take it from `classes`.
-        preparation: makes pixels of an image.
-        notes: of the data set.
     """
 
     location: str
@@ -61,11 +59,6 @@ def files_of_split(files: Sequence[str], label: str) -> list[str]:
 
 def check_whole(files: Sequence[str], location: str, key: str) -> None:
     """Let files pass that are one set: in one folder and, where their names count parts, all parts of one family.
-
-    Args:
-        files: of a split.
-        location: of the data set.
-        key: of the configuration, for messages: `dataset.test`.
 
     Raises:
         DataError: for files of two folders, families or splits, or a part that is missing.

@@ -53,10 +53,7 @@ OpenStorage = Callable[[str], Storage]
 
 
 class LocalStorage:
-    """A folder on this machine (or one that is mounted here).
-
-    Args:
-        root: the folder, or a single file.
+    """A folder on this machine (or one that is mounted here), or a single file.
 
     Raises:
         DataError: when it is not there, or is the address of an object store.

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from core.config import SplitConfig
-from core.data.classes import canonical
+from core.data.classes import canonical, shown
 from core.data.dataset import Dataset
 from core.errors import ConfigError, DataError
 
@@ -14,11 +14,6 @@ __all__ = ["choose", "read_lines"]
 
 def choose(data: Dataset, part: SplitConfig, key: str) -> Dataset:
     """The examples that `part` asks for, in the data set's order: `ids_file`, or `every`, then `first`, then `share`.
-
-    Args:
-        data: the whole split.
-        part: what is asked for.
-        key: of the configuration, for messages: `dataset.test`.
 
     Raises:
         ConfigError: when there are fewer than `first`.
@@ -62,9 +57,8 @@ def _by_id(data: Dataset, path: str, key: str) -> Dataset:
     exact = {example_id: index for index, example_id in enumerate(data.example_ids)}
     place = {canonical(example_id): index for example_id, index in exact.items()} | exact
     if unknown := [name for name in wanted if name not in place and canonical(name) not in place]:
-        shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
         raise DataError(
             f"{key}.ids_file: {path!r} names {len(unknown)} examples that are not in this split of {data.name}: "
-            f"{shown}; its ids look like {data.example_ids[0]!r}"
+            f"{shown(unknown)}; its ids look like {data.example_ids[0]!r}"
         )
     return data.take(sorted({place[name if name in place else canonical(name)] for name in wanted}))

@@ -21,14 +21,12 @@ from numpy.typing import NDArray
 from scipy import special
 
 from core.errors import DataError
-from core.evaluation.metrics import paired_difference, reached
+from core.evaluation.metrics import Floats, Ints, paired_difference, reached
 from core.evaluation.routing import Price, route
 from core.procedures.confidence import certified_radius, lower_bounds
 
 __all__ = ["Candidate", "Choice", "Sample", "choose", "expected", "pooled", "subsets"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 FOLDS: Final = 5
 _PENALTIES: Final = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, np.inf)
@@ -162,24 +160,18 @@ def expected(
     joint = likelihood * prior
     posterior = joint / joint.sum(axis=1, keepdims=True)
     radius = certified_radius(lower_bounds(num, alpha), sigma)  # of 0 .. num votes, ascending
-    enough = (radius[:, None] > radii if strict else radius[:, None] >= radii) & (radius[:, None] > 0.0)
+    enough = reached(radius, radii, strict) > 0.0
     needed = np.where(enough.any(axis=0), enough.argmax(axis=0), num + 1)
     chance = np.where(needed > num, 0.0, special.bdtrc(needed - 1.0, num, grid[:, None]))
     return np.asarray(np.clip(posterior @ chance, 0.0, 1.0)[which], np.float64)
 
 
 def pooled(image: NDArray[np.uint8], side: int = 8) -> Floats:
-    """An image as features of a router: sums over blocks, at most `side` x `side` a channel, as an orthonormal map.
+    """An image, uint8 ``(C, H, W)``, as features of a router, float64 ``(d,)``: sums over blocks, at most `side` x
+    `side` a channel, as an orthonormal map.
 
     Orthonormal: a change of the pixels by r changes the features by at most r, and by r along a feature. So distances
     among the features are distances in the pixel scale.
-
-    Args:
-        image: uint8 ``(C, H, W)``.
-        side: blocks along an axis, at most.
-
-    Returns:
-        float64 ``(d,)``.
     """
     values = image.astype(np.float64) / 255.0
     for axis in (1, 2):

@@ -10,9 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from core.errors import DataError
+from core.law import Floats
 from core.procedures.confidence import clopper_pearson_lower, clopper_pearson_upper
 
 __all__ = [
+    "Bools",
+    "Floats",
+    "Ints",
     "average_certified_radius",
     "certified_accuracy",
     "clopper_pearson_interval",
@@ -24,7 +28,6 @@ __all__ = [
 ]
 
 Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
@@ -78,10 +81,7 @@ def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
 
 
 def ecdf(values: ArrayLike) -> tuple[Floats, Floats]:
-    """The empirical distribution function, as the points where it steps up.
-
-    Args:
-        values: finite numbers, shape ``(N,)``, N >= 1.
+    """The empirical distribution function of finite numbers ``(N,)``, N >= 1, as the points where it steps up.
 
     Returns:
         x: the distinct values, ascending; y: share of the values that are <= x, ending at exactly 1.
@@ -116,16 +116,10 @@ def oracle(correct: ArrayLike, radius: ArrayLike) -> tuple[Ints, Floats]:
 
 
 def paired_difference(one: Floats, other: Floats) -> tuple[Floats, Floats]:
-    """Mean of one - other over the same examples, and its standard error over the draw of these.
+    """Mean of one - other, ``(N, ...)`` each, over the same examples, and its standard error over the draw of these.
 
     What the two have in common, above all which examples are hard, cancels: intervals of each on its own are far wider.
-
-    Args:
-        one: ``(N, ...)``, values of each example: radii, or 0 and 1 for what is certified.
-        other: likewise.
-
-    Returns:
-        Both of the shape ``(...)``; the error is nan for a single example, which shows no spread.
+    The error is nan for a single example, which shows no spread.
     """
     gap = np.asarray(one, np.float64) - other
     if len(gap) < 2:
@@ -169,17 +163,10 @@ def dataset_level_bound(accuracy: float, num_examples: int, alpha: float, rho: f
 
 
 def clopper_pearson_interval(accuracy: ArrayLike, num_examples: int, alpha: float = 0.05) -> tuple[Floats, Floats]:
-    """Exact two-sided interval for an accuracy, over the draw of the test set (Clopper & Pearson 1934).
+    """Lower and upper ends of the exact two-sided interval for each accuracy, a share k / num_examples, over the draw
+    of the test set (Clopper & Pearson 1934).
 
     Each side misses with probability at most alpha / 2, for one accuracy fixed in advance.
-
-    Args:
-        accuracy: measured shares k / num_examples in [0, 1], any shape.
-        num_examples: size of the test set, >= 1.
-        alpha: failure probability of the interval, in (0, 1).
-
-    Returns:
-        Lower and upper ends, float64, shaped as `accuracy`.
 
     Raises:
         DataError: for a share that no count out of `num_examples` gives, or an argument out of range.

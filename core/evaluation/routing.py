@@ -4,29 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
 from core.agreement_records import Claim, Router
+from core.evaluation.metrics import Floats, Ints
 from core.law import GAUSSIAN
 from core.procedures.confidence import certified_radius, lower_bounds
 
 __all__ = ["Price", "route"]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Price:
-    """What the choice costs.
-
-    Attributes:
-        num: draws of the router's stage.
-        alpha: failure probability of the router's stage.
-        claim: `constant`, the level stays within R_sigma; or `agreement`, each other level is excluded within a radius
-            of its own.
-        router: of `agreement`.
+    """What the choice costs: draws and failure probability of the router's stage. Under the claim `constant` the level
+    stays within R_sigma; under `agreement`, by the rule `router`, each other level is excluded within a radius of its
+    own.
     """
 
     num: int

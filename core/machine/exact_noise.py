@@ -165,14 +165,10 @@ def _floor_of_tail(odd: int, sigma: float, context: Any, precision: int = 128, k
 
 
 class ExactNoise:
-    """Exact noise on the 8-bit grid; a `core.machine.noise.Noise`.
+    """Exact noise on the 8-bit grid, of a kind of `exact_table`; a `core.machine.noise.Noise`.
 
     The network reads float32 quotients of integers by 255, on every device the same for the same integers: its input
     holds no trace of the image but their sum. Images must be on the grid themselves, x = m / 255 with 0 <= m <= 255.
-
-    Args:
-        seed: the run's seed.
-        kind: `exact` (Gaussian), `uniform` or `laplace`.
     """
 
     def __init__(self, seed: int, kind: str = "exact") -> None:

@@ -32,11 +32,8 @@ def fill_normal(out: NDArray[np.float32], key: bytes) -> None:
 
 
 class FormerGaussianNoise:
-    """Normal noise of version 1.
-
-    Args:
-        seed: the run's seed.
-        chunk_size: draws per chunk. It is part of the noise's definition: other chunk sizes give other noise.
+    """Normal noise of version 1. The number of draws in a chunk is part of its definition: other chunk sizes give other
+    noise.
     """
 
     kind = "gaussian"

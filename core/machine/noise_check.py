@@ -19,7 +19,7 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from core.errors import NoiseError
-from core.law import GAUSSIAN, Law, law_of
+from core.law import GAUSSIAN, Floats, Law, law_of
 from core.machine.former_noise import FormerGaussianNoise
 from core.machine.noise import Copies, Noise
 from core.records import Phase
@@ -38,19 +38,12 @@ STREAMS, COPIES, KEYS = 8, 512, 4096
 RELATED = 128
 """Copies of each stream whose independence is looked at, and of each phase and level beside."""
 
-Floats = NDArray[np.float64]
-
 
 def check_noise(noise: Noise, device: torch.device | str, levels: Iterable[float] = ()) -> None:
     """Refuse noise that is not its law's and independent; half a second, false alarm below 1e-6 for a seed.
 
     Of a noise of the user's own no more is looked at than its bits, its streams and half-spaces along an axis, at each
     of its levels; of splitting noise, which has no chance, the bits.
-
-    Args:
-        noise: of a run.
-        device: that draws it.
-        levels: at which it is drawn.
 
     Raises:
         NoiseError: says what was found.
@@ -126,13 +119,8 @@ def _related(noise: Noise, device: torch.device, z: NDArray[np.float32]) -> Iter
 
 
 def _normal(noise: NDArray[Any], kind: str, sigma: float, *, spread: bool = False) -> Floats:
-    """Noise as standard normal numbers: divided by sigma, or by way of its law.
-
-    Args:
-        noise: at `sigma`.
-        kind: whose law.
-        sigma: noise level.
-        spread: whether integers on the 8-bit grid are spread evenly over their cells, each to a number of its own.
+    """Noise as standard normal numbers: divided by sigma, or by way of the law of its kind; `spread`: integers on the
+    8-bit grid are spread evenly over their cells, each to a number of its own.
     """
     law = law_of(kind)
     if law == GAUSSIAN:

@@ -19,10 +19,6 @@ __all__ = ["OwnNoise"]
 class OwnNoise:
     """Noise of the user's own; a `core.machine.noise.Noise`. Drawn on the CPU, so that all devices see the same.
 
-    Args:
-        kind: `module:function`.
-        seed: the run's seed.
-
     Raises:
         ModelError, ConfigError: as `core.law.own_noise`, and for a drawing whose numbers depend on one another.
     """

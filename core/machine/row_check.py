@@ -91,13 +91,8 @@ def check_rows(ask: Ask, noisy: Tensor, sigma: Tensor, num: int, votes: Outputs,
 
 
 def check_levels(ask: Ask, noisy: Tensor, sigma: Tensor) -> None:
-    """Run a batch of several noise levels again as if all rows were of one, and refuse a denoiser whose answers to the
-    rows of that level move: it takes a row's level from another row.
-
-    Args:
-        ask: outputs by name, the denoiser's first.
-        noisy: ``(B, C, H, W)``.
-        sigma: ``(B,)`` noise levels, not all of them equal.
+    """Run a batch of several noise levels again as if all rows were of one, and refuse a denoiser (the first that `ask`
+    asks) whose answers to the rows of that level move: it takes a row's level from another row.
 
     Raises:
         ModelError: names the denoiser.
@@ -130,16 +125,10 @@ def _thinned(values: Tensor) -> Tensor:
 
 
 def _moves(one: Tensor, other: Tensor) -> Tensor:
-    """The largest difference in each row as a share of the values' size; infinite where only one of the two is finite.
+    """The largest difference in each row of ``(N, D)`` as a share of the values' size, float64 ``(N,)``; infinite where
+    only one of the two is finite.
 
     What all values of a row have in common decides no vote and is no part of their size, but for `OFFSET` of it.
-
-    Args:
-        one: ``(N, D)``.
-        other: likewise.
-
-    Returns:
-        float64 ``(N,)``.
     """
     one, other = one.double(), other.double()
     finite, too = (values.isfinite().all(dim=1) for values in (one, other))

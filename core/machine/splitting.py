@@ -33,9 +33,6 @@ class SplittingNoise:
     """Splitting noise; a `core.machine.noise.Noise` without chance: draw b of an estimation is copy b.
 
     Selection draws are some of the same copies, spread over all of them; training draws are copies at random.
-
-    Args:
-        seed: the run's seed.
     """
 
     kind = "splitting"

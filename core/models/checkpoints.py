@@ -62,17 +62,21 @@ def build_own_denoiser(
 ) -> OneShotDenoiser:
     """A `OneShotDenoiser` around what a function of the user's own returns (`core.models.own_code`): that is run.
 
-    Args:
-        arch: `module:function`.
-        schedule: such as `linear-1000`; the network is given its integer timesteps.
-        channels: of the images.
-        source: see `ImageClassifier`.
+    The network is given the integer timesteps of `schedule` (`linear-1000`); for `source` see `ImageClassifier`.
     """
     denoiser = OneShotDenoiser(build_own(arch, None, channels), **parse_schedule(schedule), rescale_timesteps=False)
     made_with = source_of(arch) if source is None else dict(source)
     denoiser.own = {"arch": arch, "schedule": schedule, "channels": channels, "source": made_with}
     denoiser.taken = {"code": described(arch, made_with), "schedule": f"{schedule} (the configuration)"}
     return denoiser
+
+
+_SPECIFIED: dict[str, type[FeatureHead | ImageClassifier | SmallConvNet]] = {
+    "feature_head": FeatureHead,
+    "image_classifier": ImageClassifier,
+    "small_conv_net": SmallConvNet,
+}
+"""Kinds whose `spec` are the arguments that they are made of."""
 
 
 def _describe(module: nn.Module) -> dict[str, Any]:
@@ -89,17 +93,10 @@ def _describe(module: nn.Module) -> dict[str, Any]:
             "rescale_timesteps": module.rescale_timesteps,
         }
     if isinstance(module, FeatureRouter):
-        extractor = module.extractor
-        classifiers = [_describe(classifier) for classifier in extractor.classifiers]
-        return {
-            "kind": "feature_router",
-            "classifiers": classifiers,
-            "place": extractor.place,
-            "head": module.head.spec,
-        }
-    if isinstance(module, FeatureHead):
-        return {"kind": "feature_head", **module.spec}
-    for kind, known in (("image_classifier", ImageClassifier), ("small_conv_net", SmallConvNet)):
+        classifiers = [_describe(classifier) for classifier in module.extractor.classifiers]
+        own = {"classifiers": classifiers, "place": module.extractor.place, "head": module.head.spec}
+        return {"kind": "feature_router", **own}
+    for kind, known in _SPECIFIED.items():
         if isinstance(module, known):
             return {"kind": kind, **module.spec}
     raise ModelError(f"do not know how to describe a {type(module).__name__} in a checkpoint")
@@ -114,12 +111,10 @@ def _build(kind: str, **spec: Any) -> nn.Module:
 
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    **_SPECIFIED,
     "denoiser": build_denoiser,
-    "feature_head": FeatureHead,
     "feature_router": _build_router,
-    "image_classifier": ImageClassifier,
     "own_denoiser": build_own_denoiser,
-    "small_conv_net": SmallConvNet,
 }
 
 
@@ -238,13 +233,8 @@ def _noted(denoiser: OneShotDenoiser, source: str | Path, *, schedule: str, **fa
 def assemble_denoiser(
     config: dict[str, Any], weights: dict[str, torch.Tensor], arguments: dict[str, Any], name: str
 ) -> OneShotDenoiser:
-    """A denoiser from its parts, in evaluation mode.
-
-    Args:
-        config: of a `UNet2DModel`.
-        weights: its state dict; float32 tensors become the parameters without a copy.
-        arguments: of `OneShotDenoiser`.
-        name: what messages call it.
+    """A denoiser from a `UNet2DModel`'s configuration and state dict and the arguments of `OneShotDenoiser`, in
+    evaluation mode; float32 weights become the parameters without a copy.
 
     Raises:
         ModelError: for parts that do not fit.

@@ -10,15 +10,7 @@ from core.config import ClassifierConfig
 from core.errors import ModelError
 from core.models.hf_vit import is_hf_vit, to_timm
 from core.models.hub import CLASSIFIER_WEIGHTS, local_path, weights_file
-from core.models.stated import (
-    Stated,
-    agreed,
-    beside_weights,
-    by_timm,
-    by_transformers,
-    in_buffers,
-    label_map_of,
-)
+from core.models.stated import Stated, agreed, beside_weights, by_timm, by_transformers, in_buffers, label_map_of
 from core.models.weights import read_checkpoint, read_json, unwrapped
 
 __all__ = ["ClassifierFile", "check_normalisation", "outputs_by_name", "read_classifier"]
@@ -43,11 +35,8 @@ class ClassifierFile:
 
 
 def read_classifier(config: ClassifierConfig, own: Mapping[str, Any]) -> ClassifierFile:
-    """What the configuration names: a checkpoint, timm's own weights, or none.
-
-    Args:
-        config: names it and its architecture, and what the files leave open.
-        own: of the architecture, as `describe_architecture` has it.
+    """What the configuration names: a checkpoint, timm's own weights, or none. `own` is what `describe_architecture`
+    says.
 
     Raises:
         ModelError: for weights that cannot be read, and files that contradict each other or the architecture.
@@ -108,10 +97,7 @@ def _imagenet() -> tuple[str, ...]:
 def check_normalisation(found: ClassifierFile, config: ClassifierConfig, unpublished: bool) -> None:
     """Refuse a checkpoint whose mean and std neither it, nor the configuration, nor its architecture says.
 
-    Args:
-        found: the checkpoint.
-        config: of it.
-        unpublished: whether the architecture has no weights of its makers, whose normalisation would be the usual one.
+    An `unpublished` architecture has no weights of its makers, whose normalisation would be the usual one.
 
     Raises:
         ModelError: says why they are not known.

@@ -49,10 +49,8 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
-    """The U-Net's configuration, its weights, and its noise schedule (None where the folder has no scheduler).
-
-    Args:
-        folder: of a `UNet2DModel`, or of a pipeline with subfolders unet/ and scheduler/.
+    """The U-Net's configuration, its weights, and its noise schedule (None where the folder has no scheduler), of a
+    `UNet2DModel` or of a pipeline with subfolders unet/ and scheduler/.
 
     Raises:
         ModelError: for a missing or unreadable file, another kind of model, or a schedule that is not covered.
@@ -133,13 +131,10 @@ def describe_schedule(plain: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def write_folder(denoiser: OneShotDenoiser, target: Path) -> None:
-    """Write a denoiser so that both `load_denoiser` and `UNet2DModel.from_pretrained` read it; whole or not at all.
+    """Write a denoiser around a `UNet2DModel` into a new or empty folder, so that both `load_denoiser` and
+    `UNet2DModel.from_pretrained` read it; whole or not at all.
 
     scheduler_config.json has one key more than diffusers knows, `rescale_timesteps` (see `OneShotDenoiser`).
-
-    Args:
-        denoiser: around a `UNet2DModel`.
-        target: a new or empty folder.
     """
     config: Any = denoiser.unet.config
     version = metadata.version("diffusers")

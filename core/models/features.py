@@ -109,14 +109,8 @@ class FeatureRouter(nn.Module):
 def new_router(
     classifiers: Sequence[nn.Module], place: int, shape: Sequence[int], hidden: int, num_outputs: int
 ) -> FeatureRouter:
-    """A router with an untrained head; see `FeatureExtractor` and `FeatureHead`.
-
-    Args:
-        classifiers: kept, not copied.
-        place: of the one whose features are taken.
-        shape: ``(C, H, W)`` of the images.
-        hidden: width of the head's layer.
-        num_outputs: candidate sigmas.
+    """A router with an untrained head for images ``(C, H, W)``; see `FeatureExtractor` (the classifiers are not copied)
+    and `FeatureHead`.
     """
     extractor = FeatureExtractor(classifiers, place)
     return FeatureRouter(extractor, FeatureHead(extractor.width(shape), hidden, num_outputs)).eval()

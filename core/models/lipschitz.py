@@ -181,10 +181,6 @@ def layer_bound(layer: nn.Linear | nn.Conv2d, shape: Sequence[int]) -> float:
     A circular convolution is block-diagonal in the Fourier basis, so its norm is the largest of one small matrix for
     each frequency. For zero padding that is slightly more than the norm, never less.
 
-    Args:
-        layer: float64, as `VerifiedNetwork` copies it.
-        shape: of one input.
-
     Raises:
         ModelError: for circular padding of more than half of the kernel, or a stride with it that does not divide the
             size.

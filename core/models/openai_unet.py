@@ -54,9 +54,6 @@ class ConvertedUNet:
     """A checkpoint in diffusers' terms.
 
     Attributes:
-        family: which of the two layouts it had.
-        config: arguments of `UNet2DModel`.
-        weights: its state dict, float32.
         schedule_arguments: of `OneShotDenoiser`, as given or published (the file does not say).
         published: the name of the published network that this is by its shapes, where nothing else was given.
     """

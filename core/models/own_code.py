@@ -23,13 +23,9 @@ __all__ = ["build_own", "check_named", "described", "load_own"]
 def build_own(arch: str, num_outputs: int | None, channels: int) -> nn.Module:
     """Call the function that `arch` names; this runs the user's code.
 
-    It is given `num_classes` and `channels` where it takes arguments of these names, and nothing else. It is called on
-    the CPU; where the default device is meta, the network is moved there afterwards.
-
-    Args:
-        arch: `module:function`.
-        num_outputs: `num_classes`, the logits that the network is to return; None for a denoiser.
-        channels: of the images.
+    It is given `num_classes` (the logits that it is to return; not a denoiser's, where `num_outputs` is None) and
+    `channels` where it takes arguments of these names, and nothing else. It is called on the CPU; where the default
+    device is meta, the network is moved there afterwards.
 
     Returns:
         The network, ``(B, channels, H, W)`` -> logits ``(B, num_outputs)``, as the function made it.
@@ -73,12 +69,8 @@ def described(arch: str, source: Mapping[str, str]) -> str:
 
 
 def check_named(spec: Mapping[str, Any], code: Collection[str], source: str) -> None:
-    """Refuse a description that names code which the configuration does not, or of which the source has changed.
-
-    Args:
-        spec: of a network, from the header of a file.
-        code: what the configuration names (the values of `Config.own_code`).
-        source: what messages call the file.
+    """Refuse a description, from the header of a file, that names code which the configuration does not (`code`, the
+    values of `Config.own_code`), or of which the source has changed.
 
     Raises:
         ModelError: says what was named, and what to do.

@@ -13,9 +13,6 @@ class SmallConvNet(nn.Module):
     """Three convolutions and a linear layer.
 
     Args:
-        channels: input channels.
-        size: height and width of the input.
-        num_outputs: classes (or candidate sigmas).
         width: channels of the first layer; the others have twice as many.
         stride: of the first layer, whose kernel is ``2 * stride + 1``.
     """

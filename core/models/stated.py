@@ -46,12 +46,8 @@ class Stated:
 
 
 def agreed(statements: Mapping[str, Stated], given: Stated, source: str) -> tuple[Stated, dict[str, str]]:
-    """What several files say together, and which of them says what.
-
-    Args:
-        statements: by file.
-        given: what the configuration says, before which the files fall silent.
-        source: what messages call the checkpoint.
+    """What several files say together, and which of them says what; where the configuration says it (`given`) they fall
+    silent.
 
     Raises:
         ModelError: where two files contradict each other.
@@ -173,11 +169,6 @@ def label_map_of(labels: Sequence[str], classes: Sequence[str], source: str) -> 
     """Which output of a checkpoint each class of the data set is, by name.
 
     Names are compared without regard to case, spaces, hyphens, underscores and Unicode's normal form.
-
-    Args:
-        labels: of the checkpoint's outputs, in order.
-        classes: of the data set, in order.
-        source: what messages call the checkpoint.
 
     Returns:
         The output of each class; None where no name is in both, so that only their order is left.

@@ -281,11 +281,7 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str, *, assign: bool = False) -> None:
     """Load `weights`, all of them and nothing else.
 
-    Args:
-        module: the network.
-        weights: its state dict.
-        source: what messages call it.
-        assign: make the tensors the parameters instead of copying them: for a module on the meta device.
+    With `assign`, for a module on the meta device, the tensors become the parameters instead of being copied.
 
     Raises:
         ModelError: names the first keys that are missing, unexpected or of another shape; or as `check_weights`.

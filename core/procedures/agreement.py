@@ -10,8 +10,8 @@ and the radius is what `core.procedures.composition` makes of them. docs/guarant
 why alpha needs no correction for the number of levels. Levels are counted from 0 here.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,34 +25,20 @@ from core.agreement_records import (
 )
 from core.procedures.agreement_terms import Agreement, Near, others_of
 from core.procedures.composition import Composition, Radius, compose
-from core.procedures.confidence import binomial_p_value, radius_of_two_bounds
+from core.procedures.confidence import binomial_p_value
 from core.procedures.dual import selection_heads
 from core.procedures.ladder import sample
-from core.procedures.routers import against, choose_level
+from core.procedures.routers import against, choose_level, plurality_radius
 from core.procedures.sequential import beyond
 from core.procedures.smoothing import predict
-from core.records import (
-    ABSTAIN,
-    CLASSIFIER,
-    ESTIMATOR,
-    Counts,
-    Draws,
-    Phase,
-    Prediction,
-    Procedure,
-    Sampling,
-    Stop,
-)
+from core.records import ABSTAIN, CLASSIFIER, ESTIMATOR, Counts, Draws, Phase, Prediction, Procedure, Sampling, Stop
 
 __all__ = ["Agreement", "agreement_certify", "agreement_from_votes", "agreement_predict", "choose_level"]
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """A stage whose estimation votes are wanted: the classifier's at a level, or the router's (`place` is None)."""
-
-    place: int | None
-    verdict: Callable[[Counts, int], Stop]
+Verdict = Callable[[Counts, int], Stop]
+VotesOf = Callable[[int | None, Verdict], Procedure[StageVotes]]
+"""Gets the estimation votes of a stage: of the classifier at a level, or of the router (None)."""
 
 
 def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
@@ -67,28 +53,25 @@ def agreement_certify(terms: Agreement) -> Procedure[AgreementCertificate]:
     if sigmas[level] != sigma_e:
         selection = {**selection, **(yield Draws(sigmas[level], num, (CLASSIFIER,), Phase.SELECTION))}
     near, others = Near(terms, level, selection[ESTIMATOR], selection[CLASSIFIER]), list[Counts]()
-    statement = _statement(terms, level, near, selection[ESTIMATOR], selection[CLASSIFIER])
-    stage, look_every = next(statement), terms.rule.look_every
-    while True:
-        head, sigma = (ESTIMATOR, sigma_e) if stage.place is None else (CLASSIFIER, sigmas[stage.place])
-        shared = near.at_sigma_e is not None and stage.place in (None, near.at_sigma_e)
+
+    def drawn(place: int | None, verdict: Verdict) -> Procedure[StageVotes]:
+        head, sigma = (ESTIMATOR, sigma_e) if place is None else (CLASSIFIER, sigmas[place])
+        shared = near.at_sigma_e is not None and place in (None, near.at_sigma_e)
         both = shared and not others  # the first of the two has both networks vote, the second begins with that
         most = terms.sampling.at(sigma).num_estimation
         votes = yield from sample(
             sigma,
             most,
-            most if terms.budget == "fixed" else look_every,
+            most if terms.budget == "fixed" else terms.rule.look_every,
             head,
-            stage.verdict,
+            verdict,
             ask=heads if both else (head,),
             given=() if both or not shared else tuple(others),
             others=others if both else None,
         )
-        try:
-            stage = statement.send(StageVotes(*votes))
-        except StopIteration as end:
-            certificate: AgreementCertificate = end.value
-            return certificate
+        return StageVotes(*votes)
+
+    return (yield from _statement(terms, level, near, selection[ESTIMATOR], selection[CLASSIFIER], drawn))
 
 
 def agreement_from_votes(terms: Agreement, votes: AgreementVotes) -> AgreementCertificate:
@@ -99,26 +82,29 @@ def agreement_from_votes(terms: Agreement, votes: AgreementVotes) -> AgreementCe
     """
     chosen = choose_level(votes.router_selection, terms.router)
     near = Near(terms, chosen, votes.router_selection, votes.class_selection)
-    statement = _statement(terms, chosen, near, votes.router_selection, votes.class_selection)
-    stage = next(statement)
-    while True:
-        known = votes.router if stage.place is None else votes.classes[stage.place]
-        if known and known.num:
-            stop = stage.verdict(known.counts, known.num)
-            sigma = terms.sigma_e if stage.place is None else terms.sigmas[stage.place]
-            ended = stop is not Stop.FULL or known.num == terms.sampling.at(sigma).num_estimation
-            known = replace(known, stop=stop if ended else known.stop)
-        try:
-            stage = statement.send(known or _nothing(votes.class_selection))
-        except StopIteration as end:
-            certificate: AgreementCertificate = end.value
-            return certificate
+
+    def stored(place: int | None, verdict: Verdict) -> Procedure[StageVotes]:
+        yield from ()  # nothing is drawn
+        known = votes.router if place is None else votes.classes[place]
+        if known is None or not known.num:
+            return known or _nothing(votes.class_selection)
+        stop, sigma = verdict(known.counts, known.num), terms.sigma_e if place is None else terms.sigmas[place]
+        ended = stop is not Stop.FULL or known.num == terms.sampling.at(sigma).num_estimation
+        return replace(known, stop=stop if ended else known.stop)
+
+    statement = _statement(terms, chosen, near, votes.router_selection, votes.class_selection, stored)
+    try:
+        next(statement)
+    except StopIteration as end:
+        certificate: AgreementCertificate = end.value
+        return certificate
+    raise AssertionError("stored votes asked for draws")
 
 
 def _statement(
-    terms: Agreement, chosen: int, near: Near, router_selection: Counts, class_selection: Counts
-) -> Generator[_Stage, StageVotes, AgreementCertificate]:
-    """The statement: asks for the votes of one stage after the other, and says what they show together.
+    terms: Agreement, chosen: int, near: Near, router_selection: Counts, class_selection: Counts, votes_of: VotesOf
+) -> Procedure[AgreementCertificate]:
+    """The statement: gets the votes of one stage after the other, and says what they show together.
 
     Another level is asked only where the router may pick it within the radius reached so far, and has only to show that
     radius. In which order does not matter for a fixed budget; otherwise levels that the router is seen to pick near by
@@ -131,21 +117,21 @@ def _statement(
     alphas, norm = {head: stage.alpha for head, stage in terms.stages.items()}, terms.sampling.law.norm
     others = others_of(chosen, num_levels)
 
-    def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Generator[_Stage, StageVotes, None]:
+    def ask(place: int, targets: tuple[float, ...], useful: float = 0.0) -> Procedure[None]:
         ladder = terms.ladder(CLASSIFIER, terms.sigmas[place], targets, useful)
         z = terms.rule.futility_z
-        votes = yield _Stage(place, lambda counts, num: ladder.verdict(_agreeing(counts, c), num, z))
+        votes = yield from votes_of(place, lambda counts, num: ladder.verdict(_agreeing(counts, c), num, z))
         classes[place] = votes
         bounds[place], radii[place], _ = ladder.result(_agreeing(votes.counts, c), votes.num)
 
     router, excluded, constant = _nothing(router_selection), [0.0] * num_levels, 0.0
 
-    def route(reached: float) -> Generator[_Stage, StageVotes, None]:
+    def route(reached: float) -> Procedure[None]:
         nonlocal router, excluded, constant
         places = [place for place in others if radii[place] < reached]
         if places or not near.places:
             reach = _Reach(terms, chosen, terms.targets(reached, 0.0), places)
-            router = yield _Stage(None, reach.verdict)
+            router = yield from votes_of(None, reach.verdict)
             excluded, constant = reach.radii(router)
 
     reached = near.goal
@@ -231,16 +217,10 @@ class _Reach:
         return self.ladder.result(successes, router.num)[1]
 
     def _plurality(self, router: StageVotes, place: int) -> float:
-        """`radius_of_two_bounds`, half of the router's alpha each; a draw without a vote is one for j.
-
-        For the chosen level: as if all others were one, which is no more than any of them alone.
-        """
-        votes, num, alpha = router.counts, router.num, self.terms.stages[ESTIMATOR].alpha / 2
-        if num < self.terms.sampling.at(self.terms.sigma_e).num_estimation:
+        stage, sigma_e = self.terms.stages[ESTIMATOR], self.terms.sigma_e
+        if router.num < stage.at(sigma_e).num_estimation:
             return 0.0  # no bound may be looked at before the last draw
-        own = int(votes[self.chosen])
-        off = own if place == self.chosen else int(votes.sum() - votes[place])
-        radius = radius_of_two_bounds(own, off, num, alpha, self.terms.sigma_e, self.terms.sampling.law)
+        radius = plurality_radius(router.counts, self.chosen, place, router.num, stage.alpha, sigma_e, stage.law)
         if self.terms.budget == "grid":
             return max((target for target in self.targets if target <= radius), default=0.0)
         return radius

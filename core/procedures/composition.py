@@ -15,18 +15,9 @@ from typing import Protocol
 
 from core.errors import ConfigError
 from core.law import Norm
-from core.records import ABSTAIN
+from core.records import ABSTAIN, Outcome
 
-__all__ = [
-    "Answer",
-    "Composition",
-    "Radius",
-    "RoutedCertificate",
-    "RouterCertificate",
-    "Unasked",
-    "compose",
-    "route",
-]
+__all__ = ["Answer", "Composition", "Radius", "RoutedCertificate", "RouterCertificate", "Unasked", "compose", "route"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +147,7 @@ class RouterCertificate:
 
 
 @dataclass(frozen=True, slots=True)
-class RoutedCertificate:
+class RoutedCertificate(Outcome):
     """The outcome of `route` for one input.
 
     With probability at least 1 - alpha over all noise, if the prediction is not ABSTAIN, then for every x' in the open
@@ -182,11 +173,6 @@ class RoutedCertificate:
     excluded: tuple[float, ...]
     answered: tuple[float, ...]
     num_draws: int
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
 
 
 def route(router: RouterCertificate, experts: Sequence[Answer]) -> RoutedCertificate:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from core.errors import ConfigError
-from core.law import GAUSSIAN, Law
+from core.law import GAUSSIAN, Floats, Law
 
 __all__ = [
     "binomial_p_value",
@@ -41,9 +41,6 @@ LOW_SLACK = 2.0**-30
 
 MIN_ALPHA = 1e-100
 """Smaller ones are refused: SciPy was seen to be off by 2% at 1e-300."""
-
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 
 def _check_counts(k: NDArray[np.int64], n: NDArray[np.int64], alpha: ArrayLike) -> None:
@@ -229,7 +226,7 @@ def probability_missed(total: int, odd: int, drawn: int) -> float:
     return float(np.exp(terms[0] + terms[1] - terms[2] - terms[3]))  # a factorial below 0 is infinite
 
 
-def top_two(counts: Counts) -> tuple[int, int, int]:
+def top_two(counts: NDArray[np.int64]) -> tuple[int, int, int]:
     """The most frequent class and the votes of the first and the second; ties go to the smaller index."""
     first = int(counts.argmax())
     second = int(np.delete(counts, first).max()) if counts.size > 1 else 0

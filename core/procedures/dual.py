@@ -65,12 +65,7 @@ def join_stages(
 ) -> DualCertificate:
     """The certificate that both stages give together; also recomputes one from stored stages.
 
-    Args:
-        level: the estimator's certificate.
-        label: the classifier's at the chosen level, None if it was not run.
-        sigmas: Sigma.
-        alpha: total failure probability.
-        tie: which stage is said to bound equal radii.
+    `label` is None where the classifier was not run; `tie` is the stage that is said to bound equal radii.
     """
     shared = 0
     if label is not None and label.sigma == level.sigma:

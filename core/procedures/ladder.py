@@ -105,7 +105,7 @@ class Ladder:
         """The lower bound, the radius and the target (see `Certificate`) that the votes show where they ended."""
         targets, shown, last = self.targets, self.shown_early(successes, num), num == self.most
         if self.grid:
-            shown = max(shown, self.shown_at_the_end(successes)) if last else shown
+            shown = max(shown, int((self.needed <= successes).sum())) if last else shown
             if not shown:
                 return 0.0, 0.0, None
             return float(self.p_targets[shown - 1]), targets[shown - 1], targets[shown - 1]
@@ -134,10 +134,6 @@ class Ladder:
             middle = (low + high) / 2
             low, high = (middle, high) if self._shows(successes, num, middle) else (low, middle)
         return low
-
-    def shown_at_the_end(self, successes: int) -> int:
-        """How many targets the Clopper-Pearson look at the last draw shows."""
-        return int((self.needed <= successes).sum())
 
     def give_up(self, successes: int, num: int, z: float) -> Stop:
         """Whether the next target is out of reach, or so unlikely that the rule gives up; FULL to go on."""

@@ -22,13 +22,13 @@ from core.errors import ConfigError
 from core.law import Law
 from core.procedures.confidence import bound_and_radius, lower_bound
 from core.procedures.smoothing import certify
-from core.records import ABSTAIN, Certificate, Procedure, Record, Sampling
+from core.records import ABSTAIN, Certificate, Outcome, Procedure, Sampling
 
 __all__ = ["MultiscaleCertificate", "level_alphas", "multiscale_certify"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MultiscaleCertificate(Record):
+class MultiscaleCertificate(Outcome):
     """The outcome of Multiscale (Jeong & Shin 2023) for one input.
 
     With probability at least 1 - alpha over the noise of all levels, the prediction (if it is not ABSTAIN) is the class
@@ -56,23 +56,14 @@ class MultiscaleCertificate(Record):
     alpha: float
 
     @property
-    def abstained(self) -> bool:
-        """Whether nothing was certified."""
-        return self.prediction == ABSTAIN
-
-    @property
     def num_draws(self) -> int:
         """Noisy copies spent on all levels that were asked."""
         return sum(level.num_draws for level in self.levels)
 
 
 def level_alphas(alpha: float, num_levels: int, shares: Sequence[float] = ()) -> tuple[float, ...]:
-    """What a certificate may spend, by the level that decides; adds up to at most `alpha`.
-
-    Args:
-        alpha: total failure probability.
-        num_levels: of Sigma.
-        shares: of alpha, in the order of Sigma; equal unless given.
+    """What a certificate may spend, by the level that decides: shares of `alpha` in the order of Sigma, equal unless
+    given; adds up to at most `alpha`.
 
     Raises:
         ConfigError: for shares that are not one for each level, not positive, or add up to more than 1.
@@ -97,11 +88,6 @@ def multiscale_certify(
 
     The level that decides says how much of alpha is spent: its own bound and those of the levels above are all at its
     share, for the radius is too large only if the one bound that should have been the smallest is.
-
-    Args:
-        sigmas: Sigma, ascending.
-        sampling: draws of each level; alpha is the total failure probability.
-        shares: how it is divided over Sigma, see `level_alphas`.
     """
     if not sampling.plain:
         raise ConfigError("Multiscale knows neither a reference nor the randomised bound")

@@ -6,11 +6,12 @@ import numpy as np
 
 from core.agreement_records import Router
 from core.errors import ConfigError
+from core.law import Law
 from core.procedures.composition import RouterCertificate
 from core.procedures.confidence import bound_and_radius, radius_of_two_bounds
 from core.records import Certificate, Counts, Stop
 
-__all__ = ["against", "choose_level", "smoothed_router"]
+__all__ = ["against", "choose_level", "plurality_radius", "smoothed_router"]
 
 
 def choose_level(votes: Counts, router: Router) -> int:
@@ -26,6 +27,15 @@ def against(votes: Counts, chosen: int, place: int) -> int:
     A draw without a vote is on neither side.
     """
     return int(votes[:place].sum() if chosen < place else votes[place + 1 :].sum())
+
+
+def plurality_radius(votes: Counts, chosen: int, place: int, num: int, alpha: float, sigma: float, law: Law) -> float:
+    """E of a level under the plurality router: `radius_of_two_bounds`, half of alpha each; a draw without a vote is one
+    for it. For the chosen level, within what it stays: as if all others were one, no more than any of them alone.
+    """
+    own = int(votes[chosen])
+    off = own if place == chosen else int(votes.sum() - votes[place])
+    return radius_of_two_bounds(own, off, num, alpha / 2, sigma, law)
 
 
 def smoothed_router(certificate: Certificate, router: Router = "median") -> RouterCertificate:
@@ -56,7 +66,7 @@ def smoothed_router(certificate: Certificate, router: Router = "median") -> Rout
     def excluded(place: int) -> float:
         if router == "median":
             return bound_and_radius(against(votes, chosen, place), num, alpha, sigma, law)[1]
-        return radius_of_two_bounds(int(votes[chosen]), int(votes.sum() - votes[place]), num, alpha / 2, sigma, law)
+        return plurality_radius(votes, chosen, place, num, alpha, sigma, law)
 
     reach = tuple(0.0 if place == chosen else excluded(place) for place in range(len(votes)))
     return RouterCertificate(chosen, reach, law.norm, alpha, certificate.num_draws)

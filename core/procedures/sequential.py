@@ -40,7 +40,6 @@ __all__ = [
     "Budget",
     "ascending_grid",
     "beyond",
-    "certify_grid",
     "certify_sequential",
     "check_budget",
     "climb",
@@ -91,12 +90,9 @@ def climb(
         grid: whether nothing but the targets is of interest: the radius is then one of them, and the rule's futility
             gives up on the next one. Otherwise the last look certifies any radius up to the last target, and only the
             prospect of certifying nothing at all ends the sampling.
-        ask: heads to ask at each look, `head` among them; others' votes go to `others`.
-        given: votes of looks that are known already (an earlier `others`); they are used before anything is asked.
-        others: filled with the other head's votes, a look each.
-
-    Returns:
-        A `Certificate`.
+        ask: see `sample`; `head` alone unless given.
+        given: see `sample`.
+        others: see `sample`.
     """
     top_class, most = int(selection.argmax()), sampling.num_estimation
     ladder = Ladder(sigma, tuple(targets), sampling, rule.early_share, grid=grid)
@@ -104,10 +100,10 @@ def climb(
     def verdict(votes: Counts, num: int) -> Stop:
         return ladder.verdict(int(votes[top_class]), num, rule.futility_z)
 
-    ended = yield from sample(
+    estimation, num, stop = yield from sample(
         sigma, most, rule.look_every, head, verdict, ask=ask or (head,), given=given, others=others
     )
-    return conclude(sigma, targets, selection, *ended[:2], sampling, rule.early_share, ended[2], grid=grid)
+    return conclude(sigma, targets, selection, estimation, num, sampling, rule.early_share, stop, grid=grid)
 
 
 def conclude(
@@ -146,16 +142,14 @@ def conclude(
     )
 
 
-def certify_sequential(sigma: float, sampling: Sampling, rule: Rule) -> Procedure[Certificate]:
-    """CERTIFY that stops as soon as it can only abstain; otherwise draw by draw the fixed one."""
+def certify_sequential(
+    sigma: float, sampling: Sampling, rule: Rule, radii: Sequence[float] = ()
+) -> Procedure[Certificate]:
+    """CERTIFY that stops as soon as it can only abstain; otherwise draw by draw the fixed one. With `radii`, a grid, it
+    decides no more than which of them are exceeded.
+    """
     selection = (yield Draws(sigma, sampling.num_selection, (CLASSIFIER,), Phase.SELECTION))[CLASSIFIER]
-    return (yield from climb(sigma, (), selection, sampling, rule, CLASSIFIER))
-
-
-def certify_grid(sigma: float, radii: Sequence[float], sampling: Sampling, rule: Rule) -> Procedure[Certificate]:
-    """CERTIFY that decides no more than which radii of a grid are exceeded."""
-    selection = (yield Draws(sigma, sampling.num_selection, (CLASSIFIER,), Phase.SELECTION))[CLASSIFIER]
-    return (yield from climb(sigma, beyond(radii), selection, sampling, rule, CLASSIFIER, grid=True))
+    return (yield from climb(sigma, beyond(radii), selection, sampling, rule, CLASSIFIER, grid=len(radii) > 0))
 
 
 def dual_certify_sequential(
@@ -166,19 +160,12 @@ def dual_certify_sequential(
     radii: Sequence[float] = (),
     split: AlphaSplit = "halves",
 ) -> Procedure[DualCertificate]:
-    """DUAL-CERTIFY with early stopping; the same claim and the same alpha as `core.procedures.dual.dual_certify`.
+    """DUAL-CERTIFY with early stopping; the same claim and the same alpha as `core.procedures.dual.dual_certify`. With
+    `radii`, a grid, only which of them the radius exceeds is decided.
 
     Which stage goes first is decided on selection draws, so it is independent of both stages' estimation draws. Where
     the classifier goes first and the estimator then abstains, the classifier's draws were in vain: never more than both
     stages in full, but more than `dual_certify`, which asks the estimator first.
-
-    Args:
-        sigmas: Sigma, in the order of the estimator's outputs.
-        sigma_e: noise level of the estimator.
-        sampling: draws of each stage at most, and the total failure probability.
-        rule: when to look and when to give up.
-        radii: a grid; then only which of them the radius exceeds is decided. Empty: the radius itself.
-        split: how alpha is spent, see `core.records.AlphaSplit`.
     """
     stage = stage_sampling(sampling, split)
     heads = selection_heads(sigmas, sigma_e)
@@ -240,19 +227,7 @@ def _guess(selection: Counts, sigma: float, law: Law) -> float:
 
 def skipped(sigma: float, selection: Counts, sampling: Sampling) -> Certificate:
     """An abstention without estimation draws: the other stage had abstained."""
-    return Certificate(
-        prediction=ABSTAIN,
-        radius=0.0,
-        p_lower=0.0,
-        sigma=sigma,
-        num_selection=sampling.num_selection,
-        num_estimation=0,
-        counts_selection=selection,
-        counts_estimation=np.zeros_like(selection),
-        alpha=sampling.alpha,
-        stop=Stop.SKIPPED,
-        law=sampling.law,
-    )
+    return conclude(sigma, (), selection, np.zeros_like(selection), 0, sampling, 0.0, Stop.SKIPPED)
 
 
 def standard_procedure(
@@ -262,9 +237,7 @@ def standard_procedure(
     if budget == "fixed":
         return certify(sigma, sampling)
     check_budget(budget, sampling.law)
-    if budget == "sequential":
-        return certify_sequential(sigma, sampling, rule)
-    return certify_grid(sigma, ascending_grid(radii), sampling, rule)
+    return certify_sequential(sigma, sampling, rule, ascending_grid(radii) if budget == "grid" else ())
 
 
 def dual_procedure(
@@ -280,9 +253,8 @@ def dual_procedure(
     if budget == "fixed":
         return dual_certify(sigmas, sigma_e, sampling, split)
     check_budget(budget, sampling.law)
-    return dual_certify_sequential(
-        sigmas, sigma_e, sampling, rule, ascending_grid(radii) if budget == "grid" else (), split
-    )
+    grid = ascending_grid(radii) if budget == "grid" else ()
+    return dual_certify_sequential(sigmas, sigma_e, sampling, rule, grid, split)
 
 
 def check_budget(budget: Budget, law: Law) -> None:

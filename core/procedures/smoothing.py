@@ -128,14 +128,8 @@ def stage_bound(
 def certificate(
     selection: Counts, estimation: Counts, sigma: float, sampling: Sampling, more: Estimation | None = None
 ) -> Certificate:
-    """The certificate that the votes of both phases give; also recomputes one from stored counts.
-
-    Args:
-        selection: votes that choose the class.
-        estimation: votes that bound its probability.
-        sigma: noise level.
-        sampling: draws and failure probability.
-        more: what came with the estimation votes, where there is a reference or the bound is randomised.
+    """The certificate that the votes of both phases give, with what came `more` of the estimation where there is a
+    reference or the bound is randomised; also recomputes one from stored counts.
     """
     top_class = int(selection.argmax())
     s = sampling.at(sigma)

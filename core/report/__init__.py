@@ -3,8 +3,8 @@
 `core.report.render` writes the report; `core.report.plots` alone imports matplotlib.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from core.errors import DataError
 from core.evaluation import metrics
+from core.evaluation.exchange import CertifyLog
+from core.evaluation.metrics import Bools, Floats, Ints
 from core.law import GAUSSIAN, Law
 from core.records import Bound
 
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
     from core.report.pages import Block
 
 __all__ = [
+    "Bools",
     "DualRows",
-    "ImportedRows",
+    "Floats",
+    "Ints",
     "Kind",
     "Method",
     "MethodRows",
@@ -29,10 +33,6 @@ __all__ = [
     "RoutedRows",
     "StandardRows",
 ]
-
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -155,21 +155,6 @@ class DualRows(RoutedRows):
         return (self.radius_sigma - self.radius_class)[~self.abstained]
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class ImportedRows:
-    """Somebody else's certificates, M examples of their own choice; see `core.evaluation.exchange.CertifyLog`.
-
-    Attributes:
-        name: what the report calls them.
-        correct, radius, abstained: ``(M,)``, as in `StandardRows`, as the log has them: nothing about them was checked.
-    """
-
-    name: str
-    correct: Bools
-    radius: Floats
-    abstained: Bools
-
-
 class Kind(StrEnum):
     """What a row of the certified-accuracy table is."""
 
@@ -237,7 +222,7 @@ class ReportData:
         baseline: standard RS with the off-the-shelf classifier.
         others: further methods that were run.
         experts: whether each noise level has a classifier of its own.
-        imported: logs of others; shown beside the rest, never called the best.
+        imported: logs of others, by name; shown beside the rest as they are, unchecked, and never called the best.
         strict: whether a certificate counts at r when its radius is > r (else >= r).
         law: of the noise; says the norm of all radii.
         alpha: failure probability per example.
@@ -260,7 +245,7 @@ class ReportData:
     baseline: tuple[StandardRows, ...] = ()
     others: tuple[MethodRows, ...] = ()
     experts: bool = False
-    imported: tuple[ImportedRows, ...] = ()
+    imported: Mapping[str, CertifyLog] = field(default_factory=dict)
     strict: bool = True
     law: Law = GAUSSIAN
     alpha: float
@@ -305,17 +290,24 @@ class ReportData:
 
     def methods(self) -> tuple[Method, ...]:
         """The rows of the tables in the order in which they are shown."""
+
+        def method(rows: MethodRows, kind: Kind, index: int = 0, name: str = "") -> Method:
+            columns = (rows.correct, rows.radius, rows.p_lower, rows.abstained, rows.num_draws)
+            return Method(name or rows.name, kind, index, *columns, self.strict)
+
+        def at_levels(levels: Sequence[StandardRows], kind: Kind, which: str = "") -> list[Method]:
+            names = ["Expert" if self.experts else rows.name for rows in levels]
+            return [method(r, kind, i, f"{names[i]}{which}, sigma = {r.sigma:g}") for i, r in enumerate(levels)]
+
         _, best = self.oracle
-        name = "Oracle over Sigma (not a certificate)"
-        shown = [_standard(r, Kind.STANDARD, i, self.strict, self.experts) for i, r in enumerate(self.standard)]
-        shown += [_method(rows, rows.name, Kind.OTHER, i, self.strict) for i, rows in enumerate(self.others)]
-        if (d := self.dual) is not None:
-            shown.append(_method(d, d.name, Kind.DUAL, 0, self.strict))
-        shown.append(Method(name, Kind.ORACLE, 0, best > 0.0, best, None, None, None, self.strict))
-        shown += [_standard(r, Kind.BASELINE, i, self.strict, self.experts) for i, r in enumerate(self.baseline)]
-        for i, rows in enumerate(self.imported):
-            claims = (rows.correct, rows.radius, None, rows.abstained, None)
-            shown.append(Method(f"Imported: {rows.name}", Kind.IMPORTED, i, *claims, self.strict))
+        shown = at_levels(self.standard, Kind.STANDARD)
+        shown += [method(rows, Kind.OTHER, i) for i, rows in enumerate(self.others)]
+        shown += [method(self.dual, Kind.DUAL)] if self.dual is not None else []
+        oracle = ("Oracle over Sigma (not a certificate)", Kind.ORACLE, 0, best > 0.0, best, None, None, None)
+        shown += [Method(*oracle, self.strict), *at_levels(self.baseline, Kind.BASELINE, " off the shelf")]
+        for i, (name, log) in enumerate(self.imported.items()):
+            claims = (log.correct, log.radius, None, log.abstained, None)
+            shown.append(Method(f"Imported: {name}", Kind.IMPORTED, i, *claims, self.strict))
         return tuple(shown)
 
     def leaders(self) -> list[list[Method]]:
@@ -357,25 +349,15 @@ class ReportData:
         return float(same.mean()) if same.size else float("nan")
 
 
-def _standard(rows: StandardRows, kind: Kind, index: int, strict: bool, expert: bool) -> Method:
-    name = ("Expert" if expert else rows.name) + ("" if kind is Kind.STANDARD else " off the shelf")
-    return _method(rows, f"{name}, sigma = {rows.sigma:g}", kind, index, strict)
-
-
-def _method(rows: MethodRows, name: str, kind: Kind, index: int, strict: bool) -> Method:
-    columns = (rows.correct, rows.radius, rows.p_lower, rows.abstained, rows.num_draws)
-    return Method(name, kind, index, *columns, strict)
-
-
 def _check_rows(rows: MethodRows, name: str = "") -> None:
     name = name or rows.name
     shape = rows.correct.shape
-    for field in ("correct", "radius", "p_lower", "abstained", "num_draws"):
-        value = getattr(rows, field)
+    for column in ("correct", "radius", "p_lower", "abstained", "num_draws"):
+        value = getattr(rows, column)
         if value.shape != shape or len(shape) != 1 or shape == (0,):
-            raise DataError(f"{name}: {field} must be a vector as long as correct {shape}, got {value.shape}")
-        if (value.dtype == np.bool_) != (field in ("correct", "abstained")):
-            raise DataError(f"{name}: {field} has the wrong type, got {value.dtype}")
+            raise DataError(f"{name}: {column} must be a vector as long as correct {shape}, got {value.shape}")
+        if (value.dtype == np.bool_) != (column in ("correct", "abstained")):
+            raise DataError(f"{name}: {column} has the wrong type, got {value.dtype}")
     if np.any(rows.abstained & (rows.correct | (rows.radius != 0.0))):
         raise DataError(f"{name}: an abstention has radius 0 and is never correct; got rows that say otherwise")
     if not np.all((rows.p_lower >= 0.0) & (rows.p_lower <= 1.0)):

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.errors import DataError
-from core.report import Kind, ReportData
+from core.report import Floats, Kind, ReportData
 from core.report.pages import Table, markdown_table
 
 __all__ = ["AblationSetting", "ablation_row", "format_ablation"]
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,7 +18,6 @@ class AblationSetting:
     """The certificates of one setting.
 
     Attributes:
-        name: of the setting.
         values: of the swept keys that it sets.
         data: standard RS and Dual RS on the same examples.
         facts: further columns of its row: seconds, fingerprint, folder.
@@ -98,11 +94,7 @@ def ablation_row(setting: AblationSetting) -> dict[str, Any]:
 def _summary(values: Floats) -> dict[str, float]:
     if not values.size:
         return dict.fromkeys(("mean", "median", "p90"), float("nan"))
-    return {
-        "mean": float(values.mean()),
-        "median": float(np.median(values)),
-        "p90": float(np.quantile(values, 0.9)),
-    }
+    return {"mean": float(values.mean()), "median": float(np.median(values)), "p90": float(np.quantile(values, 0.9))}
 
 
 def format_ablation(settings: Sequence[AblationSetting]) -> str:

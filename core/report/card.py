@@ -14,12 +14,8 @@ _ALWAYS = ("batch_size", "optimizer", "lr", "weight_decay", "schedule", "augment
 
 
 def run_card(config: Config, manifest: Mapping[str, Any], certified: Sequence[Block] = ()) -> str:
-    """Markdown that holds nothing but what the run itself says.
-
-    Args:
-        config: the run's.
-        manifest: the run's, with `train_base` finished.
-        certified: what the report says of certified accuracy; nothing before there is a certificate.
+    """Markdown that holds nothing but what the run itself says, once `train_base` is finished; `certified` is what the
+    report says of certified accuracy, nothing before there is a certificate.
     """
     step, data = manifest["steps"]["train_base"], manifest["data"]
     splits = " and ".join(

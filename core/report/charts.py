@@ -25,14 +25,8 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What the page needs to answer for a figure.
-
-    Attributes:
-        x_name: what the grid counts, for the line above the legend.
-        grid: abscissae, ascending.
-        left, right: where the first and the last of them are, in user units of the SVG.
-        top, bottom: ends of the axes, in user units.
-        curves: in the order of the legend.
+    """What the page needs to answer for a figure: what the ascending grid counts, where its first and last value and
+    the ends of the axes are in user units of the SVG, and the curves in the order of the legend.
     """
 
     x_name: str

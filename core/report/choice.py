@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from core.csv_text import csv_text
 from core.evaluation.choice import Candidate, Choice
+from core.report import Floats
 from core.report.pages import Table, markdown_table
-from core.report.plots import _COLOURS, _DASHES, _figure
+from core.report.plots import accuracy_axes, drawing, nth_look
 
 __all__ = ["choice_csv", "choice_figure", "choice_json", "format_choice", "format_curve", "recommended"]
-
-Floats = NDArray[np.float64]
 
 
 def recommended(choice: Choice, size: int) -> int:
@@ -76,20 +74,16 @@ def choice_json(choice: Choice, sigmas: Floats, radii: Floats, place: int) -> st
 def choice_figure(choice: Choice, sigmas: Floats, radii: Floats, shown: Sequence[int]) -> Figure:
     """Oracle and router of a few candidates against the radii that were asked for, on the test split if it is there."""
     of = choice.evaluation or choice.candidates
-
-    def panel(which: str, title: str) -> Any:
-        def draw(axes: Any) -> None:
-            for number, place in enumerate(shown):
-                look = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _DASHES[number % len(_DASHES)]}
+    names = [_name(of[place], sigmas) for place in shown]
+    with drawing(2, 6.4, names) as (figure, panels):
+        for axes, which, title in zip(
+            panels, ("router", "oracle"), ("Light router", "Oracle (not a certificate)"), strict=True
+        ):
+            for number, (place, name) in enumerate(zip(shown, names, strict=True)):
                 curve = 100.0 * getattr(of[place], which)
-                axes.plot(radii, curve, label=_name(of[place], sigmas), marker="o", markersize=4, **look)
-            axes.set(title=title, xlabel="certified radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
-            axes.set_ylim(0.0, 101.0)
-
-        return draw
-
-    panels = [panel("router", "Light router"), panel("oracle", "Oracle (not a certificate)")]
-    return _figure(panels, height_in=6.4, order=[_name(of[place], sigmas) for place in shown])
+                axes.plot(radii, curve, label=name, marker="o", markersize=4, **nth_look(number))
+            accuracy_axes(axes, title)
+    return figure
 
 
 def _rows(choice: Choice, sigmas: Floats, radii: Floats) -> list[dict[str, Any]]:

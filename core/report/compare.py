@@ -19,11 +19,11 @@ from core.report.pages import (
     Heading,
     Table,
     Text,
-    html_page,
     latex_table,
-    markdown_page,
     markdown_table,
+    page_files,
     percent,
+    shares_table,
 )
 
 __all__ = ["accuracy_table", "format_comparison", "paired_table", "write_comparison"]
@@ -33,14 +33,8 @@ _PAIRED: Final = "± is the standard error of a mean difference over the same ex
 
 
 def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]:
-    """Write comparison.html, comparison.md, comparison.csv, comparison.tex and the figures.
-
-    Args:
-        runs: by the name that they are shown under, all at the same radii; two at least.
-        folder: made if missing.
-
-    Returns:
-        The paths written.
+    """Write comparison.html, comparison.md, comparison.csv, comparison.tex and the figures of two runs at least, shown
+    under their names; returns the paths.
 
     Raises:
         DataError: for fewer than two runs, or radii or ways of counting (`strict`) that differ.
@@ -78,9 +72,7 @@ def write_comparison(runs: Mapping[str, ReportData], folder: Path) -> list[Path]
     }
     files["comparison.csv"] = _csv(plain).encode()
     files["comparison.tex"] = latex_table(accuracy, f"Certified accuracy, run by run. {_sets_sentence(runs)}").encode()
-    files["comparison.md"] = markdown_page(_TITLE, blocks, manifests).encode()
-    files["comparison.html"] = html_page(_TITLE, blocks, manifests).encode()
-    return write_files(folder, files)
+    return write_files(folder, files | page_files("comparison", _TITLE, blocks, manifests))
 
 
 def format_comparison(runs: Mapping[str, ReportData]) -> str:
@@ -98,17 +90,13 @@ def accuracy_table(runs: Mapping[str, ReportData]) -> Table:
     imported log is one.
     """
     radii = next(iter(runs.values())).radii
-    rows = [(name, method, method.accuracy(radii)) for name, data in runs.items() for method in data.methods()]
-    best = np.max([shares for _, method, shares in rows if method.is_certificate], axis=0)
     comparable = len({_test_set(data) for data in runs.values()}) == 1
-    bold = frozenset(
-        (i, j + 1)
-        for i, (_, method, shares) in enumerate(rows)
-        for j, share in enumerate(shares)
-        if comparable and method.is_certificate and share == best[j] > 0.0
-    )
-    cells = tuple((f"{name}: {_name(method)}", *(f"{100.0 * s:.2f}" for s in shares)) for name, method, shares in rows)
-    return Table(("Certified accuracy [%] beyond radius", *(f"{r:g}" for r in radii)), cells, bold)
+    rows = [
+        (f"{name}: {_name(method)}", method.accuracy(radii), (comparable and method.is_certificate) or None)
+        for name, data in runs.items()
+        for method in data.methods()
+    ]
+    return shares_table("Certified accuracy [%] beyond radius", radii, rows)
 
 
 def paired_table(runs: Mapping[str, ReportData]) -> Table:

@@ -71,15 +71,8 @@ def list_columns(data: ReportData) -> dict[str, list[Any]]:
 
 
 def class_table(data: ReportData, labels: NDArray[np.int64], names: Sequence[str] | None) -> tuple[list[int], Table]:
-    """Certified accuracy class by class, of `main_rows`.
-
-    Args:
-        data: of the report.
-        labels: int64 ``(N,)``.
-        names: of the classes, if anybody knows them.
-
-    Returns:
-        The labels that occur, ascending, and the table with a row for each.
+    """The labels ``(N,)`` that occur, ascending, and the table with a row for each: certified accuracy class by class,
+    of `main_rows`.
     """
     rows, found = main_rows(data), [int(label) for label in np.unique(labels)]
     wrong = data.lost_by_example() > 0
@@ -98,15 +91,8 @@ def class_table(data: ReportData, labels: NDArray[np.int64], names: Sequence[str
 def examples_page(
     data: ReportData, labels: NDArray[np.int64], names: Sequence[str] | None, content: Mapping[str, Any], note: str
 ) -> str:
-    """The page.
-
-    Args:
-        data: of the report.
-        labels: int64 ``(N,)``.
-        names: of the classes.
-        content: plain JSON: `ids`, `answer`, `methods`, `errors`, `pictures`, `gallery`, see
-            `distributed.views.examples`.
-        note: a sentence on the images.
+    """The page; `content` is plain JSON (`ids`, `answer`, `methods`, `errors`, `pictures`, `gallery`), see
+    `distributed.views.examples`, and `note` a sentence on the images.
     """
     shown, classes = class_table(data, labels, names)
     everything = {

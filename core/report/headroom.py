@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import paired_difference, reached
-from core.report import DualRows, ReportData
+from core.report import Bools, DualRows, Floats, Ints, ReportData
 from core.report.agreement import CONSTANT, AgreementRows
 from core.report.pages import Block, Heading, Section, Table, Text
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Routed", "agreement_claims", "dual_claim", "headroom", "headroom_sections", "radius_cells"]
 
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _ORACLE: Final = "oracle"
 _LEVEL: Final = "wrong level"
@@ -63,11 +59,8 @@ class Routed:
 
 
 def dual_claim(rows: DualRows, at_share: Floats) -> Routed:
-    """Neither the class nor the level changes (arXiv 2512.01782).
-
-    Args:
-        rows: the certificates.
-        at_share: float64 ``(N, K)``, standard RS at each level, at the class's share of alpha.
+    """Neither the class nor the level changes (arXiv 2512.01782); ``(N, K)`` `at_share` is standard RS at each level,
+    at the class's share of alpha.
     """
     return Routed(
         name=rows.name,
@@ -78,35 +71,16 @@ def dual_claim(rows: DualRows, at_share: Floats) -> Routed:
     )
 
 
-def agreement_claims(
-    names: tuple[str, str],
-    correct: Bools,
-    radius: Floats,
-    radius_constant: Floats,
-    choice: Ints,
-    binding: Ints,
-    excluded: Floats,
-    radius_class: Floats,
-) -> list[Routed]:
-    """The class does not change; and what the same votes show of class and level.
-
-    Args:
-        names: of the two claims.
-        correct: bool ``(N,)``, certified and the class is the label.
-        radius: float64 ``(N,)``, of the first claim.
-        radius_constant: float64 ``(N,)``, of the second.
-        choice: int64 ``(N,)``, m.
-        binding: int64 ``(N,)``, the level that has `radius`; -1 where abstaining.
-        excluded: float64 ``(N, K)``, E of each level.
-        radius_class: float64 ``(N, K)``, R of each level.
-    """
-    row, other = np.arange(choice.size), binding != choice
-    at_share, router = radius_class[row, choice], excluded[row, binding] > radius_class[row, binding]
-    first, second = (np.where(correct, each, 0.0) for each in (radius, radius_constant))
-    common = partial(Routed, choice=choice, at_share=at_share)
+def agreement_claims(rows: AgreementRows) -> list[Routed]:
+    """The class does not change; and what the same votes show of class and level."""
+    row, other = np.arange(rows.binding.size), rows.binding != rows.sigma_choice
+    at_share = rows.radius_class[row, rows.sigma_choice]
+    router = rows.radius_excluded[row, rows.binding] > rows.radius_class[row, rows.binding]
+    first, second = (np.where(rows.correct, each, 0.0) for each in (rows.radius, rows.radius_constant))
+    common = partial(Routed, choice=rows.sigma_choice, at_share=at_share)
     return [
-        common(name=names[0], certified=first, by_router=other & router, by_class=other & ~router),
-        common(name=names[1], certified=second, by_router=radius_constant < at_share),
+        common(name=rows.name, certified=first, by_router=other & router, by_class=other & ~router),
+        common(name=CONSTANT, certified=second, by_router=rows.radius_constant < at_share),
     ]
 
 
@@ -183,16 +157,7 @@ def _claims(data: ReportData) -> list[Routed]:
         if isinstance(rows, DualRows) and at_share is not None:
             found.append(dual_claim(rows, at_share))
         if isinstance(rows, AgreementRows):
-            claims = agreement_claims(
-                (rows.name, CONSTANT),
-                rows.correct,
-                rows.radius,
-                rows.radius_constant,
-                rows.sigma_choice,
-                rows.binding,
-                rows.radius_excluded,
-                rows.radius_class,
-            )
+            claims = agreement_claims(rows)
             found += claims[:1] if found else claims  # the published claim may stand there already
     return found
 
@@ -202,7 +167,6 @@ class _Way:
     """One claim's means, ``(1 + R,)`` each: the certified radius, then the certified accuracies.
 
     Attributes:
-        name: of the claim.
         stations: of `headroom`.
         gap, error: the claim less the best single level, and the paired standard error of that.
     """
@@ -222,10 +186,7 @@ def _section(radii: Floats, best: str, single: Floats, ways: Sequence[_Way]) -> 
     from core.report import plots
 
     header = ("Mean certified radius", *(f"{radius:g}" for radius in radii))
-    lines = [
-        (best, *radius_cells(single)),
-        ("Oracle (not a certificate)", *radius_cells(ways[0].stations[_ORACLE])),
-    ]
+    lines = [(best, *radius_cells(single)), ("Oracle (not a certificate)", *radius_cells(ways[0].stations[_ORACLE]))]
     for way in ways:
         lines += [
             (f"{way.name}: its choice, not certified", *radius_cells(way.stations[_LEVEL])),
@@ -283,29 +244,24 @@ def _sentence(way: _Way) -> str:
 
 def _figure(radii: Floats, best: str, single: Floats, ways: Sequence[_Way]) -> "Figure":
     """Bars at each radius: what is certified, and on it, up to the oracle, what is lost; a panel for each claim."""
-    from core.report.plots import _DUAL, _figure
+    from core.report.plots import DUAL, accuracy_axes, drawing
 
     place, every = np.arange(radii.size), 1 + radii.size // 14
     parts = [name for name in _COLOURS if any(name in way.stations for way in ways)]  # the panels share a legend
-
-    def panel(way: _Way) -> Any:
-        def draw(axes: Any) -> None:
+    with drawing(len(ways), 3.2 * len(ways)) as (figure, panels):
+        for axes, way in zip(panels, ways, strict=True):
             above = way.stations[_ORACLE]
             for name in parts:
                 below = way.stations.get(name, above)
                 heights, bottom = 100.0 * (above - below)[1:], 100.0 * below[1:]
                 axes.bar(place, heights, 0.7, bottom=bottom, color=_COLOURS[name], label=name)
                 above = below
-            axes.bar(place, 100.0 * above[1:], 0.7, color=_DUAL, label="certified")
+            axes.bar(place, 100.0 * above[1:], 0.7, color=DUAL, label="certified")
             axes.hlines(100.0 * single[1:], place - 0.42, place + 0.42, colors="black", linewidth=2.0, label=best)
             axes.set_xticks(place[::every], [f"{radius:g}" for radius in radii[::every]])
             axes.grid(visible=False, axis="x")
-            axes.set(title=way.name, xlabel="certified radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
-            axes.set_ylim(0.0, 101.0)
-
-        return draw
-
-    return _figure([panel(way) for way in ways], height_in=3.2 * len(ways))
+            accuracy_axes(axes, way.name)
+    return figure
 
 
 def _csv(radii: Floats, single: Floats, ways: Sequence[_Way]) -> bytes:

@@ -12,7 +12,7 @@ from core.evaluation.exchange import CertifyLog
 from core.evaluation.metrics import average_certified_radius
 from core.files import write_files
 from core.report import Kind, Method
-from core.report.pages import Block, Heading, Table, Text, html_page, latex_table, markdown_page, markdown_table
+from core.report.pages import Block, Heading, Table, Text, latex_table, markdown_table, page_files
 
 __all__ = ["format_logs", "write_logs"]
 
@@ -20,17 +20,8 @@ _TITLE: Final = "Certified accuracy of logs"
 
 
 def write_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], strict: bool, folder: Path) -> list[Path]:
-    """Write logs.html, logs.md, logs.csv, logs.tex and the figure.
-
-    Args:
-        logs: by the name that each is shown under.
-        radii: ``(R,)``, l2, pixel scale [0, 1].
-        strict: count radius > r, otherwise radius >= r.
-        folder: made if missing.
-
-    Returns:
-        The paths written.
-
+    """Write logs.html, logs.md, logs.csv, logs.tex and the figure, each log under its name; returns the paths. A
+    certificate counts where its radius > r if `strict`, otherwise radius >= r.
     """
     from core.report import plots
 
@@ -44,10 +35,8 @@ def write_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], stric
     files = {f"logs.{kind}": plots.to_bytes(figure, kind) for kind in ("png", "pdf")} | {
         "logs.csv": _csv(methods, radii).encode(),
         "logs.tex": latex_table(table, _sentence(logs, strict)).encode(),
-        "logs.md": markdown_page(_TITLE, blocks, {}).encode(),
-        "logs.html": html_page(_TITLE, blocks, {}).encode(),
     }
-    return write_files(folder, files)
+    return write_files(folder, files | page_files("logs", _TITLE, blocks, {}))
 
 
 def format_logs(logs: Mapping[str, CertifyLog], radii: NDArray[np.float64], strict: bool) -> str:

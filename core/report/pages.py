@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from core.report.charts import CSS, SCRIPT, Chart, chart_html
 
 __all__ = [
@@ -25,7 +28,9 @@ __all__ = [
     "latex_table",
     "markdown_page",
     "markdown_table",
+    "page_files",
     "percent",
+    "shares_table",
 ]
 
 NONE: Final = "–"
@@ -83,17 +88,35 @@ Block = Heading | Text | Link | Table | Picture
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Further blocks of a report.
-
-    Attributes:
-        summary: what a terminal is shown of it.
-        blocks: in order.
-        files: contents by name, those of its pictures and tables.
-    """
+    """Further blocks of a report, what a terminal is shown of them, and the files of their pictures and tables."""
 
     summary: str
     blocks: tuple[Block, ...]
     files: Mapping[str, bytes]
+
+
+Shares = NDArray[np.float64]
+
+
+def shares_table(title: str, radii: Shares, rows: Sequence[tuple[str, Shares, object]]) -> Table:
+    """Shares at each radius, in percent.
+
+    Args:
+        title: of the names' column.
+        radii: ``(R,)``.
+        rows: name, shares ``(R,)``, and with whom it competes: the best of a group at a radius is bold, unless it is 0;
+            of the group None is none.
+    """
+    groups = {group for *_, group in rows if group is not None}
+    best = {group: np.max([shares for _, shares, own in rows if own == group], axis=0) for group in groups}
+    bold = (
+        (i, j + 1)
+        for i, (_, shares, group) in enumerate(rows)
+        for j, share in enumerate(shares if group is not None else ())
+        if share == best[group][j] > 0.0
+    )
+    cells = tuple((name, *(f"{100.0 * share:.2f}" for share in shares)) for name, shares, _ in rows)
+    return Table((title, *(f"{radius:g}" for radius in radii)), cells, frozenset(bold))
 
 
 # Markdown
@@ -179,6 +202,12 @@ figure { margin: 1.4rem 0; } figcaption { font-size: .85rem; opacity: .8; }
 .card > svg { display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto; }
 pre { overflow-x: auto; padding: .8rem; background: var(--soft); border-radius: 6px; font-size: .8rem; }
 """
+
+
+def page_files(name: str, title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> dict[str, bytes]:
+    """The pages `name`.md and `name`.html."""
+    markdown, page = markdown_page(title, blocks, manifest), html_page(title, blocks, manifest)
+    return {f"{name}.md": markdown.encode(), f"{name}.html": page.encode()}
 
 
 def html_page(title: str, blocks: Sequence[Block], manifest: Mapping[str, object]) -> str:

@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import matplotlib
@@ -11,37 +12,40 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 
 from core.evaluation.metrics import ecdf
-from core.report import Kind, Method, ReportData
+from core.report import Floats, Ints, Kind, Method, ReportData
 from core.report.charts import Chart, Curve
 from core.report.pages import Picture
 
 __all__ = [
+    "COLOURS",
+    "DASHES",
+    "DUAL",
+    "accuracy_axes",
     "certified_accuracy_figure",
     "curves_figure",
     "delta_figure",
     "draw_curves",
+    "drawing",
     "figures",
+    "nth_look",
     "p_lower_figure",
+    "progress_figure",
     "severity_figure",
     "sigma_choice_figure",
     "to_bytes",
     "to_picture",
-    "to_svg",
 ]
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 # Okabe & Ito's palette without its yellow, which is hard to see on white. Vermillion is kept for Dual RS.
-_COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
-_DUAL: Final = "#D55E00"
+COLOURS: Final = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
+DUAL: Final = "#D55E00"
 _OTHERS: Final = ("#5D3A9B", "#117733", "#882255", "#44AA99")
 _OTHER_MARKERS: Final = ("X", "p", "h", "d")
 # Dots are kept for the off-the-shelf rows.
-_DASHES: Final = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (12, 2)))
+DASHES: Final = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (12, 2)))
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P")
 
 # Narrow figures with type of full size: a phone shows the SVG at three quarters, and it is still read.
@@ -77,43 +81,33 @@ def figures(data: ReportData) -> dict[str, Figure]:
 
 def certified_accuracy_figure(data: ReportData) -> Figure:
     """Certified accuracy against the radius, one curve per method, up to the largest certified radius."""
-
-    def draw(axes: Any) -> None:
+    methods = data.methods()
+    with drawing(1, 3.5, [method.name for method in methods]) as (figure, (axes,)):
         # The oracle first: it runs above the others and must not hide them where they meet.
-        methods = sorted(data.methods(), key=lambda m: m.is_certificate)
-        draw_curves(axes, methods)
-
-    return _figure([draw], height_in=3.5, order=[m.name for m in data.methods()])
+        draw_curves(axes, sorted(methods, key=lambda m: m.is_certificate))
+    return figure
 
 
 def delta_figure(lost: Floats, slack: Floats) -> Figure:
-    """ECDFs of the radius that a sub-optimal noise level costs, and of the room that R_sigma leaves above R_c.
-
-    Args:
-        lost: Delta R_c = R_c* - R_c, >= 0; an empty array leaves its panel out.
-        slack: Delta R_sigma = R_sigma - R_c, negative where the estimator caps the radius; may be empty likewise.
+    """ECDFs of Delta R_c, the radius that a sub-optimal noise level costs, and of Delta R_sigma, the room that R_sigma
+    leaves above R_c, negative where the estimator caps the radius; an empty array leaves its panel out.
     """
-
-    def draw_lost(axes: Any) -> None:
-        _draw_ecdf(axes, lost, _COLOURS[0], start=0.0)
-        axes.set(title="Radius lost to the choice of sigma", xlabel=r"$\Delta R_c = R_c^* - R_c$")
-
-    def draw_slack(axes: Any) -> None:
-        _draw_ecdf(axes, slack, _DUAL)
-        axes.axvline(0.0, color="#444444", linewidth=1.0, linestyle="--")
-        axes.set(
-            title="Left of the dashed line R_sigma caps the radius".replace("R_sigma", r"$R_\sigma$"),
-            xlabel=r"$\Delta R_\sigma = R_\sigma - R_c$",
-        )
-
-    panels = [draw for draw, values in ((draw_lost, lost), (draw_slack, slack)) if values.size]
-    return _figure(panels, height_in=2.9 * len(panels))
+    num = bool(lost.size) + bool(slack.size)
+    with drawing(num, 2.9 * num) as (figure, panels):
+        if lost.size:
+            _draw_ecdf(panels[0], lost, COLOURS[0], start=0.0)
+            panels[0].set(title="Radius lost to the choice of sigma", xlabel=r"$\Delta R_c = R_c^* - R_c$")
+        if slack.size:
+            _draw_ecdf(panels[-1], slack, DUAL)
+            panels[-1].axvline(0.0, color="#444444", linewidth=1.0, linestyle="--")
+            title = r"Left of the dashed line $R_\sigma$ caps the radius"
+            panels[-1].set(title=title, xlabel=r"$\Delta R_\sigma = R_\sigma - R_c$")
+    return figure
 
 
 def p_lower_figure(data: ReportData) -> Figure:
     """ECDF of the lower bound of the top class's probability, one curve per method that has one."""
-
-    def draw(axes: Any) -> None:
+    with drawing(1, 3.5) as (figure, (axes,)):
         for method in data.methods():
             if method.p_lower is not None:
                 x, y = ecdf(method.p_lower)
@@ -123,17 +117,15 @@ def p_lower_figure(data: ReportData) -> Figure:
         axes.set(xlabel="lower bound of the top class's probability", ylabel="share of examples ≤ x [%]")
         axes.set_xlim(0.0, 1.0)
         axes.set_ylim(0.0, 101.0)
-
-    return _figure([draw], height_in=3.5)
+    return figure
 
 
 def sigma_choice_figure(labels: Sequence[str], chosen: Ints, best: Ints) -> Figure:
     """Examples per noise level: as the estimator chose it, and as the oracle would have; ``(K,)`` counts each."""
-
-    def draw(axes: Any) -> None:
+    with drawing(1, 2.8) as (figure, (axes,)):
         place = np.arange(len(labels))
         for counts, shift, label, look in (
-            (chosen, -0.2, "chosen by the estimator", {"color": _DUAL}),
+            (chosen, -0.2, "chosen by the estimator", {"color": DUAL}),
             (best, 0.2, "best in hindsight (oracle)", {"color": "white", "edgecolor": "black", "hatch": "///"}),
         ):
             bars = axes.bar(place + shift, counts, width=0.38, label=label, **look)
@@ -142,56 +134,39 @@ def sigma_choice_figure(labels: Sequence[str], chosen: Ints, best: Ints) -> Figu
         axes.grid(visible=False, axis="x")
         axes.margins(y=0.12)
         axes.set(xlabel="sigma", ylabel="examples")
-
-    return _figure([draw], height_in=2.8)
+    return figure
 
 
 def curves_figure(curves: Mapping[str, Method]) -> Figure:
     """Certified accuracy against the radius, one curve per name."""
-
-    def draw(axes: Any) -> None:
-        looks = (
-            {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 1.8}
-            for i in range(len(curves))
-        )
+    with drawing(1, 3.5) as (figure, (axes,)):
+        looks = ({**nth_look(i), "linewidth": 1.8} for i in range(len(curves)))
         _draw_curves(axes, [(name, method, look) for (name, method), look in zip(curves.items(), looks, strict=True)])
-
-    return _figure([draw], height_in=3.5)
+    return figure
 
 
 def progress_figure(curves: Mapping[str, tuple[Floats, Floats]]) -> Figure:
     """Examples done against the hours since the first of them, one curve per name."""
-
-    def draw(axes: Any) -> None:
+    with drawing(1, 2.8) as (figure, (axes,)):
         for number, (name, (hours, done)) in enumerate(curves.items()):
-            axes.step(hours, done, where="post", label=name, color=_COLOURS[number % len(_COLOURS)], linewidth=1.8)
+            axes.step(hours, done, where="post", label=name, color=COLOURS[number % len(COLOURS)], linewidth=1.8)
         axes.set(xlabel="hours since the first shard", ylabel="examples done")
         axes.set_ylim(bottom=0.0)
-
-    return _figure([draw], height_in=2.8)
+    return figure
 
 
 def severity_figure(severities: Sequence[int], methods: Sequence[Method], panels: Mapping[str, Floats]) -> Figure:
-    """Certified accuracy against the severity of a corruption, one line per method.
-
-    Args:
-        severities: x, ascending; 0 is the clean test set.
-        methods: M of them, for their names and looks.
-        panels: by title, shares ``(len(severities), M)``.
+    """Certified accuracy against the severity of a corruption (0: the clean test set), one line for each of M methods;
+    panels by title hold shares ``(len(severities), M)``.
     """
-
-    def panel(title: str, shares: Floats) -> Callable[[Any], None]:
-        def draw(axes: Any) -> None:
+    with drawing(len(panels), 2.9 * len(panels), [method.name for method in methods]) as (figure, drawn):
+        for axes, (title, shares) in zip(drawn, panels.items(), strict=True):
             for method, values in zip(methods, shares.T, strict=True):
                 axes.plot(severities, 100.0 * values, label=method.name, **(_look(method) | {"markevery": 1}))
             axes.set_xticks(severities, ["clean" if severity == 0 else str(severity) for severity in severities])
             axes.set(title=title, xlabel="severity", ylabel="certified accuracy [%]")
             axes.set_ylim(bottom=0.0)
-
-        return draw
-
-    drawn = [panel(title, shares) for title, shares in panels.items()]
-    return _figure(drawn, height_in=2.9 * len(drawn), order=[method.name for method in methods])
+    return figure
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:
@@ -207,11 +182,11 @@ def to_picture(figure: Figure, name: str, caption: str) -> Picture:
     """The figure for a page; one whose lines have names gets a legend of buttons instead of its own."""
     lines = _named_lines(figure)
     if len(figure.axes) > 1 or not lines or not all(_is_readable(line, _grid(figure)) for line in lines):
-        return Picture(f"{name}.png", caption, to_svg(figure, name))
+        return Picture(f"{name}.png", caption, _to_svg(figure, name))
     legends, (width, height) = figure.legends, figure.get_size_inches()
     figure.legends = []
     figure.set_size_inches(width, height - _LEGEND_ROW_IN * len(lines))
-    svg = to_svg(figure, name)
+    svg = _to_svg(figure, name)
     chart = _chart(figure, lines, name, svg)
     figure.legends = legends
     figure.set_size_inches(width, height)
@@ -263,7 +238,7 @@ def _chart(figure: Figure, lines: Sequence[Line2D], name: str, svg: str) -> Char
     )  # fmt: skip
 
 
-def to_svg(figure: Figure, name: str) -> str:
+def _to_svg(figure: Figure, name: str) -> str:
     """The figure as one `<svg>` element to put into HTML.
 
     Prolog and metadata are left out, the width is the page's to choose, and every id carries `name`: several figures on
@@ -281,12 +256,13 @@ def to_svg(figure: Figure, name: str) -> str:
     return re.sub(r' (?:width|height)="[^"]*"', "", head) + ">" + tail
 
 
-def _figure(panels: Sequence[Callable[[Any], None]], height_in: float, order: Sequence[str] = ()) -> Figure:
+@contextmanager
+def drawing(panels: int, height_in: float, order: Sequence[str] = ()) -> Iterator[tuple[Figure, list[Any]]]:
+    """A figure and its axes, one below the other, to draw into; then it gets the legend of the first, in this order."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        for axes, draw in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
-            draw(axes)
+        yield figure, figure.subplots(panels, squeeze=False)[:, 0].tolist()
         for number, line in enumerate(_named_lines(figure)):
             line.set_gid(f"curve-{number}")
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -296,7 +272,17 @@ def _figure(panels: Sequence[Callable[[Any], None]], height_in: float, order: Se
             # Outside the axes, so that it covers no curve, on paper of its own, so that it takes none from the axes.
             figure.legend([by_name[n] for n in names], names, loc="outside lower center", frameon=False)
             figure.set_size_inches(_WIDTH_IN, height_in + _LEGEND_ROW_IN * len(names))
-    return figure
+
+
+def nth_look(index: int) -> dict[str, Any]:
+    """Colour and dashes of one curve among others of their kind."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+
+
+def accuracy_axes(axes: Any, title: str = "") -> None:
+    """Name the axes of certified accuracy against the radius."""
+    axes.set(title=title, xlabel="certified radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+    axes.set_ylim(0.0, 101.0)
 
 
 def draw_curves(axes: Any, methods: Sequence[Method]) -> None:
@@ -312,9 +298,8 @@ def _draw_curves(axes: Any, curves: Sequence[tuple[str, Method, dict[str, Any]]]
         accuracy = 100.0 * method.accuracy(grid)
         end = int(np.count_nonzero(accuracy)) + 1  # down to 0, then no further along the axis
         axes.plot(grid[:end], accuracy[:end], label=name, **look)
-    axes.set(xlabel="certified radius (pixel scale [0, 1])", ylabel="certified accuracy [%]")
+    accuracy_axes(axes)
     axes.set_xlim(0.0, grid[-1])
-    axes.set_ylim(0.0, 101.0)
 
 
 def _draw_ecdf(axes: Any, values: Floats, colour: str, start: float | None = None) -> None:
@@ -330,31 +315,20 @@ def _look(method: Method) -> dict[str, Any]:
     if method.kind is Kind.ORACLE:
         return {"color": "black", "linestyle": "--", "linewidth": 1.4}
     if method.kind is Kind.DUAL:
-        return {
-            "color": _DUAL,
-            "linestyle": "-",
-            "linewidth": 2.6,
-            "marker": "*",
-            "markersize": 9,
-            "markevery": (0.09, 0.2),
-        }
+        return {"color": DUAL, "linestyle": "-", "linewidth": 2.6, "marker": "*", "markersize": 9,
+                "markevery": (0.09, 0.2)}  # fmt: skip
     if method.kind is Kind.OTHER:
         colour, marker = (each[method.index % len(each)] for each in (_OTHERS, _OTHER_MARKERS))
         return {"color": colour, "linestyle": "-", "linewidth": 1.8, "marker": marker, "markersize": 6,
                 "markevery": (0.05, 0.2)}  # fmt: skip
     if method.kind is Kind.IMPORTED:
-        dashes = (0, (4 + 2 * (method.index // len(_COLOURS)), 1, 1, 1, 1, 1))
-        return {"color": _COLOURS[-1 - method.index % len(_COLOURS)], "linestyle": dashes, "linewidth": 1.2}
+        dashes = (0, (4 + 2 * (method.index // len(COLOURS)), 1, 1, 1, 1, 1))
+        return {"color": COLOURS[-1 - method.index % len(COLOURS)], "linestyle": dashes, "linewidth": 1.2}
     # Marks along the drawn line, staggered so that they stay apart where curves meet.
     marks = (0.02 + 0.03 * method.index + (0.015 if method.kind is Kind.BASELINE else 0.0), 0.2)
-    colour = _COLOURS[method.index % len(_COLOURS)]
-    look = {
-        "color": colour,
-        "marker": _MARKERS[method.index % len(_MARKERS)],
-        "markersize": 5,
-        "linewidth": 1.5,
-        "markevery": marks,
-    }
+    look = nth_look(method.index) | {
+        "marker": _MARKERS[method.index % len(_MARKERS)], "markersize": 5, "linewidth": 1.5, "markevery": marks,
+    }  # fmt: skip
     if method.kind is Kind.BASELINE:
         return look | {"linestyle": (0, (1, 1.5)), "linewidth": 1.2, "markerfacecolor": "white", "alpha": 0.9}
-    return look | {"linestyle": _DASHES[method.index % len(_DASHES)]}
+    return look

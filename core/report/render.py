@@ -15,7 +15,7 @@ from core.csv_text import csv_text
 from core.evaluation.metrics import average_certified_radius, dataset_level_bound
 from core.files import write_files
 from core.procedures.confidence import largest_radius
-from core.report import DualRows, Kind, ReportData, RoutedRows, StandardRows
+from core.report import DualRows, Kind, ReportData, RoutedRows
 from core.report.pages import (
     NONE,
     Block,
@@ -24,22 +24,14 @@ from core.report.pages import (
     Section,
     Table,
     Text,
-    html_page,
     latex_table,
-    markdown_page,
     markdown_table,
+    page_files,
     percent,
+    shares_table,
 )
 
-__all__ = [
-    "DualRows",
-    "ReportData",
-    "StandardRows",
-    "accuracies",
-    "best_method_sentence",
-    "format_table",
-    "write_report",
-]
+__all__ = ["accuracies", "accuracy_table", "best_method_sentence", "format_table", "write_report"]
 
 _RHO: Final = 0.001
 _CAPTIONS: Final = {
@@ -88,12 +80,8 @@ def best_method_sentence(data: ReportData) -> str:
 
 
 def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = ()) -> list[Path]:
-    """Write report.md, report.html, table.csv, table.tex and the figures; each file appears whole or not at all.
-
-    Args:
-        data: what to report.
-        folder: made if missing; files of an earlier report are replaced.
-        sections: further blocks, below the others.
+    """Write report.md, report.html, table.csv, table.tex and the figures, then further sections; each file appears
+    whole or not at all, those of an earlier report are replaced.
 
     Returns:
         The paths written: table.csv, table.tex (booktabs), certified_accuracy.{png,pdf}, p_lower.png, sigma_choice.png,
@@ -112,9 +100,7 @@ def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = (
         files |= section.files
         blocks += section.blocks
     # The pages last: they name the other files.
-    files["report.md"] = markdown_page(data.title, blocks, data.manifest).encode()
-    files["report.html"] = html_page(data.title, blocks, data.manifest).encode()
-    return write_files(folder, files)
+    return write_files(folder, files | page_files("report", data.title, blocks, data.manifest))
 
 
 # What the report says
@@ -122,11 +108,8 @@ def write_report(data: ReportData, folder: Path, sections: Sequence[Section] = (
 
 def accuracy_table(data: ReportData) -> Table:
     """Certified accuracy of each method beyond each radius, the best in bold."""
-    methods = data.methods()
-    rows = tuple((m.name, *(f"{100.0 * a:.2f}" for a in m.accuracy(data.radii))) for m in methods)
-    names = [{m.name for m in best} for best in data.leaders()]
-    bold = frozenset((i, j + 1) for i, m in enumerate(methods) for j, best in enumerate(names) if m.name in best)
-    return Table(("Certified accuracy [%] beyond radius", *(f"{r:g}" for r in data.radii)), rows, bold)
+    rows = [(m.name, m.accuracy(data.radii), m.is_certificate or None) for m in data.methods()]
+    return shares_table("Certified accuracy [%] beyond radius", data.radii, rows)
 
 
 def _interval_table(data: ReportData) -> Table:
@@ -206,7 +189,7 @@ def _limits(data: ReportData) -> str:
 
 
 def _imported_notes(data: ReportData) -> list[str]:
-    names = ", ".join(f"{rows.name} ({rows.correct.size:,} examples)" for rows in data.imported)
+    names = ", ".join(f"{name} ({log.correct.size:,} examples)" for name, log in data.imported.items())
     if not data.imported:
         return []
     return [
@@ -338,11 +321,8 @@ def _latex(data: ReportData) -> str:
     if data.imported:
         claim += "; imported logs: examples and settings of their own"
     accuracy = latex_table(accuracy_table(data), f"Certified accuracy ({claim}).")
-    return (
-        accuracy
-        + "\n"
-        + latex_table(_interval_table(data), f"95% Clopper-Pearson intervals over the test set ({claim}).")
-    )
+    intervals = latex_table(_interval_table(data), f"95% Clopper-Pearson intervals over the test set ({claim}).")
+    return f"{accuracy}\n{intervals}"
 
 
 def _steps_table(steps: Mapping[str, Mapping[str, object]]) -> Table:

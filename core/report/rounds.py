@@ -9,16 +9,13 @@ from core.csv_text import csv_text
 from core.errors import DataError
 from core.evaluation.metrics import average_certified_radius, reached
 from core.report import Kind, Method, ReportData
-from core.report.pages import NONE, Block, Heading, Section, Table, Text, markdown_table, percent
+from core.report.pages import NONE, Block, Heading, Section, Table, Text, markdown_table, percent, shares_table
 
 __all__ = ["rounds_section"]
 
 
 def rounds_section(rounds: Sequence[ReportData]) -> Section:
-    """Dual RS round by round: table, curves, summary numbers, examples gained and lost.
-
-    Args:
-        rounds: the report of each, the first round first, on the same examples, with Dual RS in each.
+    """Dual RS round by round, the first one first: table, curves, summary numbers, examples gained and lost.
 
     Raises:
         DataError: for a round without Dual RS, or of another number of examples.
@@ -30,14 +27,8 @@ def rounds_section(rounds: Sequence[ReportData]) -> Section:
     radii = rounds[0].radii
     methods = {f"Round {number}": _dual(data) for number, data in enumerate(rounds, 1)}
     shares = {name: method.accuracy(radii) for name, method in methods.items()}
-    best = np.max(list(shares.values()), axis=0)
-    accuracy = Table(
-        ("Dual RS, certified accuracy [%] beyond radius", *(f"{radius:g}" for radius in radii)),
-        tuple((name, *(f"{100.0 * share:.2f}" for share in row)) for name, row in shares.items()),
-        frozenset(
-            (i, j + 1) for i, row in enumerate(shares.values()) for j, share in enumerate(row) if share == best[j] > 0.0
-        ),
-    )
+    rows = [(name, row, True) for name, row in shares.items()]
+    accuracy = shares_table("Dual RS, certified accuracy [%] beyond radius", radii, rows)
     figure = plots.curves_figure(methods)
     blocks: list[Block] = [
         Heading("Rounds"),
@@ -94,14 +85,12 @@ def _summary(rounds: Sequence[ReportData]) -> Table:
 
 
 def _changes(radii: np.ndarray, methods: dict[str, Method]) -> Table:
-    rows, names = [], list(methods)
-    for before, name in pairwise(names):
-        old, new = (_beyond(methods[each], radii) for each in (before, name))
+    beyond = {
+        name: reached(np.where(method.correct, method.radius, 0.0), radii, method.strict) > 0.0
+        for name, method in methods.items()
+    }
+    rows = []
+    for (before, old), (name, new) in pairwise(beyond.items()):
         gained, lost = (new & ~old).sum(axis=0), (old & ~new).sum(axis=0)
         rows.append((f"{name} against {before.lower()}", *(f"+{g} -{k}" for g, k in zip(gained, lost, strict=True))))
     return Table(("Examples beyond radius", *(f"{radius:g}" for radius in radii)), tuple(rows))
-
-
-def _beyond(method: Method, radii: np.ndarray) -> np.ndarray:
-    """Whether each example counts at each radius, bool ``(N, R)``."""
-    return reached(np.where(method.correct, method.radius, 0.0), radii, method.strict) > 0.0

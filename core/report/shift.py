@@ -4,16 +4,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from core.csv_text import csv_text
 from core.errors import DataError
-from core.report import Kind, Method, ReportData
-from core.report.pages import Block, Heading, Section, Table, Text, markdown_table
+from core.report import Floats, Kind, Method, ReportData
+from core.report.pages import Block, Heading, Section, Table, Text, markdown_table, shares_table
 
 __all__ = ["Shifted", "shift_section"]
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +23,8 @@ class Shifted:
 
 
 def shift_section(clean: ReportData, sets: Sequence[Shifted]) -> Section:
-    """Certified accuracy of each method per corruption and severity, their mean, and the noise levels chosen.
-
-    Args:
-        clean: the report of the clean test set, as severity 0 beside the others.
-        sets: one or more, at the radii of `clean`; shown are the methods that all of them have.
+    """Certified accuracy per corruption and severity (0: the clean set) of the methods that all sets have, their mean,
+    and the noise levels chosen.
 
     Raises:
         DataError: for other radii than those of `clean`.
@@ -51,11 +45,6 @@ def shift_section(clean: ReportData, sets: Sequence[Shifted]) -> Section:
     }
     severities = sorted({each.severity for each in everywhere})
     complete = [name for name in corruptions if all((name, severity) in tables for severity in severities)]
-    mean = {
-        severity: np.mean([tables[name, severity] for name in complete], axis=0)
-        for severity in (severities if complete else ())
-    }
-    header = ("Certified accuracy [%] beyond radius", *(f"{radius:g}" for radius in clean.radii))
     sizes = sorted({each.data.num_examples for each in sets})
     blocks: list[Block] = [
         Heading("Distribution shift"),
@@ -67,10 +56,12 @@ def shift_section(clean: ReportData, sets: Sequence[Shifted]) -> Section:
         ),
     ]
     files: dict[str, bytes] = {"shift.csv": _csv([Shifted("none", 0, clean), *sets], names)}
-    summary = Table(header, *_rows(mean, methods)) if complete else None
-    if summary is not None:
-        middle = len(clean.radii) // 2
-        shown = {f"beyond radius {clean.radii[place]:g}": place for place in dict.fromkeys((0, middle))}
+    summary = None
+    if complete:
+        mean = {each: np.mean([tables[name, each] for name in complete], axis=0) for each in severities}
+        summary = shares_table("Certified accuracy [%] beyond radius", clean.radii, _rows(mean, methods))
+        places = dict.fromkeys((0, len(clean.radii) // 2))
+        shown = {f"beyond radius {clean.radii[place]:g}": place for place in places}
         panels = {title: np.stack([mean[s][:, place] for s in severities]) for title, place in shown.items()}
         figure = plots.severity_figure(severities, methods, panels)
         files["shift.png"] = plots.to_bytes(figure, "png")
@@ -81,7 +72,7 @@ def shift_section(clean: ReportData, sets: Sequence[Shifted]) -> Section:
         blocks.append(Text("No corruption was certified at every severity shown, so no mean over them is given."))
     for name in corruptions:
         own = {severity: tables[name, severity] for severity in severities if (name, severity) in tables}
-        blocks.append(Table((f"{name}: certified accuracy [%] beyond radius", *header[1:]), *_rows(own, methods)))
+        blocks.append(shares_table(f"{name}: certified accuracy [%] beyond radius", clean.radii, _rows(own, methods)))
     if clean.dual is not None:
         choices = _choices(clean, sets)
         blocks += [Text("Share of the examples for which the estimator chose each sigma, certified or not."), choices]
@@ -97,19 +88,13 @@ def _certified(data: ReportData, names: Collection[str] | None = None) -> list[M
     return [method for method in methods if names is None or method.name in names]
 
 
-def _rows(
-    tables: Mapping[int, Floats], methods: Sequence[Method]
-) -> tuple[tuple[tuple[str, ...], ...], frozenset[tuple[int, int]]]:
-    """A row per severity and method, and which of their cells are bold."""
-    rows: list[tuple[str, ...]] = []
-    bold: set[tuple[int, int]] = set()
-    for severity, shares in sorted(tables.items()):
-        best = shares.max(axis=0)
-        for method, values in zip(methods, shares, strict=True):
-            bold |= {(len(rows), j + 1) for j, value in enumerate(values) if value == best[j] > 0.0}
-            name = f"{severity}{' (clean)' if severity == 0 else ''}: {method.name}"
-            rows.append((name, *(f"{100.0 * value:.2f}" for value in values)))
-    return tuple(rows), frozenset(bold)
+def _rows(tables: Mapping[int, Floats], methods: Sequence[Method]) -> list[tuple[str, Floats, object]]:
+    """A row per severity and method, which competes within its severity."""
+    return [
+        (f"{severity}{' (clean)' if severity == 0 else ''}: {method.name}", values, severity)
+        for severity, shares in sorted(tables.items())
+        for method, values in zip(methods, shares, strict=True)
+    ]
 
 
 def _choices(clean: ReportData, sets: Iterable[Shifted]) -> Table:

@@ -19,12 +19,8 @@ _LOG_RATIO = math.log(3 / 4), math.log(4 / 3)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to one image: a part is cut out, brought to the image's size, and mirrored.
-
-    Attributes:
-        top, left: of the part; counted from the edge of the image, so that a part of a padded image may begin below 0.
-        height, width: of the part.
-        mirrored: whether left and right change places.
+    """What is done to one image: a part is cut out, brought to the image's size, and mirrored. Its place counts from
+    the edge of the image, so that a part of a padded image may begin below 0.
     """
 
     top: int
@@ -40,12 +36,7 @@ def draw_augmentation(kind: Augment, size: tuple[int, int], key: bytes) -> Augme
     `flip`: RandomHorizontalFlip. `crop_flip`: RandomCrop of the image's size out of the image with 4 black pixels
     around it, then the flip: CIFAR's. `resized_crop`: RandomResizedCrop (8% to all of the area, sides 3:4 to 4:3, ten
     tries) to the image's size, then the flip: ImageNet's, though of the image as the data set has it, which may be a
-    crop already.
-
-    Args:
-        kind: which.
-        size: height and width of the image.
-        key: of `core.machine.noise_key.training_key`; the same one, the same augmentation.
+    crop already. The same key (`core.machine.noise_key.training_key`), the same augmentation.
     """
     height, width = size
     random = random_of(key)

@@ -18,14 +18,8 @@ DENOISER = "denoiser"
 def base_network(
     config: Config, role: str, shape: Sequence[int], num_classes: int, class_names: Sequence[str] | None = None
 ) -> nn.Module:
-    """A network of `Config.base_models`, with the weights that it has before it is trained here, if it is.
-
-    Args:
-        config: the run's.
-        role: `denoiser`, or one of `Config.classifiers`.
-        shape: ``(C, H, W)`` of the images.
-        num_classes: of the data set.
-        class_names: of the data set, where it names them.
+    """A network of `Config.base_models`, `denoiser` or a classifier, for images ``(C, H, W)``, with the weights that it
+    has before it is trained here, if it is.
 
     Raises:
         ModelError, ConfigError: as `load_denoiser` and `load_classifier`.
@@ -41,14 +35,8 @@ def base_network(
 def base_objective(
     config: Config, role: str, data: Dataset, denoiser: nn.Module | None, *, processes: int = 1
 ) -> Objective:
-    """What a base network learns from the training split.
-
-    Args:
-        config: the run's.
-        role: see `base_network`; of one that is trained here.
-        data: the training split.
-        denoiser: of a classifier, on the model's device; None where it reads the noisy image itself.
-        processes: that hold the images on this machine.
+    """What a base network that is trained here learns from the training split; a classifier behind its denoiser, if it
+    has one.
     """
     if role != DENOISER:
         train = config.classifier(role).train

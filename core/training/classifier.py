@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +34,8 @@ def new_classifier(
     *,
     new_head: bool = False,
 ) -> nn.Module:
-    """The network that the configuration names, with its weights, or initialised by torch's generator.
-
-    Args:
-        config: see there.
-        shape: ``(C, H, W)`` of the images.
-        num_outputs: logits that are needed.
-        class_names: see `load_classifier`.
-        new_head: take weights for another number of outputs all the same, with an untrained last layer.
+    """The network that the configuration names, for images ``(C, H, W)``, with its weights, or initialised by torch's
+    generator. For the other arguments see `load_classifier`.
     """
     if config.arch == SMALL_CNN:
         return SmallConvNet.for_images(shape, num_outputs, config.width)
@@ -73,7 +67,7 @@ def numbers_of(config: OptimisationConfig) -> dict[str, Any]:
     """Those of the loss as it is minimised; None for one that follows each image's sigma, as published."""
     if not isinstance(config, TrainConfig):
         return {}
-    return asdict(cast(Any, make_loss(config.loss, config.label_smoothing)))
+    return asdict(make_loss(config.loss, config.label_smoothing))
 
 
 def rows_per_image(config: TrainConfig) -> int:
@@ -93,16 +87,9 @@ def rows_per_image(config: TrainConfig) -> int:
 
 
 class ClassifierObjective(Objective):
-    """A loss of `core.training.losses` on images noised at levels of `TrainConfig.sigma`: a `loop.Objective`.
+    """A loss of `core.training.losses` on images noised at levels of `TrainConfig.sigma`.
 
-    Args:
-        data: the training split.
-        denoiser: fixed, on the model's device; None for a classifier that takes the noisy image itself.
-        config: as `Config.classifier` fills it in: with `sigma` and `clean`.
-        seed: the run's.
-        name: of the training; another one has other noise.
-        noise: its kind, as in the configuration.
-        processes: that hold the images on this machine.
+    `config` is as `Config.classifier` fills it in: with `sigma` and `clean`.
     """
 
     def __init__(
@@ -116,21 +103,15 @@ class ClassifierObjective(Objective):
         noise: str = "gaussian",
         processes: int = 1,
     ) -> None:
+        places = np.arange(len(data))
+        samples = Samples(data, places, name, seed, augment=config.augment, noise=noise, processes=processes)
+        super().__init__(samples, Schedule(config, config.epochs))
         assert config.sigma is not None
-        self.seed, self.name, self._config = seed, name, config
-        self._low, self._high = map(math.log, config.sigma)
+        self._config, (self._low, self._high) = config, map(math.log, config.sigma)
         self._denoiser = None if denoiser is None else denoiser.requires_grad_(False)
         self._loss = make_loss(config.loss, config.label_smoothing)
-        self.schedule = Schedule.of(config, len(data), epochs=config.epochs)
-        self._samples = Samples(
-            data, np.arange(len(data)), name, seed, augment=config.augment, noise=noise, processes=processes
-        )
-        self.threads = self._samples.threads
         self._labels = torch.from_numpy(data.labels)
         self._uniform: tuple[int, Tensor] = (-1, torch.empty(0))
-
-    def __len__(self) -> int:
-        return len(self._samples)
 
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """What `NoisyBatch` holds, in its order."""

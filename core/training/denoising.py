@@ -40,18 +40,11 @@ def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoise
 
 
 class DenoisingObjective(Objective):
-    """The mean squared error over pixels of what a `OneShotDenoiser` predicts: a `loop.Objective`.
+    """The mean squared error over pixels of what a `OneShotDenoiser` predicts.
 
     `plain`: of the noise (Ho et al. 2020, arXiv 2006.11239, equation 14). `distilled`: of the image that it returns, in
-    the pixel scale: sigma^2 times that of the noise, but for pixels that are clamped, where smoothing sees no error.
-
-    Args:
-        data: the training split.
-        config: as `Config.denoiser` fills it in, with `sigma`.
-        sigmas: the levels of `distilled`, each as likely.
-        seed: the run's.
-        name: of the training; another one has other noise.
-        processes: that hold the images on this machine.
+    the pixel scale: sigma^2 times that of the noise, but for pixels that are clamped, where smoothing sees no error; at
+    each of `sigmas` as likely. `config` is as `Config.denoiser` fills it in, with `sigma`.
     """
 
     def __init__(
@@ -64,20 +57,15 @@ class DenoisingObjective(Objective):
         *,
         processes: int = 1,
     ) -> None:
+        samples = Samples(data, np.arange(len(data)), name, seed, augment=config.augment, processes=processes)
+        super().__init__(samples, Schedule.of_steps(config, config.steps, len(data)))
         assert config.sigma is not None
-        self.seed, self.name, self._config = seed, name, config
-        self._low, self._high = map(math.log, config.sigma)
+        self._config, (self._low, self._high) = config, map(math.log, config.sigma)
         self._sigmas = torch.tensor(sigmas, dtype=torch.float32)
-        self.schedule = Schedule.of(config, len(data), steps=config.steps)
-        self._samples = Samples(data, np.arange(len(data)), name, seed, augment=config.augment, processes=processes)
-        self.threads = self._samples.threads
-
-    def __len__(self) -> int:
-        return len(self._samples)
 
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
         """Images, standard normal noise of their shape, and a number in [0, 1) for each that becomes its level."""
-        noise = self._samples.noise(epoch, chosen, torch.ones(len(chosen)), copies=1)[:, 0]
+        noise = self._samples.noise(epoch, chosen, 1.0, copies=1)[:, 0]
         return self._samples.images(epoch, chosen), noise, self._samples.uniform(epoch, chosen)
 
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:

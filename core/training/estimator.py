@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from core.config import CertifyConfig, ClassifierConfig, Config, EstimatorConfig
 from core.config.models import SMALL_CNN
+from core.config.training import OptimisationConfig
 from core.data import Dataset
 from core.errors import ConfigError, DataError
-from core.law import GAUSSIAN, Law, law_of
+from core.law import GAUSSIAN, Floats, Law, law_of
 from core.machine.network import Denoiser
 from core.machine.noise_key import training_key
 from core.models.features import FeatureExtractor, FeatureHead, expert_place, new_router
@@ -43,8 +44,6 @@ _LEAST = 1e-3
 _STATISTICS = 256
 """Samples whose features a head is standardised with."""
 
-Floats = NDArray[np.float64]
-
 
 def label_radii(
     radius: Floats,
@@ -56,21 +55,11 @@ def label_radii(
     mode: str,
     law: Law = GAUSSIAN,
 ) -> Floats:
-    """The radii R_c(x, sigma_i) that the estimator learns from: 0 where the class is wrong or nothing is certified.
+    """The radii R_c(x, sigma_i) that the estimator learns from, ``(N, K)`` in the pixel scale [0, 1]: 0 where the class
+    is wrong or nothing is certified.
 
-    Args:
-        radius: ``(N, K)`` as certified.
-        correct: ``(N, K)`` whether the certified class is the label.
-        votes: ``(N, K)`` estimation votes of the chosen class.
-        num_estimation: ``(N, K)`` estimation draws.
-        sigmas: ``(K,)``.
-        alpha: failure probability of the certificates.
-        mode: `at_n`, the radii as they are; `at_10k`, those that the same share of votes gives with 10,000 draws. For
-            `shrunk` see `shrunk_radii`.
-        law: of the noise.
-
-    Returns:
-        float64 ``(N, K)``, pixel scale [0, 1].
+    Mode `at_n` takes them as certified, `at_10k` those that the same share of votes (``(N, K)`` of the chosen class, of
+    as many draws) gives with 10,000 draws at `alpha`. For `shrunk` see `shrunk_radii`.
     """
     if mode == "at_10k":
         votes_at_10k = np.rint(votes / num_estimation * 10_000).astype(np.int64)
@@ -86,19 +75,12 @@ def shrunk_radii(
     alpha: float,
     law: Law = GAUSSIAN,
 ) -> Floats:
-    """The radii R_c(x, sigma_i) that the test's draws would certify, were the shares of votes what they seem; and how
-    far the class is from having the majority where it has none, as a radius below 0.
+    """The radii R_c(x, sigma_i) that the test's draws, `num_estimation` at `alpha`, would certify, were the shares of
+    votes what they seem; and how far the class is from having the majority where it has none, as a radius below 0.
 
-    200 votes of 200 are not 10,000 of 10,000. So each share is the mean of its posterior, under a Beta prior that has
-    the mean and the variance of all samples' shares at that sigma, less the variance of the draws.
-
-    Args:
-        votes: ``(N, K)`` of the true class.
-        num: ``(N, K)`` draws; samples without any have radius 0 and do not count.
-        sigmas: ``(K,)``.
-        num_estimation: draws of the test.
-        alpha: failure probability of its class.
-        law: of the noise.
+    200 votes of 200 are not 10,000 of 10,000. So each share, of the true class's votes in `num` draws (``(N, K)`` each;
+    samples without draws have radius 0), is the mean of its posterior, under a Beta prior that has the mean and the
+    variance of all samples' shares at that sigma, less the variance of the draws.
 
     Returns:
         float64 ``(N, K)``, pixel scale [0, 1]: the radius of the lower bound, or of the share where that is below
@@ -123,10 +105,7 @@ def shrunk_radii(
 
 
 def learnable(radii: Floats) -> NDArray[np.int64]:
-    """The samples, int64, that training takes: those with a radius at some sigma.
-
-    Args:
-        radii: ``(N, K)``.
+    """The samples, int64, that training takes: those of radii ``(N, K)`` with one above 0 at some sigma.
 
     Raises:
         DataError: when there is none.
@@ -138,11 +117,8 @@ def learnable(radii: Floats) -> NDArray[np.int64]:
 
 
 def class_weights(radii: Floats, rebalance: bool = True) -> Floats:
-    """w_e(x) = 1 / q_i, q_i the share of samples whose best sigma is that of x; ones without re-balancing.
-
-    Args:
-        radii: ``(N, K)``; ties go to the smaller sigma.
-        rebalance: whether to weight at all.
+    """w_e(x) = 1 / q_i, q_i the share of samples whose best sigma (of two, the smaller) is that of x; ones without
+    re-balancing.
     """
     if not rebalance:
         return np.ones(len(radii))
@@ -152,20 +128,12 @@ def class_weights(radii: Floats, rebalance: bool = True) -> Floats:
 
 
 def estimator_losses(logits: Tensor, radii: Tensor, weight: Tensor, config: EstimatorConfig) -> dict[str, Tensor]:
-    """w_e (CE + w_r L_con) of each sample, L_con = lambda KL + eta H; the published loss is its mean over a batch.
+    """w_e (CE + w_r L_con) of each sample as `loss` ``(B,)``, L_con = lambda KL + eta H, and of it `cross_entropy` (w_e
+    CE); the published loss is its mean over a batch.
 
-    CE is averaged over the m copies; its target is softmax(radii), or the best sigma (`loss: hard`). With the mean
-    prediction f = mean_i p_i, KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log f_k (Jeong & Shin
-    2020), with the gradient through f too.
-
-    Args:
-        logits: ``(m, B, K)`` of m noisy copies.
-        radii: ``(B, K)`` R_c(x, sigma_i), sigma ascending.
-        weight: ``(B,)`` w_e.
-        config: variant and weights.
-
-    Returns:
-        ``(B,)`` each: `loss`, and of it `cross_entropy` (w_e CE).
+    CE is averaged over the copies of the logits ``(m, B, K)``; its target is softmax(radii), or the best sigma (`loss:
+    hard`). With the mean prediction f = mean_i p_i, KL = mean_i sum_k f_k (log f_k - log p_ik) and H = -sum_k f_k log
+    f_k (Jeong & Shin 2020), with the gradient through f too.
     """
     log_p = F.log_softmax(logits, dim=2)
     if config.loss == "hard":
@@ -211,12 +179,8 @@ def hold_out(num: int, share: float, seed: int, name: str) -> tuple[NDArray[np.i
 
 
 def new_estimator(config: Config, shape: Sequence[int], classifier: Callable[[str], nn.Module]) -> nn.Module:
-    """The network that `estimator.backbone` asks for, before its training; initialised by torch's generator.
-
-    Args:
-        config: the run's.
-        shape: ``(C, H, W)`` of the images.
-        classifier: the network of each of `config.classifiers`, which a router on features reads.
+    """The network that `estimator.backbone` asks for, for images ``(C, H, W)``, before its training; initialised by
+    torch's generator. A router on features reads the classifiers' networks.
     """
     backbone, outputs = config.estimator.backbone, len(config.sigmas)
     if config.estimator.reads_features:
@@ -226,29 +190,20 @@ def new_estimator(config: Config, shape: Sequence[int], classifier: Callable[[st
 
 
 class EstimatorObjective(Objective):
-    """To name the sigma with the largest radius, stably under noise of level `sigma_e`: a `loop.Objective`.
+    """To name the sigma with the largest radius, stably under noise of level `sigma_e`.
 
     Samples with radius 0 at every sigma are left out.
 
     Args:
-        data: the training split.
         radii: ``(N, K)`` from `label_radii` or `shrunk_radii`, in the data's order.
-        sigma_e: noise level of the estimator.
-        denoiser: fixed, the same as at test time, on the model's device; None for a denoiser-free estimator.
-        config: loss, optimiser and schedule.
-        seed: the run's.
         extractor: with `backbone: features`, what the model, its head, reads; on the model's device.
         certify: the draws and alpha that the router is trained for; only the losses of the agreement claim and the
             samples held out ask.
-        noise: its kind, as in the configuration.
-        processes: that hold the images on this machine.
 
     Raises:
         DataError: when no sample has a radius to learn from.
         ConfigError: when too few samples are left or held out, or their features do not fit into memory.
     """
-
-    name = "train_estimator"
 
     def __init__(
         self,
@@ -264,42 +219,36 @@ class EstimatorObjective(Objective):
         noise: str = "gaussian",
         processes: int = 1,
     ) -> None:
-        kept = learnable(radii)
-        learnt, held = hold_out(len(kept), config.holdout, seed, self.name)
-        self.seed, self._config, self._sigma_e, self._denoiser = seed, config, sigma_e, denoiser
-        self.schedule = Schedule(
-            config.epochs, config.batch_size, config.lr, config.weight_decay, config.lr_step, config.lr_gamma
-        )
-        self._samples, self._held = (
-            Samples(data, kept[part], self.name, seed, augment=how, noise=noise, processes=processes)
+        name, kept = "train_estimator", learnable(radii)
+        learnt, held = hold_out(len(kept), config.holdout, seed, name)
+        samples, held_out = (
+            Samples(data, kept[part], name, seed, augment=how, noise=noise, processes=processes)
             for part, how in ((learnt, config.augment), (held, "none"))
         )
-        self.threads, self.num_held_out = self._samples.threads, len(held)
+        same = config.model_dump(include={"batch_size", "lr", "weight_decay", "lr_step", "lr_gamma"})
+        super().__init__(samples, Schedule(OptimisationConfig(schedule="step", **same), config.epochs))
+        self.num_held_out = len(held)
+        self._config, self._sigma_e, self._denoiser, self._extractor = config, sigma_e, denoiser, extractor
         if config.loss != "radius":
             radii = radii.clip(0.0)
         self._radii, self._held_radii = (torch.from_numpy(radii[kept[part]]).float() for part in (learnt, held))
         self._weight = torch.from_numpy(class_weights(radii[kept[learnt]], config.rebalance)).float()
         self._largest = largest_share(certify.num_estimation, certify.alpha * certify.router_share)
         self._law = law_of(noise)
-        self._extractor = extractor
-        if extractor is not None:
-            width = extractor.width(data.shape)
-            self._features, self._held_features = (
-                Features(samples, sigma_e, copies, self._extract, width, processes=processes)
-                for samples, copies in ((self._samples, config.feature_copies), (self._held, config.holdout_copies))
-            )
+        self._copies = self._reader(samples, config.feature_copies, processes)
+        self._held_copies = self._reader(held_out, config.holdout_copies, processes)
 
-    def __len__(self) -> int:
-        return len(self._samples)
+    def _reader(self, samples: Samples, copies: int, processes: int) -> Callable[[int, NDArray[np.int64], int], Tensor]:
+        """What reads, in an epoch, so many noisy copies of some samples, or their features."""
+        if self._extractor is None:
+            return lambda epoch, chosen, num: samples.noisy(epoch, chosen, self._sigma_e, num)
+        width = self._extractor.width(samples.data.shape)
+        return Features(samples, self._sigma_e, copies, self._extract, width, processes=processes).batch
 
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Noisy copies (or their features), radii, weights, and whether this is still warm-up."""
-        num = self._config.num_copies
-        if self._extractor is None:
-            copies = self._samples.noisy(epoch, chosen, [self._sigma_e] * len(chosen), num)
-        else:
-            copies = self._features.batch(epoch, chosen, num)
         warming = torch.full((len(chosen),), epoch < round(self._config.warmup * self._config.epochs))
+        copies = self._copies(epoch, chosen, self._config.num_copies)
         return copies, self._radii[chosen], self._weight[chosen], warming
 
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -315,7 +264,7 @@ class EstimatorObjective(Objective):
         if self._extractor is not None:
             assert isinstance(model, FeatureHead)
             some = np.unique(np.linspace(0, len(self) - 1, min(len(self), _STATISTICS)).astype(np.int64))
-            model.standardise(self._features.batch(0, some, self._config.feature_copies))
+            model.standardise(self._copies(0, some, self._config.feature_copies))
 
     def worth(self, model: nn.Module, chosen: NDArray[np.int64]) -> Tensor:
         """The radius T that the votes of the copies promise (`voted_radius`)."""
@@ -325,15 +274,10 @@ class EstimatorObjective(Objective):
         found = [torch.zeros(0, device=device)]
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
-            if self._extractor is None:
-                copies = self._held.noisy(0, part, [self._sigma_e] * len(part), num)
-            else:
-                copies = self._held_features.batch(0, part, num)
-            logits = self._logits(model, copies.to(device), num)
+            logits = self._logits(model, self._held_copies(0, part, num).to(device), num)
             votes = F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0)
-            found.append(
-                voted_radius(votes, self._held_radii[part].to(device), self._sigma_e, self._largest, self._law)
-            )
+            radii = self._held_radii[part].to(device)
+            found.append(voted_radius(votes, radii, self._sigma_e, self._largest, self._law))
         return torch.cat(found)
 
     def _logits(self, model: nn.Module, copies: Tensor, num: int) -> Tensor:

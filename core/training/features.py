@@ -23,12 +23,7 @@ class Features:
     other samples, sees others.
 
     Args:
-        samples: their images and noise.
-        sigma: noise level of the copies.
-        copies: of each sample.
         extract: ``(copies, C, H, W)`` noisy images -> ``(copies, num_features)``.
-        num_features: width.
-        processes: that hold features on this machine.
 
     Raises:
         ConfigError: when they take more than a quarter of the machine's memory.
@@ -74,7 +69,7 @@ class Features:
         return self._held[torch.from_numpy(chosen), copies[:, None]].flatten(0, 1)
 
     def _fill(self, number: int) -> None:
-        noisy = self._samples.noisy(0, np.array([number]), [self._sigma], self.copies)
+        noisy = self._samples.noisy(0, np.array([number]), self._sigma, self.copies)
         torch.get_num_threads()  # a thread takes over the process's number at its first look
         with self._lock, torch.no_grad():
             found = self._extract(noisy).to("cpu", torch.float16)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.config import FinetuneConfig
+from core.config.training import OptimisationConfig
 from core.data import Dataset
 from core.machine.network import Denoiser
 from core.records import ESTIMATOR, Draws, Phase, Procedure
@@ -25,20 +26,12 @@ def choose_sigma(sigmas: Sequence[float], sigma_e: float, num: int) -> Procedure
 
 
 class FinetuneObjective(Objective):
-    """Cross-entropy on images noised at their own sigma, then denoised: a `loop.Objective`.
+    """Cross-entropy on images noised at their own sigma, then denoised.
 
     Args:
-        data: the training split.
-        places: which of its examples, int64 ``(N,)``.
+        places: which examples of the data, int64 ``(N,)``.
         sigma: ``(N,)`` their levels, from `choose_sigma`.
-        denoiser: fixed, on the model's device; None for a classifier that takes the noisy image itself.
-        config: epochs, batch, rates.
-        seed: the run's.
-        noise: its kind, as in the configuration.
-        processes: that hold the images on this machine.
     """
-
-    name = "finetune_classifier"
 
     def __init__(
         self,
@@ -52,15 +45,13 @@ class FinetuneObjective(Objective):
         noise: str = "gaussian",
         processes: int = 1,
     ) -> None:
-        self.seed, self._denoiser = seed, denoiser
-        self.schedule = Schedule(config.epochs, config.batch_size, config.lr, config.weight_decay)
-        self._samples = Samples(data, places, self.name, seed, augment=config.augment, noise=noise, processes=processes)
-        self.threads = self._samples.threads
+        name, how = "finetune_classifier", config.augment
+        samples = Samples(data, places, name, seed, augment=how, noise=noise, processes=processes)
+        same = config.model_dump(include={"batch_size", "lr", "weight_decay"})
+        super().__init__(samples, Schedule(OptimisationConfig(schedule="constant", **same), config.epochs))
+        self._denoiser = denoiser
         self._labels = torch.from_numpy(data.labels[places])
         self._sigma = torch.tensor(sigma, dtype=torch.float32)
-
-    def __len__(self) -> int:
-        return len(self._samples)
 
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy images, their levels and labels."""

@@ -7,11 +7,12 @@ computes its slice of every batch, weighted so that the mean of their gradients 
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from core.errors import ModelError
 from core.machine.network import set_tf32
 from core.machine.noise_key import training_key
 from core.models.denoiser import OneShotDenoiser
+from core.training.samples import Samples
 
 __all__ = ["Objective", "Record", "Schedule", "Training", "slice_of"]
 
@@ -37,41 +39,22 @@ samples that are held out, where there are any."""
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length, optimiser, rates and arithmetic of a training.
+    """Optimiser, rates, arithmetic and length of a training.
 
     Attributes:
-        epochs, batch_size: passes over the samples, samples of a batch (of all workers together).
-        lr, weight_decay: the highest learning rate; of all parameters.
-        lr_step: `kind` step: the learning rate is multiplied by `lr_gamma` every so many epochs; None: never.
-        lr_gamma: see there.
-        kind, warmup, lr_every, optimizer, momentum, ema, precision, compile: see `OptimisationConfig`.
+        config: all but the length.
+        epochs: passes over the samples.
         steps: batches of the whole training, where it is to end before the last epoch does.
     """
 
+    config: OptimisationConfig
     epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    lr_step: int | None = None
-    lr_gamma: float = 1.0
-    kind: Literal["constant", "step", "cosine", "one_cycle"] = "step"
-    warmup: float = 0.0
-    lr_every: Literal["batch", "epoch"] = "batch"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = 0.0
-    ema: float | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
     steps: int | None = None
 
     @classmethod
-    def of(cls, config: OptimisationConfig, size: int, *, epochs: int | None = None, steps: int | None = None) -> Self:
-        """As the configuration says, for a training on `size` samples of so many epochs or steps, one of them."""
-        assert (epochs is None) != (steps is None)
-        shared = {"batch_size", "lr", "weight_decay", "lr_step", "lr_gamma", "warmup", "lr_every", "optimizer"}
-        values = config.model_dump(include=shared | {"momentum", "ema", "precision", "compile"})
-        epochs = epochs or math.ceil((steps or 0) / math.ceil(size / config.batch_size))
-        return cls(epochs=epochs, steps=steps, kind=config.schedule, **values)
+    def of_steps(cls, config: OptimisationConfig, steps: int, size: int) -> Self:
+        """Of so many batches of a data set's size."""
+        return cls(config, math.ceil(steps / math.ceil(size / config.batch_size)), steps)
 
     def num_batches(self, per_epoch: int) -> int:
         """Of the whole training."""
@@ -79,54 +62,55 @@ class Schedule:
 
     def rate(self, batch: int, per_epoch: int = 1) -> float:
         """The learning rate of a batch, counted from 0 through all epochs."""
-        total, unit = self.num_batches(per_epoch), 1 if self.lr_every == "batch" else per_epoch
-        at, warm = batch // unit * unit, self.warmup * total
-        if self.kind == "one_cycle":
-            peak, low = 0.3 * total - 1, self.lr / 25
+        of, total = self.config, self.num_batches(per_epoch)
+        unit, warm, lr = 1 if of.lr_every == "batch" else per_epoch, of.warmup * total, of.lr
+        at = batch // unit * unit
+        if of.schedule == "one_cycle":
+            peak, low = 0.3 * total - 1, lr / 25
             if at <= peak:
-                return _along_cosine(low, self.lr, at / peak)
-            return _along_cosine(self.lr, low / 1e4, (at - peak) / (total - 1 - peak))
-        lr = self.lr
-        if self.kind == "cosine" and at >= warm:
+                return _along_cosine(low, lr, at / peak)
+            return _along_cosine(lr, low / 1e4, (at - peak) / (total - 1 - peak))
+        if of.schedule == "cosine" and at >= warm:
             lr = _along_cosine(lr, 0.0, (at - warm) / (total - warm))
-        elif self.kind == "step" and self.lr_step is not None:
-            lr = lr * self.lr_gamma ** (batch // per_epoch // self.lr_step)
+        elif of.schedule == "step":
+            lr = lr * of.lr_gamma ** (batch // per_epoch // of.lr_step)
         return lr * min(1.0, (at + unit) / warm) if warm else lr
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW or SGD (without Nesterov's momentum) on all parameters."""
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        of, parameters = self.config, model.parameters()
+        if of.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, lr=of.lr, weight_decay=of.weight_decay)
+        return torch.optim.SGD(parameters, lr=of.lr, momentum=of.momentum, weight_decay=of.weight_decay)
 
 
 def _along_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-class Objective(Protocol):
-    """What is learnt from which samples.
+class Objective(ABC):
+    """What is learnt from which samples, under their name and seed: its noise and its order are functions of these.
 
-    Attributes:
-        name: of the training; part of the key of its noise and its order.
-        seed: the run's.
-        schedule: length, optimiser and rates.
-        threads: that read and noise batches ahead of the network.
-        num_held_out: samples that are not learnt from: the epoch that is worth most on them is the one that is kept.
+    All of them are made of the training split, the run's seed, a fixed denoiser on the model's device (None for a
+    network that reads the noisy image itself), the noise's kind as in the configuration, and how many processes hold
+    the images on this machine.
     """
 
-    name: str
-    seed: int
-    schedule: Schedule
-    threads: int
     num_held_out: int = 0
+    """Samples that are not learnt from: the epoch that is worth most on them is the one that is kept."""
+
+    def __init__(self, samples: Samples, schedule: Schedule) -> None:
+        self._samples, self.schedule = samples, schedule
+        self.name, self.seed, self.threads = samples.name, samples.seed, samples.threads
 
     def __len__(self) -> int:
-        """Number of samples."""
+        return len(self._samples)
 
+    @abstractmethod
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> Sequence[Tensor]:
         """What `losses` takes for these samples, on the CPU: the same at every call. Called by other threads."""
 
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Terms by name, each ``(B,)``, on the model's device; `loss` is what is minimised, the others are noted."""
 
@@ -148,7 +132,6 @@ class Training:
 
     Args:
         model: trained in place, on its device.
-        objective: what it learns.
         rank: which of the workers this process is.
         workers: processes that train together; above 1, torch.distributed's process group must be there.
     """
@@ -167,7 +150,7 @@ class Training:
         """The exponential moving average of weights and buffers, with `Schedule.ema`."""
         self._sums: dict[str, Tensor] = {}
         schedule = objective.schedule
-        self._per_epoch = math.ceil(len(objective) / schedule.batch_size)
+        self._per_epoch = math.ceil(len(objective) / schedule.config.batch_size)
         self._optimizer = schedule.make_optimizer(model)
         self._device = next(model.parameters()).device
         if self._device.type == "cuda":
@@ -197,7 +180,7 @@ class Training:
         """Samples of the first batches, counted through all epochs."""
         epoch, batch = divmod(batches, self._per_epoch)
         size = len(self.objective)
-        return epoch * size + min(batch * self.objective.schedule.batch_size, size)
+        return epoch * size + min(batch * self.objective.schedule.config.batch_size, size)
 
     def state(self) -> dict[str, Any]:
         """All that is needed to go on: plain values and the live tensors, to be saved before the next batch.
@@ -241,10 +224,10 @@ class Training:
         schedule = self.objective.schedule
         if not self.samples_done:
             self.objective.prepare(self.model)
-            if schedule.ema is not None:
+            if schedule.config.ema is not None:
                 self._average = {name: value.clone() for name, value in self.model.state_dict().items()}
         compiled = self.model.unet if isinstance(self.model, OneShotDenoiser) else self.model
-        if schedule.compile:
+        if schedule.config.compile:
             compiled.compile()  # of its calls: names in the state dict stay what they are
         network: nn.Module = _Step(self.model, self.objective)
         if self._workers > 1:
@@ -274,7 +257,7 @@ class Training:
             if self._average and self.epoch == schedule.epochs:
                 self.model.load_state_dict(self._average)
             yield self.history[-1]
-        if schedule.compile:
+        if schedule.config.compile:
             compiled._compiled_call_impl = None
         self.model.eval()
 
@@ -306,7 +289,7 @@ class Training:
 
         The weight times the sum over the slice, averaged over the workers, is the mean over the batch.
         """
-        epoch, size, objective = self.epoch, self.objective.schedule.batch_size, self.objective
+        epoch, size, objective = self.epoch, self.objective.schedule.config.batch_size, self.objective
         order = _order(objective, epoch)
         starts = range(self.batch * size, min(self._end * size, len(order)), size)
 
@@ -326,15 +309,15 @@ class Training:
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             # Dropout: a function of the place too.
             torch.manual_seed(_number(self.objective, "dropout", self.epoch, f"{self.batch}/{self._rank}"))
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=schedule.config.precision == "bfloat16"):
                 terms = network([tensor.to(self._device) for tensor in batch])
             loss = terms["loss"].sum() * weight
             self._optimizer.zero_grad()
             loss.backward()
             self._optimizer.step()
         with torch.no_grad():
-            if schedule.ema is not None:
-                self._follow(min(schedule.ema, (done + 1) / (done + 10)))
+            if schedule.config.ema is not None:
+                self._follow(min(schedule.config.ema, (done + 1) / (done + 10)))
             sums = torch.stack([term.double().sum() for term in terms.values()])
             if not weight:
                 sums.zero_()

@@ -43,11 +43,8 @@ def _quantile(p: Tensor, law: Law) -> Tensor:
 
 
 def expected_radius(logits: Tensor, radii: Tensor) -> Tensor:
-    """``(B,)`` radius of a level drawn from the softmax, averaged over the copies.
-
-    Args:
-        logits: ``(m, B, K)`` of m noisy copies.
-        radii: ``(B, K)`` R_j, sigma ascending.
+    """``(B,)`` radius R_j ``(B, K)`` of a level drawn from the softmax of logits ``(m, B, K)``, averaged over the
+    copies.
     """
     return (logits.softmax(dim=2) * radii.clamp(min=0.0)).sum(dim=2).mean(dim=0)
 
@@ -82,14 +79,8 @@ def joint_radius(
 
 
 def voted_radius(votes: Tensor, radii: Tensor, sigma_e: float, largest: float, law: Law = GAUSSIAN) -> Tensor:
-    """``(B,)`` float64 T that votes promise, 0 where none: hard, and an estimate, no bound.
-
-    Args:
-        votes: int64 ``(B, K)`` for each level; k of n count as (k + 1/2) / (n + 1).
-        radii: ``(B, K)`` R_j, sigma ascending.
-        sigma_e: noise level of the router.
-        largest: see `largest_share`.
-        law: of the noise.
+    """``(B,)`` float64 T that votes ``(B, K)``, k of n as (k + 1/2) / (n + 1), promise with radii R_j ``(B, K)``, 0
+    where none: hard, and an estimate, no bound. The other arguments are those of `joint_radius`.
     """
     up_to = votes.cumsum(dim=1)
     num = up_to[:, -1:]
@@ -108,19 +99,11 @@ def radius_losses(
     config: EstimatorConfig,
     law: Law = GAUSSIAN,
 ) -> dict[str, Tensor]:
-    """The loss of each sample under `expected_radius` or `radius`, in float64.
+    """The `loss` of each sample under `expected_radius` or `radius`, in float64, and the two radii in the pixel scale
+    [0, 1]: `expected_radius` and, smooth, `radius`.
 
-    Args:
-        logits: ``(m, B, K)`` of m noisy copies.
-        radii: ``(B, K)`` R_j, sigma ascending.
-        warming: bool ``(B,)``, whether `radius` still trains with `expected_radius`.
-        sigma_e: noise level of the router.
-        largest: see `largest_share`.
-        config: loss, temperature and radii.
-        law: of the noise.
-
-    Returns:
-        ``(B,)`` each: `loss`, and the two radii in the pixel scale [0, 1]: `expected_radius` and, smooth, `radius`.
+    A sample that is `warming` ``(B,)`` still trains with `expected_radius`. The other arguments are those of
+    `joint_radius`.
     """
     logits, radii = logits.double(), radii.double()
     expected = expected_radius(logits, radii)

@@ -21,6 +21,9 @@ __all__ = ["MEMORY_SHARE", "Samples"]
 MEMORY_SHARE = 0.25
 """Of the machine's memory, for decoded images; as much for features."""
 
+Levels = float | Sequence[float] | Tensor
+"""One noise level for all samples that are asked for, or ``(B,)``."""
+
 
 def _fill_uniform(out: NDArray[np.float32], key: bytes) -> None:
     numbers = random_of(key).random(out.shape, np.float32)
@@ -66,7 +69,7 @@ class Samples:
         processes: int = 1,
     ) -> None:
         self._kind, self._corrupt = noise, None if noise in STANDARD else make_noise(noise, seed).corrupt
-        self._data, self._places, self._name, self._seed, self._augment = data, places, name, seed, augment
+        self.data, self._places, self.name, self.seed, self._augment = data, places, name, seed, augment
         in_memory = isinstance(data.images, np.ndarray)
         needed = processes * len(places) * int(np.prod(data.shape))
         fits = needed <= MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -80,11 +83,7 @@ class Samples:
         return len(self._places)
 
     def images(self, epoch: int, chosen: NDArray[np.int64]) -> Tensor:
-        """Some samples, augmented: float32 ``(B, C, H, W)`` in [0, 1].
-
-        Args:
-            epoch: the augmentation is another one in each.
-            chosen: ``(B,)`` numbers of samples.
+        """Some samples, float32 ``(B, C, H, W)`` in [0, 1], augmented in another way in each epoch.
 
         Raises:
             DataError: for an image that cannot be read; names it.
@@ -92,14 +91,14 @@ class Samples:
         images = np.stack([self._augmented(epoch, number) for number in chosen.tolist()])
         return torch.from_numpy(images).float().div_(255.0)
 
-    def noise(self, epoch: int, chosen: NDArray[np.int64], sigmas: Sequence[float] | Tensor, copies: int) -> Tensor:
+    def noise(self, epoch: int, chosen: NDArray[np.int64], sigmas: Levels, copies: int) -> Tensor:
         """Noise of standard deviation 1 for some samples, float32 ``(B, copies, C, H, W)``, another one in each epoch.
 
         Gaussian, uniform and Laplace noise are the same at every level, and not rounded to 8 bits. Of others this is
         what they do to the sample at its level, divided by that.
         """
-        noise = torch.empty(len(chosen), copies, *self._data.shape)
-        levels = torch.as_tensor(sigmas).tolist()
+        noise = torch.empty(len(chosen), copies, *self.data.shape)
+        levels = torch.as_tensor(sigmas).expand(len(chosen)).tolist()
         for row, number, sigma in zip(noise, chosen.tolist(), levels, strict=True):
             key = self._key("noise", epoch, number)
             if self._corrupt is None:
@@ -115,24 +114,17 @@ class Samples:
         keys = (self._key("uniform", epoch, number)[:8] for number in chosen.tolist())
         return torch.tensor([(int.from_bytes(key, "little") >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
 
-    def noisy(self, epoch: int, chosen: NDArray[np.int64], sigmas: Sequence[float] | Tensor, copies: int) -> Tensor:
+    def noisy(self, epoch: int, chosen: NDArray[np.int64], sigmas: Levels, copies: int) -> Tensor:
         """Noisy copies of some samples: ``(copies * B, C, H, W)``, one of each sample first, then the next of each.
 
-        Args:
-            epoch: augmentation and noise are others in each; all copies of a sample have one augmentation.
-            chosen: ``(B,)`` numbers of samples.
-            sigmas: ``(B,)`` noise level of each.
-            copies: of each sample.
-
-        Raises:
-            DataError: for an image that cannot be read; names it.
+        All copies of a sample have the augmentation that `images` gives it in this epoch.
         """
         levels = torch.as_tensor(sigmas, dtype=torch.float32).view(-1, 1, 1, 1, 1)
         noise, images = self.noise(epoch, chosen, sigmas, copies), self.images(epoch, chosen)
-        return noise.mul_(levels).add_(images[:, None]).transpose(0, 1).reshape(-1, *self._data.shape)
+        return noise.mul_(levels).add_(images[:, None]).transpose(0, 1).reshape(-1, *self.data.shape)
 
     def _key(self, use: str, epoch: int, number: int) -> bytes:
-        return training_key(self._seed, self._name, use, epoch, self._data.example_ids[self._places[number]])
+        return training_key(self.seed, self.name, use, epoch, self.data.example_ids[self._places[number]])
 
     def _augmented(self, epoch: int, number: int) -> NDArray[np.uint8]:
         image = self._image(number)
@@ -143,9 +135,9 @@ class Samples:
 
     def _image(self, number: int) -> NDArray[np.uint8]:
         if self._held is None:
-            return self._data.image(int(self._places[number]))
+            return self.data.image(int(self._places[number]))
         if not self._known[number]:  # two threads at once do the same
-            self._held[number] = self._data.image(int(self._places[number]))
+            self._held[number] = self.data.image(int(self._places[number]))
             self._known[number] = True
         image: NDArray[np.uint8] = self._held[number]
         return image

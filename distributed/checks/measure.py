@@ -34,7 +34,7 @@ from core.training.base_networks import base_network, base_objective
 from core.training.classifier import copies_of
 from core.training.estimator import EstimatorObjective, new_estimator
 from core.training.finetune import FinetuneObjective, choose_sigma
-from core.training.loop import Objective, Training
+from core.training.loop import Objective, Schedule, Training
 from distributed.checks.estimate import DENOISER, TRAINING, Part
 from distributed.cluster.cluster import connected, replica_pool
 from distributed.execution.launch import step_of, stores, work_of
@@ -301,7 +301,7 @@ class _Training:
             return None
 
         def begin(num: int) -> None:
-            objective.schedule = replace(objective.schedule, epochs=num, steps=None, compile=False)
+            objective.schedule = Schedule(objective.schedule.config.model_copy(update={"compile": False}), num)
             for _ in Training(model, objective).run():
                 pass
 

@@ -22,7 +22,7 @@ from distributed.cluster.upload import check_upload
 from distributed.store.run_directory import RunDirectory
 from distributed.store.sources import local_models
 from distributed.store.track import check_tracker
-from distributed.views.exchange import imported_rows
+from distributed.views.exchange import imported_logs
 
 __all__ = ["Found", "check", "check_place", "count_found", "refuse", "unfinished"]
 
@@ -104,7 +104,8 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
         )
     with found.collect():
         if found.steps:
-            config.check_radii(max((float(rows.radius.max()) for rows in imported_rows(directory.folder)), default=0.0))
+            logs = imported_logs(directory.folder).values()
+            config.check_radii(max((float(log.radius.max()) for log in logs), default=0.0))
     return found
 
 

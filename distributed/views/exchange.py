@@ -14,11 +14,10 @@ import pyarrow.compute as pc
 
 from core.errors import ConfigError, DataError
 from core.evaluation.exchange import CertifyLog, format_log, parse_log
-from core.report import ImportedRows
 from distributed.files.storage import Folder
 from distributed.store.shards import ShardStore
 
-__all__ = ["export_logs", "import_log", "imported_rows", "read_log"]
+__all__ = ["export_logs", "import_log", "imported_logs", "read_log"]
 
 _LOG: Final = "log.tsv"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -130,16 +129,15 @@ def import_log(root: Folder, name: str, file: Path, num_classes: int | None = No
     return log
 
 
-def imported_rows(root: Folder) -> tuple[ImportedRows, ...]:
+def imported_logs(root: Folder) -> dict[str, CertifyLog]:
     """Every imported log of a run directory, by name.
 
     Raises:
         DataError: for one that has been damaged since.
     """
-    folder, rows = root / "imported", []
+    folder, logs = root / "imported", dict[str, CertifyLog]()
     for path in folder.walk():
         name, _, file = path.partition("/")
         if file == _LOG:
-            log = parse_log(folder.read(path).decode(errors="replace"), folder.where(path))
-            rows.append(ImportedRows(name=name, correct=log.correct, radius=log.radius, abstained=log.abstained))
-    return tuple(rows)
+            logs[name] = parse_log(folder.read(path).decode(errors="replace"), folder.where(path))
+    return logs

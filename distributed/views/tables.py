@@ -22,7 +22,7 @@ from distributed.methods.method import Terms, common_columns, keyed
 from distributed.methods.rows import ERROR
 from distributed.methods.standard import grid
 from distributed.store.shards import ShardStore
-from distributed.views.exchange import imported_rows
+from distributed.views.exchange import imported_logs
 
 __all__ = ["failed_examples", "report_data", "run_tables"]
 
@@ -82,7 +82,7 @@ def report_data(
         law=config.law,
         standard=standard,
         baseline=baseline,
-        imported=imported_rows(root),
+        imported=imported_logs(root),
         dual=dual,
         others=tuple(shown.values()),
         experts=config.has_experts,

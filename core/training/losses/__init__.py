@@ -1,7 +1,6 @@
 """Losses of base classifiers that are to be smoothed."""
 
 from dataclasses import fields
-from typing import Any
 
 from core.config.losses import LossConfig
 from core.training.losses.attacked import CatRs, SmoothAdv, SmoothMix
@@ -22,17 +21,11 @@ __all__ = [
     "make_loss",
 ]
 
-_LOSSES: tuple[type[Any], ...] = (Gaussian, Consistency, Macer, SmoothMix, CatRs, SmoothAdv)
+_LOSSES: tuple[type[Loss], ...] = (Gaussian, Consistency, Macer, SmoothMix, CatRs, SmoothAdv)
 
 
 def make_loss(config: LossConfig, label_smoothing: float = 0.0) -> Loss:
-    """The loss that `config` names, with the published numbers for what it leaves open.
-
-    Args:
-        config: see there.
-        label_smoothing: share of the target that is spread over all classes, in the cross-entropy.
-    """
+    """The loss that `config` names, with the published numbers for what it leaves open."""
     (made,) = (loss for loss in _LOSSES if loss.name == config.name)
     given = {field.name: getattr(config, field.name, None) for field in fields(made)}
-    loss: Loss = made(**{k: v for k, v in given.items() if v is not None} | {"smoothing": label_smoothing})
-    return loss
+    return made(**{k: v for k, v in given.items() if v is not None} | {"smoothing": label_smoothing})

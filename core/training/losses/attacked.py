@@ -5,12 +5,12 @@ All attacks see the network frozen, in evaluation mode, as the published codes d
 
 from dataclasses import dataclass
 from math import comb
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from core.training.losses.terms import (
+    Loss,
     NoisyBatch,
     Predict,
     cross_entropy,
@@ -28,7 +28,7 @@ _FLOOR = 1e-8
 
 
 @dataclass(frozen=True)
-class SmoothAdv:
+class SmoothAdv(Loss):
     """Cross-entropy of the noisy copies of an attacked image (arXiv 1906.04584, PGD, trained on all its noise vectors).
 
     The attack raises -log f_y, f the mean softmax of the same noisy copies: `steps` steps of length 2 epsilon / steps
@@ -40,7 +40,6 @@ class SmoothAdv:
         steps: published: 10 (the paper has 2 to 10).
         epsilon: radius of the ball, pixel scale [0, 1]; published for these: 1, 1, 2.
         warmup: share of the training in which epsilon grows from 0; published: 10 epochs of 150, by epochs.
-        smoothing: of the labels (not in the attack).
     """
 
     copies: int = 4
@@ -48,8 +47,7 @@ class SmoothAdv:
     epsilon: float | None = None
     warmup: float = 1 / 15
     smoothing: float = 0.0
-    name: ClassVar[str] = "smoothadv"
-    num_uniform: ClassVar[int] = 0
+    name = "smoothadv"
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`."""
@@ -64,7 +62,7 @@ class SmoothAdv:
 
 
 @dataclass(frozen=True)
-class SmoothMix:
+class SmoothMix(Loss):
     """Cross-entropy + weight KL to a label that fades towards an attacked image (arXiv 2111.09277).
 
     The attack takes `steps` steps of `step_size` along the normalised gradient of -log f_y, f the mean softmax of the
@@ -80,7 +78,6 @@ class SmoothMix:
         one_step: whether the image after one step, within the step's length times the warm-up, stands in for the clean
             one in both terms; published: with and without.
         warmup: share of the training in which the second term's weight grows from 0; published: 10 epochs of 150.
-        smoothing: of the labels (not in the attack).
     """
 
     copies: int = 2
@@ -90,8 +87,8 @@ class SmoothMix:
     one_step: bool = False
     warmup: float = 1 / 15
     smoothing: float = 0.0
-    name: ClassVar[str] = "smoothmix"
-    num_uniform: ClassVar[int] = 1
+    name = "smoothmix"
+    num_uniform = 1
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`; `cross_entropy`; `mixture`, the KL where it counts, else 0."""
@@ -123,7 +120,7 @@ class SmoothMix:
 
 
 @dataclass(frozen=True)
-class CatRs:
+class CatRs(Loss):
     """Cross-entropy of the easiest copies + weight the worst divergence under attacked noise (arXiv 2212.09000).
 
     With p the share of the m copies that answer the label and K ~ Bin(m, p), at least 1: the sum of the K smallest
@@ -137,11 +134,7 @@ class CatRs:
     copies, without a gradient: that is not the published loss.
 
     Args:
-        copies: published: 4.
         weight: lambda; published: .5, 1, 2 at sigma = .25, .5, 1.
-        steps: published: 4.
-        epsilon: pixel scale [0, 1]; published: 1.
-        smoothing: of the labels.
     """
 
     copies: int = 4
@@ -149,8 +142,8 @@ class CatRs:
     steps: int = 4
     epsilon: float = 1.0
     smoothing: float = 0.0
-    name: ClassVar[str] = "cat_rs"
-    num_uniform: ClassVar[int] = 1
+    name = "cat_rs"
+    num_uniform = 1
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`; `cross_entropy`, of the easiest copies; `divergence`, the largest KL where it counts, else 0."""
@@ -185,12 +178,8 @@ class CatRs:
 
 
 def binomial_draw(uniform: Tensor, num: int, share: Tensor) -> Tensor:
-    """``(B,)`` int64 Bin(num, share) by its inverse distribution function, exactly ``num`` where the share is 1.
-
-    Args:
-        uniform: ``(B,)`` in [0, 1).
-        num: of trials.
-        share: ``(B,)`` probability of success, float64.
+    """``(B,)`` int64 Bin(num, share) by its inverse distribution function at uniform numbers in [0, 1), exactly ``num``
+    where the share is 1.
     """
     share, uniform = share.double(), uniform.double()
     mass = torch.stack([comb(num, k) * share**k * (1.0 - share) ** (num - k) for k in range(num)])

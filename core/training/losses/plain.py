@@ -1,12 +1,12 @@
 """Losses on noisy copies alone: gaussian, consistency, macer."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from core.training.losses.terms import (
+    Loss,
     NoisyBatch,
     Predict,
     consistency_terms,
@@ -20,18 +20,11 @@ __all__ = ["Consistency", "Gaussian", "Macer"]
 
 
 @dataclass(frozen=True)
-class Gaussian:
-    """Cross-entropy of noisy copies (arXiv 1902.02918).
+class Gaussian(Loss):
+    """Cross-entropy of noisy copies, published: 1 (arXiv 1902.02918)."""
 
-    Args:
-        copies: published: 1.
-        smoothing: of the labels.
-    """
-
-    copies: int = 1
     smoothing: float = 0.0
-    name: ClassVar[str] = "gaussian"
-    num_uniform: ClassVar[int] = 0
+    name = "gaussian"
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`."""
@@ -40,22 +33,19 @@ class Gaussian:
 
 
 @dataclass(frozen=True)
-class Consistency:
+class Consistency(Loss):
     """Cross-entropy + weight mean_i KL(f || p_i) + eta H(f), f the mean of the copies' softmax (arXiv 2006.04062).
 
     Args:
-        copies: published: 2.
         weight: lambda; published: 20, 10, 10 on CIFAR-10, 10, 5, 5 on MNIST at sigma = .25, .5, 1.
         eta: published: .5.
-        smoothing: of the labels.
     """
 
     copies: int = 2
     weight: float | None = None
     eta: float = 0.5
     smoothing: float = 0.0
-    name: ClassVar[str] = "consistency"
-    num_uniform: ClassVar[int] = 0
+    name = "consistency"
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`; `cross_entropy`, `divergence` (the KL) and `entropy` without their weights."""
@@ -72,7 +62,7 @@ class Consistency:
 
 
 @dataclass(frozen=True)
-class Macer:
+class Macer(Loss):
     """-log f_y + weight sigma/2 (gamma - xi), f the mean of the copies' softmax (arXiv 2001.02378).
 
     xi = Phi^-1(pA) - Phi^-1(pB) of the two largest means of softmax(beta logits); the second term is there where A is
@@ -80,13 +70,9 @@ class Macer:
     published code all of it is in float64, which ends at no probability of 0 or 1.
 
     Args:
-        copies: published: 16.
         weight: lambda; published: 12, 4, 12 on CIFAR-10, 16, 16, 6 on MNIST at sigma = .25, .5, 1.
-        beta: published: 16.
-        gamma: published: 8.
         deferred: share of the training in which the second term is left out; published: until the learning rate first
             drops for sigma = 1, else 0.
-        smoothing: of the labels.
     """
 
     copies: int = 16
@@ -95,8 +81,7 @@ class Macer:
     gamma: float = 8.0
     deferred: float = 0.0
     smoothing: float = 0.0
-    name: ClassVar[str] = "macer"
-    num_uniform: ClassVar[int] = 0
+    name = "macer"
 
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """`loss`; `cross_entropy` of the mean prediction; `radius`, sigma xi / 2 where the class is right, else 0."""

@@ -1,8 +1,9 @@
 """What the losses share: their batch, their network, and the terms that several of them have."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -63,21 +64,21 @@ class Predict(Protocol):
         """
 
 
-class Loss(Protocol):
-    """A loss of base classifiers. It keeps no state, so a batch has the same loss at every call."""
+@dataclass(frozen=True)
+class Loss(ABC):
+    """A loss of base classifiers. It keeps no state, so a batch has the same loss at every call.
 
-    @property
-    def name(self) -> str:
-        """As in the configuration."""
+    Attributes:
+        name: as in the configuration.
+        num_uniform: how many numbers of `NoisyBatch.uniform` it takes.
+        copies: of each image, noisy ones, m.
+    """
 
-    @property
-    def copies(self) -> int:
-        """Noisy copies of each image, m."""
+    name: ClassVar[str]
+    num_uniform: ClassVar[int] = 0
+    copies: int = 1
 
-    @property
-    def num_uniform(self) -> int:
-        """How many numbers of `NoisyBatch.uniform` it takes."""
-
+    @abstractmethod
     def __call__(self, predict: Predict, batch: NoisyBatch) -> dict[str, Tensor]:
         """Terms by name, each ``(B,)``, float32 or better; `loss` is what is minimised, the others are noted."""
 
@@ -87,12 +88,8 @@ def log_probabilities(
 ) -> Tensor:
     """``(m, B, K)`` log-softmax of noisy copies, seen in one pass, float32 or better whatever the network computes in.
 
-    Args:
-        predict: the classifier.
-        images: ``(B, C, H, W)``, or one for each copy: ``(m, B, C, H, W)``.
-        noise: ``(m, B, C, H, W)``, of the noise level itself.
-        sigma: ``(B,)``.
-        frozen: see `Predict`.
+    The images are ``(B, C, H, W)``, or one for each copy; their noise is ``(m, B, C, H, W)``, of the noise level
+    itself.
     """
     copies = len(noise)
     logits = predict((images + noise).flatten(0, 1), sigma.repeat(copies), frozen=frozen)
@@ -120,11 +117,8 @@ def divergence(log_target: Tensor, log_p: Tensor) -> Tensor:
 
 
 def consistency_terms(log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B,)`` each: mean_i KL(f || p_i) and the entropy H(f) of the mean prediction f = mean_i p_i, with the gradient
-    through f too (Jeong & Shin 2020).
-
-    Args:
-        log_p: ``(m, B, K)`` of m noisy copies.
+    """``(B,)`` each, of log-probabilities ``(m, B, K)``: mean_i KL(f || p_i) and the entropy H(f) of the mean
+    prediction f = mean_i p_i, with the gradient through f too (Jeong & Shin 2020).
     """
     log_f = log_mean(log_p)
     return divergence(log_f, log_p).mean(dim=0), -(log_f.exp() * log_f).sum(dim=-1)

@@ -15,7 +15,6 @@ from core.procedures.dual import dual_certify
 from core.procedures.ladder import final_alpha
 from core.procedures.sequential import (
     beyond,
-    certify_grid,
     certify_sequential,
     dual_certify_sequential,
     dual_procedure,
@@ -314,7 +313,7 @@ def test_procedures_run_the_budget_that_is_named() -> None:
         (
             "grid",
             GRID,
-            certify_grid(0.5, GRID, sampling, rule),
+            certify_sequential(0.5, sampling, rule, GRID),
             dual_certify_sequential(SIGMAS, 1.0, sampling, rule, GRID),
         ),
     ):

@@ -19,7 +19,7 @@ from core.machine.network import Head, Network
 from core.machine.noise import GaussianNoise
 from core.procedures.dual import dual_certify, join_stages
 from core.procedures.multiscale import MultiscaleCertificate, multiscale_certify
-from core.procedures.sequential import certify_grid, certify_sequential, dual_certify_sequential
+from core.procedures.sequential import certify_sequential, dual_certify_sequential
 from core.procedures.smoothing import certificate, certify
 from core.records import (
     ABSTAIN,
@@ -171,7 +171,7 @@ def procedure_of(kind: str, num: int, look_every: int) -> Result:
     makers: dict[str, Callable[[], Result]] = {
         "fixed": lambda: certify(0.5, sampling),
         "sequential": lambda: certify_sequential(0.25, sampling, rule),
-        "grid": lambda: certify_grid(0.5, (0.0, 0.1, 0.4), sampling, rule),
+        "grid": lambda: certify_sequential(0.5, sampling, rule, (0.0, 0.1, 0.4)),
         "dual": lambda: dual_certify(SIGMAS, 0.5, sampling),
         "dual sequential": lambda: dual_certify_sequential(SIGMAS, 0.5, sampling, rule),
         "dual grid": lambda: dual_certify_sequential(SIGMAS, 0.5, sampling, rule, (0.0, 0.1, 0.4)),

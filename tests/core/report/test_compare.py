@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError, DataError
-from core.report import ImportedRows, ReportData
+from core.evaluation.exchange import CertifyLog
+from core.report import ReportData
 from core.report.compare import format_comparison, write_comparison
 from jobs.report import distinct_names
 from tests.core.report.test_report import Page, cells, report
@@ -84,8 +85,8 @@ def of_set(digest: str) -> dict[str, object]:
 
 
 def test_comparison_never_bolds_an_imported_log_or_the_oracle(tmp_path: Path) -> None:
-    best = ImportedRows(name="log", correct=np.ones(3, bool), radius=np.full(3, 9.5), abstained=np.zeros(3, bool))
-    runs = {"a": replace(report(), imported=(best,)), "b": report()}
+    best = CertifyLog(np.arange(3), np.arange(3), np.arange(3), np.full(3, 9.5), np.ones(3, bool))
+    runs = {"a": replace(report(), imported={"log": best}), "b": report()}
     table = cells(format_comparison(runs))
     assert table["a: Imported: log (3 examples of its own)"] == ["100.00"] * 5
     assert table["a: Oracle over Sigma (not a certificate)"][0] == "80.00"

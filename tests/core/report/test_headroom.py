@@ -12,6 +12,7 @@ from core.errors import DataError
 from core.evaluation.metrics import reached
 from core.report import DualRows, ReportData
 from core.report import headroom as module
+from core.report.agreement import CONSTANT, AgreementRows
 from core.report.headroom import Routed, agreement_claims, dual_claim, headroom, headroom_sections
 from core.report.pages import html_page, markdown_page
 from tests.core.report.test_report import Page, cells, dual, report, standard
@@ -92,6 +93,15 @@ def certificates(seed: int, num: int, levels: int) -> tuple[np.ndarray, ...]:
     return level, excluded, radius_class, choice, right[row, choice]
 
 
+def certified(name: str, correct: Any, radius: Any, constant: Any, choice: Any, binding: Any, e: Any, r: Any) -> Any:
+    nothing = np.zeros(len(choice))
+    return AgreementRows(
+        name=name, correct=correct, radius=radius, radius_constant=constant, sigma_choice=choice, binding=binding,
+        radius_excluded=e, radius_class=r, abstained=radius == 0, sigma=nothing, p_lower=nothing, alpha_router=0.5,
+        num_draws=choice, draws_router=choice, draws_class=choice, draws_others=choice,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_agreement_claims_random_certificates_equal_loops(strict: bool) -> None:
     level, excluded, radius_class, choice, right = certificates(3, 400, 3)
@@ -117,7 +127,7 @@ def test_agreement_claims_random_certificates_equal_loops(strict: bool) -> None:
         wanted.append([lost[name] for name in LOST])
     t, c = np.array(radius), np.array(constant)
     args = (choice, np.array(binding), excluded, radius_class)
-    agreement, published = agreement_claims(("A", "C"), right & (t > 0), t, c, *args)
+    agreement, published = agreement_claims(certified("A", right & (t > 0), t, c, *args))
     found = parts(stations := headroom(level, agreement))
     np.testing.assert_array_equal(np.stack(list(found.values()), axis=1), wanted)
     assert all(np.any(values > 0) for values in found.values()), "a cause that never came up"
@@ -200,7 +210,7 @@ def three_claims(data: ReportData) -> list[Routed]:
     args = (rows.correct, rows.radius, rows.radius, rows.sigma_choice, binding, excluded, radius_class)
     at_share = data.standard_at_dual_alpha
     assert at_share is not None
-    return [dual_claim(rows, at_share), *agreement_claims(("Agreement", "Constant"), *args)]
+    return [dual_claim(rows, at_share), *agreement_claims(certified("Agreement", *args))]
 
 
 def test_headroom_sections_several_claims_share_a_table_and_a_legend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +223,7 @@ def test_headroom_sections_several_claims_share_a_table_and_a_legend(monkeypatch
     monkeypatch.setattr(module, "_figure", keep)
     monkeypatch.setattr(module, "_claims", three_claims)
     (section,) = headroom_sections(report())
-    names = ["Dual RS", "Agreement", "Constant"]
+    names = ["Dual RS", "Agreement", CONSTANT]
     assert [line.split(":")[0] for line in section.summary.splitlines()] == names
     text = markdown_page("Headroom", section.blocks, {})
     assert set(names) < set(markdown_table(text, "Best single level"))

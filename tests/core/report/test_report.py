@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from core.errors import DataError
-from core.report import plots
+from core.report import DualRows, ReportData, StandardRows, plots
 from core.report.agreement import CONSTANT, AgreementRows
 from core.report.multiscale import MultiscaleRows
-from core.report.render import DualRows, ReportData, StandardRows, best_method_sentence, format_table, write_report
+from core.report.render import best_method_sentence, format_table, write_report
 
 PAGES = ["certified_accuracy.pdf", "certified_accuracy.png", "delta_radius.png", "p_lower.png", "report.html"]
 PAGES += ["report.md", "sigma_choice.png", "table.csv", "table.tex"]

@@ -186,7 +186,7 @@ def test_head_is_standardised_by_the_samples_learnt_from() -> None:
     next(record.run())
     objective = record.objective
     assert isinstance(objective, EstimatorObjective)
-    values = objective._features.batch(0, np.arange(28), 5).double()
+    values = objective._copies(0, np.arange(28), 5).double()
     np.testing.assert_allclose(whole.head._mean.double(), values.mean(dim=0), rtol=1e-5, atol=1e-6)
     variance = values.var(dim=0, correction=0)
     np.testing.assert_allclose(whole.head._scale.double() ** 2, variance + 0.01 * variance.mean(), rtol=1e-5)

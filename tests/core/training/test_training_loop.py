@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.config import EstimatorConfig
+from core.config.training import OptimisationConfig
 from core.data import Dataset, Preparation, StoredImages
 from core.errors import DataError, ModelError
 from core.training.estimator import EstimatorObjective
@@ -64,7 +65,7 @@ def same(one: Training, two: Training) -> bool:
 
 
 GROWN = {
-    "optimizer": "sgd", "momentum": 0.9, "kind": "cosine", "warmup": 0.2, "ema": 0.8, "precision": "bfloat16",
+    "optimizer": "sgd", "momentum": 0.9, "schedule": "cosine", "warmup": 0.2, "ema": 0.8, "precision": "bfloat16",
     "steps": 8,
 }  # fmt: skip
 
@@ -73,7 +74,9 @@ GROWN = {
 def test_training_that_goes_on_from_any_batch_ends_with_the_same_bits(changes: dict[str, Any]) -> None:
     def learner() -> EstimatorObjective:
         learnt = objective()
-        learnt.schedule = replace(learnt.schedule, **changes)
+        steps = changes.get("steps")
+        config = learnt.schedule.config.model_copy(update={key: of for key, of in changes.items() if key != "steps"})
+        learnt.schedule = replace(learnt.schedule, config=config, steps=steps)
         return learnt
 
     whole = finished(Training(network(), learner()))
@@ -184,7 +187,8 @@ def test_training_compiled_has_the_bits_and_the_names_of_the_plain_one(monkeypat
 
     monkeypatch.setattr(nn.Module, "compile", eager)
     learnt = objective(epochs=1)
-    learnt.schedule = replace(learnt.schedule, compile=True)
+    config = learnt.schedule.config.model_copy(update={"compile": True})
+    learnt.schedule = replace(learnt.schedule, config=config)
     model = linear()
     training = finished(Training(model, learnt))
     assert compiled == [model]
@@ -196,7 +200,7 @@ def test_training_compiled_has_the_bits_and_the_names_of_the_plain_one(monkeypat
 def test_schedule_one_cycle_is_that_of_torch(total: int) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=total)
-    schedule = Schedule(1, 5, lr=0.3, weight_decay=0.0, kind="one_cycle", steps=total)
+    schedule = Schedule(OptimisationConfig(batch_size=5, lr=0.3), 1, total)
     for batch in range(total):
         assert schedule.rate(batch, 10**6) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), batch
         optimizer.step()
@@ -205,24 +209,25 @@ def test_schedule_one_cycle_is_that_of_torch(total: int) -> None:
 
 
 def test_schedule_closed_forms() -> None:
-    def rates(**keys: Any) -> list[float]:
-        schedule = Schedule(4, 5, lr=1.0, weight_decay=0.0, **keys)
+    def rates(kind: str, steps: int | None = None, **keys: Any) -> list[float]:
+        config = OptimisationConfig.model_validate({"batch_size": 5, "lr": 1.0, "schedule": kind, **keys})
+        schedule = Schedule(config, 4, steps)
         return [schedule.rate(batch, 5) for batch in range(20)]
 
     batches = np.arange(20)
     rise = np.minimum(1, (batches + 1) / 5)
-    assert rates(kind="constant") == [1.0] * 20
-    assert rates(kind="constant", warmup=0.25) == pytest.approx(rise)
-    assert rates(kind="constant", warmup=0.5, lr_every="epoch") == pytest.approx(np.repeat([0.5, 1, 1, 1], 5))
-    assert rates(kind="step", lr_step=2, lr_gamma=0.1) == pytest.approx(np.repeat([1, 1, 0.1, 0.1], 5))
-    assert rates(kind="step", lr_step=1, lr_gamma=0.5, warmup=0.25) == pytest.approx(
+    assert rates("constant") == [1.0] * 20
+    assert rates("constant", warmup=0.25) == pytest.approx(rise)
+    assert rates("constant", warmup=0.5, lr_every="epoch") == pytest.approx(np.repeat([0.5, 1, 1, 1], 5))
+    assert rates("step", lr_step=2, lr_gamma=0.1) == pytest.approx(np.repeat([1, 1, 0.1, 0.1], 5))
+    assert rates("step", lr_step=1, lr_gamma=0.5, warmup=0.25) == pytest.approx(
         rise * np.repeat([1, 0.5, 0.25, 0.125], 5)
     )
-    assert rates(kind="cosine") == pytest.approx((1 + np.cos(np.pi * batches / 20)) / 2)
+    assert rates("cosine") == pytest.approx((1 + np.cos(np.pi * batches / 20)) / 2)
     falling = (1 + np.cos(np.pi * (batches - 5) / 15)) / 2
-    assert rates(kind="cosine", warmup=0.25) == pytest.approx(np.where(batches < 5, rise, falling))
-    assert rates(kind="cosine", lr_every="epoch") == pytest.approx(np.repeat(falling_by_epoch(), 5))
-    assert rates(kind="cosine", steps=10)[9] == pytest.approx((1 + math.cos(math.pi * 0.9)) / 2)
+    assert rates("cosine", warmup=0.25) == pytest.approx(np.where(batches < 5, rise, falling))
+    assert rates("cosine", lr_every="epoch") == pytest.approx(np.repeat(falling_by_epoch(), 5))
+    assert rates("cosine", steps=10)[9] == pytest.approx((1 + math.cos(math.pi * 0.9)) / 2)
 
 
 def falling_by_epoch() -> list[float]:
@@ -232,7 +237,10 @@ def falling_by_epoch() -> list[float]:
 def test_training_sgd_and_average_equal_a_loop_written_out() -> None:
     """SGD with momentum and decay; the average of weights and BatchNorm's statistics, slowly, in float64."""
     learnt = objective()
-    learnt.schedule = Schedule(2, 5, lr=0.1, weight_decay=0.02, optimizer="sgd", momentum=0.9, ema=0.6)
+    config = OptimisationConfig(
+        schedule="constant", batch_size=5, lr=0.1, weight_decay=0.02, optimizer="sgd", momentum=0.9, ema=0.6
+    )
+    learnt.schedule = Schedule(config, 2)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
     slow = copy.deepcopy(model)
@@ -277,12 +285,6 @@ def torch_loss(logits: Tensor, radii: NDArray[np.float64], weights: NDArray[np.f
 class Broken(Objective):
     """An objective whose losses are not finite from the second epoch on."""
 
-    name, seed, threads = "broken", 0, 1
-    schedule = Schedule(epochs=3, batch_size=2, lr=0.1, weight_decay=0.0)
-
-    def __len__(self) -> int:
-        return 4
-
     def batch(self, epoch: int, chosen: NDArray[np.int64]) -> tuple[Tensor]:
         return (torch.full((len(chosen), 16), float("nan") if epoch else 1.0),)
 
@@ -291,7 +293,8 @@ class Broken(Objective):
 
 
 def test_training_whose_loss_is_not_finite_ends_with_an_error() -> None:
-    broken: Objective = Broken()
+    samples = Samples(small_data(4), np.arange(4), "broken", 0)
+    broken = Broken(samples, Schedule(OptimisationConfig(schedule="constant", batch_size=2, lr=0.1), 3))
     training = Training(linear(), broken)
     with pytest.raises(ModelError, match=r"broken: the loss of epoch 2 is not finite .*lower its learning rate"):
         finished(training)
@@ -357,7 +360,7 @@ def test_training_on_an_image_that_cannot_be_read_names_it() -> None:
 def test_schedule_of_the_estimator_is_the_published_one_by_default() -> None:
     config = EstimatorConfig()
     schedule = EstimatorObjective(small_data(4), np.full((4, 2), 0.5), 1.0, None, config, 0).schedule
-    assert (schedule.epochs, schedule.batch_size, schedule.weight_decay) == (90, 256, 0.01)
+    assert (schedule.epochs, schedule.config.batch_size, schedule.config.weight_decay) == (90, 256, 0.01)
     rates = [schedule.rate(epoch) for epoch in range(90)]
     assert rates == pytest.approx([0.01] * 30 + [0.005] * 30 + [0.0025] * 30)
     assert (config.consistency_lambda, config.consistency_eta, config.num_copies) == (40.0, 0.5, 2)

@@ -13,7 +13,8 @@ from core.errors import ConfigError, DataError
 from core.files import file_sha256
 from core.models.checkpoints import load_model, save_model
 from core.models.small import SmallConvNet
-from core.report.render import ReportData, write_report
+from core.report import ReportData
+from core.report.render import write_report
 from core.report.rounds import rounds_section
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore

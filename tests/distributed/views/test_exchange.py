@@ -22,7 +22,7 @@ from distributed.methods.multiscale import Multiscale
 from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from distributed.views.exchange import export_logs, import_log, imported_rows
+from distributed.views.exchange import export_logs, import_log, imported_logs
 from jobs import import_tsv
 from tests.core.report.test_report import report
 from tests.helpers.tiny import PLAIN, run_main
@@ -105,7 +105,7 @@ def test_import_log_hand_made_shows_the_known_values_in_the_report(tmp_path: Pat
     assert (tmp_path / "run/imported/cohen-0.25/log.tsv").read_text() == LOG
     about = json.loads((tmp_path / "run/imported/cohen-0.25/about.json").read_text())
     assert about["examples"] == 5
-    data = replace(report(), imported=imported_rows(root), radii=np.array([0.0, 0.25, 0.5, 1.0]))
+    data = replace(report(), imported=imported_logs(root), radii=np.array([0.0, 0.25, 0.5, 1.0]))
     write_report(data, tmp_path / "report")
     with (tmp_path / "report/table.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["method"] == "Imported: cohen-0.25"]
@@ -123,7 +123,7 @@ def test_report_imported_log_never_leads_and_may_have_other_examples(tmp_path: P
     (tmp_path / "one.tsv").write_text(HEADER + "0\t3\t3\t99\t1\t0\n")  # one example, certified very far
     root = Folder(tmp_path)
     import_log(root, "one", tmp_path / "one.tsv")
-    plain, data = report(), replace(report(), imported=imported_rows(root))
+    plain, data = report(), replace(report(), imported=imported_logs(root))
     assert [[m.name for m in best] for best in data.leaders()] == [[m.name for m in best] for best in plain.leaders()]
     assert data.methods()[-1].accuracy(data.radii).tolist() == [1.0] * 5
 
@@ -221,7 +221,7 @@ def test_import_tsv_with_a_configuration_makes_a_run_that_remembers_it(
     assert import_job(tmp_path / "new", tmp_path / "log.tsv", "--config", str(config)) == 0
     assert "log: 5 examples, 20.00% abstained" in capsys.readouterr().out
     assert RunDirectory(tmp_path / "new", None).config.sigmas == (0.25, 0.5)
-    assert [rows.name for rows in imported_rows(Folder(tmp_path / "new"))] == ["log"]
+    assert list(imported_logs(Folder(tmp_path / "new"))) == ["log"]
     assert import_job(tmp_path / "none", tmp_path / "log.tsv") == 2
     (tmp_path / "bad.tsv").write_text("idx")
     assert import_job(tmp_path / "bad", tmp_path / "bad.tsv", "--config", str(config)) == 3
@@ -236,7 +236,7 @@ def test_import_tsv_log_with_other_classes_than_the_run_is_refused(
     run = RunDirectory(tmp_path / "run", parse_config(PLAIN))
     assert import_job(run.path, tmp_path / "log.tsv") == 3
     assert "idx 0 has class 852, but this run has 10 classes (0 to 9)" in capsys.readouterr().err
-    assert imported_rows(run.folder) == ()
+    assert imported_logs(run.folder) == {}
     (tmp_path / "predicted.tsv").write_text(HEADER + "0\t1\t10\t0.5\t0\t0:1\n")
     assert import_job(run.path, tmp_path / "predicted.tsv") == 3
     where: dict[str, object] = {"name": "folder", "path": str(tmp_path / "elsewhere")}
@@ -255,7 +255,7 @@ def test_radii_that_only_an_imported_log_reaches_are_a_note(tmp_path: Path) -> N
     (tmp_path / "log.tsv").write_text(IMAGENET)
     import_log(run.folder, "far", tmp_path / "log.tsv")
     assert not any("report.radii" in str(problem) for problem in check(run, ["certify-standard"]).problems)
-    data = replace(report(), imported=imported_rows(run.folder), radii=np.array([0.0, 2.0]))
+    data = replace(report(), imported=imported_logs(run.folder), radii=np.array([0.0, 2.0]))
     write_report(data, tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
     assert "Beyond radius 2 this run certifies nothing, whatever its networks do: 100 draws at alpha = 0.001" in text
