@@ -36,7 +36,7 @@ _SLOTS = 64
 """Requests that have room for their votes at first; it doubles when more are open."""
 _CPU_NUMBERS = 400_000
 """Numbers that a thread gets in a pass where nothing is padded, 130 images of 3x32x32: activations of more leave the
-CPU's caches. But 16 rows at least and 512 at most."""
+CPU's caches. But 16 rows at least and 1,024 at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +290,7 @@ class Engine:
         lane, shape = self._lanes[lane_key], self.batch_size
         if not self.pad and self.network.any_batch(lane_key):
             if self._device.type == "cpu":
-                fitting = min(max(_CPU_NUMBERS // max(1, self._image_shape.numel()), 16), 512)
+                fitting = min(max(_CPU_NUMBERS // max(1, self._image_shape.numel()), 16), 1024)
                 shape = min(shape, fitting * torch.get_num_threads())
             shape = -(-lane.rows // -(-lane.rows // shape))  # of equal passes
         if self._noisy is None or len(self._noisy) < shape:

@@ -71,15 +71,16 @@ class Estimation(NamedTuple):
 
 def estimate(sigma: float, sampling: Sampling, heads: tuple[str, ...]) -> Procedure[dict[str, Estimation]]:
     """All estimation draws of heads."""
+    asked = estimation_draws(sigma, sampling, heads)
     answers: list[Answer] = []
-    for draws in estimation_draws(sigma, sampling, heads):
+    for draws in asked:
         answers.append((yield draws))
     first = answers[0]
     return {
         head: Estimation(
             np.sum([answer[head] for answer in answers], axis=0),
-            first[paired(head)][:-1] if paired(head) in first else None,
-            uniform_of(int(first[AUXILIARY][0])) if AUXILIARY in first else None,
+            first[paired(head)][:-1] if paired(head) in asked[0].heads else None,
+            uniform_of(int(first[AUXILIARY][0])) if asked[0].auxiliary else None,
         )
         for head in heads
     }
