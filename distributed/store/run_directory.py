@@ -34,6 +34,7 @@ import core
 from core.config import Config, parse_config
 from core.errors import ConfigError, DataError
 from distributed.files.storage import Folder
+from distributed.store.origin import differences
 from distributed.store.plan import Plan
 
 if TYPE_CHECKING:
@@ -109,8 +110,7 @@ class RunDirectory:
         if config is not None and "noise_version" not in config.model_fields_set:
             config = config.model_copy(update={"noise_version": before.noise_version})
         self.config = config or before
-        changes = _differences(before.identity(), self.config.identity())
-        if changes:
+        if changes := list(differences(before.identity(), self.config.identity())):
             raise ConfigError(
                 f"{str(self.folder)!r} was made with another configuration:\n"
                 + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
@@ -127,7 +127,7 @@ class RunDirectory:
             ConfigError: names the keys that were edited, where the seed or a plan tell.
         """
         if self._manifest.get("fingerprint") != config.fingerprint():
-            said = [each for plan in self._plans() for each in _differences(plan.settings, config.identity())]
+            said = [each for plan in self._plans() for each in differences(plan.settings, config.identity())]
             keys = "".join(f"\n  {key}: {old!r} when it was begun, {new!r} now" for key, old, new in said[:10])
             raise ConfigError(
                 f"{self._manifest_file!r}: its configuration was edited: it has fingerprint {config.fingerprint()!r}, "
@@ -360,15 +360,6 @@ class RunDirectory:
 
 def _model_file(name: str) -> str:
     return f"{name}.safetensors"
-
-
-def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        rows = []
-        for name in sorted(old.keys() | new.keys()):
-            rows += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-        return rows
-    return [] if old == new else [(key, old, new)]
 
 
 def _versions() -> dict[str, str]:

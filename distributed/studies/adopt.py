@@ -107,19 +107,5 @@ def _adopt_rows(target: RunDirectory, source: RunDirectory, step: SharedStep) ->
     own = Plan(plan.order, plan.bounds, work.rows_per_example, origin, plan.device, plan.batch_size, settings)
     rows.write_plan(own, data.example_ids)
     rows.copy_from(whole, work.config.sigmas)
-    verified = rows.verify(own, data.example_ids, work.levels)
-    facts = {
-        "rows": verified.rows,
-        "shards": len(own),
-        "draws_this_call": 0,
-        "non_finite_draws": verified.non_finite_draws,
-        "error_rows": verified.error_rows,
-        "retries": 0,
-        "devices": list(verified.devices),
-        "batch_size": own.batch_size,
-        "plan": own.digest,
-        "duration_s": 0.0,
-        "sha256": dict(verified.sha256),
-        "taken_from": source.folder.uri,
-    }
-    target.finish(step, read=hashes, wrote={}, facts=facts)
+    facts = rows.verify(own, data.example_ids, work.levels).facts(0, 0, 0.0)
+    target.finish(step, read=hashes, wrote={}, facts={**facts, "taken_from": source.folder.uri})

@@ -30,6 +30,7 @@ from core.procedures.dual import dual_predict
 from core.procedures.smoothing import predict
 from core.progress import Progress
 from core.records import ABSTAIN, Certificate, DualCertificate, DualPrediction, Prediction
+from distributed.cluster.cluster import device_here, gpus_here
 from distributed.execution.launch import work_of
 from distributed.execution.work import Work, build_engine
 from distributed.files.datasets import class_names, open_storage
@@ -182,9 +183,8 @@ def _work(directory: RunDirectory, question: Question, device: str) -> Work:
         raise ConfigError("sigma: Dual RS picks it for each image; drop it, or ask for the standard method")
     ending = "" if question.classifier == "finetuned" else "-base"
     work, _ = work_of(directory, f"certificates/{question.method}{ending}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
+    device = device_here(device)
+    if device == "cuda" and not gpus_here():
         raise ConfigError("device: this machine has no GPU that can be used; use cpu")
     answering = work.config.deployed  # the reference itself, where certificates are for one
     sampling = replace(answering.sampling(question.alpha), num_estimation=question.num)
