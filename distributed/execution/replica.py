@@ -219,7 +219,8 @@ class Replica:
         self._steps += 1
         self._begun.pop(shard.number, None)
         if self._metrics is not None:
-            self._metrics.committed(examples, draws, len(failed), shard.attempt > 1, seconds)
+            retries = int(shard.attempt > 1)
+            self._metrics.committed(seconds, examples=examples, draws=draws, errors=len(failed), retries=retries)
         first = shard.errors[0] if shard.errors else None
         return Facts(
             shard=shard.number,

@@ -14,6 +14,7 @@ from typing import Any
 from core import errors
 from core.progress import Progress
 from distributed.cluster.cluster import connected, device_here, quiet_ray_data, replica_pool
+from distributed.execution.metrics import Gauges
 from distributed.execution.replica import Facts, Replica, is_device_error
 from distributed.execution.watch import Board, Scout, Seen, Watch
 from distributed.execution.work import Work, measure_rate, probe_batch_size
@@ -216,9 +217,14 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, meter: M
     begun = done = total - int(plan.sizes[pending].sum())
     metrics = None
     if executor.on_ray:
-        from distributed.execution.metrics import DriverMetrics
-
-        metrics = DriverMetrics(work.store, total)
+        metrics = Gauges(
+            work.store,
+            planned_examples="examples of the plan",
+            committed_examples="examples committed, earlier runs included",
+            eta_seconds="time left at the present rate",
+            replicas="replicas that committed in the last minutes",
+        )
+        metrics.set(planned_examples=total)
     start, interval = time.monotonic(), work.config.compute.progress_interval_s
     if pending:
         with Progress(total, work.store, "examples", done=done, interval_s=interval) as progress:
@@ -231,7 +237,8 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, meter: M
                     f"{tally.draws / elapsed:,.0f} draws/s, {tally.errors} errors, {tally.retries} retries",
                 )
                 if metrics is not None:
-                    metrics.progress(done, (total - done) * elapsed / max(done - begun, 1), tally.replicas())
+                    eta_s = (total - done) * elapsed / max(done - begun, 1)
+                    metrics.set(committed_examples=done, eta_seconds=eta_s, replicas=tally.replicas())
     if failed := sorted(shard for shard in store.shards_with_errors() if shard < len(plan)):
         print(f"{work.store}: trying the examples of {len(failed)} shards again that could not be run", flush=True)
         tally.errors = 0

@@ -23,7 +23,6 @@ from distributed.methods.method import (
     estimation_of,
     votes_of,
 )
-from distributed.methods.rows import certificate_row
 
 __all__ = ["Standard", "grid", "stacked"]
 
@@ -41,10 +40,6 @@ class Standard(Method):
             partial(standard_procedure, terms.budget, sigma, terms.sampling, terms.rule, terms.radii)
             for sigma in terms.sigmas
         ]
-
-    def row(self, example_id: str, label: int, result: Certificate) -> dict[str, Any]:
-        """A row of CERTIFICATE_SCHEMA."""
-        return certificate_row(example_id, label, result)
 
     def recompute(self, row: Row, terms: Terms) -> Certificate:
         """The certificate of its noise level."""

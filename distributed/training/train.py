@@ -23,7 +23,7 @@ from core.models.checkpoints import load_model, save_model
 from core.training.loop import Record, Training
 from distributed.cluster.cluster import train_cluster, train_device, train_resources, trainings_at_once
 from distributed.cluster.joining import joins
-from distributed.execution.metrics import TrainingMetrics
+from distributed.execution.metrics import Gauges
 from distributed.execution.work import check_visible
 from distributed.files.datasets import load_dataset
 from distributed.store.progress import StepProgress
@@ -221,7 +221,13 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
             ),
         )
         print(f"{what}: {compute.train_workers} workers of {_describe(resources)} each", flush=True)
-        metrics = TrainingMetrics(lesson.name)
+        gauges = Gauges(
+            lesson.name,
+            training_epoch="epochs done",
+            training_loss="mean loss of the last epoch",
+            training_learning_rate="of the last epoch",
+            training_samples_per_second="over the last epoch",
+        )
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -245,8 +251,13 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
             if isinstance(sign, DualRSError):
                 fitting.join(_LAST_S)
                 raise sign
-            if sign.record is not None:
-                metrics.ended(sign.record)
+            if (record := sign.record) is not None:
+                gauges.set(
+                    training_epoch=record["epoch"],
+                    training_loss=record["loss"],
+                    training_learning_rate=record["lr"],
+                    training_samples_per_second=record["samples_per_s"],
+                )
             yield sign
         if failure:
             raise _explained(failure[0], compute.train_retries, what) from failure[0]
