@@ -100,7 +100,7 @@ def _networks(
     if isinstance(first := made.get(DENOISER), OneShotDenoiser):
         first.check_images(data.shape)
     learning = {
-        role: Member(Lesson.base(directory, role, denoiser), network, role)
+        role: Member(Lesson.of(directory, f"train_base-{role}", "base", role=role, denoiser=denoiser), network, role)
         for role, network in made.items()
         if config.training_of(role) is not None
     }

@@ -113,9 +113,7 @@ class Meter:
         if not self._ledger.meters:
             del self._ledgers[self._folder]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             if self._seen:
                 self._write()

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from core.data import Dataset, Split
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "model_bytes"]
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "pillow", "scikit-learn")
@@ -201,12 +201,7 @@ class RunDirectory:
 
     def save_model(self, name: str, module: "nn.Module") -> str:
         """Write the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
-        from core.models.checkpoints import save_model
-
-        with tempfile.TemporaryDirectory() as aside:
-            file = Path(aside) / _model_file(name)
-            save_model(module, file)
-            return self.put_model(name, file.read_bytes())
+        return self.put_model(name, model_bytes(module))
 
     def put_model(self, name: str, content: bytes) -> str:
         """Write the file of the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
@@ -356,6 +351,15 @@ class RunDirectory:
         if self._mode != "write":
             return
         self.folder.write(_MANIFEST, (json.dumps(self._manifest, indent=2) + "\n").encode())
+
+
+def model_bytes(module: "nn.Module") -> bytes:
+    """The file of a network."""
+    from core.models.checkpoints import save_model
+
+    with tempfile.TemporaryDirectory() as aside:
+        save_model(module, file := Path(aside) / _model_file("model"))
+        return file.read_bytes()
 
 
 def _model_file(name: str) -> str:

@@ -77,8 +77,7 @@ def _adopt_models(target: RunDirectory, source: RunDirectory) -> None:
         return
     hashes = source.model_hashes(names)
     for name in names:
-        content = source.model(name).read_bytes()
-        (target.folder / "models").write(f"{name}.safetensors", content)
+        target.put_model(name, source.model(name).read_bytes())
     record = source.manifest["steps"]["train_base"]
     facts = {key: value for key, value in record.items() if key not in ("finished", "read", "wrote")}
     target.finish("train_base", read={}, wrote=hashes, facts={**facts, "taken_from": source.folder.uri})

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from core.data import Dataset
 from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
-from core.models.checkpoints import load_model, save_model
+from core.models.checkpoints import load_model
 from core.training.loop import Record, Training
 from distributed.cluster.cluster import train_cluster, train_device, train_resources, trainings_at_once
 from distributed.cluster.joining import joins
@@ -27,7 +26,7 @@ from distributed.execution.metrics import Gauges
 from distributed.execution.work import check_visible
 from distributed.files.datasets import load_dataset
 from distributed.store.progress import StepProgress
-from distributed.store.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory, model_bytes
 from distributed.store.track import Tracker, tracked
 from distributed.training.checkpoints import Checkpoints, Curves
 from distributed.training.lesson import Lesson
@@ -318,10 +317,7 @@ def _as_the_first_says(yes: bool, device: str) -> bool:
 
 def _save_start(lesson: Lesson, model: nn.Module) -> str:
     """The network that workers begin with, as a file that all of them see; returns its SHA-256."""
-    with tempfile.TemporaryDirectory() as aside:
-        file = Path(aside) / "model.safetensors"
-        save_model(model, file)
-        content = file.read_bytes()
+    content = model_bytes(model)
     lesson.folder.write(f"{_START}.safetensors", content)
     return hashlib.sha256(content).hexdigest()
 

@@ -241,7 +241,7 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
 
 def test_pipeline_certifies_what_is_claimed() -> None:
     certified = [
-        [name for name in pipeline.checked_of(parse_config(PLAIN, values)) if name.startswith("certify")]
+        [name for name in pipeline.steps_of(parse_config(PLAIN, values)) if name.startswith("certify")]
         for values in ([], ["certify.claim=agreement"])
     ]
     assert certified == [["certify-standard", "certify-dual"], ["certify-standard", "certify-agreement"]]

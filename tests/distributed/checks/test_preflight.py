@@ -32,7 +32,7 @@ from jobs import pipeline
 from tests.helpers.s3 import s3_server, uri
 from tests.helpers.tiny import PLAIN, tiny_run
 
-ALL = pipeline.checked_of(parse_config(PLAIN))
+ALL = pipeline.steps_of(parse_config(PLAIN))
 
 
 def images(root: Path, split: str, classes: tuple[str, ...] = ("cat", "dog"), size: int = 8) -> Path:
