@@ -73,12 +73,8 @@ def _networks(
 ) -> dict[str, "nn.Module"]:
     """Some of the base networks: taken from files, and trained where the configuration says so.
 
-    Args:
-        directory: the run.
-        roles: which.
-        denoiser: SHA-256 of the one that they learn behind, None for none.
-        members: takes those that are trained.
-        networks: takes what is to be said of each, and of its training.
+    `denoiser`: SHA-256 of the one that they learn behind, None for none; `members` takes those that are trained,
+    `networks` what is to be said of each, and of its training.
     """
     import torch
 

@@ -155,9 +155,7 @@ def train_device(compute: ComputeConfig) -> str:
 def training_place(compute: ComputeConfig, here: bool) -> str:
     """Where the training steps will run, in words.
 
-    Args:
-        compute: how it runs.
-        here: whether this machine starts them, so that it needs the devices unless it joins a cluster.
+    `here`: whether this machine starts them, so that it needs the devices unless it joins a cluster.
 
     Raises:
         ConfigError: when they are not there, as far as it can be told without a cluster.

@@ -78,10 +78,7 @@ def _check_images(directory: RunDirectory, work: Work, data: Dataset) -> None:
 def certify_store(directory: RunDirectory, store: str, retry_errors: bool = False) -> None:
     """Certify what is missing of a store and record the step as finished; nothing to do when all is there.
 
-    Args:
-        directory: the run.
-        store: one of `stores`.
-        retry_errors: whether a finished step with errors is taken up again.
+    `retry_errors`: whether a finished step with errors is taken up again.
 
     Raises:
         ConfigError: as `work_of`, or when the folder holds rows of other models, or the data set is another one.

@@ -39,12 +39,7 @@ class ReplicaMetrics:
 
 
 class Gauges:
-    """Set by the driver.
-
-    Args:
-        store: or training, that they are tagged with.
-        described: what each of them is, by name.
-    """
+    """Set by the driver."""
 
     def __init__(self, store: str, **described: str) -> None:
         self._tags, self._gauges = {"store": store}, _metrics("Gauge", described)

@@ -230,9 +230,7 @@ class Folder:
     def fetch(self, name: str, sha256: str) -> Path:
         """A local file with the content of `name`: the file itself, or a copy in this machine's temporary folder.
 
-        Args:
-            name: the file.
-            sha256: its digest; a copy is kept under it for the other processes of this machine.
+        A copy is kept under the digest for the other processes of this machine.
 
         Raises:
             DataError: when it has another digest.

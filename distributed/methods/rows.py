@@ -144,13 +144,8 @@ def error_row(
 ) -> dict[str, Any]:
     """The row of an example that could not be run: nothing was drawn, so nothing is claimed.
 
-    Args:
-        schema: of the row.
-        empty: columns that are neither 0 nor empty there.
-        example_id: of the example.
-        label: of the example.
-        sigma: of the row; None where the draws pick it.
-        alpha: that a certificate would have spent.
+    `empty`: columns that are neither 0 nor empty there; `sigma`: None where the draws pick it; `alpha`: that a
+    certificate would have spent.
     """
     plain = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.0, pa.bool_(): False}
     row: dict[str, Any] = {f.name: [] if pa.types.is_list(f.type) else plain[f.type] for f in schema}

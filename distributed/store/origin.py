@@ -93,13 +93,6 @@ def metadata_of(plan: Plan, store: str, shards: Sequence[int]) -> dict[str, str]
 def check_file(plan: Plan, store: str, shards: Sequence[int], metadata: Mapping[str, str], where: str) -> None:
     """Refuse a file that was made from something else than its plan says.
 
-    Args:
-        plan: of the store.
-        store: its name.
-        shards: that the file holds, by its name.
-        metadata: of the file.
-        where: path or URI of the file, for the message.
-
     Raises:
         DataError: names the file and what differs.
     """

@@ -262,11 +262,8 @@ class RunDirectory:
         found: dict[str, Any] = {
             "digest": self._data[split][1], "examples": len(data), "classes": data.num_classes, "shape": data.shape,
         } | ({"notes": list(data.notes)} if data.notes else {})  # fmt: skip
-        before = self._manifest.get("data", {}).get(split)  # a run of an earlier version has none
-        if before is None:
-            if self._mode == "write":
-                self._merge("data", split, found)
-        elif before["digest"] != found["digest"] and not data.matches(before["digest"]):
+        before = self._noted("data", split, found)
+        if before and before["digest"] != found["digest"] and not data.matches(before["digest"]):
             old, new = (f"{each['digest']} ({each['examples']:,} examples)" for each in (before, found))
             raise ConfigError(
                 f"dataset.{split}: this is not the data set that {str(self.folder)!r} began with: fingerprint {old} "
@@ -281,10 +278,8 @@ class RunDirectory:
         Raises:
             ConfigError: says what has changed.
         """
-        before = self._manifest.get("sources", {}).get(key)
-        if before is None and self._mode == "write":
-            self._merge("sources", key, {"named": named, "sha256": sha256})
-        elif before is not None and before["sha256"] != sha256:
+        before = self._noted("sources", key, {"named": named, "sha256": sha256})
+        if before and before["sha256"] != sha256:
             raise ConfigError(
                 f"{key}: {named!r} is not the file that {str(self.folder)!r} began with (SHA-256 "
                 f"{before['sha256'][:16]} there, {sha256[:16]} now): put it back as it was, or use another --out"
@@ -292,13 +287,8 @@ class RunDirectory:
 
     def _check_classes(self, key: str, names: Sequence[str] | None) -> None:
         """One list of class names for a run: noted at first use, the same ever after."""
-        before = self._manifest.get("data", {}).get(_CLASS_NAMES)
-        if names is None:
-            return
-        if before is None:
-            if self._mode == "write":
-                self._merge("data", _CLASS_NAMES, list(names))
-        elif list(names) != before:
+        before = None if names is None else self._noted("data", _CLASS_NAMES, list(names))
+        if names is not None and before is not None and list(names) != before:
             pairs = itertools.zip_longest(before, names)
             number, (old, new) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
             raise ConfigError(
@@ -319,6 +309,13 @@ class RunDirectory:
         if (versions := _versions()) != self._manifest["versions"]:  # a resumed run may have met other ones
             record["versions"] = versions
         self._merge("steps", step, record)
+
+    def _noted(self, section: str, key: str, found: Mapping[str, Any] | list[str]) -> Any:
+        """What was noted before, None at first use, which notes what is found now."""
+        before = self._manifest.get(section, {}).get(key)  # a run of an earlier version may have no such section
+        if before is None and self._mode == "write":
+            self._merge(section, key, found)
+        return before
 
     def _merge(self, section: str, key: str, record: Mapping[str, Any] | list[str]) -> None:
         """Add to a section of the file; another job may have added something of its own in the meantime."""

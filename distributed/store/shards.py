@@ -40,10 +40,6 @@ class ShardStore:
 
     Each file names what it was made from (`origin`). Whatever reads one here compares that with the plan, and `read`
     the plan with the manifest.
-
-    Args:
-        root: the run directory.
-        name: the folder inside it, for example `dataset` or `certificates/dual`.
     """
 
     def __init__(self, root: "Folder | Path | str", name: str) -> None:
@@ -85,10 +81,6 @@ class ShardStore:
 
     def check_origin(self, plan: Plan, origin: Mapping[str, Any]) -> None:
         """Refuse to go on with shards that were made from something else.
-
-        Args:
-            plan: of the store.
-            origin: `distributed.store.origin.origin_of`, for this plan.
 
         Raises:
             ConfigError: names what differs (the configuration, the models, the data).
@@ -285,10 +277,7 @@ class ShardStore:
     def verify(self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None]) -> Verifier:
         """Prove that the shards hold each planned row exactly once, one file at a time.
 
-        Args:
-            plan: of the store.
-            example_ids: of the whole split.
-            sigmas: of an example's rows; `(None,)` for one row of any level.
+        `example_ids`: of the whole split; `sigmas`: of an example's rows, `(None,)` for one row of any level.
 
         Raises:
             DataError: names the first missing, unexpected or repeated row, or a file that cannot be read.
@@ -367,10 +356,6 @@ class ShardStore:
         """Take over the rows at these noise levels, and why some have errors, from a store with the same shards.
 
         File by file, each whole or not at all. The plan is the caller's to write first.
-
-        Args:
-            source: a finished store of standard RS.
-            sigmas: a subset of its noise levels.
         """
         levels = pa.array(sigmas, pa.float64())
 

@@ -61,13 +61,7 @@ class Verifier:
     def add(self, name: str, shards: Sequence[int], content: bytes, table: pa.Table, device: str, where: str) -> None:
         """Check a file.
 
-        Args:
-            name: of the file.
-            shards: that it holds.
-            content: its bytes.
-            table: its rows.
-            device: that they were made on; several are separated by ", ".
-            where: path or URI, for the message.
+        `shards`: that it holds; `device`: that its rows were made on, several separated by ", "; `where`: for messages.
 
         Raises:
             DataError: names the first missing, unexpected or repeated row, or a file that does not say its device.
@@ -143,9 +137,7 @@ def _torn(table: pa.Table) -> str | None:
 def changed_images(rows: Iterable[tuple[str, str | None]], data: Dataset) -> Iterator[str]:
     """Look at the images that rows were computed from, and say which are others now.
 
-    Args:
-        rows: `example_id` and `image_hash` of each; those without a hash are passed over.
-        data: the split as it is now.
+    Rows (`example_id`, `image_hash`) without a hash are passed over.
 
     Raises:
         DataError: for an image that can no longer be read.

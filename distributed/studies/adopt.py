@@ -38,10 +38,7 @@ _STORES: Final[dict[str, str]] = {
 def shared_config(config: Config, step: SharedStep, sigmas: Sequence[float]) -> Config:
     """The configuration under which a step is run for all runs that share it.
 
-    Args:
-        config: of one of these runs.
-        step: which step.
-        sigmas: Sigma of all of them together, ascending.
+    `sigmas`: of all of these runs together, ascending.
     """
     kept = {name: getattr(config, name) for name in _READS[step]}
     if "certify" in kept and config.certify.budget == "grid":  # the grid may come from the report

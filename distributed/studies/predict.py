@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -242,6 +242,9 @@ def columns_of(question: Question) -> tuple[str, ...]:
 Result = Prediction | DualPrediction | AgreementPrediction | Certificate | DualCertificate | AgreementCertificate
 
 
+_NUMBERS: Final = ("p_value", "radius", "p_lower", "radius_sigma", "radius_class", "radius_constant")
+
+
 def _answer(result: Result, classes: Sequence[str] | None, sigmas: Sequence[float]) -> dict[str, Any]:
     abstained = result.prediction == ABSTAIN
     row = {
@@ -250,22 +253,17 @@ def _answer(result: Result, classes: Sequence[str] | None, sigmas: Sequence[floa
         "sigma": None if isinstance(result, AgreementPrediction) else result.sigma,
         "abstained": abstained,
     }
+    row |= {name: getattr(result, name) for name in _NUMBERS if hasattr(result, name)}
     match result:
         case AgreementPrediction():
             one = sigmas[result.candidates[0]] if len(result.candidates) == 1 else None
-            return row | {"sigma": one, "p_value": max((stage.p_value for stage in result.stages), default=None)}
+            row |= {"sigma": one, "p_value": max((stage.p_value for stage in result.stages), default=None)}
         case AgreementCertificate():
-            p_lower = result.levels[result.level].p_lower
-            return row | {"radius": result.radius, "p_lower": p_lower, "radius_constant": result.radius_constant}
-        case Prediction():
-            return row | {"p_value": result.p_value}
+            row["p_lower"] = result.levels[result.level].p_lower
         case DualPrediction():
             label = result.class_stage
-            return row | {"p_value": label.p_value if label else None, "p_value_sigma": result.sigma_stage.p_value}
-        case Certificate():
-            return row | {"radius": result.radius, "p_lower": result.p_lower}
-    radii = {"radius_sigma": result.radius_sigma, "radius_class": result.radius_class}
-    return row | {"radius": result.radius, "p_lower": result.p_lower} | radii
+            row |= {"p_value": label.p_value if label else None, "p_value_sigma": result.sigma_stage.p_value}
+    return row
 
 
 def _error(name: str, message: str) -> Row:

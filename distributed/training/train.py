@@ -76,10 +76,6 @@ def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Recor
     often it was interrupted; for another number of workers see `core.training.loop`. The checkpoints stay until
     `forget`.
 
-    Args:
-        directory: the run.
-        members: with different names.
-
     Returns:
         For each the record of each epoch.
 
