@@ -15,9 +15,7 @@ from jobs.pipeline import STEPS
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.sweep",
-        description=__doc__,
-        epilog=f"{EXIT_CODES} Failed settings end it with 3, too.",
+        prog="python -m jobs.sweep", description=__doc__, epilog=f"{EXIT_CODES} Failed settings end it with 3, too."
     )
     parser.add_argument(
         "--config", type=Path, required=True, metavar="YAML", help="the sweep, for example configs/sweeps/lambda.yaml"

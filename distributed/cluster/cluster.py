@@ -181,8 +181,7 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
     """
     import ray
 
-    kind = "GPU" if compute.train_device == "cuda" else "CPU"
-    each = 1.0 if kind == "GPU" else float(compute.train_threads)
+    kind, each = _of_a_worker(compute)
     if _room(kind, each) < compute.train_workers:
         there = f"{ray.cluster_resources().get(kind, 0.0):g} {kind}s"
         if not joins():
@@ -196,10 +195,11 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
 
 def trainings_at_once(compute: ComputeConfig) -> int:
     """Trainings on `compute.train_workers` workers that the cluster has room for; 1 in the driver's process."""
-    if not compute.train_workers:
-        return 1
-    gpu = compute.train_device == "cuda"
-    return max(1, _room("GPU" if gpu else "CPU", 1.0 if gpu else compute.train_threads) // compute.train_workers)
+    return max(1, _room(*_of_a_worker(compute)) // compute.train_workers) if compute.train_workers else 1
+
+
+def _of_a_worker(compute: ComputeConfig) -> tuple[str, float]:
+    return ("GPU", 1.0) if compute.train_device == "cuda" else ("CPU", float(compute.train_threads))
 
 
 def quiet_ray_data() -> None:

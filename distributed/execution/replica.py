@@ -27,15 +27,7 @@ from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.engine import Task
 from distributed.execution.metrics import ReplicaMetrics
 from distributed.execution.watch import Board, Pulse
-from distributed.execution.work import (
-    Rows,
-    Work,
-    build_engine,
-    check_visible,
-    hash_of,
-    make_task,
-    warm_up,
-)
+from distributed.execution.work import Rows, Work, build_engine, check_visible, hash_of, make_task, warm_up
 from distributed.files.datasets import load_dataset
 from distributed.files.storage import Folder
 from distributed.methods.rows import OK

@@ -28,14 +28,7 @@ from core.machine.reference import WithReference
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.procedures.sequential import Budget
-from core.records import (
-    CLASSIFIER,
-    ESTIMATOR,
-    Draws,
-    Phase,
-    Sampling,
-    paired,
-)
+from core.records import CLASSIFIER, ESTIMATOR, Draws, Phase, Sampling, paired
 from distributed.files.datasets import load_dataset
 from distributed.files.storage import Folder
 from distributed.methods import method_of

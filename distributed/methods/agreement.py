@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -187,16 +188,7 @@ class Agreement(Method):
 
 
 def _terms(terms: Terms) -> AgreementTerms:
-    return AgreementTerms(
-        terms.sigmas,
-        terms.sigma_e,
-        terms.sampling,
-        terms.router,
-        terms.budget,
-        terms.rule,
-        terms.radii,
-        terms.router_share,
-    )
+    return AgreementTerms(**{each.name: getattr(terms, each.name) for each in fields(AgreementTerms)})
 
 
 def _stage(counts: Sequence[int], num: int, stop: str) -> StageVotes:

@@ -13,16 +13,7 @@ from core.errors import DataError
 from core.procedures.sequential import beyond, conclude, standard_procedure
 from core.procedures.smoothing import certificate
 from core.records import CLASSIFIER, Certificate, Procedure, Stop
-from distributed.methods.method import (
-    Copies,
-    Method,
-    Row,
-    RunRows,
-    Terms,
-    estimation_copies,
-    estimation_of,
-    votes_of,
-)
+from distributed.methods.method import Copies, Method, Row, RunRows, Terms, estimation_copies, estimation_of, votes_of
 
 __all__ = ["Standard", "grid", "stacked"]
 

@@ -29,10 +29,7 @@ _READS: Final[dict[SharedStep, tuple[str, ...]]] = {
     "certify-standard-base": (*_BASE, "noise", "certify"),
 }
 """Sections that a step reads, besides Sigma: votes at a noise level do not depend on the other levels."""
-_STORES: Final[dict[str, str]] = {
-    "build_dataset": "dataset",
-    "certify-standard-base": "certificates/standard-base",
-}
+_STORES: Final[dict[str, str]] = {"build_dataset": "dataset", "certify-standard-base": "certificates/standard-base"}
 
 
 def shared_config(config: Config, step: SharedStep, sigmas: Sequence[float]) -> Config:

@@ -196,12 +196,7 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
         signs = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={
-                "lesson": lesson,
-                "start": start,
-                "identity": lesson.identity(model),
-                "signs": signs,
-            },
+            train_loop_config={"lesson": lesson, "start": start, "identity": lesson.identity(model), "signs": signs},
             torch_config=TorchConfig(backend="nccl" if compute.train_device == "cuda" else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=compute.train_workers,
