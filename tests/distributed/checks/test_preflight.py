@@ -244,7 +244,7 @@ def test_check_writable_removes_the_folders_that_it_made(tmp_path: Path) -> None
 def test_check_writable_leaves_nothing_on_an_object_store() -> None:
     with s3_server() as server:
         folder = Folder(uri(server, "runs/a/b"))
-        system, _ = folder._remote
+        system, _ = folder._place
         folder.check_writable()
         assert system.get_file_info(pafs.FileSelector("bucket", recursive=True)) == []
         folder.write("x", b"1")

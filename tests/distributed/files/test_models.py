@@ -193,5 +193,5 @@ def test_folder_without_weights_is_refused_as_an_address(server: FlakyProxy, loc
     (local / "empty" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"no such file, and no folder with one of model.safetensors"):
         fetch_model(upload(local / "empty", server, "empty/vit"))
-    system = Folder(uri(server, "x"))._remote[0]
+    system = Folder(uri(server, "x"))._place[0]
     assert system.get_file_info("bucket/empty/vit/config.json").type == pafs.FileType.File
