@@ -36,8 +36,7 @@ class Executor:
     Attributes:
         device: `cpu` or `cuda`.
         slots: replicas at most.
-        probe: the batch size that one replica finds best.
-        measure: rows per second of one replica's bare forward passes, at a batch size.
+        ask: have a replica's place answer `question(work, *args)`.
         run: certify these shards; facts come as they are committed, in any order.
         on_ray: whether Ray's metrics are there.
         watch: is told of the commits.
@@ -46,8 +45,7 @@ class Executor:
 
     device: str
     slots: int
-    probe: Callable[[], int]
-    measure: Callable[[int], float]
+    ask: Callable[..., Any]
     run: Callable[[Sequence[int]], Iterator[Facts]]
     on_ray: bool
     watch: Watch
@@ -128,14 +126,14 @@ def _make_plan(
     """
     compute = work.config.compute
     if compute.batch_size == "auto":
-        batch_size = executor.probe()
+        batch_size = executor.ask(probe_batch_size)
         print(f"{work.store}: compute.batch_size=auto comes to {batch_size} rows on this {executor.device}", flush=True)
     else:
         batch_size = compute.batch_size
     divide = partial(Plan.divide, num_examples, batch_size=batch_size, settings=settings)
     if isinstance(compute.shard_examples, int):
         return divide(compute.shard_examples, work.rows_per_example, origin, executor.device)
-    rate = executor.measure(batch_size)
+    rate = executor.ask(measure_rate, batch_size)
     examples_per_s = rate / work.draws_per_example
     even = math.ceil(num_examples / (4 * executor.slots))  # all replicas have something to do
     size = max(1, min(round(compute.shard_seconds * examples_per_s), even))
@@ -153,7 +151,7 @@ def _foresee(work: Work, plan: Plan, store: ShardStore, executor: Executor, mete
     left = int(sum(size for shard, size in enumerate(plan.sizes.tolist()) if shard not in committed))
     if meter.left is None or not left:
         return
-    rate = executor.measure(plan.batch_size or work.config.compute.training_batch_size)
+    rate = executor.ask(measure_rate, plan.batch_size or work.config.compute.training_batch_size)
     hours = left * work.draws_per_example / rate * executor.share / 3600
     beyond = f"; it will stop at about {meter.left / hours:.0%} of it" if hours > meter.left else ""
     print(
@@ -272,8 +270,7 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             replica.close()
 
     with Watch(work.store, work.config.compute, board, 1) as watch:
-        probe, measure = partial(probe_batch_size, placed), partial(measure_rate, placed)
-        yield Executor(placed.device, 1, probe, measure, run, on_ray=False, watch=watch)
+        yield Executor(placed.device, 1, lambda ask, *args: ask(placed, *args), run, on_ray=False, watch=watch)
 
 
 class _Cluster(Board):
@@ -343,7 +340,7 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         cluster = _Cluster("GPU" if pool.num_gpus else "CPU", pool.num_gpus or pool.num_cpus)
 
         def ask(question: Callable[..., Any], *args: Any) -> Any:
-            """Have a replica's place answer, as soon as there is one."""
+            """As soon as there is a place."""
             print(f"{work.store}: waiting for a replica to measure", flush=True)
             try:
                 scout = ray.remote(**resources, max_restarts=-1, max_task_retries=-1)(Scout).remote()
@@ -379,5 +376,4 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
 
         share = pool.num_gpus or 1.0
         with Watch(work.store, work.config.compute, cluster, pool.largest) as watch:
-            probe, measure = partial(ask, probe_batch_size), partial(ask, measure_rate)
-            yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True, watch=watch, share=share)
+            yield Executor(pool.device, pool.largest, ask, run, on_ray=True, watch=watch, share=share)
