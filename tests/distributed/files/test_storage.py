@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -17,14 +16,8 @@ from distributed.store.shards import ShardStore
 from distributed.studies.rounds import begin_round, rounds_there
 from distributed.studies.shift import open_set, sets_there, shifted_config
 from jobs import build_dataset, certify
-from tests.helpers.s3 import FlakyProxy, s3_server, uri
+from tests.helpers.s3 import FlakyProxy, uri
 from tests.helpers.tiny import tiny_run
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FlakyProxy]:
-    with s3_server() as proxy:
-        yield proxy
 
 
 @pytest.fixture(params=["local", "s3"])

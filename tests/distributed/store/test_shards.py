@@ -15,11 +15,7 @@ from core.records import Bound, Certificate, DualCertificate, Sampling
 from distributed.files.parquet import from_bytes, to_bytes
 from distributed.files.storage import Folder
 from distributed.methods.dual import Dual
-from distributed.methods.rows import (
-    CERTIFICATE_SCHEMA,
-    certificate_row,
-    error_row,
-)
+from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
 from distributed.methods.standard import grid
 from distributed.store.plan import Plan
 from distributed.store.shards import ShardStore
@@ -74,12 +70,6 @@ def test_commit_then_read_gives_rows_back_to_the_last_bit(tmp_path: Path) -> Non
     assert grid(table, "counts_estimation", (0.25, 0.5)).shape == (7, 2, 2)
     with pytest.raises(DataError, match="one row per example for each sigma"):
         grid(table, "radius", (0.25, 0.7))
-
-
-def test_commit_leaves_only_whole_files_that_any_reader_opens(tmp_path: Path) -> None:
-    store_with_rows(tmp_path, Plan.divide(7, 3, 2, {}))
-    assert sorted(p.name for p in (tmp_path / "dataset").iterdir()) == [f"shard-00000{i}.parquet" for i in range(3)]
-    assert pq.read_table(tmp_path / "dataset").num_rows == 14
 
 
 def test_plan_read_back_is_the_plan_that_was_written_and_readable_by_itself(tmp_path: Path) -> None:
