@@ -30,14 +30,10 @@ def main() -> int:
         from distributed.store.origin import is_named
         from distributed.store.shards import ShardStore
         from distributed.studies.rounds import broken_links, rounds_there
-        from distributed.studies.shift import sets_there
+        from distributed.studies.shift import with_all_below
 
-        run_itself = open_run(args)
-        rounds = rounds_there(run_itself)
-        everything = [("", run_itself)]
-        everything += [(f"rounds/{each.folder.name}/", each) for each in rounds[1:]]
-        everything += [(f"shift/{each.folder.name}/", each) for each in sets_there(run_itself)]
-        findings = [f"{where}: {problem}" for where, problem in broken_links(rounds)]
+        everything = with_all_below(open_run(args))
+        findings = [f"{where}: {problem}" for where, problem in broken_links(rounds_there(everything[0][1]))]
         for prefix, directory in everything:
             try:
                 found, checked = audit(directory)

@@ -23,9 +23,7 @@ def main() -> int:
     parser = job_parser("build_dataset", __doc__)
     retry_errors_option(parser)
     return run_step(
-        parser,
-        lambda directory, args: run(directory, args.retry_errors),
-        lambda args: ["train_base", "build_dataset"],
+        parser, lambda directory, args: run(directory, args.retry_errors), lambda args: ["train_base", "build_dataset"]
     )
 
 

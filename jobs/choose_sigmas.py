@@ -29,14 +29,7 @@ def main() -> int:
         from core.law import GAUSSIAN
         from core.procedures.confidence import largest_radius
         from core.progress import Progress
-        from core.report.choice import (
-            choice_csv,
-            choice_figure,
-            choice_json,
-            format_choice,
-            format_curve,
-            recommended,
-        )
+        from core.report.choice import choice_csv, choice_figure, choice_json, format_choice, format_curve, recommended
         from core.report.plots import to_bytes
         from distributed.studies.choice import test_sample, training_sample
 

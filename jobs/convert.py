@@ -46,11 +46,7 @@ def run(source: Path, target: Path, head_dim: int | None, schedule: str | None) 
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.convert",
-        description=__doc__,
-        epilog=EXIT_CODES,
-    )
+    parser = argparse.ArgumentParser(prog="python -m jobs.convert", description=__doc__, epilog=EXIT_CODES)
     parser.add_argument(
         "source", type=Path, metavar="SOURCE", help="checkpoint, for example 256x256_diffusion_uncond.pt"
     )

@@ -20,15 +20,12 @@ def main() -> int:
     def run(args) -> None:  # type: ignore[no-untyped-def]
         from core.errors import DataError
         from core.evaluation.metrics import certified_accuracy
-        from distributed.execution.launch import stores
         from distributed.files.storage import Folder
-        from distributed.store.shards import ShardStore
         from distributed.views.exchange import export_logs
+        from distributed.views.publication import published_stores
 
         directory = open_run(args)
-        chosen = args.store or [
-            store for store in stores() if store != "dataset" and ShardStore(directory.folder, store).committed()
-        ]
+        chosen = args.store or published_stores(directory)
         if not chosen:
             raise DataError(f"{str(directory.folder)!r} holds no certificates yet: run jobs.certify first")
         target = Folder(args.to) if args.to else directory.folder / "export"

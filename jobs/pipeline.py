@@ -10,36 +10,32 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 from core.config import Config
+from distributed.methods import METHODS
 from distributed.store.lock import RunLock
 from distributed.store.run_directory import RunDirectory
 from jobs import build_dataset, certify, finetune_classifier, report, train_base, train_estimator
 from jobs._cli import job_parser, open_run, run_step
 
-Step = tuple[str, Callable[[RunDirectory], None]]
+STEPS: dict[str, Callable[[RunDirectory], None]] = {
+    "train_base": train_base.run,
+    "build_dataset": build_dataset.run,
+    "train_estimator": train_estimator.run,
+    "finetune_classifier": finetune_classifier.run,
+    **{f"certify-{name}": partial(certify.run, method=name) for name in METHODS},
+    **{f"certify-{name}-base": partial(certify.run, method=name, classifier="base") for name in METHODS},
+    "report": report.run,
+}
+"""By their names in the manifest (the report needs nothing but the results of the others, and is not in it)."""
 
 
-def steps_of(config: Config) -> tuple[Step, ...]:
-    """The steps of one round."""
+def steps_of(config: Config) -> tuple[str, ...]:
+    """Those of one round, before its report."""
     methods = ("standard", config.certify.routed, *(["multiscale"] if config.certify.multiscale else []))
-    return (
-        ("train_base", train_base.run),
-        ("build_dataset", build_dataset.run),
-        ("train_estimator", train_estimator.run),
-        *([("finetune_classifier", finetune_classifier.run)] if config.finetune.epochs else []),
-        *((f"certify --method {method}", _certify(method)) for method in methods),
-        ("report", report.run),
-    )
-
-
-def _certify(method: str) -> Callable[[RunDirectory], None]:
-    return lambda directory: certify.run(directory, method)
-
-
-def checked_of(config: Config) -> tuple[str, ...]:
-    """Their names in the manifest; the report needs nothing but their results."""
-    return tuple(name.replace("certify --method ", "certify-") for name, _ in steps_of(config)[:-1])
+    tuning = ("finetune_classifier",) if config.finetune.epochs else ()
+    return ("train_base", "build_dataset", "train_estimator", *tuning, *(f"certify-{method}" for method in methods))
 
 
 def run(directory: RunDirectory) -> None:
@@ -59,7 +55,7 @@ def run(directory: RunDirectory) -> None:
 
             print(f"round {number} of {config.rounds}: {directory.folder}/rounds/{number}", flush=True)
             following = begin_round(directory, number)
-            refuse(check(following, checked_of(config)[1:]).problems)
+            refuse(check(following, steps[1:]).problems)
             with RunLock(following.folder):
                 _run_steps(following, steps[1:], start)
     if config.rounds > 1:
@@ -67,10 +63,11 @@ def run(directory: RunDirectory) -> None:
     print(f"done in {time.monotonic() - start:.0f} s")
 
 
-def _run_steps(directory: RunDirectory, steps: Sequence[Step], start: float) -> None:
-    for number, (name, step) in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {name} (after {time.monotonic() - start:.0f} s)", flush=True)
-        step(directory)
+def _run_steps(directory: RunDirectory, steps: Sequence[str], start: float) -> None:
+    for number, step in enumerate((*steps, "report"), 1):
+        name = step.replace("certify-", "certify --method ")
+        print(f"[{number}/{len(steps) + 1}] {name} (after {time.monotonic() - start:.0f} s)", flush=True)
+        STEPS[step](directory)
 
 
 def _more_rounds(directory: RunDirectory) -> None:
@@ -78,7 +75,7 @@ def _more_rounds(directory: RunDirectory) -> None:
     if (rounds := directory.config.rounds) > 1:
         print(
             f"rounds={rounds}: this is the first round alone; each of the others takes the steps from build_dataset to "
-            f"{checked_of(directory.config)[-1]} once more (one that has been begun: --dry-run --out RUN/rounds/2)"
+            f"{steps_of(directory.config)[-1]} once more (one that has been begun: --dry-run --out RUN/rounds/2)"
         )
 
 
@@ -88,7 +85,7 @@ def main() -> int:
     return run_step(
         parser,
         lambda directory, args: run(directory),
-        lambda args: checked_of(open_run(args, "dry").config),
+        lambda args: steps_of(open_run(args, "dry").config),
         _more_rounds,
     )
 

@@ -18,14 +18,9 @@ from jobs import report
 from jobs._cli import job_parser, open_run, run_job
 
 
-def methods_of(config: Config) -> tuple[str, ...]:
-    """What each set is certified with."""
-    return "standard", config.certify.routed
-
-
 def checked_of(config: Config) -> tuple[str, ...]:
-    """Their names in the manifest."""
-    return tuple(f"certify-{method}" for method in methods_of(config))
+    """What each set is certified with, by the names in the manifest."""
+    return "certify-standard", f"certify-{config.certify.routed}"
 
 
 def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | None = None, every: int = 1) -> None:
@@ -51,8 +46,8 @@ def run(directory: RunDirectory, sets: Sequence[tuple[str, int]], path: str | No
             eta = f", ETA {clock(elapsed / worked * left)}" if worked else ""
             print(f"[{number}/{len(configs)}] {name}{eta}" + ("" if found.steps else ": finished"), flush=True)
             worked += bool(found.steps)
-            for method in methods_of(config):
-                certify_store(following, f"certificates/{method}")
+            for step in checked_of(config):
+                certify_store(following, step.replace("certify-", "certificates/"))
     if "certify-standard" in directory.manifest["steps"]:
         report.run(directory)
     else:

@@ -15,8 +15,7 @@ def show(directory: RunDirectory) -> bool:
     from distributed.checks.live import training_lines
     from distributed.checks.status import status
     from distributed.store.lock import read_lock
-    from distributed.studies.rounds import rounds_there
-    from distributed.studies.shift import sets_there
+    from distributed.studies.shift import with_all_below
 
     print(
         f"{directory.folder}: {len(directory.manifest['steps'])} steps finished"
@@ -28,9 +27,7 @@ def show(directory: RunDirectory) -> bool:
             print(waits_for)
     if spent := spent_line(directory):
         print(spent)
-    places = [("", directory)]
-    places += [(f"rounds/{each.folder.name}/", each) for each in rounds_there(directory)[1:]]
-    places += [(f"shift/{each.folder.name}/", each) for each in sets_there(directory)]
+    places = with_all_below(directory)
     for prefix, place in places:
         for line in training_lines(place, time.time()):
             print(f"{prefix}{line}", flush=True)

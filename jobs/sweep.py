@@ -6,31 +6,16 @@ below OUT/settings, which jobs.audit, jobs.report and jobs.certify take as any o
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from distributed.methods import METHODS
-from distributed.store.run_directory import RunDirectory
-from jobs import build_dataset, certify, finetune_classifier, train_base, train_estimator
 from jobs._cli import EXIT_CODES, run_job
-
-STEPS: dict[str, Callable[[RunDirectory], None]] = {
-    "train_base": train_base.run,
-    "build_dataset": build_dataset.run,
-    "train_estimator": train_estimator.run,
-    "finetune_classifier": finetune_classifier.run,
-    **{f"certify-{name}": partial(certify.run, method=name) for name in METHODS},
-    **{f"certify-{name}-base": partial(certify.run, method=name, classifier="base") for name in METHODS},
-}
+from jobs.pipeline import STEPS
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m jobs.sweep",
-        description=__doc__,
-        epilog=f"{EXIT_CODES} Failed settings end it with 3, too.",
+        prog="python -m jobs.sweep", description=__doc__, epilog=f"{EXIT_CODES} Failed settings end it with 3, too."
     )
     parser.add_argument(
         "--config", type=Path, required=True, metavar="YAML", help="the sweep, for example configs/sweeps/lambda.yaml"

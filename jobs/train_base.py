@@ -73,12 +73,8 @@ def _networks(
 ) -> dict[str, "nn.Module"]:
     """Some of the base networks: taken from files, and trained where the configuration says so.
 
-    Args:
-        directory: the run.
-        roles: which.
-        denoiser: SHA-256 of the one that they learn behind, None for none.
-        members: takes those that are trained.
-        networks: takes what is to be said of each, and of its training.
+    `denoiser`: SHA-256 of the one that they learn behind, None for none; `members` takes those that are trained,
+    `networks` what is to be said of each, and of its training.
     """
     import torch
 
@@ -100,7 +96,7 @@ def _networks(
     if isinstance(first := made.get(DENOISER), OneShotDenoiser):
         first.check_images(data.shape)
     learning = {
-        role: Member(Lesson.base(directory, role, denoiser), network, role)
+        role: Member(Lesson.of(directory, f"train_base-{role}", "base", role=role, denoiser=denoiser), network, role)
         for role, network in made.items()
         if config.training_of(role) is not None
     }

@@ -39,10 +39,7 @@ def training_lines(directory: RunDirectory, now: float) -> list[str]:
 def live_page(directory: RunDirectory, now: float, told: Sequence[str]) -> bytes:
     """The page, as HTML that needs nothing but itself.
 
-    Args:
-        directory: the run.
-        now: seconds since the epoch.
-        told: sentences to begin with: what else is known of the run.
+    `now`: seconds since the epoch; `told`: sentences to begin with, what else is known of the run.
     """
     from core.report import plots  # matplotlib, which jobs.status does not need otherwise
 

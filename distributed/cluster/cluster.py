@@ -18,6 +18,8 @@ __all__ = [
     "Pool",
     "check_gpus",
     "connected",
+    "device_here",
+    "gpus_here",
     "placed",
     "quiet_ray_data",
     "replica_pool",
@@ -84,6 +86,18 @@ def connected(compute: ComputeConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+def gpus_here() -> int:
+    """GPUs of this machine that PyTorch can use."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def device_here(device: str) -> str:
+    """What `auto` comes to in this process; any other device is itself."""
+    return device if device != "auto" else "cuda" if gpus_here() else "cpu"
+
+
 def check_gpus(compute: ComputeConfig) -> None:
     """Refuse replicas on GPUs that this machine does not have, where no cluster is joined.
 
@@ -93,9 +107,7 @@ def check_gpus(compute: ComputeConfig) -> None:
     local = compute.executor == "local"
     if compute.device != "cuda" or (joins() and not local):
         return
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = gpus_here()
     share = compute.gpus_per_replica
     room = gpus if local else gpus * int(1 / share + 1e-9) if share < 1 else int(gpus / share + 1e-9)
     least = compute.min_replicas if compute.max_replicas and not local else 1
@@ -118,11 +130,8 @@ def placed(config: Config) -> Config:
     The head of a cluster has none as a rule; Ray Train then puts the worker on a node that has one.
     """
     compute = config.compute
-    if compute.train_device != "cuda" or compute.train_workers or compute.executor != "ray" or not joins():
-        return config
-    import torch
-
-    if torch.cuda.is_available():
+    joining = compute.executor == "ray" and joins()
+    if compute.train_device != "cuda" or compute.train_workers or not joining or gpus_here():
         return config
     print("compute.train_workers=1: this machine has no GPU, so that a node of the cluster trains", flush=True)
     return config.model_copy(update={"compute": compute.model_copy(update={"train_workers": 1})})
@@ -134,24 +143,19 @@ def train_device(compute: ComputeConfig) -> str:
     Raises:
         ConfigError: when the driver sees no GPU and is to train on one.
     """
-    if compute.train_device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                "compute.train_device is 'cuda', but this machine has no GPU that PyTorch can use: set "
-                "compute.train_device=cpu, join a cluster that has one (RAY_ADDRESS, `ray job submit`), or run it "
-                "where the GPUs are (`nvidia-smi`)"
-            )
+    if compute.train_device == "cuda" and not gpus_here():
+        raise ConfigError(
+            "compute.train_device is 'cuda', but this machine has no GPU that PyTorch can use: set "
+            "compute.train_device=cpu, join a cluster that has one (RAY_ADDRESS, `ray job submit`), or run it where "
+            "the GPUs are (`nvidia-smi`)"
+        )
     return compute.train_device
 
 
 def training_place(compute: ComputeConfig, here: bool) -> str:
     """Where the training steps will run, in words.
 
-    Args:
-        compute: how it runs.
-        here: whether this machine starts them, so that it needs the devices unless it joins a cluster.
+    `here`: whether this machine starts them, so that it needs the devices unless it joins a cluster.
 
     Raises:
         ConfigError: when they are not there, as far as it can be told without a cluster.
@@ -160,9 +164,7 @@ def training_place(compute: ComputeConfig, here: bool) -> str:
         return f"in the driver's process, on its {train_device(compute) if here else compute.train_device}"
     if compute.train_device == "cpu":
         return f"{compute.train_workers} workers of Ray Train, {compute.train_threads} CPUs each"
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = gpus_here()
     if here and gpus < compute.train_workers and not joins():
         raise ConfigError(
             f"compute.train_workers: {compute.train_workers} workers of a GPU each, but this machine has {gpus}; lower "
@@ -179,8 +181,7 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
     """
     import ray
 
-    kind = "GPU" if compute.train_device == "cuda" else "CPU"
-    each = 1.0 if kind == "GPU" else float(compute.train_threads)
+    kind, each = _of_a_worker(compute)
     if _room(kind, each) < compute.train_workers:
         there = f"{ray.cluster_resources().get(kind, 0.0):g} {kind}s"
         if not joins():
@@ -194,10 +195,11 @@ def train_resources(compute: ComputeConfig) -> dict[str, float]:
 
 def trainings_at_once(compute: ComputeConfig) -> int:
     """Trainings on `compute.train_workers` workers that the cluster has room for; 1 in the driver's process."""
-    if not compute.train_workers:
-        return 1
-    gpu = compute.train_device == "cuda"
-    return max(1, _room("GPU" if gpu else "CPU", 1.0 if gpu else compute.train_threads) // compute.train_workers)
+    return max(1, _room(*_of_a_worker(compute)) // compute.train_workers) if compute.train_workers else 1
+
+
+def _of_a_worker(compute: ComputeConfig) -> tuple[str, float]:
+    return ("GPU", 1.0) if compute.train_device == "cuda" else ("CPU", float(compute.train_threads))
 
 
 def quiet_ray_data() -> None:
@@ -283,8 +285,7 @@ def replicas_here(compute: ComputeConfig) -> tuple[str, int, str]:
     """Device and number of replicas as far as they can be told without asking a cluster, and a sentence on them."""
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = compute.device if compute.device != "auto" else ("cuda" if gpus else "cpu")
+    gpus, device = gpus_here(), device_here(compute.device)
     name = torch.cuda.get_device_name() if device == "cuda" and gpus else device
     if device == "cuda" and not gpus:
         name += ", of which this machine has none"

@@ -28,9 +28,6 @@ def check_cluster(wait_s: float = JOIN_S) -> None:
 
     Ray itself says nothing for two minutes and then ends the process.
 
-    Args:
-        wait_s: how long it is tried.
-
     Raises:
         ConfigError: says what was tried, and for how long.
     """

@@ -15,17 +15,12 @@ from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.store.verify import changed_images
 
-__all__ = ["IMAGES_CHECKED", "certify_store", "outline", "step_of", "stores", "work_of"]
+__all__ = ["certify_store", "outline", "step_of", "stores", "work_of"]
 
 
 def stores() -> tuple[str, ...]:
     """Folders of certificates in a run directory. `-base` is the classifier as it was before fine-tuning."""
     return ("dataset", *(f"certificates/{name}{ending}" for ending in ("", "-base") for name in METHODS))
-
-
-IMAGES_CHECKED = 32
-"""Images that are compared with the rows there are, store by store, before more are made: what changed a tenth of them
-is missed with probability 0.03."""
 
 
 def outline(directory: RunDirectory, store: str) -> Work:
@@ -73,7 +68,7 @@ def _check_images(directory: RunDirectory, work: Work, data: Dataset) -> None:
     for name in stores():
         if outline(directory, name).split != work.split:
             continue
-        for problem in changed_images(ShardStore(directory.folder, name).images(), data, IMAGES_CHECKED):
+        for problem in changed_images(ShardStore(directory.folder, name).images(), data):
             raise DataError(
                 f"{name}: {problem}; put the data set back as it was (dataset.path, dataset.{work.split}.path), or use "
                 "another --out"
@@ -83,10 +78,7 @@ def _check_images(directory: RunDirectory, work: Work, data: Dataset) -> None:
 def certify_store(directory: RunDirectory, store: str, retry_errors: bool = False) -> None:
     """Certify what is missing of a store and record the step as finished; nothing to do when all is there.
 
-    Args:
-        directory: the run.
-        store: one of `stores`.
-        retry_errors: whether a finished step with errors is taken up again.
+    `retry_errors`: whether a finished step with errors is taken up again.
 
     Raises:
         ConfigError: as `work_of`, or when the folder holds rows of other models, or the data set is another one.

@@ -27,15 +27,7 @@ from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.engine import Task
 from distributed.execution.metrics import ReplicaMetrics
 from distributed.execution.watch import Board, Pulse
-from distributed.execution.work import (
-    Rows,
-    Work,
-    build_engine,
-    check_visible,
-    hash_of,
-    make_task,
-    warm_up,
-)
+from distributed.execution.work import Rows, Work, build_engine, check_visible, hash_of, make_task, warm_up
 from distributed.files.datasets import load_dataset
 from distributed.files.storage import Folder
 from distributed.methods.rows import OK
@@ -219,7 +211,8 @@ class Replica:
         self._steps += 1
         self._begun.pop(shard.number, None)
         if self._metrics is not None:
-            self._metrics.committed(examples, draws, len(failed), shard.attempt > 1, seconds)
+            retries = int(shard.attempt > 1)
+            self._metrics.committed(seconds, examples=examples, draws=draws, errors=len(failed), retries=retries)
         first = shard.errors[0] if shard.errors else None
         return Facts(
             shard=shard.number,

@@ -7,14 +7,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from core import errors
 from core.progress import Progress
+from distributed.cluster.cluster import connected, device_here, quiet_ray_data, replica_pool
+from distributed.execution.metrics import Gauges
 from distributed.execution.replica import Facts, Replica, is_device_error
 from distributed.execution.watch import Board, Scout, Seen, Watch
 from distributed.execution.work import Work, measure_rate, probe_batch_size
@@ -36,22 +36,20 @@ class Executor:
     Attributes:
         device: `cpu` or `cuda`.
         slots: replicas at most.
-        probe: the batch size that one replica finds best.
-        measure: rows per second of one replica's bare forward passes, at a batch size.
+        ask: have a replica's place answer `question(work, *args)`.
         run: certify these shards; facts come as they are committed, in any order.
         on_ray: whether Ray's metrics are there.
         watch: is told of the commits.
+        share: of a device, that a replica takes.
     """
 
     device: str
     slots: int
-    probe: Callable[[], int]
-    measure: Callable[[int], float]
+    ask: Callable[..., Any]
     run: Callable[[Sequence[int]], Iterator[Facts]]
     on_ray: bool
     watch: Watch
     share: float = 1.0
-    """Of a device, that a replica takes."""
 
 
 def run_work(
@@ -74,7 +72,7 @@ def run_work(
         settings: kept in the plan, see there.
 
     Returns:
-        Facts for the manifest: rows, files with their SHA-256, errors, retries; draws and seconds of this call.
+        Facts for the manifest (`Verifier.facts`), and `votes`, the number of all.
 
     Raises:
         ConfigError: when the plan on disk was made for something else, or for another kind of device whose noise is
@@ -88,14 +86,13 @@ def run_work(
     if plan is not None:
         store.check_origin(plan, origin)
         store.check_files()
-    done = _Tally(work)
+    draws = 0
     if plan is None or set(range(len(plan))) - store.committed() or store.shards_with_errors():
         compute = work.config.compute
         with (
             Meter(work.root, compute) as meter,
             (_local if compute.executor == "local" else _on_ray)(work, replica) as executor,
         ):
-            done.meter = meter
             if plan is None:
                 plan = _make_plan(work, executor, origin, settings or {}, len(example_ids))
                 store.write_plan(plan, example_ids)
@@ -110,26 +107,14 @@ def run_work(
                     "near-ties between logits may fall otherwise; each file of rows names its device",
                     flush=True,
                 )
-            done.share = executor.share
             _foresee(work, plan, store, executor, meter)
-            _run(work, plan, store, executor, done)
+            draws = _run(work, plan, store, executor, meter)
     attempts = store.attempts()
     verified = store.finish(plan, example_ids, work.levels, work.config.compute.part_rows)
     store.forget_attempts()
-    return {
-        "rows": verified.rows,
-        "shards": len(plan),
-        "draws_this_call": done.draws,
-        "non_finite_draws": verified.non_finite_draws,
-        "votes": verified.votes,
-        "error_rows": verified.error_rows,
-        "retries": sum(attempts.values()) - len(attempts),
-        "devices": list(verified.devices),
-        "batch_size": plan.batch_size,
-        "plan": plan.digest,
-        "duration_s": round(time.monotonic() - start, 1),
-        "sha256": dict(verified.sha256),
-    }
+    retries = sum(attempts.values()) - len(attempts)
+    facts = verified.facts(draws, retries, round(time.monotonic() - start, 1))
+    return {**facts, "votes": verified.votes}
 
 
 def _make_plan(
@@ -141,14 +126,14 @@ def _make_plan(
     """
     compute = work.config.compute
     if compute.batch_size == "auto":
-        batch_size = executor.probe()
+        batch_size = executor.ask(probe_batch_size)
         print(f"{work.store}: compute.batch_size=auto comes to {batch_size} rows on this {executor.device}", flush=True)
     else:
         batch_size = compute.batch_size
     divide = partial(Plan.divide, num_examples, batch_size=batch_size, settings=settings)
     if isinstance(compute.shard_examples, int):
         return divide(compute.shard_examples, work.rows_per_example, origin, executor.device)
-    rate = executor.measure(batch_size)
+    rate = executor.ask(measure_rate, batch_size)
     examples_per_s = rate / work.draws_per_example
     even = math.ceil(num_examples / (4 * executor.slots))  # all replicas have something to do
     size = max(1, min(round(compute.shard_seconds * examples_per_s), even))
@@ -166,7 +151,7 @@ def _foresee(work: Work, plan: Plan, store: ShardStore, executor: Executor, mete
     left = int(sum(size for shard, size in enumerate(plan.sizes.tolist()) if shard not in committed))
     if meter.left is None or not left:
         return
-    rate = executor.measure(plan.batch_size or work.config.compute.training_batch_size)
+    rate = executor.ask(measure_rate, plan.batch_size or work.config.compute.training_batch_size)
     hours = left * work.draws_per_example / rate * executor.share / 3600
     beyond = f"; it will stop at about {meter.left / hours:.0%} of it" if hours > meter.left else ""
     print(
@@ -175,17 +160,21 @@ def _foresee(work: Work, plan: Plan, store: ShardStore, executor: Executor, mete
     )
 
 
+@dataclass
 class _Tally:
     """What this call has done, as progress, metrics and limits need it."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.draws = self.errors = self.retries = 0
-        self.first_error = ""
-        self.meter: Meter | None = None
-        self.share = 1.0
-        self._seen: dict[str, float] = {}
-        self._held: dict[str, float] = {}
+    work: Work
+    executor: Executor
+    meter: Meter
+    draws: int = 0
+    errors: int = 0
+    retries: int = 0
+    first_error: str = ""
+    _seen: dict[str, float] = field(default_factory=dict)
+    """When replicas have committed last, the latest at the end."""
+    _held: dict[str, float] = field(default_factory=dict)
+    _held_s: float = 0.0
 
     def add(self, facts: Facts) -> None:
         """Count a shard.
@@ -200,39 +189,45 @@ class _Tally:
         self.errors += facts.errors
         self.retries += facts.attempt - 1
         self.first_error = self.first_error or facts.first_error
+        self._seen.pop(facts.replica, None)
         self._seen[facts.replica] = time.monotonic()
+        self._held_s += facts.held_s - self._held.get(facts.replica, 0.0)
         self._held[facts.replica] = facts.held_s
         if self.errors > self.work.config.compute.max_errors:
             raise errors.DataError(
                 f"{self.errors} examples of {self.work.store} could not be run, more than compute.max_errors = "
                 f"{self.work.config.compute.max_errors}; the first: {self.first_error}"
             )
-        if self.meter is not None:
-            self.meter.count(math.fsum(self._held.values()) * self.share)
+        self.meter.count(self._held_s * self.executor.share)
+        self.executor.watch.committed(facts.seconds)
 
     def replicas(self) -> int:
         """Replicas that have committed in the last ten minutes."""
-        return sum(time.monotonic() - moment < 600.0 for moment in self._seen.values())
+        while time.monotonic() - self._seen[first := next(iter(self._seen))] >= 600.0:
+            del self._seen[first]
+        return len(self._seen)
 
 
-def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _Tally) -> None:
-    """Certify what is missing, then once more what failed."""
-    sizes, total = plan.sizes, len(plan.order)
-    committed = store.committed()
+def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, meter: Meter) -> int:
+    """Certify what is missing, then once more what failed; returns the draws."""
+    tally, total, committed = _Tally(work, executor, meter), len(plan.order), store.committed()
     pending = [shard for shard in range(len(plan)) if shard not in committed]
-    done = total - int(sizes[pending].sum())
+    begun = done = total - int(plan.sizes[pending].sum())
     metrics = None
     if executor.on_ray:
-        from distributed.execution.metrics import DriverMetrics
-
-        metrics = DriverMetrics(work.store, total)
-    start, begun = time.monotonic(), done
-    interval = work.config.compute.progress_interval_s
+        metrics = Gauges(
+            work.store,
+            planned_examples="examples of the plan",
+            committed_examples="examples committed, earlier runs included",
+            eta_seconds="time left at the present rate",
+            replicas="replicas that committed in the last minutes",
+        )
+        metrics.set(planned_examples=total)
+    start, interval = time.monotonic(), work.config.compute.progress_interval_s
     if pending:
         with Progress(total, work.store, "examples", done=done, interval_s=interval) as progress:
             for facts in executor.run(pending):
                 tally.add(facts)
-                executor.watch.committed(facts.seconds)
                 done += facts.examples
                 elapsed = time.monotonic() - start
                 progress.update(
@@ -240,28 +235,26 @@ def _run(work: Work, plan: Plan, store: ShardStore, executor: Executor, tally: _
                     f"{tally.draws / elapsed:,.0f} draws/s, {tally.errors} errors, {tally.retries} retries",
                 )
                 if metrics is not None:
-                    metrics.progress(done, (total - done) * elapsed / max(done - begun, 1), tally.replicas())
+                    eta_s = (total - done) * elapsed / max(done - begun, 1)
+                    metrics.set(committed_examples=done, eta_seconds=eta_s, replicas=tally.replicas())
     if failed := sorted(shard for shard in store.shards_with_errors() if shard < len(plan)):
         print(f"{work.store}: trying the examples of {len(failed)} shards again that could not be run", flush=True)
         tally.errors = 0
         for facts in executor.run(failed):
             tally.add(facts)
-            executor.watch.committed(facts.seconds)
         if left := store.read_errors().num_rows:
             print(
                 f"{work.store}: {left} rows could not be run, they certify nothing; why: {store.errors} "
                 f"(the first: {tally.first_error})",
                 flush=True,
             )
+    return tally.draws
 
 
 @contextmanager
 def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     """The reference: one replica in this process, two shards in flight."""
-    device = work.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    placed = replace(work, device=device)
+    placed = replace(work, device=device_here(work.device))
     board = Board()
 
     def run(pending: Sequence[int]) -> Iterator[Facts]:
@@ -277,8 +270,7 @@ def _local(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
             replica.close()
 
     with Watch(work.store, work.config.compute, board, 1) as watch:
-        probe, measure = partial(probe_batch_size, placed), partial(measure_rate, placed)
-        yield Executor(device, 1, probe, measure, run, on_ray=False, watch=watch)
+        yield Executor(placed.device, 1, lambda ask, *args: ask(placed, *args), run, on_ray=False, watch=watch)
 
 
 class _Cluster(Board):
@@ -332,8 +324,6 @@ class _Cluster(Board):
 @contextmanager
 def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
     """Ray Data feeds shard numbers to a pool of replica actors; each commits its shards itself and returns facts."""
-    from distributed.cluster.cluster import connected, quiet_ray_data, replica_pool
-
     with connected(work.config.compute):
         import ray.data  # not before: `connected` decides how Ray authenticates
 
@@ -350,7 +340,7 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
         cluster = _Cluster("GPU" if pool.num_gpus else "CPU", pool.num_gpus or pool.num_cpus)
 
         def ask(question: Callable[..., Any], *args: Any) -> Any:
-            """Have a replica's place answer, as soon as there is one."""
+            """As soon as there is a place."""
             print(f"{work.store}: waiting for a replica to measure", flush=True)
             try:
                 scout = ray.remote(**resources, max_restarts=-1, max_task_retries=-1)(Scout).remote()
@@ -361,12 +351,6 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
                 if is_device_error(error.cause):
                     raise errors.ModelError(f"the device failed while it was measured: {error.cause}") from error
                 raise
-
-        def probe() -> int:
-            return int(ask(probe_batch_size))
-
-        def measure(batch_size: int) -> float:
-            return float(ask(measure_rate, batch_size))
 
         def run(pending: Sequence[int]) -> Iterator[Facts]:
             numbers = ray.data.from_items(
@@ -392,4 +376,4 @@ def _on_ray(work: Work, replica_class: type[Replica]) -> Iterator[Executor]:
 
         share = pool.num_gpus or 1.0
         with Watch(work.store, work.config.compute, cluster, pool.largest) as watch:
-            yield Executor(pool.device, pool.largest, probe, measure, run, on_ray=True, watch=watch, share=share)
+            yield Executor(pool.device, pool.largest, ask, run, on_ray=True, watch=watch, share=share)

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Any, Self
 
 from core.config import ComputeConfig
@@ -204,9 +203,7 @@ class Watch:
         threading.Thread(target=self._live, name="watch", daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         self._ended.set()
         lock.waits_for("")
         # Whose handler of SIGTERM is in place (ours, or that of Ray, which exits) is not for this to know.

@@ -28,14 +28,7 @@ from core.machine.reference import WithReference
 from core.models.checkpoints import load_model
 from core.models.denoiser import OneShotDenoiser
 from core.procedures.sequential import Budget
-from core.records import (
-    CLASSIFIER,
-    ESTIMATOR,
-    Draws,
-    Phase,
-    Sampling,
-    paired,
-)
+from core.records import CLASSIFIER, ESTIMATOR, Draws, Phase, Sampling, paired
 from distributed.files.datasets import load_dataset
 from distributed.files.storage import Folder
 from distributed.methods import method_of
@@ -129,11 +122,7 @@ class Work:
 def build_network(models: Mapping[str, Path], config: Config, num_classes: int, device: str) -> Network:
     """Load denoiser and heads and check them against the configuration.
 
-    Args:
-        models: files by role, see `Work`; the roles that are missing are left out.
-        config: the run's.
-        num_classes: of the data set.
-        device: where they go.
+    `models`: files by role, see `Work`; the roles that are missing are left out.
 
     Raises:
         ModelError: for a file that cannot be loaded or a sigma beyond the denoiser's schedule.
@@ -174,10 +163,7 @@ def _sound(kind: str, seed: int, version: int, chunk_size: int, device: str, lev
 def build_engine(work: Work, num_classes: int, batch_size: int | None = None) -> Engine:
     """Network, noise and batch shape of a work; sets the CPU threads of this process.
 
-    Args:
-        work: what to do.
-        num_classes: of the data set.
-        batch_size: the plan's; None takes the configured one (a plan from before plans kept it).
+    `batch_size`: the plan's; None takes the configured one (a plan from before plans kept it).
 
     Raises:
         ConfigError: without a number, from the plan or the configuration.

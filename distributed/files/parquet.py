@@ -19,10 +19,7 @@ def to_bytes(
 ) -> bytes:
     """A Parquet file of these tables, one after the other.
 
-    Args:
-        schema: of all of them.
-        tables: taken one by one, so that they need not be in memory together.
-        metadata: of the file, asked for when all tables have been taken.
+    Tables are taken one by one, so that they need not be in memory together; then the file's metadata is asked for.
     """
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
@@ -42,10 +39,7 @@ def to_bytes(
 def from_bytes(content: bytes, name: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, dict[str, str]]:
     """The rows of a Parquet file, its checksums verified, and its metadata.
 
-    Args:
-        content: of the file.
-        name: what messages call it.
-        columns: that are read; None takes all.
+    `name`: what messages call it; `columns`: that are read, None takes all.
 
     Raises:
         DataError: when it cannot be read.

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -116,7 +116,7 @@ class Folder:
         return (self / name).uri
 
     @cached_property
-    def _remote(self) -> tuple[pafs.FileSystem, str]:
+    def _place(self) -> tuple[pafs.FileSystem, str]:
         return file_system(self.uri)
 
     def read(self, name: str) -> bytes:
@@ -125,29 +125,21 @@ class Folder:
         Raises:
             FileNotFoundError: when it is not there.
         """
-        if self.local is not None:
-            try:
-                return (self.local / name).read_bytes()
-            except NotADirectoryError as error:
-                raise FileNotFoundError(error.errno, error.strerror, str(self.local / name)) from error
 
         def read() -> bytes:
-            system, base = self._remote
+            system, base = self._place
             with system.open_input_file(f"{base}/{name}") as file:
                 return bytes(file.read())
 
-        return self._patiently(read, f"read {name}")
+        try:
+            return self._patiently(read, f"read {name}")
+        except NotADirectoryError as error:
+            raise FileNotFoundError(error.errno, error.strerror, self.where(name)) from error
 
-    @contextmanager
-    def opened(self, name: str) -> Iterator[IO[bytes] | pa.NativeFile]:
-        """A file to read parts of."""
-        if self.local is not None:
-            with (self.local / name).open("rb") as file:
-                yield file
-            return
-        system, base = self._remote
-        with self._patiently(lambda: system.open_input_file(f"{base}/{name}"), f"open {name}") as remote:
-            yield remote
+    def opened(self, name: str) -> pa.NativeFile:
+        """A file to read parts of; a context manager."""
+        system, base = self._place
+        return self._patiently(lambda: system.open_input_file(f"{base}/{name}"), f"open {name}")
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all; an existing one is replaced."""
@@ -156,7 +148,7 @@ class Folder:
             return
 
         def write() -> None:
-            system, base = self._remote
+            system, base = self._place
             with system.open_output_stream(f"{base}/{name}") as file:
                 file.write(content)
 
@@ -186,79 +178,46 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
-        if self.local is not None:
-            return (self.local / name).is_file()
 
         def exists() -> bool:
-            system, base = self._remote
+            system, base = self._place
             return bool(system.get_file_info(f"{base}/{name}").type == pafs.FileType.File)
 
         return self._patiently(exists, f"look for {name}")
 
     def remove(self, name: str) -> None:
         """Remove a file; nothing happens when there is none."""
-        if self.local is not None:
-            (self.local / name).unlink(missing_ok=True)
-        elif self.exists(name):
-            system, base = self._remote
-            self._patiently(lambda: system.delete_file(f"{base}/{name}"), f"remove {name}")
+        if self.exists(name):
+            system, base = self._place
+            with suppress(FileNotFoundError):
+                self._patiently(lambda: system.delete_file(f"{base}/{name}"), f"remove {name}")
 
     def remove_all(self) -> None:
         """Remove the folder with everything in it, if it is there."""
-        system, base = (pafs.LocalFileSystem(), self.uri) if self.local is not None else self._remote
+        system, base = self._place
         with suppress(FileNotFoundError):
             self._patiently(lambda: system.delete_dir(base), "remove the folder")
 
     def files(self) -> list[Stored]:
         """The files directly inside, by name, without hidden ones; none when there is no such folder."""
-        if self.local is not None:
-            try:
-                with os.scandir(self.local) as entries:
-                    found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
-            except FileNotFoundError:
-                return []
-            listed = [Stored(name, info.st_size, info.st_mtime) for name, info in found]
-        else:
-
-            def look() -> list[Stored]:
-                system, base = self._remote
-                infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True))
-                return [
-                    Stored(info.base_name, info.size or 0, info.mtime.timestamp() if info.mtime else 0.0)
-                    for info in infos
-                    if info.type == pafs.FileType.File
-                ]
-
-            listed = self._patiently(look, "list it")
-        return sorted((file for file in listed if not file.name.startswith(".")), key=lambda file: file.name)
+        infos = [info for info in self._infos() if info.type == pafs.FileType.File and info.base_name[:1] != "."]
+        listed = [(info.base_name, info.size or 0, info.mtime.timestamp() if info.mtime else 0.0) for info in infos]
+        return [Stored(*each) for each in sorted(listed)]
 
     def folders(self) -> list[str]:
         """Names of the folders directly inside, sorted, without hidden ones; none when there is no such folder."""
-        if self.local is not None:
-            try:
-                with os.scandir(self.local) as entries:
-                    names = [entry.name for entry in entries if entry.is_dir()]
-            except FileNotFoundError:
-                return []
-        else:
-
-            def look() -> list[str]:
-                system, base = self._remote
-                infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True))
-                return [info.base_name for info in infos if info.type == pafs.FileType.Directory]
-
-            names = self._patiently(look, "list it")
+        names = (info.base_name for info in self._infos() if info.type == pafs.FileType.Directory)
         return sorted(name for name in names if not name.startswith("."))
 
     def walk(self) -> list[str]:
         """Names of all files at any depth, relative to the folder."""
-        if self.local is not None:
-            return sorted(str(path.relative_to(self.local)) for path in self.local.rglob("*") if path.is_file())
+        files = (info.path for info in self._infos(recursive=True) if info.type == pafs.FileType.File)
+        return sorted(path.removeprefix(self._place[1]).lstrip("/") for path in files)
 
-        def look() -> list[str]:
-            system, base = self._remote
-            infos = system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=True))
-            return sorted(info.path.removeprefix(base).lstrip("/") for info in infos if info.type == pafs.FileType.File)
+    def _infos(self, recursive: bool = False) -> list[pafs.FileInfo]:
+        def look() -> list[pafs.FileInfo]:
+            system, base = self._place
+            return list(system.get_file_info(pafs.FileSelector(base, allow_not_found=True, recursive=recursive)))
 
         return self._patiently(look, "list it")
 
@@ -271,9 +230,7 @@ class Folder:
     def fetch(self, name: str, sha256: str) -> Path:
         """A local file with the content of `name`: the file itself, or a copy in this machine's temporary folder.
 
-        Args:
-            name: the file.
-            sha256: its digest; a copy is kept under it for the other processes of this machine.
+        A copy is kept under the digest for the other processes of this machine.
 
         Raises:
             DataError: when it has another digest.
@@ -328,7 +285,7 @@ class Folder:
             raise ConfigError(f"cannot write to {self.uri!r}: {error}") from error
 
     def _probe_store(self, probe: str) -> None:
-        system, base = self._remote
+        system, base = self._place
         prefixes = [base.rsplit("/", depth)[0] if depth else base for depth in range(base.count("/"))]  # not the bucket
         made = [info.path for info in system.get_file_info(prefixes) if info.type == pafs.FileType.NotFound]
         with system.open_output_stream(f"{base}/{probe}") as file:
@@ -347,7 +304,12 @@ class Folder:
         return f"{'/'.join(path.split('/')[:3])}?{query}"
 
     def _patiently(self, action: Callable[[], T], what: str) -> T:
-        """Repeat what fails until it works or `PATIENCE_S` has passed (`FIRST_S`, where nothing ever worked)."""
+        """Repeat what fails until it works or `PATIENCE_S` has passed (`FIRST_S`, where nothing ever worked).
+
+        A local disk does not come back.
+        """
+        if self.local is not None:
+            return action()
         start, pause = time.monotonic(), 0.5
         first = self._store not in self._answered
         patience = FIRST_S if first else PATIENCE_S

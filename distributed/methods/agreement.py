@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,11 +26,10 @@ from distributed.methods.method import (
     all_levels,
     column,
     common_columns,
-    missing_votes,
     num_votes,
     votes_of,
 )
-from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, OK
+from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, result_row
 
 __all__ = ["Agreement"]
 
@@ -78,42 +78,35 @@ class Agreement(Method):
         own = votes.classes[c.level]
         assert own is not None, "the chosen level has votes, if none at all"
         others = [None if place == c.level else stage for place, stage in enumerate(votes.classes)]
-        return {
-            "example_id": example_id,
-            "label": label,
-            "sigma": c.sigma,
-            "prediction": c.prediction,
-            "correct": c.prediction == label,
-            "radius": c.radius,
-            "p_lower": c.levels[c.level].p_lower,
-            "num_selection": c.num_selection,
-            "num_estimation": own.num,
-            "counts_selection": votes.class_selection,
-            "counts_estimation": own.counts,
-            "alpha": c.alpha,
-            "abstained": c.abstained,
-            "num_draws": c.num_draws,
-            "stop_reason": own.stop.value,
-            "alpha_early": None,
-            "target": None,
-            "status": OK,
-            "sigma_e": c.sigma_e,
-            "router": c.router,
-            "sigma_index": c.level,
-            "radius_constant": c.radius_constant,
-            "binding": c.binding,
-            "num_shared": c.num_shared,
-            "counts_selection_sigma": votes.router_selection,
-            "counts_estimation_sigma": votes.router.counts,
-            "num_estimation_sigma": votes.router.num,
-            "stop_reason_sigma": votes.router.stop.value,
-            "radius_excluded": [level.radius_excluded for level in c.levels],
-            "radius_class": [level.radius_class for level in c.levels],
-            "p_lower_level": [level.p_lower for level in c.levels],
-            "counts_estimation_level": [stage.counts if stage else [] for stage in others],
-            "num_estimation_level": [stage.num if stage else 0 for stage in others],
-            "stop_reason_level": [(stage.stop if stage else Stop.SKIPPED).value for stage in others],
-        }
+        return result_row(
+            example_id,
+            label,
+            c,
+            p_lower=c.levels[c.level].p_lower,
+            num_selection=c.num_selection,
+            num_estimation=own.num,
+            counts_selection=votes.class_selection,
+            counts_estimation=own.counts,
+            stop_reason=own.stop.value,
+            alpha_early=None,
+            target=None,
+            sigma_e=c.sigma_e,
+            router=c.router,
+            sigma_index=c.level,
+            radius_constant=c.radius_constant,
+            binding=c.binding,
+            num_shared=c.num_shared,
+            counts_selection_sigma=votes.router_selection,
+            counts_estimation_sigma=votes.router.counts,
+            num_estimation_sigma=votes.router.num,
+            stop_reason_sigma=votes.router.stop.value,
+            radius_excluded=[level.radius_excluded for level in c.levels],
+            radius_class=[level.radius_class for level in c.levels],
+            p_lower_level=[level.p_lower for level in c.levels],
+            counts_estimation_level=[stage.counts if stage else [] for stage in others],
+            num_estimation_level=[stage.num if stage else 0 for stage in others],
+            stop_reason_level=[(stage.stop if stage else Stop.SKIPPED).value for stage in others],
+        )
 
     def recompute(self, row: Row, terms: Terms) -> AgreementCertificate:
         """What the votes of all stages show together."""
@@ -137,9 +130,6 @@ class Agreement(Method):
     def votes(self, row: Row, terms: Terms, num_classes: int) -> Iterator[Votes]:
         """The classifier's at all levels that were asked, and the router's."""
         yield from super().votes(row, terms, num_classes)
-        for phase, num in (("selection", "num_selection"), ("estimation", "num_estimation_sigma")):
-            name = f"counts_{phase}_sigma"
-            yield Votes(name, row[name], row[num], frozenset({len(terms.sigmas)}))
         for counts, num in zip(row["counts_estimation_level"], row["num_estimation_level"], strict=True):
             yield Votes("counts_estimation_level", counts, num, frozenset({num_classes if num else 0}))
 
@@ -151,7 +141,7 @@ class Agreement(Method):
     def non_finite(self, table: pa.Table) -> int:
         """Of all stages."""
         others = num_votes(table, "num_estimation_level") - num_votes(table, "counts_estimation_level")
-        return others + sum(missing_votes(table, ending) for ending in self.endings)
+        return others + super().non_finite(table)
 
     def rederived(
         self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms
@@ -198,16 +188,7 @@ class Agreement(Method):
 
 
 def _terms(terms: Terms) -> AgreementTerms:
-    return AgreementTerms(
-        terms.sigmas,
-        terms.sigma_e,
-        terms.sampling,
-        terms.router,
-        terms.budget,
-        terms.rule,
-        terms.radii,
-        terms.router_share,
-    )
+    return AgreementTerms(**{each.name: getattr(terms, each.name) for each in fields(AgreementTerms)})
 
 
 def _stage(counts: Sequence[int], num: int, stop: str) -> StageVotes:

@@ -32,15 +32,13 @@ from distributed.methods.method import (
     Row,
     RunRows,
     Terms,
-    Votes,
     column,
     common_columns,
     estimation_copies,
     estimation_of,
-    missing_votes,
     votes_of,
 )
-from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, OK, optional_values
+from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, result_row, stage_columns
 
 __all__ = ["Dual", "dual_copies"]
 
@@ -77,6 +75,7 @@ class Dual(Method):
     the estimator abstained; `sigma_index` is its selection draws' choice all the same."""
     heads = (ESTIMATOR, CLASSIFIER)
     endings = ("", "_sigma")
+    may_skip = True
     any_bound = True
     empty: ClassVar[Row] = {
         "stop_reason_sigma": Stop.SKIPPED.value,
@@ -101,44 +100,23 @@ class Dual(Method):
 
     def row(self, example_id: str, label: int, result: DualCertificate) -> dict[str, Any]:
         """A row of its schema."""
-        c, level, label_stage = result, result.sigma_stage, result.class_stage
-        return {
-            "example_id": example_id,
-            "label": label,
-            "sigma": c.sigma,
-            "prediction": c.prediction,
-            "correct": c.prediction == label,
-            "radius": c.radius,
-            "p_lower": c.p_lower,
-            "num_selection": level.num_selection,
-            "num_estimation": label_stage.num_estimation if label_stage else 0,
-            "counts_selection": c.counts_selection,
-            "counts_estimation": c.counts_estimation,
-            "alpha": c.alpha,
-            "abstained": c.abstained,
-            "num_draws": c.num_draws,
-            "stop_reason": label_stage.stop.value if label_stage else Stop.SKIPPED.value,
-            "alpha_early": label_stage.alpha_early if label_stage else 0.0,
-            "target": label_stage.target if label_stage else None,
-            "status": OK,
-            "sigma_e": level.sigma,
-            "sigma_index": level.top_class,
-            "radius_sigma": c.radius_sigma,
-            "radius_class": c.radius_class,
-            "bounded_by": c.bounded_by.value,
-            "alpha_sigma": c.alpha_sigma,
-            "alpha_class": c.alpha_class,
-            "p_lower_sigma": level.p_lower,
-            "num_estimation_sigma": level.num_estimation,
-            "stop_reason_sigma": level.stop.value,
-            "alpha_early_sigma": level.alpha_early,
-            "target_sigma": level.target,
-            "num_shared": c.num_shared,
-            "counts_selection_sigma": level.counts_selection,
-            "counts_estimation_sigma": level.counts_estimation,
-            **optional_values(level, "_sigma"),
-            **optional_values(label_stage or level, ran=label_stage is not None),
-        }
+        level, label_stage = result.sigma_stage, result.class_stage
+        return result_row(
+            example_id,
+            label,
+            result,
+            **stage_columns(level, "_sigma"),
+            **stage_columns(label_stage or level, ran=label_stage is not None),
+            num_selection=level.num_selection,
+            sigma_e=level.sigma,
+            sigma_index=level.top_class,
+            radius_sigma=result.radius_sigma,
+            radius_class=result.radius_class,
+            bounded_by=result.bounded_by.value,
+            alpha_sigma=result.alpha_sigma,
+            alpha_class=result.alpha_class,
+            num_shared=result.num_shared,
+        )
 
     def recompute(self, row: Row, terms: Terms) -> DualCertificate:
         """Both stages, in the order in which they were run."""
@@ -184,25 +162,10 @@ class Dual(Method):
         """Of either stage."""
         return stage_sampling(terms.sampling, terms.split)
 
-    def votes(self, row: Row, terms: Terms, num_classes: int) -> Iterator[Votes]:
-        """The classifier's, which may not have been asked, and the estimator's."""
-        widths = {CLASSIFIER: frozenset({0, num_classes}), ESTIMATOR: frozenset({len(terms.sigmas)})}
-        for head, ending in _ENDING.items():
-            for phase in ("selection", "estimation"):
-                draws = row[f"num_{phase}{ending if phase == 'estimation' else ''}"]
-                yield Votes(f"counts_{phase}{ending}", row[f"counts_{phase}{ending}"], draws, widths[head])
-            if terms.sampling.num_reference:
-                name, draws = f"counts_missed{ending}", row[f"num_reference{ending}"]
-                yield Votes(name, row[name], draws, widths[head])
-
     def spent(self, row: Row, terms: Terms) -> float:
         """By the split: what both stages spend, or the larger of the two."""
         parts = (row["alpha_sigma"], row["alpha_class"])
         return float(max(parts) if terms.split == "full" else sum(parts))
-
-    def non_finite(self, table: pa.Table) -> int:
-        """Of both stages."""
-        return sum(missing_votes(table, ending) for ending in self.endings)
 
     def rederived(
         self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms

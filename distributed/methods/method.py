@@ -19,7 +19,7 @@ from core.procedures.sequential import Budget
 from core.procedures.smoothing import Estimation
 from core.records import CLASSIFIER, AlphaSplit, Counts, Phase, Procedure, Rule, Sampling, paired
 from core.report import MethodRows
-from distributed.methods.rows import CERTIFICATE_SCHEMA, ERROR, error_row, optional_columns
+from distributed.methods.rows import CERTIFICATE_SCHEMA, ERROR, certificate_row, error_row, optional_columns
 
 __all__ = [
     "Copies",
@@ -139,6 +139,8 @@ class Method(ABC):
     """Whether it knows certify.reference and other bounds than Clopper-Pearson's."""
     endings: ClassVar[tuple[str, ...]] = ("",)
     """Of the columns of its stages: num_estimation, stop_reason, counts_selection and counts_estimation of each."""
+    may_skip: ClassVar[bool] = False
+    """Whether the classifier may not be asked: then its votes are empty."""
     empty: ClassVar[Row] = {}
     """Columns of a row with an error that are neither 0 nor empty."""
 
@@ -159,9 +161,9 @@ class Method(ABC):
     def procedures(self, terms: Terms) -> Sequence[Callable[[], Procedure[Any]]]:
         """Makers of the generators that give an example's rows, in the order of `levels`."""
 
-    @abstractmethod
     def row(self, example_id: str, label: int, result: Any) -> dict[str, Any]:
-        """The row, of `schema` but for `image_hash`, that a procedure's result gives."""
+        """The row, of `schema` but for `image_hash`, that a procedure's result gives; here a `Certificate`."""
+        return certificate_row(example_id, label, result)
 
     @abstractmethod
     def recompute(self, row: Row, terms: Terms) -> Any:
@@ -190,11 +192,14 @@ class Method(ABC):
 
     def votes(self, row: Row, terms: Terms, num_classes: int) -> Iterator[Votes]:
         """All votes of a row."""
-        for phase in ("selection", "estimation"):
-            name = f"counts_{phase}"
-            yield Votes(name, row[name], row[f"num_{phase}"], frozenset({num_classes}))
-        if terms.sampling.num_reference:
-            yield Votes("counts_missed", row["counts_missed"], row["num_reference"], frozenset({num_classes}))
+        for ending in self.endings:
+            widths = frozenset({len(terms.sigmas)} if ending else {num_classes, 0} if self.may_skip else {num_classes})
+            columns = {f"counts_selection{ending}": "num_selection"}
+            columns[f"counts_estimation{ending}"] = f"num_estimation{ending}"
+            if terms.sampling.num_reference:
+                columns[f"counts_missed{ending}"] = f"num_reference{ending}"
+            for name, draws in columns.items():
+                yield Votes(name, row[name], row[draws], widths)
 
     def ends(self, row: Row) -> Iterator[tuple[str, int]]:
         """Why each stage of a row ended, and after how many estimation draws."""
@@ -207,7 +212,7 @@ class Method(ABC):
 
     def non_finite(self, table: pa.Table) -> int:
         """Draws that voted for no class, in all."""
-        return missing_votes(table)
+        return sum(missing_votes(table, ending) for ending in self.endings)
 
     def rederived(
         self, stored: Sequence[Row], run: RunRows, sigmas: Sequence[float], terms: Terms
@@ -277,7 +282,7 @@ def estimation_copies(kind: Kind, sampling: Sampling) -> Copies:
     return +Counter({kind: num - seen, (*kind, *map(paired, kind)): seen})
 
 
-def missing_votes(table: pa.Table, ending: str = "") -> int:
+def missing_votes(table: pa.Table, ending: str) -> int:
     """What the votes of a stage lack of its draws; a stage without selection votes was not run."""
     ran = np.asarray(pc.list_value_length(table.column(f"counts_selection{ending}"))) > 0
     missing = 0

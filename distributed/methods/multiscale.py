@@ -21,10 +21,9 @@ from distributed.methods.method import (
     all_levels,
     column,
     common_columns,
-    missing_votes,
     num_votes,
 )
-from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, certificate_row
+from distributed.methods.rows import CERTIFICATE_SCHEMA, COUNTS, ERROR, result_row, stage_columns
 
 __all__ = ["Multiscale"]
 
@@ -60,24 +59,21 @@ class Multiscale(Method):
 
     def row(self, example_id: str, label: int, result: MultiscaleCertificate) -> dict[str, Any]:
         """A row of its schema."""
-        c, last, above = result, result.levels[-1], result.levels[:-1]
-        return {
-            **certificate_row(example_id, label, last),
-            "sigma": c.sigma,
-            "prediction": c.prediction,
-            "correct": c.prediction == label,
-            "radius": c.radius,
-            "alpha": c.alpha,
-            "abstained": c.abstained,
-            "num_draws": c.num_draws,
-            "num_levels": len(c.levels),
-            "radius_level": c.radius_level,
-            "radius_above": c.radius_above,
-            "sigma_bound": c.sigma_bound,
-            "alpha_level": last.alpha,
-            "counts_selection_above": [level.counts_selection for level in above],
-            "counts_estimation_above": [level.counts_estimation for level in above],
-        }
+        last, above = result.levels[-1], result.levels[:-1]
+        return result_row(
+            example_id,
+            label,
+            result,
+            **stage_columns(last),
+            num_selection=last.num_selection,
+            num_levels=len(result.levels),
+            radius_level=result.radius_level,
+            radius_above=result.radius_above,
+            sigma_bound=result.sigma_bound,
+            alpha_level=last.alpha,
+            counts_selection_above=[level.counts_selection for level in above],
+            counts_estimation_above=[level.counts_estimation for level in above],
+        )
 
     def recompute(self, row: Row, terms: Terms) -> MultiscaleCertificate:
         """The cascade again, level by level."""
@@ -101,7 +97,7 @@ class Multiscale(Method):
 
     def non_finite(self, table: pa.Table) -> int:
         """The levels above drew as much as the last one."""
-        missing, above = missing_votes(table), table.column("num_levels").to_numpy() - 1
+        missing, above = super().non_finite(table), table.column("num_levels").to_numpy() - 1
         for phase in _PHASES:
             drawn = int((table.column(f"num_{phase.value}").to_numpy() * above).sum())
             missing += drawn - num_votes(table, f"counts_{phase.value}_above")

@@ -16,7 +16,8 @@ __all__ = [
     "certificate_row",
     "error_row",
     "optional_columns",
-    "optional_values",
+    "result_row",
+    "stage_columns",
 ]
 
 OK: Final = "ok"
@@ -71,18 +72,6 @@ def optional_columns(sampling: Sampling, endings: Sequence[str]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def optional_values(certificate: Certificate, ending: str = "", *, ran: bool = True) -> dict[str, Any]:
-    """Their values for a stage; empty ones where it did not run, of those that `certificate`, another one's, has."""
-    c, values = certificate, dict[str, Any]()
-    if c.counts_missed is not None:
-        values["num_reference"] = c.num_reference if ran else 0
-        values["counts_missed"] = c.counts_missed if ran else []
-        values["disagreement_upper"] = c.disagreement_upper if ran else 0.0
-    if c.uniform is not None:
-        values["uniform"] = c.uniform if ran else None
-    return {name + ending: value for name, value in values.items()}
-
-
 ERROR_SCHEMA = pa.schema(
     [
         ("example_id", pa.string()),
@@ -97,30 +86,57 @@ ERROR_SCHEMA = pa.schema(
 """Why a row has status `error`; `sigma` is null for a row of Dual RS."""
 
 
-def certificate_row(example_id: str, label: int, certificate: Certificate) -> dict[str, Any]:
-    """One row of `CERTIFICATE_SCHEMA`."""
+_OF_ALL: Final = ("sigma", "prediction", "radius", "alpha", "abstained", "num_draws")
+_NOT_RUN: Final[Mapping[str, Any]] = {
+    "p_lower": 0.0,
+    "num_estimation": 0,
+    "counts_selection": [],
+    "counts_estimation": [],
+    "stop_reason": Stop.SKIPPED.value,
+    "alpha_early": 0.0,
+    "target": None,
+    "num_reference": 0,
+    "counts_missed": [],
+    "disagreement_upper": 0.0,
+    "uniform": None,
+}
+"""The columns of a stage that was not run."""
+
+
+def result_row(example_id: str, label: int, result: Any, **columns: Any) -> dict[str, Any]:
+    """A row: what every method's result says, and `columns`."""
+    said = {name: getattr(result, name) for name in _OF_ALL}
+    shared = {"example_id": example_id, "label": label, "correct": result.prediction == label, "status": OK}
+    return shared | said | columns
+
+
+def stage_columns(certificate: Certificate, ending: str = "", *, ran: bool = True) -> dict[str, Any]:
+    """The columns of a stage; those of one that did not run, where `certificate` is another one's."""
     c = certificate
-    return {
-        "example_id": example_id,
-        "label": label,
-        "sigma": c.sigma,
-        "prediction": c.prediction,
-        "correct": c.prediction == label,
-        "radius": c.radius,
+    values = {
         "p_lower": c.p_lower,
-        "num_selection": c.num_selection,
         "num_estimation": c.num_estimation,
         "counts_selection": c.counts_selection,
         "counts_estimation": c.counts_estimation,
-        "alpha": c.alpha,
-        "abstained": c.abstained,
-        "num_draws": c.num_draws,
         "stop_reason": c.stop.value,
         "alpha_early": c.alpha_early,
         "target": c.target,
-        "status": OK,
-        **optional_values(c),
     }
+    if c.counts_missed is not None:
+        values |= {
+            "num_reference": c.num_reference,
+            "counts_missed": c.counts_missed,
+            "disagreement_upper": c.disagreement_upper,
+        }
+    if c.uniform is not None:
+        values["uniform"] = c.uniform
+    return {name + ending: value if ran else _NOT_RUN[name] for name, value in values.items()}
+
+
+def certificate_row(example_id: str, label: int, certificate: Certificate) -> dict[str, Any]:
+    """One row of `CERTIFICATE_SCHEMA`."""
+    stage = stage_columns(certificate)
+    return result_row(example_id, label, certificate, num_selection=certificate.num_selection, **stage)
 
 
 def error_row(
@@ -128,13 +144,8 @@ def error_row(
 ) -> dict[str, Any]:
     """The row of an example that could not be run: nothing was drawn, so nothing is claimed.
 
-    Args:
-        schema: of the row.
-        empty: columns that are neither 0 nor empty there.
-        example_id: of the example.
-        label: of the example.
-        sigma: of the row; None where the draws pick it.
-        alpha: that a certificate would have spent.
+    `empty`: columns that are neither 0 nor empty there; `sigma`: None where the draws pick it; `alpha`: that a
+    certificate would have spent.
     """
     plain = {pa.string(): "", pa.int64(): 0, pa.float64(): 0.0, pa.bool_(): False}
     row: dict[str, Any] = {f.name: [] if pa.types.is_list(f.type) else plain[f.type] for f in schema}

@@ -13,17 +13,7 @@ from core.errors import DataError
 from core.procedures.sequential import beyond, conclude, standard_procedure
 from core.procedures.smoothing import certificate
 from core.records import CLASSIFIER, Certificate, Procedure, Stop
-from distributed.methods.method import (
-    Copies,
-    Method,
-    Row,
-    RunRows,
-    Terms,
-    estimation_copies,
-    estimation_of,
-    votes_of,
-)
-from distributed.methods.rows import certificate_row
+from distributed.methods.method import Copies, Method, Row, RunRows, Terms, estimation_copies, estimation_of, votes_of
 
 __all__ = ["Standard", "grid", "stacked"]
 
@@ -41,10 +31,6 @@ class Standard(Method):
             partial(standard_procedure, terms.budget, sigma, terms.sampling, terms.rule, terms.radii)
             for sigma in terms.sigmas
         ]
-
-    def row(self, example_id: str, label: int, result: Certificate) -> dict[str, Any]:
-        """A row of CERTIFICATE_SCHEMA."""
-        return certificate_row(example_id, label, result)
 
     def recompute(self, row: Row, terms: Terms) -> Certificate:
         """The certificate of its noise level."""

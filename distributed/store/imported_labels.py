@@ -78,9 +78,7 @@ def parse_labels(content: bytes, sigmas: Sequence[float], source: str, law: Law 
 def import_labels(directory: RunDirectory, file: Path) -> Floats:
     """Check a label file and make it the labels of a run, whose base models are there; returns its radii.
 
-    Args:
-        directory: the run.
-        file: row i is the example i of the training split.
+    Row i of the file is the example i of the training split.
 
     Raises:
         ConfigError: for a run that has rows of its own, or whose estimator asks for votes.

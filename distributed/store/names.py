@@ -29,9 +29,7 @@ def shards_of(name: str) -> range:
 def odd_names(names: Sequence[str], num_shards: int | None) -> list[tuple[str, str]]:
     """Parquet files that are not called as a plan's are, or hold shards that another one holds too; and why.
 
-    Args:
-        names: of the files in a folder of rows; a shard beside a part that covers it is as it should be.
-        num_shards: of the plan; None where there is none.
+    A shard beside a part that covers it is as it should be. `num_shards`: of the plan; None where there is none.
     """
     odd, holder = [], dict[int, str]()
     for name in sorted(name for name in names if name.endswith(".parquet")):

@@ -22,6 +22,7 @@ __all__ = [
     "differences",
     "is_named",
     "metadata_of",
+    "odd",
     "origin_of",
     "step_of",
 ]
@@ -49,8 +50,8 @@ def origin_of(config: Config, models: Mapping[str, str], data: str, begun: Plan 
     return named if config.noise_version == 1 else named | {"noise_version": config.noise_version}
 
 
-def against_manifest(plan: Plan, store: str, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What a run's manifest states of a store, and its plan does not; as `differences`."""
+def against_manifest(plan: Plan, store: str, manifest: Mapping[str, Any]) -> str:
+    """What a run's manifest states of a store, and its plan does not; as `odd`."""
     steps, split = manifest["steps"], "train" if store == "dataset" else "test"
     written = {name: digest for step in steps.values() for name, digest in step["wrote"].items()}
     read = steps[step_of(store)]["read"] if step_of(store) in steps else written
@@ -61,7 +62,7 @@ def against_manifest(plan: Plan, store: str, manifest: Mapping[str, Any]) -> Ite
         "data": manifest.get("data", {}).get(split, {}).get("digest"),
     }
     there = {key: plan.origin[key] for key in stated if key in plan.origin}
-    return differences({key: stated[key] for key in there}, there)
+    return odd({key: stated[key] for key in there}, there)
 
 
 def step_of(store: str) -> str:
@@ -92,13 +93,6 @@ def metadata_of(plan: Plan, store: str, shards: Sequence[int]) -> dict[str, str]
 def check_file(plan: Plan, store: str, shards: Sequence[int], metadata: Mapping[str, str], where: str) -> None:
     """Refuse a file that was made from something else than its plan says.
 
-    Args:
-        plan: of the store.
-        store: its name.
-        shards: that the file holds, by its name.
-        metadata: of the file.
-        where: path or URI of the file, for the message.
-
     Raises:
         DataError: names the file and what differs.
     """
@@ -111,18 +105,22 @@ def check_file(plan: Plan, store: str, shards: Sequence[int], metadata: Mapping[
         found = dict(json.loads(metadata["origin"]))
     except (ValueError, TypeError) as error:
         raise DataError(f"{where!r} does not say what it was made from ({error}); {remedy}") from error
-    if odd := ", ".join(differences(found, _stated(plan, store, shards))):
-        raise DataError(f"{where!r} is not of this run and place: {odd}; {remedy}")
+    if problem := odd(found, _stated(plan, store, shards)):
+        raise DataError(f"{where!r} is not of this run and place: {problem}; {remedy}")
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between two origins, by key: "seed is 1, expected 0"."""
-    for key in sorted(found.keys() | expected.keys()):
-        one, two = found.get(key), expected.get(key)
-        if isinstance(one, Mapping) and isinstance(two, Mapping):
-            yield from (f"{key}.{line}" for line in differences(one, two))
-        elif one != two:
-            yield f"{key} is {one!r}, expected {two!r}"
+def odd(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """What differs between two origins, by key: "data.seed is 1, expected 0"; empty when nothing does."""
+    return ", ".join(f"{key} is {one!r}, expected {two!r}" for key, one, two in differences(found, expected))
+
+
+def differences(one: Any, two: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two plain structures differ: the key (with dots), and what each says there."""
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        for name in sorted(one.keys() | two.keys()):
+            yield from differences(one.get(name), two.get(name), f"{key}.{name}" if key else name)
+    elif one != two:
+        yield key, one, two
 
 
 def _stated(plan: Plan, store: str, shards: Sequence[int]) -> dict[str, Any]:

@@ -55,10 +55,6 @@ class Meter:
     the moment when its process begins to load. What is computed and lost again counts too, as far as it was seen: of
     a replica that dies, what came after its last shard is missing. Several may be open on one run.
 
-    Args:
-        root: the run directory, or one of its rounds or corrupted sets.
-        compute: says the limit, `max_device_hours`.
-
     Raises:
         LimitError: on entry when nothing is left of the limit; by `count`, when it is reached.
     """
@@ -113,9 +109,7 @@ class Meter:
         if not self._ledger.meters:
             del self._ledgers[self._folder]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             if self._seen:
                 self._write()

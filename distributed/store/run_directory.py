@@ -34,6 +34,7 @@ import core
 from core.config import Config, parse_config
 from core.errors import ConfigError, DataError
 from distributed.files.storage import Folder
+from distributed.store.origin import differences
 from distributed.store.plan import Plan
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from core.data import Dataset, Split
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "model_bytes"]
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "diffusers", "timm", "ray", "numpy", "scipy", "pyarrow", "pillow", "scikit-learn")
@@ -109,8 +110,7 @@ class RunDirectory:
         if config is not None and "noise_version" not in config.model_fields_set:
             config = config.model_copy(update={"noise_version": before.noise_version})
         self.config = config or before
-        changes = _differences(before.identity(), self.config.identity())
-        if changes:
+        if changes := list(differences(before.identity(), self.config.identity())):
             raise ConfigError(
                 f"{str(self.folder)!r} was made with another configuration:\n"
                 + "\n".join(f"  {key}: {old!r} there, {new!r} now" for key, old, new in changes)
@@ -127,7 +127,7 @@ class RunDirectory:
             ConfigError: names the keys that were edited, where the seed or a plan tell.
         """
         if self._manifest.get("fingerprint") != config.fingerprint():
-            said = [each for plan in self._plans() for each in _differences(plan.settings, config.identity())]
+            said = [each for plan in self._plans() for each in differences(plan.settings, config.identity())]
             keys = "".join(f"\n  {key}: {old!r} when it was begun, {new!r} now" for key, old, new in said[:10])
             raise ConfigError(
                 f"{self._manifest_file!r}: its configuration was edited: it has fingerprint {config.fingerprint()!r}, "
@@ -201,12 +201,7 @@ class RunDirectory:
 
     def save_model(self, name: str, module: "nn.Module") -> str:
         """Write the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
-        from core.models.checkpoints import save_model
-
-        with tempfile.TemporaryDirectory() as aside:
-            file = Path(aside) / _model_file(name)
-            save_model(module, file)
-            return self.put_model(name, file.read_bytes())
+        return self.put_model(name, model_bytes(module))
 
     def put_model(self, name: str, content: bytes) -> str:
         """Write the file of the network `name`, whole or not at all; returns its SHA-256 for `finish`."""
@@ -267,11 +262,8 @@ class RunDirectory:
         found: dict[str, Any] = {
             "digest": self._data[split][1], "examples": len(data), "classes": data.num_classes, "shape": data.shape,
         } | ({"notes": list(data.notes)} if data.notes else {})  # fmt: skip
-        before = self._manifest.get("data", {}).get(split)  # a run of an earlier version has none
-        if before is None:
-            if self._mode == "write":
-                self._merge("data", split, found)
-        elif before["digest"] != found["digest"] and not data.matches(before["digest"]):
+        before = self._noted("data", split, found)
+        if before and before["digest"] != found["digest"] and not data.matches(before["digest"]):
             old, new = (f"{each['digest']} ({each['examples']:,} examples)" for each in (before, found))
             raise ConfigError(
                 f"dataset.{split}: this is not the data set that {str(self.folder)!r} began with: fingerprint {old} "
@@ -286,10 +278,8 @@ class RunDirectory:
         Raises:
             ConfigError: says what has changed.
         """
-        before = self._manifest.get("sources", {}).get(key)
-        if before is None and self._mode == "write":
-            self._merge("sources", key, {"named": named, "sha256": sha256})
-        elif before is not None and before["sha256"] != sha256:
+        before = self._noted("sources", key, {"named": named, "sha256": sha256})
+        if before and before["sha256"] != sha256:
             raise ConfigError(
                 f"{key}: {named!r} is not the file that {str(self.folder)!r} began with (SHA-256 "
                 f"{before['sha256'][:16]} there, {sha256[:16]} now): put it back as it was, or use another --out"
@@ -297,13 +287,8 @@ class RunDirectory:
 
     def _check_classes(self, key: str, names: Sequence[str] | None) -> None:
         """One list of class names for a run: noted at first use, the same ever after."""
-        before = self._manifest.get("data", {}).get(_CLASS_NAMES)
-        if names is None:
-            return
-        if before is None:
-            if self._mode == "write":
-                self._merge("data", _CLASS_NAMES, list(names))
-        elif list(names) != before:
+        before = None if names is None else self._noted("data", _CLASS_NAMES, list(names))
+        if names is not None and before is not None and list(names) != before:
             pairs = itertools.zip_longest(before, names)
             number, (old, new) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
             raise ConfigError(
@@ -324,6 +309,13 @@ class RunDirectory:
         if (versions := _versions()) != self._manifest["versions"]:  # a resumed run may have met other ones
             record["versions"] = versions
         self._merge("steps", step, record)
+
+    def _noted(self, section: str, key: str, found: Mapping[str, Any] | list[str]) -> Any:
+        """What was noted before, None at first use, which notes what is found now."""
+        before = self._manifest.get(section, {}).get(key)  # a run of an earlier version may have no such section
+        if before is None and self._mode == "write":
+            self._merge(section, key, found)
+        return before
 
     def _merge(self, section: str, key: str, record: Mapping[str, Any] | list[str]) -> None:
         """Add to a section of the file; another job may have added something of its own in the meantime."""
@@ -358,17 +350,17 @@ class RunDirectory:
         self.folder.write(_MANIFEST, (json.dumps(self._manifest, indent=2) + "\n").encode())
 
 
+def model_bytes(module: "nn.Module") -> bytes:
+    """The file of a network."""
+    from core.models.checkpoints import save_model
+
+    with tempfile.TemporaryDirectory() as aside:
+        save_model(module, file := Path(aside) / _model_file("model"))
+        return file.read_bytes()
+
+
 def _model_file(name: str) -> str:
     return f"{name}.safetensors"
-
-
-def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        rows = []
-        for name in sorted(old.keys() | new.keys()):
-            rows += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-        return rows
-    return [] if old == new else [(key, old, new)]
 
 
 def _versions() -> dict[str, str]:

@@ -6,13 +6,15 @@ writes a shard twice writes the same rows under the same name; resuming is listi
 """
 
 import json
-from collections import Counter, deque
+import random
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,9 +25,9 @@ from distributed.files.storage import Folder
 from distributed.methods import method_of
 from distributed.methods.rows import ERROR_SCHEMA
 from distributed.store.names import odd_names, part_name, shard_name, shards_of
-from distributed.store.origin import against_manifest, check_file, differences, metadata_of
+from distributed.store.origin import against_manifest, check_file, metadata_of, odd
 from distributed.store.plan import Plan
-from distributed.store.verify import Verified, Verifier, kinds_of
+from distributed.store.verify import IMAGES_CHECKED, Verifier, kinds_of
 
 __all__ = ["ShardStore"]
 
@@ -38,10 +40,6 @@ class ShardStore:
 
     Each file names what it was made from (`origin`). Whatever reads one here compares that with the plan, and `read`
     the plan with the manifest.
-
-    Args:
-        root: the run directory.
-        name: the folder inside it, for example `dataset` or `certificates/dual`.
     """
 
     def __init__(self, root: "Folder | Path | str", name: str) -> None:
@@ -84,16 +82,12 @@ class ShardStore:
     def check_origin(self, plan: Plan, origin: Mapping[str, Any]) -> None:
         """Refuse to go on with shards that were made from something else.
 
-        Args:
-            plan: of the store.
-            origin: `distributed.store.origin.origin_of`, for this plan.
-
         Raises:
             ConfigError: names what differs (the configuration, the models, the data).
         """
-        if odd := ", ".join(differences(plan.origin, origin)):
+        if problem := odd(plan.origin, origin):
             raise ConfigError(
-                f"the shards in {str(self.folder)!r} were made from other inputs ({odd}); "
+                f"the shards in {str(self.folder)!r} were made from other inputs ({problem}); "
                 f"to make them again remove that folder, {self.plan_file!r}, {str(self.errors)!r} and "
                 f"{str(self._attempts)!r}, or use another --out"
             )
@@ -118,10 +112,10 @@ class ShardStore:
         name = "manifest.json"
         if not self._root.exists(name) or (plan := self.read_plan()) is None:
             return  # derived from a run, and no run itself
-        if odd := ", ".join(against_manifest(plan, self.name, json.loads(self._root.read(name)))):
+        if problem := against_manifest(plan, self.name, json.loads(self._root.read(name))):
             raise ConfigError(
-                f"{self._root.where(name)!r} is not what {self.name} was made from, by {self.plan_file!r}: {odd}; one "
-                "of them was edited: put it back, or make the rows anew in another --out"
+                f"{self._root.where(name)!r} is not what {self.name} was made from, by {self.plan_file!r}: {problem}; "
+                "one of them was edited: put it back, or make the rows anew in another --out"
             )
 
     def odd_files(self, plan: Plan | None) -> list[tuple[str, str]]:
@@ -130,8 +124,7 @@ class ShardStore:
 
     def _named(self, plan: Plan | None) -> list[str]:
         """`files`, if there is no odd one."""
-        if odd := self.odd_files(plan):
-            name, problem = odd[0]
+        for name, problem in self.odd_files(plan):
             raise DataError(
                 f"{self.folder.where(name)!r} {problem}; expected shard-NNNNNN.parquet and part-NNNNNN-MMMMMM.parquet, "
                 "each shard in one of them: move the file away and start the job again"
@@ -232,21 +225,32 @@ class ShardStore:
 
     def devices(self) -> set[str]:
         """Kinds of device that the rows were made on: `cpu`, `cuda`."""
-        abouts = (from_bytes(self.folder.read(name), name, ["example_id"])[1] for name in self._named(self._plan()))
+        abouts = (metadata_of_file(self.folder, name) for name in self._named(self._plan()))
         return set().union(*(kinds_of(about.get("device", "")) for about in abouts))
 
-    def images(self) -> Iterator[pa.Table]:
-        """`example_id` and `image_hash` of all committed rows, file by file, without those from before rows had it.
+    def images(self, num: int = IMAGES_CHECKED) -> Iterator[tuple[str, str]]:
+        """`example_id` and `image_hash` of `num` committed examples, chosen afresh; reads at most so many files.
+
+        Where a share s of the images has changed since, all of that is missed with probability (1 - s)^num. Examples
+        without a hash (errors, and rows from before they had it) are passed over.
 
         Raises:
             DataError: as `read_file`.
         """
-        columns = ["example_id", "image_hash"]
-        for name, content in ahead(self.folder.read, self._named(self._plan())):
+        if (plan := self._plan()) is None:
+            return
+        files, columns = self._named(plan), ["example_id", "image_hash"]
+        starts = np.cumsum([0, *(int(plan.sizes[list(shards_of(name))].sum()) for name in files)])
+        places = random.SystemRandom().sample(range(int(starts[-1])), min(num, int(starts[-1])))
+        chosen: dict[str, list[int]] = defaultdict(list)
+        for place, file in zip(places, np.searchsorted(starts, places, side="right") - 1, strict=True):
+            chosen[files[file]].append((place - int(starts[file])) * plan.rows_per_example)
+        for name, content in ahead(self.folder.read, chosen):
             table, metadata = from_bytes(content, self.folder.where(name), columns)
             self._check(name, metadata)
             if table.schema.names == columns:
-                yield table
+                there = [row for row in chosen[name] if row < table.num_rows]
+                yield from (tuple(row.values()) for row in table.take(there).drop_null().to_pylist())
 
     def _table(self, name: str, content: bytes) -> tuple[pa.Table, dict[str, str]]:
         """Rows, and what the file says of them: device and origin, where a foreign tool has not written it."""
@@ -270,25 +274,21 @@ class ShardStore:
         except FileNotFoundError:
             return None
 
-    def verify(self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None]) -> Verified:
+    def verify(self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None]) -> Verifier:
         """Prove that the shards hold each planned row exactly once, one file at a time.
 
-        Args:
-            plan: of the store.
-            example_ids: of the whole split.
-            sigmas: of an example's rows; `(None,)` for one row of any level.
+        `example_ids`: of the whole split; `sigmas`: of an example's rows, `(None,)` for one row of any level.
 
         Raises:
             DataError: names the first missing, unexpected or repeated row, or a file that cannot be read.
         """
         verifier = Verifier(plan, example_ids, sigmas, method_of(self.name))
-        for name, content in ahead(self.folder.read, self._complete(plan)):
-            self._checked(name, content, verifier)
-        return verifier.result()
+        deque(self._checked(self._complete(plan), verifier), maxlen=0)
+        return verifier
 
     def finish(
         self, plan: Plan, example_ids: Sequence[str], sigmas: Sequence[float | None], part_rows: int
-    ) -> Verified:
+    ) -> Verifier:
         """`verify`, and join the shards into parts of about `part_rows` rows; each file is read once.
 
         The parts follow from the plan alone. Shards with errors stay as they are: they may be tried again. A part
@@ -304,20 +304,18 @@ class ShardStore:
         verifier, visible = Verifier(plan, example_ids, sigmas, method_of(self.name)), self._complete(plan)
         parts = dict(self._parts(plan, part_rows, visible))
         joining = {name for shards in parts.values() for name in shards}
-        for name, content in ahead(self.folder.read, [name for name in visible if name not in joining]):
-            self._checked(name, content, verifier)
+        deque(self._checked([name for name in visible if name not in joining], verifier), maxlen=0)
         covered = {file.name for file in self.folder.files() if shards_of(file.name)} - set(visible)
         self._remove(covered)  # a part holds their rows
         for part, shards in parts.items():
             self._join(plan, shards, part, verifier)
-        return verifier.result()
+        return verifier
 
     def _join(self, plan: Plan, shards: Sequence[str], part: str, verifier: Verifier) -> None:
         devices, named = set[str](), list[bool]()
 
         def tables() -> Iterator[pa.Table]:
-            for name, content in ahead(self.folder.read, shards):
-                table, metadata = self._checked(name, content, verifier)
+            for table, metadata in self._checked(shards, verifier):
                 devices.update(metadata["device"].split(", "))
                 named.append("origin" in metadata)
                 yield table
@@ -347,19 +345,17 @@ class ShardStore:
             )
         return files
 
-    def _checked(self, name: str, content: bytes, verifier: Verifier) -> tuple[pa.Table, dict[str, str]]:
-        table, metadata = self._table(name, content)
-        verifier.add(name, shards_of(name), content, table, metadata.get("device", ""), self.folder.where(name))
-        return table, metadata
+    def _checked(self, names: Iterable[str], verifier: Verifier) -> Iterator[tuple[pa.Table, dict[str, str]]]:
+        """`_table` of each of these files, once the verifier has seen it."""
+        for name, content in ahead(self.folder.read, names):
+            table, metadata = self._table(name, content)
+            verifier.add(name, shards_of(name), content, table, metadata.get("device", ""), self.folder.where(name))
+            yield table, metadata
 
     def copy_from(self, source: "ShardStore", sigmas: Sequence[float]) -> None:
         """Take over the rows at these noise levels, and why some have errors, from a store with the same shards.
 
         File by file, each whole or not at all. The plan is the caller's to write first.
-
-        Args:
-            source: a finished store of standard RS.
-            sigmas: a subset of its noise levels.
         """
         levels = pa.array(sigmas, pa.float64())
 

@@ -16,9 +16,7 @@ def local_models(directory: RunDirectory, section: str) -> Config:
     The first job that takes them notes the SHA-256 of each, and of the file of each `module:function`, in the
     manifest; whoever goes on with the same step compares.
 
-    Args:
-        directory: the run.
-        section: `base` or `estimator`, or one of their keys such as `base.denoiser`.
+    `section`: `base` or `estimator`, or one of their keys such as `base.denoiser`.
 
     Raises:
         ConfigError: for one that has changed since.

@@ -29,19 +29,13 @@ _READS: Final[dict[SharedStep, tuple[str, ...]]] = {
     "certify-standard-base": (*_BASE, "noise", "certify"),
 }
 """Sections that a step reads, besides Sigma: votes at a noise level do not depend on the other levels."""
-_STORES: Final[dict[str, str]] = {
-    "build_dataset": "dataset",
-    "certify-standard-base": "certificates/standard-base",
-}
+_STORES: Final[dict[str, str]] = {"build_dataset": "dataset", "certify-standard-base": "certificates/standard-base"}
 
 
 def shared_config(config: Config, step: SharedStep, sigmas: Sequence[float]) -> Config:
     """The configuration under which a step is run for all runs that share it.
 
-    Args:
-        config: of one of these runs.
-        step: which step.
-        sigmas: Sigma of all of them together, ascending.
+    `sigmas`: of all of these runs together, ascending.
     """
     kept = {name: getattr(config, name) for name in _READS[step]}
     if "certify" in kept and config.certify.budget == "grid":  # the grid may come from the report
@@ -77,8 +71,7 @@ def _adopt_models(target: RunDirectory, source: RunDirectory) -> None:
         return
     hashes = source.model_hashes(names)
     for name in names:
-        content = source.model(name).read_bytes()
-        (target.folder / "models").write(f"{name}.safetensors", content)
+        target.put_model(name, source.model(name).read_bytes())
     record = source.manifest["steps"]["train_base"]
     facts = {key: value for key, value in record.items() if key not in ("finished", "read", "wrote")}
     target.finish("train_base", read={}, wrote=hashes, facts={**facts, "taken_from": source.folder.uri})
@@ -107,19 +100,5 @@ def _adopt_rows(target: RunDirectory, source: RunDirectory, step: SharedStep) ->
     own = Plan(plan.order, plan.bounds, work.rows_per_example, origin, plan.device, plan.batch_size, settings)
     rows.write_plan(own, data.example_ids)
     rows.copy_from(whole, work.config.sigmas)
-    verified = rows.verify(own, data.example_ids, work.levels)
-    facts = {
-        "rows": verified.rows,
-        "shards": len(own),
-        "draws_this_call": 0,
-        "non_finite_draws": verified.non_finite_draws,
-        "error_rows": verified.error_rows,
-        "retries": 0,
-        "devices": list(verified.devices),
-        "batch_size": own.batch_size,
-        "plan": own.digest,
-        "duration_s": 0.0,
-        "sha256": dict(verified.sha256),
-        "taken_from": source.folder.uri,
-    }
-    target.finish(step, read=hashes, wrote={}, facts=facts)
+    facts = rows.verify(own, data.example_ids, work.levels).facts(0, 0, 0.0)
+    target.finish(step, read=hashes, wrote={}, facts={**facts, "taken_from": source.folder.uri})

@@ -7,12 +7,12 @@ from core.data import Dataset
 from core.errors import ConfigError, DataError
 from core.evaluation.choice import Sample, expected, pooled
 from core.evaluation.metrics import reached
-from core.procedures.confidence import certified_radius, lower_bound
 from distributed.methods.rows import ERROR
 from distributed.methods.standard import grid
 from distributed.store.imported_labels import refuse_imported
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
+from distributed.views.tables import radii_at
 
 __all__ = ["test_sample", "training_sample"]
 
@@ -66,18 +66,12 @@ def test_sample(directory: RunDirectory, radii: NDArray[np.float64]) -> tuple[st
         return None
     table = ShardStore(directory.folder, name).read()
     if config.certify.budget == "fixed" and config.sampling().plain:  # at the classifier's share of alpha
-        top = grid(table, "counts_selection", config.sigmas).argmax(axis=2)
-        votes = np.take_along_axis(grid(table, "counts_estimation", config.sigmas), top[:, :, None], axis=2)[:, :, 0]
-        draws = np.maximum(grid(table, "num_estimation", config.sigmas), 1)
-        radius = certified_radius(
-            lower_bound(votes, draws, config.stage_alphas[1], config.law), np.array(config.sigmas), config.law
-        )
-        right = top == grid(table, "label", config.sigmas)
+        radius = radii_at(table, config.sigmas, config.stage_alphas[1], config.law)
     else:
-        radius, right = grid(table, "radius", config.sigmas), grid(table, "correct", config.sigmas)
+        radius = np.where(grid(table, "correct", config.sigmas), grid(table, "radius", config.sigmas), 0.0)
     ok = (grid(table, "status", config.sigmas) != ERROR).all(axis=1)
     ids = grid(table, "example_id", config.sigmas)[ok, 0].tolist()
-    certified = reached(np.where(right, radius, 0.0)[ok], radii, config.report.strict)
+    certified = reached(radius[ok], radii, config.report.strict)
     return name, Sample(_features(directory.data("test"), ids), certified)
 
 

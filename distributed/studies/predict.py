@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +30,7 @@ from core.procedures.dual import dual_predict
 from core.procedures.smoothing import predict
 from core.progress import Progress
 from core.records import ABSTAIN, Certificate, DualCertificate, DualPrediction, Prediction
+from distributed.cluster.cluster import device_here, gpus_here
 from distributed.execution.launch import work_of
 from distributed.execution.work import Work, build_engine
 from distributed.files.datasets import class_names, open_storage
@@ -182,9 +183,8 @@ def _work(directory: RunDirectory, question: Question, device: str) -> Work:
         raise ConfigError("sigma: Dual RS picks it for each image; drop it, or ask for the standard method")
     ending = "" if question.classifier == "finetuned" else "-base"
     work, _ = work_of(directory, f"certificates/{question.method}{ending}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
+    device = device_here(device)
+    if device == "cuda" and not gpus_here():
         raise ConfigError("device: this machine has no GPU that can be used; use cpu")
     answering = work.config.deployed  # the reference itself, where certificates are for one
     sampling = replace(answering.sampling(question.alpha), num_estimation=question.num)
@@ -242,6 +242,9 @@ def columns_of(question: Question) -> tuple[str, ...]:
 Result = Prediction | DualPrediction | AgreementPrediction | Certificate | DualCertificate | AgreementCertificate
 
 
+_NUMBERS: Final = ("p_value", "radius", "p_lower", "radius_sigma", "radius_class", "radius_constant")
+
+
 def _answer(result: Result, classes: Sequence[str] | None, sigmas: Sequence[float]) -> dict[str, Any]:
     abstained = result.prediction == ABSTAIN
     row = {
@@ -250,22 +253,17 @@ def _answer(result: Result, classes: Sequence[str] | None, sigmas: Sequence[floa
         "sigma": None if isinstance(result, AgreementPrediction) else result.sigma,
         "abstained": abstained,
     }
+    row |= {name: getattr(result, name) for name in _NUMBERS if hasattr(result, name)}
     match result:
         case AgreementPrediction():
             one = sigmas[result.candidates[0]] if len(result.candidates) == 1 else None
-            return row | {"sigma": one, "p_value": max((stage.p_value for stage in result.stages), default=None)}
+            row |= {"sigma": one, "p_value": max((stage.p_value for stage in result.stages), default=None)}
         case AgreementCertificate():
-            p_lower = result.levels[result.level].p_lower
-            return row | {"radius": result.radius, "p_lower": p_lower, "radius_constant": result.radius_constant}
-        case Prediction():
-            return row | {"p_value": result.p_value}
+            row["p_lower"] = result.levels[result.level].p_lower
         case DualPrediction():
             label = result.class_stage
-            return row | {"p_value": label.p_value if label else None, "p_value_sigma": result.sigma_stage.p_value}
-        case Certificate():
-            return row | {"radius": result.radius, "p_lower": result.p_lower}
-    radii = {"radius_sigma": result.radius_sigma, "radius_class": result.radius_class}
-    return row | {"radius": result.radius, "p_lower": result.p_lower} | radii
+            row |= {"p_value": label.p_value if label else None, "p_value_sigma": result.sigma_stage.p_value}
+    return row
 
 
 def _error(name: str, message: str) -> Row:

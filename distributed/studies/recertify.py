@@ -81,20 +81,24 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
     if change.alpha is not None and config.law.exhaustive:
         raise ConfigError(f"alpha: certificates under noise {config.noise} have no failure probability; leave it out")
     alpha = certify.alpha if change.alpha is None else change.alpha
-    sampling = config.sampling(alpha)
+    new: dict[str, Any] = {"alpha": alpha, "alpha_split": split, "claim": claim, "router": router}
+    new["level_shares"] = _shares(config, sigmas)
+    if change.share is not None and claim == "agreement":
+        new["router_share"] = change.share
+    changed = config.model_copy(
+        update={"sigmas": sigmas, "certify": certify.model_copy(update=new), "sigma_e": config.estimator_sigma}
+    )
+    sampling = changed.sampling()
     if claim == "agreement" and not sampling.plain:
         raise ConfigError("claim=agreement: the run has certify.reference or bound: randomized, which it does not know")
-    terms = replace(Terms.of(config, sampling, certify.budget), split=split, router=router)
+    terms = Terms.of(changed, sampling, certify.budget)
     if change.share is not None and claim == "constant":
         terms = replace(terms, sigma_share=change.share)
-    elif change.share is not None:
-        terms = replace(terms, router_share=change.share)
     share = terms.sigma_share if claim == "constant" else terms.router_share
 
     standard = ShardStore(directory.folder, "certificates/standard")
     if not standard.files():
         raise ConfigError(f"{str(standard.folder)!r} has no certificates: run jobs.certify --method standard first")
-    terms = replace(terms, sigmas=sigmas, level_shares=_shares(config, sigmas))
     stores = {name: ShardStore(directory.folder, f"certificates/{name}") for name in METHODS}
     run = {
         name: keyed(store.read().to_pylist(), method_named(name).per_level)
@@ -126,24 +130,7 @@ def recertify(directory: RunDirectory, change: Change) -> tuple[ReportData, Fold
         f"Derived from the votes of {directory.folder.name}: alpha = {alpha:g}, share of the noise level "
         f"{share:g}, Sigma = {list(sigmas)}, claim {claim} (router of agreement: {router}).",
     )
-    changed = config.model_copy(
-        update={
-            "sigmas": sigmas,
-            "certify": certify.model_copy(
-                update={
-                    "alpha": alpha,
-                    "alpha_split": split,
-                    "level_shares": terms.level_shares,
-                    "claim": claim,
-                    "router": router,
-                    "router_share": terms.router_share,
-                }
-            ),
-            "sigma_e": terms.sigma_e,
-        }
-    )
-    data = report_data(changed, root, directory.manifest, sigma_share=terms.sigma_share, notes=notes)
-    return data, root
+    return report_data(changed, root, directory.manifest, sigma_share=terms.sigma_share, notes=notes), root
 
 
 def _shares(config: Config, sigmas: tuple[float, ...]) -> tuple[float, ...]:

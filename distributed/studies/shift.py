@@ -11,8 +11,9 @@ from core.config import Config, parse_config
 from core.data.corruptions import CORRUPTIONS
 from core.errors import ConfigError
 from distributed.store.run_directory import RunDirectory
+from distributed.studies.rounds import rounds_there
 
-__all__ = ["known_corruptions", "open_set", "sets_there", "shifted_config"]
+__all__ = ["known_corruptions", "open_set", "sets_there", "shifted_config", "with_all_below"]
 
 _BENCHMARK = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -88,6 +89,12 @@ def open_set(run: RunDirectory, config: Config, mode: Literal["write", "dry"]) -
     directory = RunDirectory(run.folder / f"shift/{config.dataset.corruption}-{config.dataset.severity}", config, mode)
     directory.borrow(run, [*config.certified.values(), "estimator"])
     return directory
+
+
+def with_all_below(run: RunDirectory) -> list[tuple[str, RunDirectory]]:
+    """A run, its later rounds and its corrupted sets, each behind what its stores are called with; only to look at."""
+    rounds = [(f"rounds/{each.folder.name}/", each) for each in rounds_there(run)[1:]]
+    return [("", run), *rounds, *((f"shift/{each.folder.name}/", each) for each in sets_there(run))]
 
 
 def sets_there(run: RunDirectory) -> list[RunDirectory]:

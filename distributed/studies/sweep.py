@@ -128,11 +128,6 @@ def run_sweep(sweep: Sweep, out: Folder, steps: Steps) -> dict[str, str]:
     A setting that is finished is not touched. One that was interrupted goes on in its run directory. One whose process
     dies is tried again; one that fails with an error of ours is not, and does not stop the others.
 
-    Args:
-        sweep: what to run.
-        out: folder of the sweep; all nodes of the cluster must see it.
-        steps: what runs a step.
-
     Returns:
         Why settings failed, by their names; the others are finished.
 

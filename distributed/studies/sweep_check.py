@@ -68,11 +68,7 @@ def check_sweep(sweep: Sweep, out: Folder) -> None:
 def dry_run_sweep(sweep: Sweep, out: Folder, price: float | None, seconds: float = 1.0) -> None:
     """Print the settings, what they share, and what is left to do, measured here; write nothing.
 
-    Args:
-        sweep: what would be run.
-        out: its folder, which may not be there yet.
-        price: of a device hour, None to leave money out.
-        seconds: that each of the measurements takes.
+    `price`: of a device hour, None to leave money out; `seconds`: that each of the measurements takes.
 
     Raises:
         DualRSError: as `check_sweep`.

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -78,13 +77,7 @@ class Checkpoints:
         return state
 
     def offer(self, state: Callable[[], dict[str, Any]], *, epoch_ended: bool, ended: bool) -> None:
-        """Write a checkpoint if it is time for one.
-
-        Args:
-            state: makes what is written.
-            epoch_ended: whether this is the end of an epoch.
-            ended: whether this is the end of the training: then it is time.
-        """
+        """Write a checkpoint if it is time for one."""
         idle = time.monotonic() - self._last
         if ended or (idle * _COST >= self._took and (epoch_ended or idle >= EVERY_S)):
             start = time.monotonic()
@@ -102,8 +95,7 @@ class Checkpoints:
 class Curves:
     """Context manager that writes TensorBoard files: loss, its terms, learning rate, samples per second by epoch.
 
-    Args:
-        folder: where to; event files for an object store are made aside and uploaded every half minute, and at the end.
+    For an object store the files are made aside and uploaded every half minute, and at the end.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -129,9 +121,7 @@ class Curves:
         if time.monotonic() - self._last_upload > _UPLOAD_S:
             self._upload()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
             self._upload()

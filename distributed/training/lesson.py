@@ -24,6 +24,8 @@ from distributed.training.checkpoints import identity_of
 
 __all__ = ["Lesson"]
 
+_NO_PLACES, _NO_VALUES = np.empty(0, np.int64), np.empty(0)
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -58,45 +60,34 @@ class Lesson:
     role: str = ""
 
     @classmethod
-    def base(cls, directory: RunDirectory, role: str, denoiser: str | None) -> "Lesson":
-        """The training of a base network of a run, behind the denoiser with this SHA-256, if any."""
-        return cls(
-            root=directory.folder,
-            models=directory.folder / "models",
-            name=f"train_base-{role}",
-            kind="base",
-            role=role,
-            config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
-            denoiser=denoiser,
-            places=np.empty(0, np.int64),
-            values=np.empty(0),
-            data_digest=directory.manifest["data"]["train"]["digest"],
-        )
-
-    @classmethod
     def of(
         cls,
         directory: RunDirectory,
         name: str,
-        kind: Literal["estimator", "classifier"],
-        places: NDArray[np.int64],
-        values: NDArray[np.float64],
+        kind: Literal["estimator", "classifier", "base"],
+        places: NDArray[np.int64] = _NO_PLACES,
+        values: NDArray[np.float64] = _NO_VALUES,
+        *,
+        role: str = "",
+        denoiser: str | None = None,
     ) -> "Lesson":
-        """A training of a run whose training split has been loaded."""
-        reads_features = kind == "estimator" and directory.config.estimator.reads_features
-        roles = tuple(directory.config.classifiers) if reads_features else ()
-        hashes = directory.model_hashes(roles)
+        """A training of a run whose training split has been loaded; of a base network before the step that writes it
+        is finished, behind the `denoiser` that it is given.
+        """
+        config, base = directory.config, kind == "base"
+        roles = tuple(config.classifiers) if kind == "estimator" and config.estimator.reads_features else ()
         return cls(
             root=directory.folder,
-            models=directory.models,
+            models=directory.folder / "models" if base else directory.models,
             name=name,
             kind=kind,
-            config=directory.config.model_copy(update={"dataset": absolute(directory.config.dataset)}),
-            denoiser=directory.model_hashes(directory.config.denoisers).get("denoiser"),
+            config=config.model_copy(update={"dataset": absolute(config.dataset)}),
+            denoiser=denoiser if base else directory.model_hashes(config.denoisers).get("denoiser"),
             places=places,
             values=values,
             data_digest=directory.manifest["data"]["train"]["digest"],
-            classifiers={role: hashes[role] for role in roles},
+            classifiers=directory.model_hashes(roles),
+            role=role,
         )
 
     @property

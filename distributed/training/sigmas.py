@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,42 +39,36 @@ class _Choice:
     config: Config
     hashes: Mapping[str, str]
 
-    def chosen(self, data: Dataset, places: Sequence[int], engine: Engine) -> Iterator[tuple[int, float]]:
+
+class _Chooser:
+    """Estimator and denoiser, where there is one, on a device; in this process, or as an actor of Ray Data."""
+
+    def __init__(self, choice: _Choice, device: str, data: Dataset | None = None) -> None:
+        check_visible(choice.root)
+        config = self._config = choice.config
+        if device == "cpu" or data is not None:
+            settle(config.compute.train_threads)
+        self._data = load_dataset(config.dataset, "train") if data is None else data
+        files = {role: choice.models.fetch(f"{role}.safetensors", digest) for role, digest in choice.hashes.items()}
+        noise = make_noise(config.noise, config.seed, config.noise_version, config.compute.chunk_size)
+        network = build_network(files, config, self._data.num_classes, device)
+        self._engine = Engine(network, noise, batch_size=config.compute.training_batch_size)
+
+    def chosen(self, places: Sequence[int]) -> Iterator[tuple[int, float]]:
         """Place and sigma of each of these samples whose image can be read, in any order."""
-        config = self.config
+        config = self._config
         procedure = partial(choose_sigma, config.sigmas, config.estimator_sigma, config.finetune.num_sigma_draws)
 
         def tasks() -> Iterator[Task[Any]]:
             for place in places:
-                try:
-                    yield make_task(place, data, place, procedure)
-                except DataError:
-                    continue
+                with suppress(DataError):
+                    yield make_task(place, self._data, place, procedure)
 
-        for finished in engine.run(tasks()):
+        for finished in self._engine.run(tasks()):
             yield finished.key, finished.result
 
-    def engine(self, num_classes: int, device: str) -> Engine:
-        """Estimator and denoiser, where there is one, on a device."""
-        config = self.config
-        files = {role: self.models.fetch(f"{role}.safetensors", digest) for role, digest in self.hashes.items()}
-        noise = make_noise(config.noise, config.seed, config.noise_version, config.compute.chunk_size)
-        network = build_network(files, config, num_classes, device)
-        return Engine(network, noise, batch_size=config.compute.training_batch_size)
-
-
-class _Chooser:
-    """An actor of Ray Data."""
-
-    def __init__(self, choice: _Choice, device: str) -> None:
-        check_visible(choice.root)
-        if device == "cpu":
-            settle(choice.config.compute.train_threads)
-        self._choice, self._data = choice, load_dataset(choice.config.dataset, "train")
-        self._engine = choice.engine(self._data.num_classes, device)
-
     def __call__(self, batch: dict[str, NDArray[np.int64]]) -> dict[str, Any]:
-        pairs = list(self._choice.chosen(self._data, batch["place"].tolist(), self._engine))
+        pairs = list(self.chosen(batch["place"].tolist()))
         places, sigmas = zip(*pairs, strict=True) if pairs else ((), ())
         return {"place": np.array(places, np.int64), "sigma": np.array(sigmas, np.float64)}
 
@@ -101,7 +96,10 @@ def training_sigmas(
     known = _read(folder, origin)
     if known is None:
         known = {}
-        chosen = _on_ray(choice, places) if config.compute.train_workers else _here(choice, data, places)
+        if config.compute.train_workers:
+            chosen = _on_ray(choice, places)
+        else:
+            chosen = _Chooser(choice, train_device(config.compute), data).chosen(places.tolist())
         with StepProgress(folder, config.compute, len(places), "sigma of each sample", "samples") as progress:
             for place, sigma in chosen:
                 known[place] = sigma
@@ -125,12 +123,6 @@ def _read(folder: Folder, origin: Mapping[str, Any]) -> dict[int, float] | None:
     if content["origin"] != origin:
         return None
     return {int(place): float(sigma) for place, sigma in content["sigma"].items()}
-
-
-def _here(choice: _Choice, data: Dataset, places: NDArray[np.int64]) -> Iterator[tuple[int, float]]:
-    settle(choice.config.compute.train_threads)
-    device = train_device(choice.config.compute)
-    yield from choice.chosen(data, places.tolist(), choice.engine(data.num_classes, device))
 
 
 def _on_ray(choice: _Choice, places: NDArray[np.int64]) -> Iterator[tuple[int, float]]:

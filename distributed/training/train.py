@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +18,15 @@ from torch import nn
 from core.data import Dataset
 from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
-from core.models.checkpoints import load_model, save_model
+from core.models.checkpoints import load_model
 from core.training.loop import Record, Training
 from distributed.cluster.cluster import train_cluster, train_device, train_resources, trainings_at_once
 from distributed.cluster.joining import joins
-from distributed.execution.metrics import TrainingMetrics
+from distributed.execution.metrics import Gauges
 from distributed.execution.work import check_visible
 from distributed.files.datasets import load_dataset
 from distributed.store.progress import StepProgress
-from distributed.store.run_directory import RunDirectory
+from distributed.store.run_directory import RunDirectory, model_bytes
 from distributed.store.track import Tracker, tracked
 from distributed.training.checkpoints import Checkpoints, Curves
 from distributed.training.lesson import Lesson
@@ -76,10 +75,6 @@ def train(directory: RunDirectory, members: Sequence[Member]) -> list[list[Recor
     side by side as the cluster has room for. Same configuration, data and machine: same weights to the bit, however
     often it was interrupted; for another number of workers see `core.training.loop`. The checkpoints stay until
     `forget`.
-
-    Args:
-        directory: the run.
-        members: with different names.
 
     Returns:
         For each the record of each epoch.
@@ -201,12 +196,7 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
         signs = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={
-                "lesson": lesson,
-                "start": start,
-                "identity": lesson.identity(model),
-                "signs": signs,
-            },
+            train_loop_config={"lesson": lesson, "start": start, "identity": lesson.identity(model), "signs": signs},
             torch_config=TorchConfig(backend="nccl" if compute.train_device == "cuda" else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=compute.train_workers,
@@ -221,7 +211,13 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
             ),
         )
         print(f"{what}: {compute.train_workers} workers of {_describe(resources)} each", flush=True)
-        metrics = TrainingMetrics(lesson.name)
+        gauges = Gauges(
+            lesson.name,
+            training_epoch="epochs done",
+            training_loss="mean loss of the last epoch",
+            training_learning_rate="of the last epoch",
+            training_samples_per_second="over the last epoch",
+        )
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -245,8 +241,13 @@ def _on_workers(lesson: Lesson, model: nn.Module, what: str, patience_s: float) 
             if isinstance(sign, DualRSError):
                 fitting.join(_LAST_S)
                 raise sign
-            if sign.record is not None:
-                metrics.ended(sign.record)
+            if (record := sign.record) is not None:
+                gauges.set(
+                    training_epoch=record["epoch"],
+                    training_loss=record["loss"],
+                    training_learning_rate=record["lr"],
+                    training_samples_per_second=record["samples_per_s"],
+                )
             yield sign
         if failure:
             raise _explained(failure[0], compute.train_retries, what) from failure[0]
@@ -307,10 +308,7 @@ def _as_the_first_says(yes: bool, device: str) -> bool:
 
 def _save_start(lesson: Lesson, model: nn.Module) -> str:
     """The network that workers begin with, as a file that all of them see; returns its SHA-256."""
-    with tempfile.TemporaryDirectory() as aside:
-        file = Path(aside) / "model.safetensors"
-        save_model(model, file)
-        content = file.read_bytes()
+    content = model_bytes(model)
     lesson.folder.write(f"{_START}.safetensors", content)
     return hashlib.sha256(content).hexdigest()
 

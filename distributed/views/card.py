@@ -15,9 +15,7 @@ __all__ = ["write_card"]
 def write_card(directory: RunDirectory, data: "ReportData | None" = None) -> None:
     """Write the card of a run whose `train_base` is finished; nothing for one that borrows its networks.
 
-    Args:
-        directory: the run.
-        data: of its report, for the certified accuracy; None before there are certificates.
+    `data`: of its report, for the certified accuracy; None before there are certificates.
     """
     if "networks" not in directory.manifest["steps"].get("train_base", {}):
         return

@@ -44,12 +44,6 @@ def examples_section(
 
     Images come with it where this machine has them: of all examples where they are in memory, else of those that are
     looked at closely (`report.gallery`), which come with a noisy copy too, and denoised.
-
-    Args:
-        directory: the run.
-        data: of its report.
-        tables: rows by method, as `distributed.views.tables.run_tables` gives them.
-        images: whether any come with it.
     """
     width, standard = len(directory.config.sigmas), tables["standard"]
     ids, labels = (standard.column(name).to_pylist()[::width] for name in ("example_id", "label"))

@@ -30,10 +30,7 @@ def export_logs(root: Folder, stores: Sequence[str], target: Folder) -> list[tup
     `cifar10-test-00042`, where all ids of the store are numbered like that; otherwise its place in their sorted order,
     and `NAME.ids.txt` says which is which.
 
-    Args:
-        root: the run directory.
-        stores: such as `certificates/dual`.
-        target: folder to write into; files of an earlier export are replaced.
+    Files of an earlier export in `target` are replaced.
 
     Returns:
         Name and content of each file: `dual.tsv`, and for standard RS a file per noise level, `standard-0.25.tsv`.

@@ -56,12 +56,7 @@ def write_publication(
 ) -> list[str]:
     """Write README.md (the data set card), manifest.json, certificates/ and report/.
 
-    Args:
-        directory: the run.
-        data: of its report, with a manifest that is `public`.
-        sections: of its report.
-        target: an empty local folder.
-        said: what the card says of the audit.
+    `data`: of its report, with a manifest that is `public`; `target`: an empty local folder; `said`: of the audit.
 
     Returns:
         The names of the files of rows.

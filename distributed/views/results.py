@@ -32,8 +32,7 @@ _ENDINGS = {"": "", "-base": ", off the shelf"}
 def of_run(run: str | Path | Folder) -> "pd.DataFrame":
     """All certificates of a run, a row each, with the raw votes.
 
-    Args:
-        run: a run directory, finished or not, also in an object store.
+    `run`: a run directory, finished or not, also in an object store.
 
     Returns:
         The columns of the shards (docs/shards.md), with `method` in front: the name that a curve has.
@@ -90,9 +89,7 @@ def of_certificates(
 def of_log(path: str | Path, *, method: str | None = None) -> "pd.DataFrame":
     """A log of Cohen's, Salman's, Jeong's or Carlini's code (TSV), a row each; see `core.evaluation.exchange`.
 
-    Args:
-        path: the file.
-        method: the name that its curve has; the file's unless given.
+    `method`: the name that its curve has; the file's unless given.
 
     Raises:
         DataError: for a file that cannot be read as a log.

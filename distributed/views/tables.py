@@ -24,7 +24,7 @@ from distributed.methods.standard import grid
 from distributed.store.shards import ShardStore
 from distributed.views.exchange import imported_logs
 
-__all__ = ["failed_examples", "report_data", "run_tables"]
+__all__ = ["failed_examples", "radii_at", "report_data", "run_tables"]
 
 
 def report_data(
@@ -86,7 +86,7 @@ def report_data(
         dual=dual,
         others=tuple(shown.values()),
         experts=config.has_experts,
-        standard_at_dual_alpha=_radii_at(table, config.sigmas, stages[1], config.law) if sampling.plain else None,
+        standard_at_dual_alpha=radii_at(table, config.sigmas, stages[1], config.law) if sampling.plain else None,
         reach=furthest(max(config.sigmas), sampling),
         alpha=config.alpha,
         alpha_stages=stages,
@@ -200,7 +200,7 @@ def _standard_rows(table: pa.Table, sigmas: Sequence[float]) -> tuple[StandardRo
     )
 
 
-def _radii_at(table: pa.Table, sigmas: Sequence[float], alpha: float, law: Law) -> NDArray[np.float64]:
+def radii_at(table: pa.Table, sigmas: Sequence[float], alpha: float, law: Law) -> NDArray[np.float64]:
     """R_c(x, sigma_i) at another alpha, from the stored counts: ``(N, K)``, 0 for a wrong class."""
     top = grid(table, "counts_selection", sigmas).argmax(axis=2)
     votes = np.take_along_axis(grid(table, "counts_estimation", sigmas), top[:, :, None], axis=2)[:, :, 0]

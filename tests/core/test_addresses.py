@@ -51,8 +51,7 @@ def test_check_address_with_a_secret_is_refused_without_it(address: str) -> None
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["dataset.path", "dataset.train.path", "dataset.test.path", "base.denoiser", "base.classifier.checkpoint"],
+    "key", ["dataset.path", "dataset.train.path", "dataset.test.path", "base.denoiser", "base.classifier.checkpoint"]
 )
 def test_configuration_with_a_secret_in_an_address_is_refused_without_it(key: str) -> None:
     with pytest.raises(

@@ -137,10 +137,7 @@ def test_certify_takes_uint8_and_numpy() -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (
-            torch.zeros(4, 4),
-            r"got shape \(4, 4\); a grey image needs its channel \(image\[None\], images",
-        ),
+        (torch.zeros(4, 4), r"got shape \(4, 4\); a grey image needs its channel \(image\[None\], images"),
         (torch.zeros(1, 4, 4, dtype=torch.int64), "expected uint8 or floating"),
         (torch.full((1, 4, 4), 2.0), r"expected \[0, 1\]"),
         (torch.full((1, 4, 4), torch.nan), "non-finite"),

@@ -135,11 +135,7 @@ def outcomes_of(routed: Routed, num: int) -> Iterator[tuple[float, Counts, tuple
         for p in routed.p
     ]
     for (weight, router), votes_of_levels in product(routes, product(*ones)):
-        yield (
-            weight * math.prod(w for _, w in votes_of_levels),
-            router,
-            tuple(k for k, _ in votes_of_levels),
-        )
+        yield (weight * math.prod(w for _, w in votes_of_levels), router, tuple(k for k, _ in votes_of_levels))
 
 
 def _compositions(total: int, parts: int) -> Iterator[list[int]]:

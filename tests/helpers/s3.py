@@ -36,7 +36,7 @@ class FlakyProxy:
 
     def disturb(self, mode: str, seconds: float) -> None:
         """Be in another mode for a while."""
-        self.mode = mode
+        self.mode, self.refused, self.swallowed = mode, 0, 0
         time.sleep(seconds)
         self.mode = "pass"
 

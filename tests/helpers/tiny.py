@@ -21,6 +21,8 @@ def run_main(job: ModuleType, *args: str) -> int:
     sys.argv = [job.__name__, *args]
     try:
         return int(job.main())
+    except SystemExit as ended:  # argparse's
+        return int(ended.code or 0)
     finally:
         sys.argv = argv
         signal.signal(signal.SIGTERM, handler)

@@ -15,10 +15,10 @@ from core.config import parse_config
 from core.errors import ConfigError, DataError, ModelError
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
-from jobs import build_dataset, pipeline
+from jobs import audit, build_dataset, certify, pipeline, recertify, report, status
 from jobs.__main__ import main, summaries
 from jobs._cli import EXIT_CODES, job_parser, number, run_job
-from tests.helpers.tiny import PLAIN, tiny_run
+from tests.helpers.tiny import PLAIN, run_main, tiny_run
 
 ROOT = Path(__file__).parents[2]
 JOBS = list(summaries())
@@ -159,44 +159,34 @@ def test_run_job_count_below_zero_is_a_usage_error(
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    ("args", "message"),
     [
-        (["--out", "{tmp}/run"], 2, "name a configuration with --config"),
-        (["--out", "{tmp}/run", "--config", "nowhere.yaml"], 2, "cannot read the configuration 'nowhere.yaml'"),
-        (["--out", "{tmp}/run", "--config", "configs/digits.yaml", "sigma_e=0.1"], 2, "sigma_e: must be at least"),
-        (["--out", "{tmp}/run", "--config", "configs/digits.yaml"], 2, "run the earlier steps"),
-        (["--config", "configs/digits.yaml"], 2, "required: --out"),
+        (["--out", "{tmp}/run"], "name a configuration with --config"),
+        (["--out", "{tmp}/run", "--config", "nowhere.yaml"], "cannot read the configuration 'nowhere.yaml'"),
+        (["--out", "{tmp}/run", "--config", "configs/digits.yaml", "sigma_e=0.1"], "sigma_e: must be at least"),
+        (["--out", "{tmp}/run", "--config", "configs/digits.yaml"], "run the earlier steps"),
+        (["--config", "configs/digits.yaml"], "required: --out"),
     ],
 )
 def test_certify_bad_input_is_one_message_and_an_exit_code(
-    args: list[str], code: int, message: str, tmp_path: Path
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = call("certify", "--method", "dual", *(arg.format(tmp=tmp_path) for arg in args))
-    assert result.returncode == code
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(ROOT)
+    assert run_main(certify, "--method", "dual", *(arg.format(tmp=tmp_path) for arg in args)) == 2
+    assert message in (said := capsys.readouterr().err)
+    assert "Traceback" not in said
 
 
 def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = parse_config(
         PLAIN,
         [
-            "compute.executor=local",
-            "dataset.test_size=800",
-            "dataset.train.first=300",
-            "dataset.test.first=100",
-            "base.denoiser.train.steps=40",
-            "base.classifier.train.epochs=5",
-            "estimator.epochs=2",
-            "finetune.epochs=1",
-            "finetune.num_sigma_draws=20",
-            "labels.num_selection=5",
-            "labels.num_estimation=20",
-            "certify.num_selection=5",
-            "certify.num_estimation=20",
-            "certify.multiscale=true",
+            "compute.executor=local", "dataset.test_size=800", "dataset.train.first=300", "dataset.test.first=100",
+            "base.denoiser.train.steps=40", "base.classifier.train.epochs=5", "estimator.epochs=2", "finetune.epochs=1",
+            "finetune.num_sigma_draws=20", "labels.num_selection=5", "labels.num_estimation=20",
+            "certify.num_selection=5", "certify.num_estimation=20", "certify.multiscale=true",
         ],
-    )
+    )  # fmt: skip
     run = RunDirectory(tmp_path / "run", config)
     pipeline.run(run)
     out = capfd.readouterr().out
@@ -221,46 +211,45 @@ def test_pipeline_small_run_then_again_then_report(tmp_path: Path, capfd: pytest
     stamps = {p: p.stat().st_mtime_ns for p in run.path.rglob("*.*") if "report" not in p.parts and p.name != "card.md"}
     pipeline.run(RunDirectory(run.path, None))
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps, "a finished step was run again"
-    assert call("report", "--out", str(run.path), "report.radii=[0.1]").returncode == 0
+    assert run_main(report, "--out", str(run.path), "report.radii=[0.1]") == 0
 
-    audit = call("audit", "--out", str(run.path), "--replay", "5")
-    assert (audit.returncode, audit.stdout.splitlines()[-1]) == (0, "nothing found")
-    assert call("recertify", "--out", str(run.path), "alpha=1e-3", "claim=agreement").returncode == 0
+    audited = call("audit", "--out", str(run.path), "--replay", "5")
+    assert (audited.returncode, audited.stdout.splitlines()[-1]) == (0, "nothing found")
+    assert run_main(recertify, "--out", str(run.path), "alpha=1e-3", "claim=agreement") == 0
     (headroom,) = (run.path / "recertified").glob("*/report/headroom.csv")
     assert headroom.stat().st_size > 0
-    wrong = call("recertify", "--out", str(run.path), "beta=1")
-    assert (wrong.returncode, wrong.stderr) == (
-        2,
-        "error: unknown beta; known: alpha, claim, router, share, sigmas, split\n",
-    )
+    capfd.readouterr()
+    assert run_main(recertify, "--out", str(run.path), "beta=1") == 2
+    known = "alpha, claim, router, share, sigmas, split"
+    assert capfd.readouterr().err == f"error: unknown beta; known: {known}\n"
     (run.path / "dataset" / ShardStore(run.path, "dataset").files()[0]).unlink()
-    audit = call("audit", "--out", str(run.path))
-    assert audit.returncode == 3
-    assert re.search(r"dataset: part-000000-0000\d\d.parquet: is missing", audit.stderr)
+    assert run_main(audit, "--out", str(run.path)) == 3
+    assert re.search(r"dataset: part-000000-0000\d\d.parquet: is missing", capfd.readouterr().err)
 
 
 def test_pipeline_certifies_what_is_claimed() -> None:
     certified = [
-        [name for name in pipeline.checked_of(parse_config(PLAIN, values)) if name.startswith("certify")]
+        [name for name in pipeline.steps_of(parse_config(PLAIN, values)) if name.startswith("certify")]
         for values in ([], ["certify.claim=agreement"])
     ]
     assert certified == [["certify-standard", "certify-dual"], ["certify-standard", "certify-agreement"]]
 
 
-def test_jobs_that_only_look_leave_the_run_directory_as_it_is(tmp_path: Path) -> None:
+def test_jobs_that_only_look_leave_the_run_directory_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tiny_run(tmp_path / "run", "compute.executor=local")
     build_dataset.run(run)
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
-    for job in ("status", "audit"):
-        assert call(job, "--out", str(run.path), "compute.max_replicas=3").returncode == 0
+    for job in (status, audit):
+        assert run_main(job, "--out", str(run.path), "compute.max_replicas=3") == 0
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
-    missing = call("status", "--out", str(tmp_path / "none"), "--config", "configs/digits.yaml")
-    assert (missing.returncode, (tmp_path / "none").exists()) == (2, False)
-    assert "holds no manifest.json" in missing.stderr
+    assert run_main(status, "--out", str(tmp_path / "none"), "--config", str(ROOT / "configs/digits.yaml")) == 2
+    assert "holds no manifest.json" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
-def test_job_that_cannot_write_says_so_in_one_line() -> None:
-    result = call("build_dataset", "--out", "/proc/run", "--config", "configs/digits.yaml")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: cannot write to '/proc/run'")
-    assert len(result.stderr.splitlines()) == 1
+def test_job_that_cannot_write_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(build_dataset, "--out", "/proc/run", "--config", str(ROOT / "configs/digits.yaml")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cannot write to '/proc/run'")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ def test_train_of_a_pool_runs_as_many_side_by_side_as_there_is_room_for(
     monkeypatch.setattr(training, "_on_workers", workers)
     monkeypatch.setattr(training, "train_cluster", lambda compute: nullcontext())
     monkeypatch.setattr(training, "trainings_at_once", lambda compute: 2)
-    lessons = {what: replace(Lesson.base(run, "classifier", None), name=what) for what in "abc"}
+    lessons = {what: Lesson.of(run, what, "base", role="classifier") for what in "abc"}
     histories = training.train(run, [Member(lesson, nn.Linear(1, 1), what) for what, lesson in lessons.items()])
     assert events == [
         "a begins", "b begins", "a 1", "b 1", "a 2", "b 2", "c begins", "c 1", "c 2",

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
@@ -31,6 +30,7 @@ from tests.helpers.documents import (
     links,
     name_of,
 )
+from tests.helpers.tiny import run_main
 
 sys.path.insert(0, str(ROOT / "docs" / "_site"))
 import reference
@@ -184,13 +184,7 @@ def small() -> list[str]:
 
 
 def run_job(name: str, *arguments: str) -> int:
-    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = [name, *arguments]
-    try:
-        return int(importlib.import_module(f"jobs.{name}").main())
-    finally:
-        sys.argv = before
-        signal.signal(signal.SIGTERM, handler)
+    return run_main(importlib.import_module(f"jobs.{name}"), *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -229,10 +229,7 @@ def test_parquet_split_that_begins_like_another_is_left_out_and_named(tmp_path: 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (
-            ("a/test-00000-of-00001.parquet", "b/test-00000-of-00001.parquet"),
-            r"in 2 folders \('a', 'b'\).*dataset\.path",
-        ),
+        (("a/test-00000-of-00001.parquet", "b/test-00000-of-00001.parquet"), r"in 2 folders \('a', 'b'\).*dataset\."),
         (("test.parquet", "b/test/0.parquet"), r"in 2 folders \('\.', 'b/test'\)"),
         (("test-00000-of-00002.parquet", "test-00000-of-00003.parquet"), "not the parts of one set"),
         (("test-00000-of-00001.parquet", "test.parquet"), "not the parts of one set"),

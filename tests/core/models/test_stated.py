@@ -236,10 +236,7 @@ def test_by_timm_obeys_config_json_and_refuses_another_network(net: nn.Module, t
     assert model.taken["own_resizing"] == {"crop_pct": 0.9}
     for change, message in (
         ({"architecture": "test_resnet"}, "architecture is 'test_resnet', arch is 'test_efficientnet'"),
-        (
-            {"model_args": {"act_layer": "relu"}},
-            "was built with model_args {'act_layer': 'relu'}, which is not covered",
-        ),
+        ({"model_args": {"act_layer": "relu"}}, "was built with model_args {'act_layer': 'relu'}, which is not"),
         ({"auto_map": {"AutoModel": "code.Mine"}}, "names code of its own in 'auto_map', which is never run"),
     ):
         folder(path, net, config={**config, **change})
@@ -269,11 +266,7 @@ def test_label_map_of_names_decide(labels: Any, classes: Any, expected: Any) -> 
 @pytest.mark.parametrize(
     ("labels", "classes", "message"),
     [
-        (
-            NAMES,
-            ("cat", "dog", "sea lion", "star"),
-            "the data set's 'star' is 0 times among them while others are there",
-        ),
+        (NAMES, ("cat", "dog", "sea lion", "star"), "the data set's 'star' is 0 times among them while others"),
         (("crane", "dog", "crane"), ("dog", "crane"), "the data set's 'crane' is 2 times among them"),
         (NAMES, ("cat", "Cat", "dog", "sea lion"), "the data set's 'cat' is 1 times among them"),
     ],

@@ -165,10 +165,7 @@ def test_agreement_many_certificates_are_false_with_at_most_alpha(budget: Budget
 
         def answer(draws: Draws, shares: Floats = shares, p: Floats = p) -> Answer:
             ones = int(random.binomial(draws.num, p[SIGMAS.index(draws.sigma)]))
-            votes = {
-                ESTIMATOR: random.multinomial(draws.num, shares),
-                CLASSIFIER: counts(draws.num - ones, ones),
-            }
+            votes = {ESTIMATOR: random.multinomial(draws.num, shares), CLASSIFIER: counts(draws.num - ones, ones)}
             return {head: votes[head] for head in draws.heads}
 
         result = drive(agreement_certify(terms), answer)

@@ -9,25 +9,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from core.procedures.confidence import certified_radius, clopper_pearson_lower
-from core.procedures.sequential import (
-    beyond,
-    certify_sequential,
-    dual_certify_sequential,
-)
+from core.procedures.sequential import beyond, certify_sequential, dual_certify_sequential
 from core.procedures.smoothing import certify
-from core.records import (
-    CLASSIFIER,
-    ESTIMATOR,
-    Answer,
-    Draws,
-    Rule,
-    Sampling,
-    Stop,
-)
+from core.records import CLASSIFIER, ESTIMATOR, Answer, Draws, Rule, Sampling, Stop
 from tests.core.procedures.test_dual_sequential import PairedVotes
-from tests.helpers.lattice import (
-    counts,
-)
+from tests.helpers.lattice import counts
 from tests.helpers.oracles import HalfSpace, axis, drive
 
 

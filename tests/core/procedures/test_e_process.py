@@ -12,10 +12,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from core.procedures.confidence import log_e_value, probability_of_radius
-from tests.helpers.lattice import (
-    crossing,
-    looks,
-)
+from tests.helpers.lattice import crossing, looks
 
 SLACK = 1e-6
 """What `core.procedures.ladder` adds to the log threshold; here it also bounds the error of `log_e_value`."""

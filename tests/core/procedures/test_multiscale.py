@@ -14,15 +14,7 @@ from core.law import GAUSSIAN
 from core.procedures import multiscale
 from core.procedures.multiscale import MultiscaleCertificate, level_alphas, multiscale_certify
 from core.procedures.smoothing import certificate, certify
-from core.records import (
-    ABSTAIN,
-    CLASSIFIER,
-    Answer,
-    Counts,
-    Draws,
-    Phase,
-    Sampling,
-)
+from core.records import ABSTAIN, CLASSIFIER, Answer, Counts, Draws, Phase, Sampling
 from tests.helpers.lattice import JUST_BELOW, counts
 from tests.helpers.oracles import drive
 
@@ -293,8 +285,6 @@ def test_false_claims_finds_bounds_above_that_spend_the_share_of_their_own_level
     assert false_claims(truth, alpha, shares) <= alpha
     real = multiscale._radius_of_others
     monkeypatch.setattr(
-        multiscale,
-        "_radius_of_others",
-        lambda level, last, *rest: real(level, replace(last, alpha=level.alpha), *rest),
+        multiscale, "_radius_of_others", lambda level, last, *rest: real(level, replace(last, alpha=level.alpha), *rest)
     )
     assert false_claims(truth, alpha, shares) > 1.7 * alpha

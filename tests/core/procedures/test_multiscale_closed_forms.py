@@ -16,14 +16,7 @@ from core.machine.noise import GaussianNoise
 from core.procedures import multiscale
 from core.procedures.multiscale import MultiscaleCertificate, multiscale_certify
 from core.procedures.smoothing import certify
-from core.records import (
-    ABSTAIN,
-    CLASSIFIER,
-    Certificate,
-    Counts,
-    Procedure,
-    Sampling,
-)
+from core.records import ABSTAIN, CLASSIFIER, Certificate, Counts, Procedure, Sampling
 from tests.helpers.lattice import Floats
 from tests.helpers.oracles import HalfSpace, Negated, axis
 

@@ -160,11 +160,7 @@ def test_estimate_asks_the_reference_for_the_first_estimation_draws_alone() -> N
     votes = Pairs(STAGES, seed=1)
     result = drive(dual_certify((0.25, 0.5), 0.5, SAMPLING), votes)
     asked = [(d.phase, d.start, d.num, any(map(is_paired, d.heads))) for d in votes.asked]
-    stage = [
-        (Phase.SELECTION, 0, 20, False),
-        (Phase.ESTIMATION, 0, 20, True),
-        (Phase.ESTIMATION, 20, 30, False),
-    ]
+    stage = [(Phase.SELECTION, 0, 20, False), (Phase.ESTIMATION, 0, 20, True), (Phase.ESTIMATION, 20, 30, False)]
     assert asked == stage * 2
     assert result.class_stage is not None
     assert result.class_stage.counts_estimation.sum() == 50

@@ -13,22 +13,8 @@ from scipy import special, stats
 
 from core.procedures.confidence import certified_radius, clopper_pearson_lower, log_e_value
 from core.procedures.ladder import final_alpha
-from core.procedures.sequential import (
-    beyond,
-    climb,
-    conclude,
-)
-from core.records import (
-    ABSTAIN,
-    CLASSIFIER,
-    Answer,
-    Certificate,
-    Draws,
-    Phase,
-    Rule,
-    Sampling,
-    Stop,
-)
+from core.procedures.sequential import beyond, climb, conclude
+from core.records import ABSTAIN, CLASSIFIER, Answer, Certificate, Draws, Phase, Rule, Sampling, Stop
 from tests.helpers.lattice import (
     JUST_BELOW,
     Decisions,

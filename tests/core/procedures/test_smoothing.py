@@ -55,10 +55,7 @@ def test_certify_false_certificate_probability_by_exact_sum_is_at_most_alpha(p: 
     wrong = 0.0
     for k0 in range(n0 + 1):
         for k in range(n + 1):
-            result = drive(
-                certify(sigma, Sampling(n0, n, alpha)),
-                by_phase(counts(n0 - k0, k0), counts(n - k, k)),
-            )
+            result = drive(certify(sigma, Sampling(n0, n, alpha)), by_phase(counts(n0 - k0, k0), counts(n - k, k)))
             false = (result.prediction == 0 and p >= 0.5) or (result.prediction == 1 and result.radius > true_radius)
             if false:
                 wrong += stats.binom.pmf(k0, n0, p) * stats.binom.pmf(k, n, p)

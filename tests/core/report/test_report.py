@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -209,14 +210,7 @@ def test_write_report_lost_and_spare_radius_equal_hand_count(written: Path) -> N
 
 def test_write_report_summary_states_alpha_and_its_split(written: Path) -> None:
     text = (written / "report.md").read_text()
-    for words in (
-        "5 examples of digits",
-        "n0 = 10 ",
-        "n = 100 ",
-        "alpha = 0.001 ",
-        "0.0005 on the noise level",
-        "17.",
-    ):
+    for words in ("5 examples of digits", "n0 = 10 ", "n = 100 ", "alpha = 0.001 ", "0.0005 on the noise level", "17."):
         assert words in text
     assert "runs/a" in text  # the manifest
 
@@ -334,38 +328,6 @@ def test_write_report_nothing_certified_is_still_a_report(tmp_path: Path) -> Non
     assert "nan" not in text
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"radius": np.zeros(4)}, "radius must be a vector as long as correct"),
-        ({"abstained": np.ones(5, bool)}, "an abstention has radius 0 and is never correct"),
-        ({"bounded_by": np.full(5, "both")}, "both"),
-        ({"sigma": np.full(5, np.nan)}, "sigma is nan"),
-        ({"correct": np.ones(5)}, "float64"),
-        ({"p_lower": np.full(5, 1.1)}, "1.1"),
-    ],
-)
-def test_dual_rows_inconsistent_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        replace(dual(), **change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"standard": ()}, "0 noise levels"),
-        ({"baseline": (standard(0.25, [1], [0.3]),)}, r"\[1, 5\]"),
-        ({"radii": np.array([0.5, 0.25])}, "0.25"),
-        ({"standard_at_dual_alpha": np.zeros((5, 3))}, r"\(5, 2\), got \(5, 3\)"),
-        ({"dual": replace(dual(), sigma_choice=np.array([1, 1, 0, 2, 0]))}, "must index the 2 levels"),
-        ({"dual": replace(dual(), sigma_choice=np.array([0, 1, 0, 1, 0]))}, "check its order"),
-    ],
-)
-def test_report_data_inconsistent_is_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        replace(report(), **change)  # type: ignore[arg-type]
-
-
 def cascade() -> MultiscaleRows:
     """Two levels: the first two decided at 0.5; the third and the fourth at 0.25, the fourth bounded from above."""
     nan = np.nan
@@ -404,18 +366,6 @@ def test_format_table_experts_are_called_so() -> None:
     assert "Standard RS, sigma = 0.25" not in names
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sigma": np.zeros(5)}, "sigma must be nan exactly where nothing is certified"),
-        ({"num_levels": np.zeros(4, int)}, "num_levels must have shape"),
-    ],
-)
-def test_multiscale_rows_inconsistent_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        replace(cascade(), **change)
-
-
 @pytest.mark.parametrize("claimed", [False, True], ids=["beside the published claim", "as the run's claim"])
 def test_write_report_agreement_says_what_binds_and_what_it_drew(tmp_path: Path, claimed: bool) -> None:
     rows = agreement()
@@ -439,14 +389,28 @@ def test_write_report_agreement_says_what_binds_and_what_it_drew(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("rows", "change", "message"),
     [
-        ({"radius_constant": np.ones(5)}, "radius_constant is above radius"),
-        ({"binding": np.array([1, 0, 2, -1, -1])}, "binding must be a level"),
-        ({"binding": np.array([1, 0, -1, -1, -1])}, "binding must be a level"),
-        ({"radius_class": np.zeros((5, 3))}, "radii by level"),
+        (dual, {"radius": np.zeros(4)}, "radius must be a vector as long as correct"),
+        (dual, {"abstained": np.ones(5, bool)}, "an abstention has radius 0 and is never correct"),
+        (dual, {"bounded_by": np.full(5, "both")}, "both"),
+        (dual, {"sigma": np.full(5, np.nan)}, "sigma is nan"),
+        (dual, {"correct": np.ones(5)}, "float64"),
+        (dual, {"p_lower": np.full(5, 1.1)}, "1.1"),
+        (report, {"standard": ()}, "0 noise levels"),
+        (report, {"baseline": (standard(0.25, [1], [0.3]),)}, r"\[1, 5\]"),
+        (report, {"radii": np.array([0.5, 0.25])}, "0.25"),
+        (report, {"standard_at_dual_alpha": np.zeros((5, 3))}, r"\(5, 2\), got \(5, 3\)"),
+        (report, {"dual": replace(dual(), sigma_choice=np.array([1, 1, 0, 2, 0]))}, "must index the 2 levels"),
+        (report, {"dual": replace(dual(), sigma_choice=np.array([0, 1, 0, 1, 0]))}, "check its order"),
+        (cascade, {"sigma": np.zeros(5)}, "sigma must be nan exactly where nothing is certified"),
+        (cascade, {"num_levels": np.zeros(4, int)}, "num_levels must have shape"),
+        (agreement, {"radius_constant": np.ones(5)}, "radius_constant is above radius"),
+        (agreement, {"binding": np.array([1, 0, 2, -1, -1])}, "binding must be a level"),
+        (agreement, {"binding": np.array([1, 0, -1, -1, -1])}, "binding must be a level"),
+        (agreement, {"radius_class": np.zeros((5, 3))}, "radii by level"),
     ],
 )
-def test_agreement_rows_inconsistent_is_refused(change: dict[str, Any], message: str) -> None:
+def test_rows_that_are_inconsistent_are_refused(rows: Callable[[], Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        replace(agreement(), **change)
+        replace(rows(), **change)

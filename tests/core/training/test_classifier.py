@@ -110,8 +110,7 @@ def test_predictor_of_an_attack_leaves_the_network_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "copies", "rows"),
-    [("gaussian", 1, 1), ("consistency", 2, 2), ("macer", 16, 16), ("smoothadv", 4, 4 * 11)],
+    ("name", "copies", "rows"), [("gaussian", 1, 1), ("consistency", 2, 2), ("macer", 16, 16), ("smoothadv", 4, 4 * 11)]
 )
 def test_rows_of_an_image_in_a_step(name: Any, copies: int, rows: int) -> None:
     config = TrainConfig(loss=LossConfig(name=name))

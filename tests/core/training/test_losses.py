@@ -340,50 +340,6 @@ NORMAL = torch.tensor([[3.0, 4.0]])
 UNIT = torch.tensor([0.6, 0.8])
 
 
-def linear() -> Predict:
-    """Class 0 where 3 x_0 + 4 x_1 is large."""
-    return Predict(lambda x: torch.cat([x.flatten(1) @ NORMAL.T, -x.flatten(1) @ NORMAL.T], dim=1))
-
-
-def test_smoothadv_on_a_linear_classifier_goes_straight_to_the_edge_of_the_ball() -> None:
-    predict, batch = linear(), table_batch(2, [0, 1], [0.25, 0.25])
-    found = SmoothAdv(copies=2, steps=3, epsilon=0.25)(predict, batch)
-    moved = torch.stack([0.5 - 0.25 * UNIT, 0.5 + 0.25 * UNIT])
-    *attack, (frozen, seen) = predict.asked
-    assert not frozen
-    assert [f for f, _ in attack] == [True] * 3
-    noise = 0.25 * torch.tensor([1.0, -1.0])
-    torch.testing.assert_close(seen.view(2, 2, 2), (moved + noise).expand(2, 2, 2))
-    logit = ((moved + noise) @ NORMAL.T)[:, 0] * torch.tensor([1, -1])
-    torch.testing.assert_close(found["loss"], torch.log1p(torch.exp(-2 * logit)))
-
-
-def test_smoothadv_stays_in_the_pixel_range_and_in_the_ball() -> None:
-    predict, batch = linear(), table_batch(2, [0, 0], [0.5, 0.5])
-    images = torch.tensor([[0.1, 0.5], [0.1, 0.5]]).view(2, 1, 1, 2)
-    SmoothAdv(copies=2, steps=10, epsilon=0.3)(predict, replace(batch, images=images, noise=torch.zeros(2, 2, 1, 1, 2)))
-    moved = predict.asked[-1][1].view(2, 2, 2)
-    torch.testing.assert_close((moved - images.view(2, 2)).norm(dim=2), torch.full((2, 2), 0.3))  # all of it
-    assert moved.min() >= 0
-    assert moved[:, :, 1].max() < 0.5 - 0.3 * 0.8  # more than the gradient alone would
-
-
-def test_smoothmix_on_a_linear_classifier_mixes_towards_the_attacked_image() -> None:
-    predict, batch = linear(), table_batch(2, [0, 0], [0.25, 0.25], [0.0, 0.8])
-    loss = SmoothMix(weight=3.0, steps=2, step_size=0.2)
-    found = loss(predict, batch)
-    assert [frozen for frozen, _ in predict.asked] == [True, True, False, False]
-    noise, share = 0.25 * torch.tensor([1.0, -1.0]), torch.tensor([[0.0], [0.4]])
-    mixture = 0.5 - share * 0.4 * UNIT
-    torch.testing.assert_close(predict.asked[-1][1].view(2, 2, 2), (mixture + noise).expand(2, 2, 2))
-    p = torch.sigmoid(2 * (0.5 + noise) @ NORMAL.T)
-    target = (1 - share) * torch.cat([p, 1 - p]) + share / 2
-    q = torch.sigmoid(2 * (mixture + noise) @ NORMAL.T)
-    apart = (target * (target / torch.cat([q, 1 - q], dim=1)).log()).sum(dim=1)
-    torch.testing.assert_close(found["mixture"], apart, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found["loss"], -p.log()[0] + 3 * apart, rtol=1e-4, atol=1e-6)
-
-
 def test_smoothmix_takes_shorter_steps_where_the_network_is_sure() -> None:
     """As its authors: the gradient is divided by its length + 1e-8."""
     normal = 3.2 * NORMAL.double()

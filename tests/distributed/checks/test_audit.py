@@ -209,12 +209,6 @@ def test_audit_plan_that_is_missing_is_named_once_a_store(run: RunDirectory) -> 
     assert found[0].startswith("certificates/dual: plan: ")
 
 
-def test_audit_row_without_a_level_is_named(run: RunDirectory) -> None:
-    found = first_row_becomes(run, lambda row: {**row, "sigma": None})
-    assert any(problem.endswith(": is not planned") for problem in found)
-    assert any(problem.endswith(": is there 0 times, expected once") for problem in found)
-
-
 def test_audit_method_that_spends_too_much_is_found(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Dual, "spent", lambda self, row, terms: math.nextafter(0.01, 1.0))
     found = problems(run)
@@ -345,12 +339,6 @@ def test_audit_and_recertify_full_split_agree_with_each_other(run: RunDirectory,
 def test_audit_without_certificates_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no certificates to audit"):
         audit(tiny_run(tmp_path))
-
-
-def test_build_dataset_is_audited_too(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "compute.executor=local", "dataset.test_size=1700")
-    build_dataset.run(run)
-    assert problems(run) == []
 
 
 def first_row_becomes(run: RunDirectory, change: Callable[[Row], Row]) -> list[str]:

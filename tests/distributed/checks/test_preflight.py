@@ -32,7 +32,7 @@ from jobs import pipeline
 from tests.helpers.s3 import s3_server, uri
 from tests.helpers.tiny import PLAIN, tiny_run
 
-ALL = pipeline.checked_of(parse_config(PLAIN))
+ALL = pipeline.steps_of(parse_config(PLAIN))
 
 
 def images(root: Path, split: str, classes: tuple[str, ...] = ("cat", "dog"), size: int = 8) -> Path:
@@ -244,7 +244,7 @@ def test_check_writable_removes_the_folders_that_it_made(tmp_path: Path) -> None
 def test_check_writable_leaves_nothing_on_an_object_store() -> None:
     with s3_server() as server:
         folder = Folder(uri(server, "runs/a/b"))
-        system, _ = folder._remote
+        system, _ = folder._place
         folder.check_writable()
         assert system.get_file_info(pafs.FileSelector("bucket", recursive=True)) == []
         folder.write("x", b"1")

@@ -131,7 +131,7 @@ def test_replicas_here_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch
 def test_training_on_gpus_goes_to_a_node_that_has_one(
     monkeypatch: pytest.MonkeyPatch, address: str, gpu: bool, overrides: list[str], workers: int
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(cluster, "gpus_here", lambda: int(gpu))
     monkeypatch.setenv("RAY_ADDRESS", address)
     compute = [f"compute.{each}" for each in ("train_device=cuda", *overrides)]
     config = parse_config({"sigmas": [0.5], "report": {"radii": [0]}}, compute)

@@ -103,13 +103,9 @@ with connected(ComputeConfig()):
     print(ray.get(ray.remote(lambda: os.environ.get("AWS_ENDPOINT_URL_S3")).remote()))
 """
     try:
-        environment = {
-            **os.environ,
-            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "AWS_ENDPOINT_URL": "http://own:9000",
-        }
+        own = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "AWS_ENDPOINT_URL": "http://own:9000"}
         result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code], env=os.environ | own, cwd=ROOT, capture_output=True, text=True, check=False
         )
     finally:
         ray.shutdown()

@@ -25,7 +25,6 @@ from core.models.denoiser import trained_unet_config
 from core.models.small import SmallConvNet
 from distributed.execution.launch import certify_store
 from distributed.execution.replica import Facts, Replica
-from distributed.store.shards import ShardStore
 from jobs import build_dataset, report
 from jobs.train_base import clean_accuracy
 from tests.helpers import miniatures
@@ -107,10 +106,7 @@ def test_train_base_broken_denoiser_is_one_message_and_its_repair_is_enough(
     ("change", "message"),
     [
         ({"arch": "resnet50"}, "has no fc.weight, the last layer: it is no checkpoint of this architecture"),
-        (
-            {"arch": "vit_small_patch16_224"},
-            "num_attention_heads is 3, the architecture has 6: name another one in 'arch'",
-        ),
+        ({"arch": "vit_small_patch16_224"}, "num_attention_heads is 3, the architecture has 6: name another one"),
         ({"arch": "vit_tiny_patch16_223"}, "did you mean 'vit_tiny_patch16_224'?"),
         ({"classes": 7}, "has 7 classes, 10 are needed: use another checkpoint, or say in 'label_map'"),
         ({"label_map": [0, 1, 2]}, "label_map has 3 entries, the data set has 10 classes"),
@@ -140,34 +136,6 @@ def test_train_base_broken_expert_is_named_and_the_others_do_not_matter(
     code, said = job("train_base", tmp_path / "new", base__classifier=None, base__experts=experts, **given)
     assert code == 2
     assert "base.experts: has experts for [0.25, 1.0], expected one for each of sigmas = [0.25, 0.5, 1.0]" in said
-
-
-@pytest.mark.parametrize("where", ["{tmp}/file/run", "/proc/run"])
-def test_unwritable_output_directory_is_one_message(
-    where: str, given: dict[str, Any], job: Any, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    out = where.format(tmp=tmp_path)
-    code, said = job("train_base", out, **given)
-    assert (code, said.count("error: "), "Traceback" in said) == (2, 1, False)
-    assert out in said
-
-
-def test_certify_model_file_that_was_changed_is_refused_and_nothing_is_lost(
-    given: dict[str, Any], job: Any, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    assert job("train_base", run, **given)[0] == 0
-    assert job("build_dataset", run, **given)[0] == 0
-    before = ShardStore(run, "dataset").read()
-    good = (run / "models" / "classifier.safetensors").read_bytes()
-    _truncate(run / "models" / "classifier.safetensors")
-    code, said = job("certify", run, "--method", "standard", "--classifier", "base", **given)
-    assert code == 2
-    assert "classifier.safetensors' is not the file that this run wrote" in said
-    (run / "models" / "classifier.safetensors").write_bytes(good)
-    assert ShardStore(run, "dataset").read().equals(before)
-    assert job("certify", run, "--method", "standard", "--classifier", "base", **given)[0] == 0
 
 
 def _spoil(file: Path, value: float) -> None:

@@ -33,7 +33,7 @@ from distributed.store.plan import Plan
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.training.labels import training_radii
-from jobs import build_dataset, certify
+from jobs import build_dataset
 from tests.helpers.reference_noise import normals
 from tests.helpers.tiny import tiny_run
 
@@ -97,23 +97,6 @@ def test_build_dataset_on_ray_equals_the_local_executor(
     build_dataset.run(run)
     assert ShardStore(run.path, "dataset").read().equals(reference)
     assert run.manifest["steps"]["build_dataset"]["rows"] == 194
-
-
-def test_certify_dual_class_stage_equals_standard_at_the_chosen_sigma(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "compute.executor=local", "dataset.test_size=40")
-    for method in ("standard", "dual"):
-        certify.run(run, method, "base")
-    standard = {
-        (row["example_id"], row["sigma"]): row
-        for row in ShardStore(run.path, "certificates/standard-base").read().to_pylist()
-    }
-    dual = ShardStore(run.path, "certificates/dual-base").read().to_pylist()
-    assert len(dual) == 40
-    certified = [row for row in dual if row["sigma"] is not None]
-    assert certified
-    for row in certified:  # the same noise where they overlap
-        assert row["counts_estimation"] == standard[row["example_id"], row["sigma"]]["counts_estimation"]
-        assert row["radius"] == min(row["radius_sigma"], row["radius_class"])
 
 
 def test_build_dataset_again_does_nothing_and_other_weights_are_refused(tmp_path: Path) -> None:

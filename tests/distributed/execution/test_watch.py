@@ -32,6 +32,7 @@ from tests.helpers.tiny import tiny_run
 
 ROOT = Path(__file__).parents[3]
 SIGN = Sign("a", "r", "host", "node", 7, "working", 5, {3: 1.0})
+LOADING, STARTING = (replace(SIGN, stage=stage, shards={}) for stage in ("loading", "starting"))
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_board_silence_is_time_without_progress_and_idle_replicas_need_only_sign
         assert seen.sign is sign
         return seen.stage_s, seen.silent_s
 
-    loading = replace(SIGN, stage="loading", progress=0, shards={})
+    loading = replace(LOADING, progress=0)
     assert after(0, loading) == (0, 0)
     assert after(30, loading) == (30, 30)
     assert after(10, replace(loading, progress=1)) == (40, 0)
@@ -87,32 +88,23 @@ class Fake(Board):
         return "no node with a GPU yet"
 
 
+SILENT = "with shard 3 is silent for 1:10"
+
+
 @pytest.mark.parametrize(
     ("seen", "hang_s", "ended", "logged", "waits_for"),
     [
         ([], 1200, 0, "", "1:40: no node with a GPU yet"),
         ([Seen(SIGN, 500, 1)], 1200, 0, "", "1 replicas are at work"),
-        (
-            [Seen(replace(SIGN, stage="loading", shards={}), 50, 50)],
-            1200,
-            0,
-            "",
-            "1 replicas load or measure, for 0:50",
-        ),
-        (
-            [Seen(replace(SIGN, stage="starting", shards={}), 90, 90)],
-            1200,
-            0,
-            "",
-            "1 replicas start again, for 1:30; no node with a GPU yet",
-        ),
-        ([Seen(replace(SIGN, stage="starting", shards={}), 1201, 1201)], 1200, 1, "", "start again"),
+        ([Seen(LOADING, 50, 50)], 1200, 0, "", "1 replicas load or measure, for 0:50"),
+        ([Seen(STARTING, 90, 90)], 1200, 0, "", "1 replicas start again, for 1:30; no node with a GPU yet"),
+        ([Seen(STARTING, 1201, 1201)], 1200, 1, "", "start again"),
         (
             [Seen(SIGN, 500, 70), Seen(SIGN, 500, 1)],
             1200,
             0,
-            r"dataset: replica r on host \(process 7\) with shard 3 is silent for 1:10",
-            "replica r on host (process 7) with shard 3 is silent for 1:10; 1 replicas are at work",
+            rf"dataset: replica r on host .* {SILENT}",
+            f"{SILENT}; 1 replicas are at work",
         ),
         ([Seen(SIGN, 5000, 1201)], 1200, 1, r"has hung for 20:01 \(compute.hang_s=1200\) and was ended", "silent"),
         ([Seen(SIGN, 5000, 5000)], 0, 0, "is silent for 1:23:20", "silent"),

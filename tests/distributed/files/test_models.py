@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,8 @@ from distributed.store.run_directory import RunDirectory
 from distributed.store.sources import local_models
 from jobs import train_base
 from tests.core.models.test_diffusers_folder import tiny_denoiser
-from tests.helpers.s3 import FlakyProxy, s3_server, uri
+from tests.helpers.s3 import FlakyProxy, uri
 from tests.helpers.tiny import PLAIN
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FlakyProxy]:
-    with s3_server() as proxy:
-        yield proxy
 
 
 @pytest.fixture
@@ -193,5 +186,5 @@ def test_folder_without_weights_is_refused_as_an_address(server: FlakyProxy, loc
     (local / "empty" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"no such file, and no folder with one of model.safetensors"):
         fetch_model(upload(local / "empty", server, "empty/vit"))
-    system = Folder(uri(server, "x"))._remote[0]
+    system = Folder(uri(server, "x"))._place[0]
     assert system.get_file_info("bucket/empty/vit/config.json").type == pafs.FileType.File

@@ -17,7 +17,7 @@ from distributed.files import storage, stores
 from distributed.files.datasets import open_storage
 from distributed.files.storage import Folder
 from distributed.files.stores import endpoint, store_environment
-from tests.helpers.s3 import FlakyProxy, free_port, s3_server
+from tests.helpers.s3 import FlakyProxy, free_port
 
 VARIABLES = (
     "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_REGION",
@@ -31,12 +31,6 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setattr(Folder, "_answered", set())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FlakyProxy]:
-    with s3_server() as proxy:
-        yield proxy
 
 
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy import stats
@@ -16,11 +15,7 @@ from core.records import Bound, Certificate, DualCertificate, Sampling
 from distributed.files.parquet import from_bytes, to_bytes
 from distributed.files.storage import Folder
 from distributed.methods.dual import Dual
-from distributed.methods.rows import (
-    CERTIFICATE_SCHEMA,
-    certificate_row,
-    error_row,
-)
+from distributed.methods.rows import CERTIFICATE_SCHEMA, certificate_row, error_row
 from distributed.methods.standard import grid
 from distributed.store.plan import Plan
 from distributed.store.shards import ShardStore
@@ -61,12 +56,10 @@ def test_commit_then_read_gives_rows_back_to_the_last_bit(tmp_path: Path) -> Non
     table = store.read()
     verified = store.verify(plan, IDS, SIGMAS)
     assert verified.rows == table.num_rows == 14
-    assert (verified.error_rows, verified.devices, verified.non_finite_draws) == (0, ("cpu",), 0)
+    assert (verified.error_rows, verified.devices, verified.non_finite_draws) == (0, {"cpu"}, 0)
     assert verified.votes == 14 * 200
     assert verified.sha256["shard-000001.parquet"] == file_sha256(tmp_path / "dataset" / "shard-000001.parquet")
     assert table.schema.equals(CERTIFICATE_SCHEMA)
-    images = pa.concat_tables(store.images())
-    assert images.to_pydict() == {"example_id": [i for i in IDS for _ in SIGMAS], "image_hash": [None] * 14}
     assert table.column("example_id").to_pylist() == sorted(IDS * 2)
     row = table.to_pylist()[1]
     expected = made(0.5)
@@ -77,12 +70,6 @@ def test_commit_then_read_gives_rows_back_to_the_last_bit(tmp_path: Path) -> Non
     assert grid(table, "counts_estimation", (0.25, 0.5)).shape == (7, 2, 2)
     with pytest.raises(DataError, match="one row per example for each sigma"):
         grid(table, "radius", (0.25, 0.7))
-
-
-def test_commit_leaves_only_whole_files_that_any_reader_opens(tmp_path: Path) -> None:
-    store_with_rows(tmp_path, Plan.divide(7, 3, 2, {}))
-    assert sorted(p.name for p in (tmp_path / "dataset").iterdir()) == [f"shard-00000{i}.parquet" for i in range(3)]
-    assert pq.read_table(tmp_path / "dataset").num_rows == 14
 
 
 def test_plan_read_back_is_the_plan_that_was_written_and_readable_by_itself(tmp_path: Path) -> None:
@@ -149,7 +136,7 @@ def test_read_file_with_a_flipped_bit_is_refused_by_its_checksum(tmp_path: Path)
     path = tmp_path / "dataset" / "shard-000000.parquet"
     content, whole = path.read_bytes(), store.read_file("shard-000000.parquet")
     refused = 0
-    for place in range(4, len(content) - 8, 7):
+    for place in range(4, len(content) - 8, 23):
         path.write_bytes(bytes([*content[:place], content[place] ^ 1, *content[place + 1 :]]))
         try:  # pages have checksums; headers and footer do not, but what they say of the rows is checked
             assert store.read_file("shard-000000.parquet").equals(whole)
@@ -196,10 +183,11 @@ def test_finish_reads_each_file_once_and_returns_what_verify_finds_afterwards(
         context.setattr(Folder, "read", spied)
         found = store.finish(plan, IDS, SIGMAS, part_rows=12)  # three shards to a part, the last one alone
     assert sorted(read) == [f"shard-00000{i}.parquet" for i in range(4)]
-    assert list(found.sha256) == store.files() == ["part-000000-000002.parquet", "shard-000003.parquet"]
-    assert found.devices == ("cpu", "cpu (micro-batch 2 of 4)")
-    assert found == store.verify(plan, IDS, SIGMAS)
-    assert found == store.finish(plan, IDS, SIGMAS, part_rows=12)
+    facts = found.facts(1, 2, 3.0)
+    assert list(facts["sha256"]) == store.files() == ["part-000000-000002.parquet", "shard-000003.parquet"]
+    assert facts["devices"] == ["cpu", "cpu (micro-batch 2 of 4)"]
+    assert facts == store.verify(plan, IDS, SIGMAS).facts(1, 2, 3.0)
+    assert facts == store.finish(plan, IDS, SIGMAS, part_rows=12).facts(1, 2, 3.0)
 
 
 def test_finish_does_not_join_what_is_not_whole_and_keeps_foreign_files(tmp_path: Path) -> None:
@@ -267,7 +255,24 @@ def test_read_file_from_before_rows_had_a_hash_has_none(tmp_path: Path) -> None:
     old = table.drop_columns(["image_hash"])
     store.folder.write("shard-000000.parquet", to_bytes(old.schema, [old], lambda: about))
     assert store.read_file("shard-000000.parquet").equals(before)
-    assert sum(images.num_rows for images in store.images()) == 8  # of the other two shards
+
+
+def test_images_are_of_as_many_examples_as_are_asked_for_whatever_file_they_are_in(tmp_path: Path) -> None:
+    plan = Plan.divide(7, 2, 2, {})
+    store = store_with_rows(tmp_path, plan)
+    assert list(store.images()) == []
+    for shard in range(4):
+        rows = [row | {"image_hash": row["example_id"].upper()} for row in rows_of(plan, shard)]
+        store.commit(shard, rows, CERTIFICATE_SCHEMA, "cpu")
+    assert store.verify(plan, IDS, SIGMAS).rows == 14
+    store.finish(plan, IDS, SIGMAS, part_rows=12)
+    pairs = [(name, name.upper()) for name in IDS]
+    assert sorted(store.images(7)) == sorted(store.images()) == pairs
+    found = [list(store.images(3)) for _ in range(50)]
+    assert {len(set(each)) for each in found} == {3}
+    assert set().union(*found) == set(pairs)
+    store.commit(3, [row | {"image_hash": None} for row in rows_of(plan, 3)], CERTIFICATE_SCHEMA, "cpu")
+    assert sorted(store.images()) == pairs[:6]
 
 
 def test_read_truncated_shard_is_named(tmp_path: Path) -> None:
@@ -303,7 +308,7 @@ def test_copy_from_takes_the_rows_of_some_levels_and_their_errors(tmp_path: Path
         store.write_plan(fewer, IDS)
         store.copy_from(source, [sigma])
         assert store.files() == source.files()
-        assert store.verify(fewer, IDS, [sigma]).devices == ("cpu",)  # files that are of the new plan
+        assert store.verify(fewer, IDS, [sigma]).devices == {"cpu"}  # files that are of the new plan
         expected = [row for row in source.read().to_pylist() if row["sigma"] == sigma]
         assert store.read().to_pylist() == expected
         assert store.read_errors().column("message").to_pylist() == errors

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from core.config import Config, parse_config
 from core.errors import ConfigError
 from distributed.checks.audit import audit, replay
 from distributed.execution.launch import certify_store
-from distributed.methods.rows import CERTIFICATE_SCHEMA, error_row
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.adopt import SHARED, adopt, shared_config
@@ -128,14 +126,3 @@ def test_shared_config_holds_what_the_step_reads_and_nothing_else() -> None:
     grid = [config("certify.budget=grid", f"report.radii={radii}") for radii in ("[0,0.1]", "[0,0.2]")]
     one, other = (shared_config(c, "certify-standard-base", UNION) for c in grid)
     assert one.certify.grid == (0.0, 0.1) != other.certify.grid
-
-
-def test_adopted_error_rows_keep_their_messages(tmp_path: Path) -> None:
-    source, target = ShardStore(tmp_path / "source", "dataset"), ShardStore(tmp_path / "target", "dataset")
-    rows = [error_row(CERTIFICATE_SCHEMA, {}, "a", 1, sigma, 0.01) for sigma in UNION]
-    errors = [{"example_id": "a", "sigma": sigma, "error": "DataError", "message": f"at {sigma}"} for sigma in UNION]
-    source.commit(0, rows, CERTIFICATE_SCHEMA, "cpu", errors)
-    target.copy_from(source, (0.25, 0.5))
-    assert target.read().column("sigma").to_pylist() == [0.25, 0.5]
-    assert sorted(target.read_errors().column("message").to_pylist()) == ["at 0.25", "at 0.5"]
-    assert isinstance(target.read(), pa.Table)

@@ -20,7 +20,6 @@ from core.report import StandardRows
 from core.report.render import write_report
 from core.report.shift import Shifted, shift_section
 from distributed.checks import dry_run
-from distributed.files.storage import Folder
 from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.shift import sets_there, shifted_config
@@ -168,17 +167,6 @@ def test_shifted_config_published_sets_keep_the_part_and_the_size_of_the_images(
 def test_shifted_config_that_cannot_be_is_refused(config: Config, path: str | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         shifted_config(config, "fog", 1, path)
-
-
-def test_folder_parent_and_folders(tmp_path: Path) -> None:
-    inside = Folder("s3://bucket/run/shift/fog-3?endpoint_override=x:1")
-    assert inside.parent.parent == Folder("s3://bucket/run?endpoint_override=x:1")
-    for name in ("b", "a", ".hidden"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "file").write_text("")
-    assert Folder(tmp_path).folders() == ["a", "b"]
-    assert Folder(tmp_path / "none").folders() == []
-    assert (Folder(tmp_path) / "a").parent == Folder(tmp_path)
 
 
 def scaled(factor: float) -> Any:

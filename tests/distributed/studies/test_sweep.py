@@ -18,7 +18,7 @@ from distributed.store.run_directory import RunDirectory
 from distributed.store.shards import ShardStore
 from distributed.studies.sweep import is_finished, own_steps, run_setting, setting_folder, shared_runs
 from distributed.studies.sweep_check import check_sweep, dry_run_sweep
-from jobs.sweep import STEPS
+from jobs.pipeline import STEPS
 
 ROOT = Path(__file__).parents[3]
 SMALL = [

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from core import ABSTAIN, DualSmoothedClassifier, SmoothedClassifier
 from core.errors import ConfigError, DataError
+from distributed.files.storage import Folder
 from distributed.store.shards import ShardStore
 from dual_rs import results
 from tests.distributed.views.test_exchange import LOG
-from tests.helpers.runs import finished_run
 
 
 def bright(images: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ def test_plot_draws_into_the_axes_that_it_is_given(tmp_path: Path) -> None:
     assert results.plot(table).get_figure() is not None
 
 
-def test_of_run_has_every_row_of_its_stores(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "run").folder
+def test_of_run_has_every_row_of_its_stores(finished: Path, tmp_path: Path) -> None:
+    run = Folder(finished)
     table = results.of_run(run)
     assert table["method"].iloc[0].startswith("standard, sigma = ")
     stores = {name: ShardStore(run, f"certificates/{name}").read() for name in ("standard", "dual")}
