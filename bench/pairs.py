@@ -1,4 +1,4 @@
-"""The networks that are timed: denoiser and classifier with random weights, which cost what trained ones cost."""
+"""The networks that are timed: denoiser and classifier, most with random weights, which cost what trained ones cost."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -114,7 +114,7 @@ def _product(settings: Settings, precision: Precision, side: int) -> list[float]
     """TFLOP/s of the device's own matrix product, turn by turn."""
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
     one, two, out = (torch.rand(side, side, device=settings.device).to(dtype) for _ in range(3))
-    times = 20 if settings.device == "cuda" else 4
+    times = 100 if settings.device == "cuda" else 4
 
     def run() -> float:
         if settings.device == "cuda":
@@ -151,7 +151,7 @@ def _count(table: _Table, pair: Pair, device: str, mode: Any = None) -> float | 
         total, anchor = found.get("denoiser", 0.0) + found[name], pair.anchors.get(name)
         what, unit = f"{pair.name}, {name}: GFLOP of a draw", "GFLOP"
         if anchor is not None:
-            what, unit = f"{what} / {anchor:,}", "x"
+            what, unit = f"{what} / {anchor:,g}", "x"
         value = spread([total / (anchor or 1.0)])
         table.add(what, value, unit, "1+- 0.01" if anchor else "", {f"GFLOP, {k}": v for k, v in found.items()})
     return found.get("denoiser", 0.0) + found["classifier"]

@@ -16,6 +16,7 @@ from bench.pairs import CIFAR, IMAGENET, Pair, cifar, imagenet, resnet110
 from bench.replicas import _prepare
 from bench.settings import Settings
 from bench.timing import Line, as_markdown, spread, write_json
+from core.machine.engine import Engine
 from core.machine.network import Forward, Precision
 from core.models.openai_unet import convert_openai_unet
 from core.models.small import SmallConvNet
@@ -132,6 +133,24 @@ def test_picks_is_the_choice_whatever_the_network_says() -> None:
     network, images = SmallConvNet(1, 8, 3).eval(), torch.rand(5, 1, 8, 8)
     for choice in range(3):
         assert published._Picks(network, choice)(images).argmax(1).tolist() == [choice] * 5
+
+
+def test_dual_runs_twice_the_passes_of_standard_unless_the_estimator_picks_sigma_e(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engines: list[Engine] = []
+
+    class Seen(Engine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            engines.append(self)
+
+    monkeypatch.setattr(published, "Engine", Seen)
+    table, pair = published._Table(), small(estimator=SmallConvNet(1, 8, 2).eval())
+    published._Bench(Settings(tiny=True), pair, table, {}).dual(Forward(), 1.0, 2)
+    one = 2 + 16  # selection and estimation of the only certificate of a turn
+    assert [engine.rows_run for engine in engines] == [one, one, 2 * one]
+    assert [line.what.rpartition("picks ")[2] for line in table.lines] == ["sigma_e", "another level"]
 
 
 def test_replicas_on_cuda_take_half_a_gpu_each_and_images_for_their_networks(tmp_path: Path) -> None:
