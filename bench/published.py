@@ -8,7 +8,7 @@ are random but for the digits', so votes that differ say something of those alon
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar, get_args
@@ -25,7 +25,7 @@ from bench.settings import Settings
 from bench.timing import Line, Spread, interleaved, ratio, spread
 from core.machine.cpu import settle
 from core.machine.engine import Engine, Task
-from core.machine.network import Forward, Head, Network, Precision, set_tf32
+from core.machine.network import Compile, Forward, Head, Network, Precision, set_tf32
 from core.machine.noise import Copies, GaussianNoise
 from core.procedures.dual import dual_certify
 from core.procedures.smoothing import certify
@@ -176,7 +176,6 @@ class _Bench:
     def __init__(self, settings: Settings, pair: Pair, table: _Table, products: dict[Precision, float]) -> None:
         self.settings, self.pair, self.table, self.products = settings, pair, table, products
         self.cuda = settings.device == "cuda"
-        self.compiles = self.cuda or bool(settings.forward.compile)
         self.plain_votes: Tensor | None = None
         self.gflop: float | None = None
 
@@ -184,23 +183,20 @@ class _Bench:
         """Every precision; Dual RS in the fastest of all ways."""
         self.gflop = _count(self.table, self.pair, self.settings.device)
         fastest: dict[Forward, tuple[float, int]] = {}
+        hows: tuple[Compile, ...] = (True, "graphs") if self.cuda else (self.settings.forward.compile,)
         for precision in self.products:
-            rates: dict[Forward, float] = {}
             batch = self.attempt(f"{precision}: batch size", self.batch_size, Forward(precision))
             if batch is None:
                 continue
-            for last in (False, True):
-                self.way(Forward(precision, last), batch, rates)
-            if self.compiles and rates:
-                last = max(rates, key=rates.__getitem__).channels_last
-                for how in (True, "graphs") if self.cuda else (self.settings.forward.compile,):
-                    self.way(Forward(precision, last, how), batch, rates)
+            rates = self.rates([Forward(precision, last) for last in (False, True)], batch)
             if rates:
+                order = max(rates, key=rates.__getitem__).channels_last
+                rates |= self.rates([Forward(precision, order, how) for how in hows if how], batch)
+            # Where a CPU takes long for a pass, it takes minutes to see that the engine takes no longer.
+            if rates and (self.cuda or self.settings.tiny or max(rates.values()) > 10):
                 best = max(rates, key=rates.__getitem__)
-                # Where a CPU takes long for a pass, it takes minutes to see that the engine takes no longer.
-                if self.cuda or self.settings.tiny or rates[best] > 10:
-                    fastest[best] = rates[best], batch
-                    self.attempt(f"{_words(best)}: engine", self.engine, best, *fastest[best])
+                fastest[best] = rates[best], batch
+                self.attempt(f"{_words(best)}: engine", self.engine, best, *fastest[best])
         if fastest and self.pair.estimator is not None:
             best = max(fastest, key=fastest.__getitem__)
             self.attempt(f"{_words(best)}: Dual RS", self.dual, best, *fastest[best])
@@ -218,11 +214,10 @@ class _Bench:
         """Of all ways of a precision."""
         return 2 if self.settings.tiny else self.pair.best_batch(self.network(forward))
 
-    def way(self, forward: Forward, batch: int, rates: dict[Forward, float]) -> None:
-        """A line of one way, and its rate into `rates`."""
-        rate = self.attempt(_words(forward), self.timed, forward, batch)
-        if rate is not None:
-            rates[forward] = rate
+    def rates(self, ways: Sequence[Forward], batch: int) -> dict[Forward, float]:
+        """Rows per second of the ways that the device can run."""
+        found = {way: self.attempt(_words(way), self.timed, way, batch) for way in ways}
+        return {way: rate for way, rate in found.items() if rate is not None}
 
     def timed(self, forward: Forward, batch: int) -> float:
         """Rows per second of bare passes; the line has what goes with it."""
@@ -317,43 +312,31 @@ class _Bench:
 
     def dual(self, forward: Forward, rate: float, batch: int) -> None:
         """Dual RS (fixed) over standard RS: where the estimator picks sigma_e the stages share their copies."""
-        pair, sampling = self.pair, self.draws(10_000, rate)
+        pair, sampling, sigmas = self.pair, self.draws(10_000, rate), self.pair.sigmas
+        num, images = self.images(batch, sampling.num_selection + sampling.num_estimation), pair.images(100)
         assert pair.estimator is not None
-        sigmas, last = pair.sigmas, len(pair.sigmas) - 1
         dual = partial(dual_certify, sigmas, sigmas[-1], sampling)
-        each = self.images(batch, sampling.num_selection + sampling.num_estimation)
+
+        def side(procedure: Callable[[], Procedure[Any]], estimator: nn.Module) -> Callable[[], float]:
+            heads = self.network(forward).heads | {ESTIMATOR: Head(estimator, len(sigmas))}
+            network = Network(heads, pair.denoiser, self.settings.device, forward)
+            engine = Engine(network, GaussianNoise(0), batch_size=batch)
+
+            def run() -> float:  # from the first batch to the last
+                tasks = (Task(i, f"image {i}", images[i % len(images)], procedure()) for i in range(num))
+                return len([done.result for done in engine.run(tasks)])
+
+            return run
+
         sides = {
-            "standard": self.certificates(each, forward, batch, None, partial(certify, sigmas[-1], sampling)),
-            "sigma_e": self.certificates(each, forward, batch, _Picks(pair.estimator, last), dual),
-            "another level": self.certificates(each, forward, batch, _Picks(pair.estimator, 0), dual),
+            "standard": side(partial(certify, sigmas[-1], sampling), pair.estimator),
+            "sigma_e": side(dual, _Picks(pair.estimator, len(sigmas) - 1)),
+            "another level": side(dual, _Picks(pair.estimator, 0)),
         }
         taken = interleaved(sides, min(2, self.settings.turns), warm=not self.settings.tiny, cuda=self.cuda)
+        what = f"{pair.name}, {_words(forward)}, batch {batch}, n = {sampling.num_estimation:,}: Dual RS / standard RS"
         for name in ("sigma_e", "another level"):
-            what = (
-                f"{pair.name}, {_words(forward)}, batch {batch}, n = {sampling.num_estimation:,}: Dual RS / standard RS"
-            )
             self.table.add(f"{what}: time, the estimator picks {name}", ratio(taken["standard"], taken[name]))
-
-    def certificates(
-        self,
-        each: int,
-        forward: Forward,
-        batch: int,
-        estimator: nn.Module | None,
-        procedure: Callable[[], Procedure[Any]],
-    ) -> Callable[[], float]:
-        """So many certificates a turn, from their first batch to their last."""
-        network, images = self.network(forward), self.pair.images(100)
-        if estimator is not None:
-            heads = network.heads | {ESTIMATOR: Head(estimator, len(self.pair.sigmas))}
-            network = Network(heads, network.denoiser, network.device, forward)
-        engine = Engine(network, GaussianNoise(0), batch_size=batch)
-
-        def run() -> float:
-            tasks = (Task(i, f"image {i}", images[i % len(images)], procedure()) for i in range(each))
-            return len([done.result for done in engine.run(tasks)])
-
-        return run
 
 
 def _words(forward: Forward) -> str:
