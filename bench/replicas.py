@@ -98,7 +98,7 @@ def _prepare(folder: Path, settings: Settings) -> RunDirectory:
         labels = np.arange(len(images)) % pair.num_classes
         np.savez(folder / "images.npz", x_train=images, y_train=labels, x_test=images[:10], y_test=labels[:10])
         plain["labels"] = {"num_selection": 100, "num_estimation": 100}
-        plain["compute"] |= {**compute, "gpus_per_replica": 0.5}
+        plain["compute"] |= {**compute, "gpus_per_replica": 0.5, "batch_size": 256}  # fits beside the other one
         plain["dataset"] = {"name": "npz", "path": str(folder / "images.npz"), "color": "rgb"}
     run = RunDirectory(folder / "run", parse_config(plain))
     assert pair.denoiser is not None
@@ -234,7 +234,7 @@ def _bare_engines(work: Work, window: float) -> _Rates:
 
 def _bare(work: Work, counter: Any) -> None:
     data = load_dataset(work.config.dataset, work.split)
-    engine = build_engine(work, data.num_classes, 1000)
+    engine = build_engine(work, data.num_classes)
 
     def tasks() -> Iterator[Any]:
         for number in count():

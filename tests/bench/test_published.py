@@ -159,6 +159,7 @@ def test_replicas_on_cuda_take_half_a_gpu_each_and_images_for_their_networks(tmp
     compute = run.config.compute
     assert (compute.device, compute.gpus_per_replica, compute.min_replicas, compute.max_replicas) == ("cuda", 0.5, 2, 2)
     assert (compute.precision, compute.channels_last, compute.compile) == ("bfloat16", True, False)
+    assert compute.batch_size == 256
     work, _ = work_of(run, "dataset")
     data = load_dataset(run.config.dataset, "train")
     assert (len(data), data.shape, data.num_classes) == (1000, (3, 32, 32), 10)
