@@ -24,11 +24,11 @@ from core.machine.noise import GaussianNoise
 from core.procedures.smoothing import certify
 from core.records import Sampling
 
-__all__ = ["engine", "forward", "labels"]
+__all__ = ["Race", "engine", "forward", "labels"]
 
 
 @dataclass(frozen=True)
-class _Race:
+class Race:
     """What all contestants do.
 
     Attributes:
@@ -56,6 +56,7 @@ class _Race:
 
     def loop(self, pair: Pair, device: str) -> Callable[[], float]:
         """What people run now."""
+        assert pair.denoiser is not None
         unet, schedule, num_steps = pair.denoiser.unet, pair.denoiser.schedule, pair.denoiser.num_steps
         smoothed = [
             Smooth(denoise_and_classify(unet, pair.classifier, sigma, schedule, num_steps, device), 10, sigma)
@@ -92,7 +93,7 @@ class _Race:
         return run
 
 
-def _ordinary(race: _Race) -> dict[str, Callable[[], float]]:
+def _ordinary(race: Race) -> dict[str, Callable[[], float]]:
     """Floor and loop in a process that nobody has settled (`core.machine.cpu`), on one thread."""
     torch.set_num_threads(1)
     pair = race.make()
@@ -116,7 +117,7 @@ def _compare(
     network = pair.network(settings.device, settings.forward)
     batch_size = 4 if settings.tiny else pair.best_batch(network)
     sampling = Sampling(4, 8, 0.001) if settings.tiny else Sampling(100, num, 0.001)
-    race = _Race(make, batch_size, sampling, sigmas, 1 if settings.tiny else images)
+    race = Race(make, batch_size, sampling, sigmas, 1 if settings.tiny else images)
     sides = {
         "floor": race.floor(pair, network),
         "engine": race.engine(pair, network),

@@ -30,6 +30,7 @@ def shapes(settings: Settings) -> list[Line]:
     torch.manual_seed(0)
     pair, device = digits(), settings.device
     resnet = ResNetCifar(10, 3, blocks=1).eval().to(device)
+    assert pair.denoiser is not None
     tiny, digit = SmallConvNet(3, 32, 10, width=4, stride=4).eval().to(device), pair.classifier.to(device)
     unet, steps = pair.denoiser.unet.to(device), pair.denoiser.num_steps
     nets: dict[str, tuple[nn.Module, nn.Module | None, Callable[[Tensor], Tensor], tuple[int, ...]]] = {

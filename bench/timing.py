@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,23 +155,35 @@ class Line:
     Attributes:
         part: of the bench.
         what: was measured.
-        value: the result, on the clock.
+        value: the result, on the clock; None where it could not be measured, and `what` says why.
         cpu: the same in CPU time, where that means something.
         unit: of both.
         wanted: such as ">= 0.97", or "1+- 0.15"; empty where nothing was promised.
+        beside: numbers that go with it.
     """
 
     part: str
     what: str
-    value: Spread
+    value: Spread | None
     cpu: Spread | None = None
     unit: str = "x"
     wanted: str = ""
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def number(self) -> str:
+        """The median with its unit."""
+        return "" if self.value is None else _number(self.value.median, self.unit)
+
+    @property
+    def others(self) -> str:
+        """What stands beside it."""
+        return ", ".join(f"{name} {_number(value, '')}" for name, value in self.beside.items())
 
     @property
     def met(self) -> str:
         """Whether the median is what was wanted: `yes`, `no`, or nothing where nothing was."""
-        if not self.wanted:
+        if not self.wanted or self.value is None:
             return ""
         sign, number = self.wanted.split()
         limit, value = float(number.replace(",", "")), self.value.median
@@ -181,12 +193,13 @@ class Line:
 
 def as_markdown(lines: Sequence[Line]) -> str:
     """The table."""
-    cells: list[tuple[str, ...]] = [("part", "what", "median", "from - to", "CPU time", "wanted", "met")]
+    cells: list[tuple[str, ...]] = [("part", "what", "median", "from - to", "CPU time", "beside", "wanted", "met")]
     for line in lines:
-        number = _number(line.value.median, line.unit)
-        between = f"{_number(line.value.low, '')} - {_number(line.value.high, '')}" if line.value.num > 1 else ""
+        value, between = line.value, ""
+        if value is not None and value.num > 1:
+            between = f"{_number(value.low, '')} - {_number(value.high, '')}"
         cpu = "" if line.cpu is None else _number(line.cpu.median, line.unit)
-        cells.append((line.part, line.what, number, between, cpu, line.wanted, line.met))
+        cells.append((line.part, line.what, line.number, between, cpu, line.others, line.wanted, line.met))
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     cells.insert(1, tuple("-" * width for width in widths))
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells)

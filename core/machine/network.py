@@ -67,6 +67,11 @@ class Forward:
     channels_last: bool = False
     compile: Compile = False
 
+    def autocast(self, device: str) -> torch.autocast:
+        """Around a pass on this kind of device; switches autocast off where none is wanted, whatever surrounds it."""
+        half = _HALF.get(self.precision)
+        return torch.autocast(device, dtype=half, enabled=half is not None)
+
 
 _log = logging.getLogger(__name__)
 _DENOISER = "denoiser"
@@ -283,9 +288,7 @@ class Network:
             set_tf32(self.forward.precision == "tf32")
             if self.forward.compile == "graphs":
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        half = _HALF.get(self.forward.precision)
-        # Switched off too where it is not wanted: what is recorded is what was run, whatever surrounds the call.
-        autocast = torch.autocast(self.device.type, dtype=half, enabled=half is not None)
+        autocast = self.forward.autocast(self.device.type)
         # Not in inference mode: what a network keeps (a table of positions) could not be trained with afterwards, and
         # a function that wants a gradient of its own (purification) could not get one.
         with evaluating(self._modules), autocast, torch.inference_mode(False), torch.no_grad():

@@ -7,6 +7,7 @@ timm's, of transformers' ViT or of the original repositories, or untrained.
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -127,11 +128,28 @@ class ImageClassifier(nn.Module):
     def _prepared(self, images: Tensor) -> Tensor:
         size = self.input_size
         if size is not None and images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+            images = _resized(images, size)
         return (images - self._mean) / self._std
 
     def _picked(self, logits: Tensor) -> Tensor:
         return logits if self._label_map is None else logits.index_select(1, self._label_map)
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    """`F.interpolate` (bicubic, antialias) to ``(B, C, size, size)`` as two matrix products, with what it makes of an
+    identity in float64 as weights. More exact in float32, and twice as fast for images of 32 pixels.
+    """
+
+    def weights(side: int) -> Tensor:
+        identity = torch.eye(side, dtype=torch.float64, device=images.device)[None, None]
+        return F.interpolate(identity, size=(size, side), mode="bicubic", antialias=True)[0, 0].to(images.dtype)
+
+    height, width = images.shape[-2:]
+    rows = weights(height)
+    columns = rows if width == height else weights(width)
+    # Pixels are no less exact than the images are, whatever the network is run in. The meta device knows no autocast.
+    with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
+        return rows @ (images @ columns.mT)
 
 
 def build_classifier(

@@ -184,11 +184,42 @@ def test_image_classifier_resizes_with_antialias_normalises_and_does_not_clamp()
     resized = F.interpolate(images, size=(16, 16), mode="bicubic", antialias=True)
     assert float(resized.min()) < 0  # bicubic overshoots, and stays so
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1)
-    assert torch.allclose(seen[0], (resized - mean) / std)
+    assert torch.allclose(seen[0], (resized - mean) / std, rtol=0, atol=2e-6)
     plain = F.interpolate(images, size=(16, 16), mode="bicubic")
     assert float((plain - resized).abs().max()) > 0.1
     model(images[:, :, :16, :16])
     assert torch.equal(seen[1], (images[:, :, :16, :16] - mean) / std)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(32, 32, 224), (224, 224, 512), (28, 28, 63), (37, 53, 16), (31, 17, 17), (500, 333, 9)],
+)
+def test_resized_is_interpolate_to_rounding_up_and_down_at_odd_sizes(height: int, width: int, size: int) -> None:
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    exact = F.interpolate(images.double(), size=(size, size), mode="bicubic", antialias=True)
+    assert (classifiers._resized(images.double(), size) - exact).abs().max() < 1e-14
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        assert (classifiers._resized(given, size) - exact).abs().max() < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = classifiers._resized(images, size)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, classifiers._resized(images, size)), "pixels are not rounded to half precision"
+
+
+def test_image_classifier_that_resizes_is_compiled_exported_and_close_to_interpolate() -> None:
+    torch.manual_seed(0)
+    model = ImageClassifier(TINY, 10, input_size=48).eval()
+    images = torch.rand(3, 3, 32, 32)
+    prepared = (F.interpolate(images, size=(48, 48), mode="bicubic", antialias=True) - model._mean) / model._std
+    with torch.no_grad():
+        expected, got = model.net(prepared), model(images)
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert torch.equal(torch.compile(model, fullgraph=True, dynamic=False, backend="eager")(images), got)
+        assert torch.equal(torch.export.export(model, (images,)).module()(images), got)
+        model.to(memory_format=torch.channels_last)
+        other = model(images.contiguous(memory_format=torch.channels_last))
+        assert (other - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_image_classifier_defaults_are_the_architectures_own() -> None:
