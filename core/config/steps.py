@@ -22,8 +22,8 @@ class LabelConfig(Section):
     """Draws that choose the class, n0."""
     num_estimation: Count = 100
     """Fresh draws that bound its probability, n; 100 are enough for labels (arXiv 2512.01782). With
-    `estimator.label_radius: shrunk`, which reads the true class in n0 + n, 10 and 56
-    cost a third (docs/performance.md)."""
+    `estimator.label_radius: shrunk`, which reads the true class in n0 + n, 10 and 56 cost a third; routers then keep
+    more to one level (docs/performance.md)."""
     alpha: Alpha = 0.001
     """Failure probability of each certificate."""
 
