@@ -110,7 +110,7 @@ def test_run_every_forward_pass_has_the_batch_shape() -> None:
     assert shapes == {(77, 1, 4, 4)}
 
 
-def test_run_without_padding_runs_no_more_rows_than_the_work_has() -> None:
+def test_run_without_padding_runs_no_more_rows_than_the_work_has(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
 
     class Recording(torch.nn.Module):
@@ -132,6 +132,9 @@ def test_run_without_padding_runs_no_more_rows_than_the_work_has() -> None:
     assert results(module, 1000, False) == (expected, [700])
     assert results(module, 150, False) == (expected, [117, 146, 146, 146, 145])
     assert results(lambda noisy: module(noisy), 1000, False) == (expected, padded), "it may know one shape only"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr("core.machine.engine._CPU_NUMBERS", 150 * 16)
+    assert results(module, 1000, False) == (expected, [234, 233, 233]), "150 a thread"
 
 
 def test_run_keeps_batches_full_until_the_end() -> None:
