@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from core.config import Config, load_config, parse_config
-from core.data import Dataset
+from core.data import Dataset, Split
 from core.errors import DualRSError
 from core.models.resnet_cifar import ResNetCifar
 from distributed.checks import measure
@@ -151,7 +151,9 @@ def test_missing_files_do_not_hide_another_problem(tmp_path: Path, monkeypatch: 
         ("imagenet", "test", 500, (3, 224, 224)),
     ],
 )
-def test_published_data_has_the_size_and_shape_of_the_set(name: str, split: str, num: int, shape: tuple[int]) -> None:
+def test_published_data_has_the_size_and_shape_of_the_set(
+    name: str, split: Split, num: int, shape: tuple[int, int, int]
+) -> None:
     data = published_data(load_config(ROOT / "configs" / f"{name}.yaml", []), split)
     assert isinstance(data, Dataset)
     assert (len(data), data.shape, data.image(num - 1).shape) == (num, shape, shape)
