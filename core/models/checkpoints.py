@@ -207,7 +207,7 @@ def load_denoiser(
     if untrained and not path.is_dir():
         if (published := published_unet(path.name)) is None:
             raise ModelError(
-                f"{name} is missing, and its name is none of the published networks': what it is, is not known"
+                f"{name} is missing, and neither a config.json nor the name of a published network says its architecture"
             )
         return assemble_denoiser(published[0], None, published[1], name)
     folder, own = path.is_dir(), not path.is_dir() and _is_own(path)

@@ -53,7 +53,7 @@ def without_weights(own: ClassifierConfig) -> ClassifierConfig:
         ModelError: where the file alone says its architecture.
     """
     if own.arch is None:
-        raise ModelError(f"{own.checkpoint!r} is missing, and it alone says its architecture")
+        raise ModelError(f"{own.checkpoint!r} is missing, and nothing else says its architecture")
     return own.model_copy(update={"checkpoint": None, "label_map": None})
 
 

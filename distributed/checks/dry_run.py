@@ -65,15 +65,16 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
 
         print(f"measuring on {device}, {seconds:g} s each ...", flush=True)
         notes += measure_parts(directory, parts, found.data, device, seconds, found.absent)
-    if found.absent:
-        keys = ", ".join(found.absent)
-        notes.insert(0, f"random weights, files are missing: {keys}; with them, the same passes take the same time")
-        lacking = [
-            key for split in ("train", "test") if (key := f"dataset.{split}") in found.absent if split not in found.data
-        ]
-        notes += [
-            f"{key} is missing, and of no published size: the steps that read it are not counted" for key in lacking
-        ]
+    images = [key for key in found.absent if key.startswith("dataset.")]
+    weights = [key for key in found.absent if key not in images]
+    for what, keys in (("black images", images), ("random weights", weights)):
+        if keys and any(part.rates for part in parts):
+            notes.insert(
+                0, f"{what}, files are missing: {', '.join(keys)}; with them the same passes take the same time"
+            )
+    for key in images:
+        if key.removeprefix("dataset.") not in found.data:
+            notes.append(f"{key} is missing, and of no published size: the steps that read it are not counted")
     show_parts(directory, parts, price, notes)
     refuse(found.problems)
 

@@ -50,8 +50,8 @@ from distributed.store.sources import base_model, local_models
 
 __all__ = ["measure_on_worker", "measure_parts"]
 
-_PATIENCE_S = 5.0
-"""A forward pass of the configured batch that would take longer is measured in a smaller batch."""
+_PATIENCE_S, _BRIEF_S = 20.0, 5.0
+"""A forward pass of the configured batch that would take longer is measured in a batch that takes about so long."""
 
 
 def measure_parts(
@@ -214,7 +214,7 @@ def _engine_rate(
         engine = build_engine(work, split.num_classes, work.config.compute.training_batch_size)
         one_row_s = _one_row_s(engine.network, split, work, kind)
         if one_row_s * engine.batch_size > _PATIENCE_S:
-            engine.batch_size = max(1, int(_PATIENCE_S / one_row_s))
+            engine.batch_size = max(1, int(_BRIEF_S / one_row_s))
             notes.append(
                 f"{work.store}, {' and '.join(kind)}: measured in "
                 + (f"batches of {engine.batch_size}" if one_row_s <= seconds else "one pass of one image")
@@ -314,7 +314,7 @@ def _one_row_s(network: Any, data: Dataset, work: Work, kind: Kind) -> float:
             for logits in network(lane, row, torch.full((1,), sigma, device=network.device)).values():
                 logits.sum().item()
             seconds = min(seconds, time.perf_counter() - start)
-            if seconds > _PATIENCE_S and network.device.type == "cpu" and not work.config.compute.compile:
+            if seconds > _BRIEF_S and network.device.type == "cpu" and not work.config.compute.compile:
                 break
     return seconds
 
@@ -392,9 +392,9 @@ class _Training:
 
     def _part(self, name: str, batch: int, one_s: float) -> tuple[Dataset, int]:
         """Images of four batches, and the batch; of a smaller one, where an image takes too long, a single one."""
-        least = min(2, batch)  # of one alone a batch norm may have no variance
-        small = max(least, min(batch, int(_PATIENCE_S / one_s)))
-        if small < batch:
+        small = batch
+        if one_s * batch > _PATIENCE_S:
+            small = min(batch, max(2, int(_BRIEF_S / one_s)))  # of one alone a batch norm may have no variance
             self._notes.append(f"{name}: measured in batches of {small} images instead of {batch}")
         return self._train.take(range(min(len(self._train), 4 * batch if small == batch else small))), small
 

@@ -317,7 +317,7 @@ def _build(
         with place:
             found.networks[name] = network(absent=[key])
     except DualRSError as error:
-        found.facts.append((name, f"{error}: without it nothing is measured"))
+        found.facts.append((name, f"{error}: nothing is measured of it"))
 
 
 def _shape(config: Config, data: Dataset | None) -> tuple[int, int, int]:

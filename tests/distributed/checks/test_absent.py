@@ -60,8 +60,8 @@ def test_dry_run_without_files_measures_random_weights_and_refuses_what_is_missi
     for missing in ("'nowhere/data' is not there", "base.experts.0.25: no checkpoint", "base.experts.0.5: no checkpo"):
         assert missing in error
     said = capsys.readouterr().out
-    keys = "dataset.train, dataset.test, base.experts.0.25, base.experts.0.5"
-    assert f"random weights, files are missing: {keys};" in said
+    assert "random weights, files are missing: base.experts.0.25, base.experts.0.5;" in said
+    assert "black images, files are missing: dataset.train, dataset.test;" in said
     assert "classifier-0.5   random weights instead of nowhere/b.pt, 11," in said
     rows = rows_of(said)
     assert rows["build_dataset"][:4] == ["50,000", "20,000,000", "-", "-"]
@@ -160,5 +160,5 @@ def test_published_data_has_the_size_and_shape_of_the_set(
 
 
 def test_published_data_of_a_set_of_ones_own_is_not_known() -> None:
-    config = parse_config({"dataset": {"name": "folder", "path": "nowhere"}}, [])
+    config = parse_config({**EXPERTS, "dataset": {"name": "folder", "path": "nowhere"}}, [])
     assert published_data(config, "train") is None
