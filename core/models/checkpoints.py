@@ -206,9 +206,7 @@ def load_denoiser(
     path = Path(source) if untrained else local_path(source)
     if untrained and not path.is_dir():
         if (published := published_unet(path.name)) is None:
-            raise ModelError(
-                f"{name} is missing, and neither a config.json nor the name of a published network says its architecture"
-            )
+            raise ModelError(f"{name} is missing, and neither a config.json nor a published name says its architecture")
         return assemble_denoiser(published[0], None, published[1], name)
     folder, own = path.is_dir(), not path.is_dir() and _is_own(path)
     if head_dim is not None and (folder or own):

@@ -101,9 +101,7 @@ def test_dry_run_goes_on_without_a_network_that_only_its_file_describes(
         EXPERTS, ["base={denoiser: nowhere/own.pt, classifier: {arch: resnet110, pretrained: true}}"]
     )
     found = check(RunDirectory(tmp_path / "run", denoiser, "dry"), ["train_base"], here=False)
-    assert dict(found.facts)["denoiser"].startswith(
-        "'nowhere/own.pt' is missing, and its name is none of the published"
-    )
+    assert dict(found.facts)["denoiser"].startswith("'nowhere/own.pt' is missing, and neither a config.json nor")
 
 
 def test_dry_run_for_a_gpu_that_is_not_here_gives_no_number_of_this_cpu(
