@@ -80,7 +80,7 @@ def test_load_denoiser_untrained_needs_a_folder_without_its_weights_only(tmp_pat
     (tmp_path / "folder" / "config.json").unlink()
     with pytest.raises(ModelError, match=r"cannot read .*config.json"):
         load_denoiser(str(tmp_path / "folder"), untrained=True)
-    with pytest.raises(ModelError, match="owner/name' is missing, and neither a config.json nor a published name"):
+    with pytest.raises(ModelError, match=r"owner/name' is missing, and neither a config.json nor a published name"):
         load_denoiser("owner/name", untrained=True)
 
 

@@ -92,7 +92,10 @@ def test_dry_run_goes_on_without_a_network_that_only_its_file_describes(
     config = parse_config(EXPERTS, ["base={denoiser: none, classifier: {checkpoint: nowhere/own.safetensors}}"])
     assert "no checkpoint at 'nowhere/own.safetensors'" in str(run_dry(config, tmp_path / "run"))
     said = capsys.readouterr().out
-    assert "'nowhere/own.safetensors' is missing, and it alone says its architecture: without it nothing" in said
+    assert (
+        "'nowhere/own.safetensors' is missing, and nothing else says its architecture: nothing is measured of it"
+        in said
+    )
     assert "build_dataset: not measured, its classifier is not known" in said
     rows = rows_of(said)
     assert [rows[step][5] for step in ("build_dataset", "certify-dual")] == ["not measured"] * 2
