@@ -217,7 +217,7 @@ def _engine_rate(
             engine.batch_size = max(1, int(_BRIEF_S / one_row_s))
             notes.append(
                 f"{work.store}, {' and '.join(kind)}: measured in "
-                + (f"batches of {engine.batch_size}" if one_row_s <= seconds else "one pass of one image")
+                + (f"batches of {engine.batch_size}" if one_row_s <= seconds else "two passes of one image")
                 + f" instead of batches of {work.config.compute.batch_size}: one image takes {one_row_s:.2g} s"
             )
         if one_row_s > seconds:  # what surrounds the networks is nothing beside that
@@ -301,8 +301,8 @@ def _shared(sigma_e: float, stage: Sampling) -> Procedure[Certificate]:
 
 
 def _one_row_s(network: Any, data: Dataset, work: Work, kind: Kind) -> float:
-    """Seconds of a forward pass of one noisy copy through the networks of a kind: of the second, unless the first has
-    taken long and had nothing to prepare.
+    """Seconds of a forward pass of one noisy copy through the networks of a kind: the faster of two, for the first may
+    read the weights from the disk.
     """
     sigma = work.config.estimator_sigma if ESTIMATOR in kind else work.config.sigmas[-1]
     lane = network.lane(Draws(sigma, 1, kind, Phase.ESTIMATION))
@@ -314,8 +314,6 @@ def _one_row_s(network: Any, data: Dataset, work: Work, kind: Kind) -> float:
             for logits in network(lane, row, torch.full((1,), sigma, device=network.device)).values():
                 logits.sum().item()
             seconds = min(seconds, time.perf_counter() - start)
-            if seconds > _BRIEF_S and network.device.type == "cpu" and not work.config.compute.compile:
-                break
     return seconds
 
 

@@ -123,14 +123,14 @@ def test_dry_run_for_a_gpu_that_is_not_here_gives_no_number_of_this_cpu(
     assert "nothing can be measured here. For hours and a price without a device and files: --rate" in said
 
 
-def test_dry_run_measures_slow_networks_in_a_single_pass_and_says_so(
+def test_dry_run_measures_slow_networks_on_a_single_image_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "_one_row_s", lambda *args: 8.0)
     run_dry(parse_config(EXPERTS, []), tmp_path / "run", "train_base", "build_dataset")
     said = capsys.readouterr().out
-    assert "classifier: measured in one pass of one image instead of batches of 16: one image takes 8 s" in said
+    assert "classifier: measured in two passes of one image instead of batches of 16: one image takes 8 s" in said
     assert rows_of(said)["build_dataset"][5] == "0.125"
 
 
