@@ -124,8 +124,8 @@ def run_step(
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything that the job needs, measure for a few seconds here, print what it will take, and stop: "
-        "nothing is written",
+        help="check everything that the job needs, measure for a few seconds here (with random weights where files are "
+        "missing), print what it will take, and stop: nothing is written",
     )
     parser.add_argument(
         "--price", type=float, metavar="PER_HOUR", help="of a device hour, for --dry-run and --max-cost"

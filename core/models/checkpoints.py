@@ -6,6 +6,7 @@ known kind from that description and nothing else: no code, no pickle.
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from core.models.denoiser import OneShotDenoiser, Schedule, parse_schedule
 from core.models.diffusers_folder import read_folder, unet_config
 from core.models.features import FeatureExtractor, FeatureHead, FeatureRouter
 from core.models.hub import local_path
-from core.models.openai_unet import convert_openai_unet, is_openai_unet
+from core.models.openai_unet import convert_openai_unet, is_openai_unet, published_unet
 from core.models.own_code import build_own, check_named, described
 from core.models.small import SmallConvNet
 from core.models.weights import load_strictly, read_checkpoint, read_safetensors
@@ -166,7 +167,12 @@ def load_model(path: Path, code: Collection[str] = ()) -> nn.Module:
 
 
 def load_denoiser(
-    source: str | Path, *, schedule: str | None = None, head_dim: int | None = None, code: Collection[str] = ()
+    source: str | Path,
+    *,
+    schedule: str | None = None,
+    head_dim: int | None = None,
+    code: Collection[str] = (),
+    untrained: bool = False,
 ) -> OneShotDenoiser:
     """A denoiser from whatever `source` is.
 
@@ -181,6 +187,8 @@ def load_denoiser(
             say it itself.
         head_dim: see `convert_openai_unet`; of no meaning for other sources.
         code: see `load_model`.
+        untrained: the weights are missing: take random ones, for the architecture of a folder's config.json, or of the
+            published network whose file has this name.
 
     Returns:
         The denoiser in evaluation mode; its `taken` says where the schedule is from.
@@ -189,12 +197,17 @@ def load_denoiser(
         ConfigError: for a schedule or heads beside a source that says them itself.
         ModelError: for anything else, and for what one-shot denoising does not cover.
     """
-    path, name = local_path(source), repr(str(source))
+    name = repr(str(source))
+    path = Path(source) if untrained else local_path(source)
+    if untrained and not path.is_dir():
+        if (published := published_unet(path.name)) is None:
+            raise ModelError(f"{name} is missing, and neither a config.json nor a published name says its architecture")
+        return assemble_denoiser(published[0], None, published[1], name)
     folder, own = path.is_dir(), not path.is_dir() and _is_own(path)
     if head_dim is not None and (folder or own):
         raise ConfigError(f"{name} says its attention heads itself; remove head_dim")
     if folder:
-        config, weights, described = read_folder(path)
+        config, weights, described = read_folder(path, untrained=untrained)
         if described is not None and schedule is not None:
             raise ConfigError(f"{name} says its noise schedule itself; remove schedule")
         whence = "scheduler_config.json"
@@ -231,10 +244,10 @@ def _noted(denoiser: OneShotDenoiser, source: str | Path, *, schedule: str, **fa
 
 
 def assemble_denoiser(
-    config: dict[str, Any], weights: dict[str, torch.Tensor], arguments: dict[str, Any], name: str
+    config: dict[str, Any], weights: dict[str, torch.Tensor] | None, arguments: dict[str, Any], name: str
 ) -> OneShotDenoiser:
-    """A denoiser from a `UNet2DModel`'s configuration and state dict and the arguments of `OneShotDenoiser`, in
-    evaluation mode; float32 weights become the parameters without a copy.
+    """A denoiser from a `UNet2DModel`'s configuration and state dict (None: random weights) and the arguments of
+    `OneShotDenoiser`, in evaluation mode; float32 weights become the parameters without a copy.
 
     Raises:
         ModelError: for parts that do not fit.
@@ -242,11 +255,13 @@ def assemble_denoiser(
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     try:
-        with torch.device("meta"):  # initialising half a billion weights takes longer than reading them
+        # Initialising half a billion weights takes longer than reading them.
+        with nullcontext() if weights is None else torch.device("meta"):
             unet = UNet2DModel(**config)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{name} describes a U-Net that diffusers cannot build: {error}") from error
-    load_strictly(unet, weights, name, assign=True)
+    if weights is not None:
+        load_strictly(unet, weights, name, assign=True)
     return OneShotDenoiser(unet, **arguments).eval()
 
 

@@ -48,9 +48,11 @@ _EMA_NOTES = (
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
-    """The U-Net's configuration, its weights, and its noise schedule (None where the folder has no scheduler), of a
-    `UNet2DModel` or of a pipeline with subfolders unet/ and scheduler/.
+def read_folder(
+    folder: Path, *, untrained: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor] | None, dict[str, Any] | None]:
+    """The U-Net's configuration, its weights (None if `untrained`), and its noise schedule (None where it has no
+    scheduler), of a `UNet2DModel` or of a pipeline with subfolders unet/ and scheduler/.
 
     Raises:
         ModelError: for a missing or unreadable file, another kind of model, or a schedule that is not covered.
@@ -70,7 +72,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     if kind != "UNet2DModel":
         raise ModelError(f"{str(unet / 'config.json')!r} describes a {kind!r}, expected a 'UNet2DModel'")
     files = [unet / f"diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")]
-    weights = read_weights(next((file for file in files if file.exists()), files[0]))
+    weights = None if untrained else read_weights(next((file for file in files if file.exists()), files[0]))
     places = [folder, folder / "scheduler", unet, unet.parent / "scheduler"]
     files = [file for file in (place / "scheduler_config.json" for place in dict.fromkeys(places)) if file.exists()]
     schedules = [describe_schedule(read_json(file), str(file)) for file in files]
@@ -80,7 +82,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         )
     return (
         unet_config(plain),
-        {_new_name(key): value for key, value in weights.items()},
+        None if weights is None else {_new_name(key): value for key, value in weights.items()},
         schedules[0] if schedules else None,
     )
 

@@ -18,7 +18,7 @@ from core.errors import ModelError
 from core.models.denoiser import parse_schedule
 from core.models.weights import misfits
 
-__all__ = ["ConvertedUNet", "Family", "convert_openai_unet", "is_openai_unet"]
+__all__ = ["ConvertedUNet", "Family", "convert_openai_unet", "is_openai_unet", "published_unet"]
 
 Family = Literal["improved-diffusion", "guided-diffusion"]
 
@@ -106,13 +106,30 @@ def convert_openai_unet(
     outputs = _shape_of(state, "out.2.weight", source)[0]
     shape = (family, tuple(channels), layers, tuple(attends), inputs, outputs, shift)
     known, head_dim, schedule = _unseen(shape, [*attended, channels[-1]], head_dim, schedule, source)
+    config, arguments = _described(shape, head_dim, schedule)
+    return ConvertedUNet(family, config, _renamed(state, config, layers, head_dim, source), arguments, known)
+
+
+def published_unet(name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Arguments of `UNet2DModel` and of `OneShotDenoiser` for one of the published networks, by the name of its file;
+    None for another name.
+    """
+    for shape, (file, head_dim, schedule) in _PUBLISHED.items():
+        if file == name:
+            return _described(shape, head_dim, schedule)
+    return None
+
+
+def _described(shape: tuple[Any, ...], head_dim: int, schedule: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `published_unet` returns, of what a state dict says (see `_PUBLISHED`) and what it does not."""
+    family, channels, layers, attends, inputs, outputs, shift = shape
     down, up = zip(*(_block_types(family, attention) for attention in attends), strict=True)
     how = "conv" if family == "improved-diffusion" else "resnet"
     config: dict[str, Any] = {
         "sample_size": _IMAGE_SIZES.get(tuple(width // channels[0] for width in channels)),
         "in_channels": inputs,
         "out_channels": outputs,
-        "block_out_channels": tuple(channels),
+        "block_out_channels": channels,
         "layers_per_block": layers,
         "down_block_types": down,
         "up_block_types": up[::-1],
@@ -128,11 +145,10 @@ def convert_openai_unet(
         "flip_sin_to_cos": True,
         "freq_shift": 0,
     }
-    weights = _renamed(state, config, layers, head_dim, source)
     arguments = parse_schedule(schedule)
     # Both repositories' defaults; at 1000 steps they are the same.
     arguments["rescale_timesteps"] = family == "improved-diffusion" or arguments["num_steps"] == 1000
-    return ConvertedUNet(family, config, weights, arguments, known)
+    return config, arguments
 
 
 def _family(state: Mapping[str, Tensor], source: str) -> Family:

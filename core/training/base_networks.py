@@ -4,22 +4,29 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from core.config import Config, DenoiserTrainConfig
+from core.config import ClassifierConfig, Config, DenoiserTrainConfig
 from core.data import Dataset
+from core.errors import ModelError
 from core.training.classifier import ClassifierObjective, new_classifier
 from core.training.denoising import DenoisingObjective, new_denoiser
 from core.training.loop import Objective
 
-__all__ = ["base_network", "base_objective"]
+__all__ = ["base_network", "base_objective", "without_weights"]
 
 DENOISER = "denoiser"
 
 
 def base_network(
-    config: Config, role: str, shape: Sequence[int], num_classes: int, class_names: Sequence[str] | None = None
+    config: Config,
+    role: str,
+    shape: Sequence[int],
+    num_classes: int,
+    class_names: Sequence[str] | None = None,
+    *,
+    untrained: bool = False,
 ) -> nn.Module:
     """A network of `Config.base_models`, `denoiser` or a classifier, for images ``(C, H, W)``, with the weights that it
-    has before it is trained here, if it is.
+    has before it is trained here, if it is; a denoiser that is `untrained`: see `new_denoiser`.
 
     Raises:
         ModelError, ConfigError: as `load_denoiser` and `load_classifier`.
@@ -29,7 +36,18 @@ def base_network(
         return new_classifier(own, shape, num_classes, class_names, new_head=own.train is not None)
     named = config.denoiser
     assert named is not None, "a role of the configuration"
-    return new_denoiser(named, shape)
+    return new_denoiser(named, shape, untrained=untrained)
+
+
+def without_weights(own: ClassifierConfig) -> ClassifierConfig:
+    """The same classifier from random weights: its file is missing.
+
+    Raises:
+        ModelError: where the file alone says its architecture.
+    """
+    if own.arch is None:
+        raise ModelError(f"{own.checkpoint!r} is missing, and nothing else says its architecture")
+    return own.model_copy(update={"checkpoint": None, "label_map": None})
 
 
 def base_objective(

@@ -19,8 +19,9 @@ from core.training.samples import Samples
 __all__ = ["DenoisingObjective", "new_denoiser"]
 
 
-def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoiser:
-    """The denoiser that the configuration names, with its weights, or initialised by torch's generator.
+def new_denoiser(config: DenoiserConfig, shape: Sequence[int], *, untrained: bool = False) -> OneShotDenoiser:
+    """The denoiser that the configuration names, with its weights, or initialised by torch's generator: without a
+    checkpoint, or where that is missing (`untrained`, see `load_denoiser`).
 
     Raises:
         ModelError: as `load_denoiser` and `build_own`.
@@ -29,11 +30,11 @@ def new_denoiser(config: DenoiserConfig, shape: Sequence[int]) -> OneShotDenoise
     if config.arch is not None:
         assert config.schedule is not None, "as checked with the configuration"
         denoiser = build_own_denoiser(config.arch, config.schedule, shape[0])
-        if config.checkpoint is not None:
+        if config.checkpoint is not None and not untrained:
             denoiser.taken |= load_own(denoiser.unet, config.checkpoint, config.arch)
         return denoiser.eval()
     if config.checkpoint is not None:
-        return load_denoiser(config.checkpoint, schedule=config.schedule, head_dim=config.head_dim)
+        return load_denoiser(config.checkpoint, schedule=config.schedule, head_dim=config.head_dim, untrained=untrained)
     assert config.train is not None
     unet = trained_unet_config(shape[0], shape[1], config.train, config.head_dim)
     return build_denoiser(unet, **parse_schedule(config.schedule or "linear-1000"))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from core.errors import DataError, ModelError
 from distributed.checks.estimate import Part, format_parts, limit_notes
 from distributed.checks.preflight import Found, check, check_place, count_found, refuse
 from distributed.cluster.cluster import replicas_here
@@ -21,7 +20,8 @@ _STATED = "For hours and a price without a device and files: --rate, with rates 
 def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, seconds: float = 2.0) -> None:
     """Print what `check` found and what the steps will take, measured for a few seconds; write nothing.
 
-    Measured on this machine, or where RAY_ADDRESS names a cluster, where a replica of it would run.
+    Measured on this machine, or where RAY_ADDRESS names a cluster, where a replica of it would run. Where nothing but
+    files are missing, with random weights and black images in their place, before they are refused.
 
     Args:
         directory: opened `dry`.
@@ -36,14 +36,15 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     found = check(directory, steps, here=on_cluster)
     device, replicas, of = replicas_here(directory.config.compute)
     found.facts.append(("device", of))
-    if any(isinstance(problem, DataError | ModelError) for problem in found.problems):
+    if found.absent:
         found.facts.append(("to do", f"`python -m jobs.fetch YAML` fetches published files. {_STATED}"))
     if holder := read_lock(directory.folder):
         found.facts.append(("in use", f"by process {holder.get('pid')} on {holder.get('host')}"))
     width = max(len(topic) for topic, _ in found.facts)
     for topic, fact in found.facts:
         print(f"{topic:<{width}}  {fact}")
-    refuse(found.problems)
+    if any(problem not in found.absent.values() for problem in found.problems):
+        refuse(found.problems)
     if not found.steps:
         print("everything is finished: nothing to do")
         return
@@ -56,15 +57,26 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
     if parts and on_cluster:
         from distributed.checks.measure import measure_on_worker
 
-        notes += measure_on_worker(directory, parts, [*found.data], seconds)
+        notes += measure_on_worker(directory, parts, [*found.data], seconds, found.absent)
     elif parts and directory.config.compute.device == "cuda" and not torch.cuda.is_available():
         notes.append(f"compute.device is cuda and this machine has no GPU: nothing can be measured here. {_STATED}")
     elif parts:
         from distributed.checks.measure import measure_parts
 
         print(f"measuring on {device}, {seconds:g} s each ...", flush=True)
-        notes += measure_parts(directory, parts, found.data, device, seconds)
+        notes += measure_parts(directory, parts, found.data, device, seconds, found.absent)
+    images = [key for key in found.absent if key.startswith("dataset.")]
+    weights = [key for key in found.absent if key not in images]
+    for what, keys in (("black images", images), ("random weights", weights)):
+        if keys and any(part.rates for part in parts):
+            notes.insert(
+                0, f"{what}, files are missing: {', '.join(keys)}; with them the same passes take the same time"
+            )
+    for key in images:
+        if key.removeprefix("dataset.") not in found.data:
+            notes.append(f"{key} is missing, and of no published size: the steps that read it are not counted")
     show_parts(directory, parts, price, notes)
+    refuse(found.problems)
 
 
 def show_parts(directory: RunDirectory, parts: Sequence[Part], price: float | None, notes: Sequence[str]) -> None:

@@ -234,7 +234,7 @@ def format_parts(parts: Sequence[Part], price: float | None) -> str:
         most = "" if all(part.exact for part in parts) else "<= "
         total = ["total", "", most + f"{sum(part.num_copies for part in parts):,}"]
         total += [f"{sum(part.rows.get(name, 0) for part in parts):,}" for name in _NETWORKS]
-        total += ["", "not measured" if lacking else f"{most}{hours:.4g}", "" if lacking else clock(wall)]
+        total += ["", "not measured" if lacking else most + _three(hours), "" if lacking else clock(wall)]
         total += [size(sum(part.stored_bytes for part in parts))]
         lines.append((*total, *(["" if lacking else f"{most}{hours * price:.2f}"] if price is not None else [])))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -254,12 +254,17 @@ def _line(part: Part, price: float | None) -> tuple[str, ...]:
     if part.work_s is None or part.device_s is None or part.wall_s is None:
         cells += ["not measured", "", ""]
     else:
-        cells += [f"{part.num_copies / part.work_s:,.0f}" if part.work_s else "-"]
-        cells += [f"{most}{part.device_s / 3600:.3g}", clock(part.wall_s)]
+        cells += [_three(part.num_copies / part.work_s) if part.work_s else "-"]
+        cells += [most + _three(part.device_s / 3600), clock(part.wall_s)]
     cells += [size(part.stored_bytes)]
     if price is not None:
         cells += ["" if part.device_s is None else f"{most}{part.device_s / 3600 * price:.2f}"]
     return tuple(cells)
+
+
+def _three(number: float) -> str:
+    """Three digits or more."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def limit_notes(parts: Sequence[Part], spent: float, limit: float | None) -> list[str]:

@@ -8,7 +8,7 @@ import math
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from torch import nn
 
 from core.config import Config
 from core.data import Dataset, Split
-from core.errors import ConfigError, DualRSError
+from core.errors import ConfigError, DualRSError, ModelError
 from core.machine.cpu import settle
 from core.machine.network import Denoiser
 from core.models.checkpoints import load_model
@@ -30,12 +30,13 @@ from core.models.denoiser import OneShotDenoiser
 from core.models.features import FeatureRouter
 from core.procedures.smoothing import certificate, certify, estimate
 from core.records import CLASSIFIER, ESTIMATOR, Certificate, Draws, Phase, Procedure, Sampling, is_paired
-from core.training.base_networks import base_network, base_objective
+from core.training.base_networks import base_objective
 from core.training.classifier import copies_of
 from core.training.estimator import EstimatorObjective, new_estimator
 from core.training.finetune import FinetuneObjective, choose_sigma
 from core.training.loop import Objective, Schedule, Training
 from distributed.checks.estimate import DENOISER, TRAINING, Part
+from distributed.checks.published import published_data
 from distributed.cluster.cluster import connected, replica_pool
 from distributed.execution.launch import step_of, stores, work_of
 from distributed.execution.work import Work, build_engine, make_task, warm_up
@@ -45,16 +46,21 @@ from distributed.methods.dual import Dual
 from distributed.methods.method import Kind
 from distributed.methods.rows import certificate_row
 from distributed.store.run_directory import RunDirectory
-from distributed.store.sources import local_models
+from distributed.store.sources import base_model, local_models
 
 __all__ = ["measure_on_worker", "measure_parts"]
 
-_PATIENCE_S = 20.0
-"""A pass of the configured batch that would take longer is measured in a smaller batch, and training not at all."""
+_PATIENCE_S, _BRIEF_S = 20.0, 5.0
+"""A forward pass of the configured batch that would take longer is measured in a batch that takes about so long."""
 
 
 def measure_parts(
-    directory: RunDirectory, parts: Sequence[Part], data: Mapping[Split, Dataset], device: str, seconds: float
+    directory: RunDirectory,
+    parts: Sequence[Part],
+    data: Mapping[Split, Dataset],
+    device: str,
+    seconds: float,
+    absent: Collection[str] = (),
 ) -> list[str]:
     """Measure the rate of each kind of pass that each part makes, and set it there.
 
@@ -64,37 +70,50 @@ def measure_parts(
         data: the splits that they read.
         device: `cpu` or `cuda`.
         seconds: that each measurement takes.
+        absent: keys of networks whose files are missing: random weights in their place, where their architecture is
+            known without.
 
     Returns:
         What is to be known of the numbers: which batches were smaller, and what could not be measured.
     """
     notes: list[str] = []
     known: dict[tuple[Any, ...], tuple[float, float]] = {}
-    with _stand_in(directory, next(iter(data.values()))) as run:
+    with _stand_in(directory, next(iter(data.values())), absent) as (run, there):
         for part in parts:
             if not part.num_copies:
                 continue
+            needed = {name for name, num in part.rows.items() if num}
+            needed |= {CLASSIFIER} if part.name.startswith("finetune") else set()
+            if lacking := needed - there:
+                notes.append(f"{part.name}: not measured, its {', '.join(sorted(lacking))} is not known")
+                continue
             if TRAINING in part.copies:
-                measured = _Training(run, data["train"], seconds).rate(part.name)
-                if measured is None:
-                    notes.append(f"{part.name}: too slow on this machine to be measured")
+                if run.config.compute.train_device == "cuda" and not torch.cuda.is_available():
+                    notes.append(f"{part.name}: not measured, compute.train_device is cuda and there is no GPU here")
                 else:
-                    part.rates[TRAINING] = measured
+                    part.rates[TRAINING] = _Training(run, data["train"], seconds, notes).rate(part.name)
                 continue
             store = next((store for store in stores() if step_of(store) == part.name), "certificates/dual-base")
             work = replace(work_of(run, store)[0], device=device)
             for kind, num in part.copies.items():
                 draws = run.config.finetune.num_sigma_draws if part.name not in map(step_of, stores()) else 0
                 key = (kind, draws, work.sampling.num_selection, work.sampling.num_estimation)
-                if num and key not in known:
-                    known[key] = _engine_rate(work, data, kind, draws, seconds, notes)
+                if num and key not in known and kind not in known:
+                    measured = _engine_rate(work, data, kind, draws, seconds, notes)
+                    known[kind if measured[0] * seconds < 1 else key] = measured  # of one image, it is the networks'
                 if num:
-                    part.rates[kind], start_s = known[key]
+                    part.rates[kind], start_s = known.get(key) or known[kind]
                     part.start_s = max(part.start_s, start_s)
     return notes
 
 
-def measure_on_worker(directory: RunDirectory, parts: list[Part], splits: Sequence[Split], seconds: float) -> list[str]:
+def measure_on_worker(
+    directory: RunDirectory,
+    parts: list[Part],
+    splits: Sequence[Split],
+    seconds: float,
+    absent: Collection[str] = (),
+) -> list[str]:
     """`measure_parts` where a replica of the cluster would run, as soon as there is one: the driver's machine is none.
 
     Args:
@@ -102,6 +121,7 @@ def measure_on_worker(directory: RunDirectory, parts: list[Part], splits: Sequen
         parts: replaced by measured ones.
         splits: that they read.
         seconds: that each measurement takes.
+        absent: see `measure_parts`; and `dataset.train` or `dataset.test`.
 
     Raises:
         DualRSError: what the worker raises; as `replica_pool`.
@@ -115,7 +135,7 @@ def measure_on_worker(directory: RunDirectory, parts: list[Part], splits: Sequen
         measure = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)(_measured)
         try:
             measured, notes, where = ray.get(
-                measure.remote(directory.folder, config, parts, tuple(splits), pool.device, seconds)
+                measure.remote(directory.folder, config, parts, tuple(splits), pool.device, seconds, tuple(absent))
             )
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, DualRSError) else error from None
@@ -124,17 +144,31 @@ def measure_on_worker(directory: RunDirectory, parts: list[Part], splits: Sequen
 
 
 def _measured(
-    root: Folder, config: Config, parts: list[Part], splits: Sequence[Split], device: str, seconds: float
+    root: Folder,
+    config: Config,
+    parts: list[Part],
+    splits: Sequence[Split],
+    device: str,
+    seconds: float,
+    absent: Collection[str],
 ) -> tuple[list[Part], list[str], str]:
     run = RunDirectory(root, config, "dry")
-    notes = measure_parts(run, parts, {split: run.data(split) for split in splits}, device, seconds)
+    data: dict[Split, Dataset] = {}
+    for split in splits:
+        standing = published_data(config, split) if f"dataset.{split}" in absent else None
+        data[split] = standing or run.data(split)
+    notes = measure_parts(run, parts, data, device, seconds, absent)
     name = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
     return parts, notes, f"{name} of {socket.gethostname()}"
 
 
 @contextmanager
-def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
-    """A temporary run directory that holds all models: the run's own as far as they are there."""
+def _stand_in(
+    directory: RunDirectory, data: Dataset, absent: Collection[str]
+) -> Iterator[tuple[RunDirectory, set[str]]]:
+    """A temporary run directory that holds all models: the run's own as far as they are there; and which of `denoiser`,
+    `estimator` and `classifier` are whole, where an absent file may be all that says what it is.
+    """
     config, shape = directory.config, data.shape
     with tempfile.TemporaryDirectory(prefix="dual-rs-") as aside:
         run = RunDirectory(aside, config)
@@ -142,26 +176,32 @@ def _stand_in(directory: RunDirectory, data: Dataset) -> Iterator[RunDirectory]:
         written = {name for step in directory.manifest["steps"].values() for name in step["wrote"]}
 
         def base(role: str) -> nn.Module:
-            return base_network(local_models(directory, "base"), role, shape, data.num_classes, data.class_names)
+            return base_model(directory, role, shape, data.num_classes, data.class_names, absent)
 
         makers: dict[str, Callable[[], nn.Module]] = {
             **{name: partial(base, name) for name in config.denoisers},
-            "estimator": lambda: new_estimator(local_models(directory, "estimator"), shape, base),
+            "estimator": lambda: new_estimator(local_models(directory, "estimator", absent), shape, base),
             **{role: partial(base, role) for role in config.classifiers},
         }
         tuned = {name: role for role, name in config.certified.items() if name not in makers}
         wrote: dict[str, str] = {}
+        there = {DENOISER, ESTIMATOR, CLASSIFIER}
         for name in (*makers, *tuned):
             if name in written:
                 wrote |= directory.model_hashes([name])
                 run.model(name).symlink_to(directory.model(name).absolute())
             elif name in makers:
-                wrote[name] = run.save_model(name, makers[name]())
-            else:
+                try:
+                    wrote[name] = run.save_model(name, makers[name]())
+                except ModelError:
+                    if not absent:
+                        raise
+                    there.discard(name.partition("-")[0])  # an expert of many: none is measured
+            elif tuned[name] in wrote:
                 wrote[name] = wrote[tuned[name]]
                 run.model(name).symlink_to(run.model(tuned[name]))
         run.finish("train_base", read={}, wrote=wrote, facts={})
-        yield run
+        yield run, there
 
 
 def _engine_rate(
@@ -172,12 +212,16 @@ def _engine_rate(
     start = time.perf_counter()
     try:
         engine = build_engine(work, split.num_classes, work.config.compute.training_batch_size)
-        one_row_s = _one_row_s(engine.network, split, work)
+        one_row_s = _one_row_s(engine.network, split, work, kind)
         if one_row_s * engine.batch_size > _PATIENCE_S:
-            engine.batch_size = max(1, int(_PATIENCE_S / one_row_s))
+            engine.batch_size = max(1, int(_BRIEF_S / one_row_s))
             notes.append(
-                f"{work.store}: measured in batches of {engine.batch_size} instead of {work.config.compute.batch_size}"
+                f"{work.store}, {' and '.join(kind)}: measured in "
+                + (f"batches of {engine.batch_size}" if one_row_s <= seconds else "two passes of one image")
+                + f" instead of batches of {work.config.compute.batch_size}: one image takes {one_row_s:.2g} s"
             )
+        if one_row_s > seconds:  # what surrounds the networks is nothing beside that
+            return 1 / one_row_s, time.perf_counter() - start
         warm_up(engine, work, split)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -256,16 +300,19 @@ def _shared(sigma_e: float, stage: Sampling) -> Procedure[Certificate]:
     return certificate(selection[ESTIMATOR], found[ESTIMATOR].counts, sigma_e, stage, found[ESTIMATOR])
 
 
-def _one_row_s(network: Any, data: Dataset, work: Work) -> float:
-    """Seconds of a forward pass of one noisy copy through the denoiser and the classifier."""
-    sigma = work.config.sigmas[-1]
-    lane = network.lane(Draws(sigma, 1, (CLASSIFIER,), Phase.ESTIMATION))
+def _one_row_s(network: Any, data: Dataset, work: Work, kind: Kind) -> float:
+    """Seconds of a forward pass of one noisy copy through the networks of a kind: the faster of two, for the first may
+    read the weights from the disk.
+    """
+    sigma = work.config.estimator_sigma if ESTIMATOR in kind else work.config.sigmas[-1]
+    lane = network.lane(Draws(sigma, 1, kind, Phase.ESTIMATION))
     seconds = math.inf
     with torch.inference_mode():
         for _ in range(2):
             start = time.perf_counter()
             row = torch.zeros((1, *data.shape), device=network.device)
-            network(lane, row, torch.full((1,), sigma, device=network.device))[CLASSIFIER].sum().item()
+            for logits in network(lane, row, torch.full((1,), sigma, device=network.device)).values():
+                logits.sum().item()
             seconds = min(seconds, time.perf_counter() - start)
     return seconds
 
@@ -273,65 +320,65 @@ def _one_row_s(network: Any, data: Dataset, work: Work) -> float:
 class _Training:
     """Rates of the trainings, on a few batches of the training split."""
 
-    def __init__(self, run: RunDirectory, train: Dataset, seconds: float) -> None:
-        self._run, self._config, self._train, self._seconds = run, run.config, train, seconds
-        gpu = run.config.compute.train_device == "cuda" and torch.cuda.is_available()
-        self._device, self._code = "cuda" if gpu else "cpu", run.config.own_code.values()
+    def __init__(self, run: RunDirectory, train: Dataset, seconds: float, notes: list[str]) -> None:
+        self._run, self._config, self._train, self._seconds, self._notes = run, run.config, train, seconds, notes
+        self._device, self._code = run.config.compute.train_device, run.config.own_code.values()
         settle(run.config.compute.train_threads)
 
     def _load(self, name: str) -> nn.Module:
         return load_model(self._run.model(name), self._code).to(self._device)
 
-    def rate(self, name: str) -> float | None:
-        """Noisy copies per second of a part; None where one batch would take too long."""
+    def rate(self, name: str) -> float:
+        """Noisy copies per second of a part."""
         loaded = [self._load(each) for each in self._config.denoisers]
         denoiser = cast(OneShotDenoiser, loaded[0]) if loaded else None
         step, _, role = name.partition(", ")
-        return self._of_base(role, denoiser) if step == "train_base" else self._on_pixels(name, denoiser)
+        return self._of_base(name, role, denoiser) if step == "train_base" else self._on_pixels(name, denoiser)
 
-    def _of_base(self, role: str, denoiser: OneShotDenoiser | None) -> float | None:
+    def _of_base(self, name: str, role: str, denoiser: OneShotDenoiser | None) -> float:
         config, train = self._config, self._config.training_of(role)
         assert train is not None, "trained here"
-        model, part = self._load(role), self._part(train.batch_size)
+        model = self._load(role)
         made = cast(OneShotDenoiser, model) if role == DENOISER else None
         front, behind = (made, nn.Identity()) if made else (denoiser, model)
+        one_s = _one_image_s(front, behind, self._train, max(config.sigmas), self._device) * copies_of(train)
+        part, batch = self._part(name, train.batch_size, one_s)
         objective = base_objective(config, role, part, None if made else denoiser)
         copies = len(part) * copies_of(train)
-        if _one_image_s(front, behind, part, max(config.sigmas), self._device) * copies > _PATIENCE_S:
-            return None
 
         def begin(num: int) -> None:
-            objective.schedule = Schedule(objective.schedule.config.model_copy(update={"compile": False}), num)
+            update = {"batch_size": batch, "compile": False}
+            objective.schedule = Schedule(objective.schedule.config.model_copy(update=update), num)
             for _ in Training(model, objective).run():
                 pass
 
         return self._timed(begin, copies)
 
-    def _on_pixels(self, name: str, denoiser: OneShotDenoiser | None) -> float | None:
+    def _on_pixels(self, name: str, denoiser: OneShotDenoiser | None) -> float:
         estimator, finetune, sigma_e = self._config.estimator, self._config.finetune, self._config.estimator_sigma
         learns = name == "train_estimator"
         model = self._load("estimator" if learns else next(iter(self._run.config.classifiers)))
         router = model if isinstance(model, FeatureRouter) else None
-        if router is None:
-            part = self._part(estimator.batch_size if learns else finetune.batch_size)
-            copies = len(part) * (estimator.num_copies if learns else 1)
-        else:  # each copy is computed once, and then there is little left to do
-            part = self._part(4)
-            copies = len(part) * estimator.feature_copies
         front: Denoiser | None = denoiser if estimator.denoiser or not learns else None
-        if _one_image_s(front, model, part, sigma_e, self._device) * copies > _PATIENCE_S:
-            return None
+        batch = estimator.batch_size if learns else finetune.batch_size
+        each = (estimator.num_copies if router is None else estimator.feature_copies) if learns else 1
+        one_s = _one_image_s(front, model, self._train, sigma_e, self._device) * each
+        if router is None:
+            part, batch = self._part(name, batch, one_s)
+        else:  # each copy is computed once, and then there is little left to do
+            part, _ = self._part(name, 4, one_s)
+        copies = len(part) * each
         radii = np.random.default_rng(0).random((len(part), len(self._config.sigmas)))
         sigma, seed = np.full(len(part), sigma_e), self._config.seed
 
         def train(num: int) -> None:
             objective: Objective
             if learns:
-                settings = estimator.model_copy(update={"epochs": num, "holdout": 0.0})
+                settings = estimator.model_copy(update={"epochs": num, "holdout": 0.0, "batch_size": batch})
                 extractor = None if router is None else router.extractor
                 objective = EstimatorObjective(part, radii, sigma_e, front, settings, seed, extractor=extractor)
             else:
-                tuned = finetune.model_copy(update={"epochs": num})
+                tuned = finetune.model_copy(update={"epochs": num, "batch_size": batch})
                 objective = FinetuneObjective(part, np.arange(len(part)), sigma, front, tuned, seed)
             for _ in Training(model if router is None else router.head, objective).run():
                 pass
@@ -342,13 +389,20 @@ class _Training:
 
         return self._timed(train if router is None else begin, copies)
 
-    def _part(self, batch: int) -> Dataset:
-        return self._train.take(range(min(len(self._train), 4 * batch)))
+    def _part(self, name: str, batch: int, one_s: float) -> tuple[Dataset, int]:
+        """Images of four batches, and the batch; of a smaller one, where an image takes too long, a single one."""
+        small = batch
+        if one_s * batch > _PATIENCE_S:
+            small = min(batch, max(2, int(_BRIEF_S / one_s)))  # of one alone a batch norm may have no variance
+            self._notes.append(f"{name}: measured in batches of {small} images instead of {batch}")
+        return self._train.take(range(min(len(self._train), 4 * batch if small == batch else small))), small
 
     def _timed(self, train: Callable[[int], object], copies: int) -> float:
         """Copies per second of so many epochs (or steps) that it takes about the time that is given."""
-        num = 3
+        num = 1
+        start = time.perf_counter()
         train(num)  # warm
+        num = 3 if time.perf_counter() - start < self._seconds else 1
         while True:
             start = time.perf_counter()
             train(num)

@@ -1,26 +1,31 @@
 """What is checked before any device is asked for: everything that a job will need, and all of what is wrong at once."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from core.config import Config
+from core.addresses import is_address
+from core.config import ClassifierConfig, Config, DenoiserConfig
 from core.data import Dataset, Split
 from core.errors import ConfigError, DataError, DualRSError, ModelError
 from core.models.checkpoints import build_own_denoiser, load_model
 from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser
 from distributed.checks.estimate import Part, count_parts, size
+from distributed.checks.published import published_data
 from distributed.checks.steps import steps_of
 from distributed.cluster.cluster import check_gpus, train_device, training_place
 from distributed.cluster.joining import check_cluster
 from distributed.cluster.upload import check_upload
+from distributed.files.models import has_weights
 from distributed.store.run_directory import RunDirectory
-from distributed.store.sources import local_models
+from distributed.store.sources import base_model, local_models, model_key
 from distributed.store.track import check_tracker
 from distributed.views.exchange import imported_logs
 
@@ -37,6 +42,8 @@ class Found:
         facts: what is there, by topic.
         data: the splits that could be loaded.
         networks: on the meta device (without weights), by name, those that could be built.
+        absent: by the key of the configuration, the problem of each data set and network whose files are missing; what
+            is known of it without them is among `data` and `networks`.
     """
 
     steps: list[str] = field(default_factory=list)
@@ -44,6 +51,7 @@ class Found:
     facts: list[tuple[str, str]] = field(default_factory=list)
     data: dict[Split, Dataset] = field(default_factory=dict)
     networks: dict[str, nn.Module] = field(default_factory=dict)
+    absent: dict[str, DualRSError] = field(default_factory=dict)
 
     @contextmanager
     def collect(self, key: str = "") -> Iterator[None]:
@@ -85,6 +93,13 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
         if any(split in plan[step].splits for step in found.steps):
             with found.collect():
                 found.data[split] = _check_split(directory, split, found)
+            where = getattr(config.dataset, split).path or config.dataset.path
+            if split not in found.data and where and not is_address(where) and not Path(where).exists():
+                found.absent[f"dataset.{split}"] = found.problems[-1]
+                if (data := published_data(config, split)) is not None:
+                    found.data[split] = data
+                    shape = "x".join(map(str, data.shape))
+                    found.facts.append((f"{split} data", f"missing; as published, {len(data):,} images {shape}"))
     with found.collect():
         check_tracker(config)
     with found.collect():
@@ -241,6 +256,8 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
     for name, network in found.networks.items():
         num = sum(tensor.numel() for tensor in network.state_dict().values())
         whence = _source(directory.config, name) if name in made else "in the run"
+        if name in made and model_key(name) in found.absent:
+            whence = whence.replace("from ", "random weights instead of ")
         found.facts.append((name, f"{whence}, {num:,} parameters"))
         with found.collect(name):
             _check_network(directory.config, name, network, data)
@@ -248,41 +265,60 @@ def _check_models(directory: RunDirectory, found: Found) -> None:
 
 def _check_base(directory: RunDirectory, data: Dataset | None, found: Found) -> None:
     """What `jobs.train_base` takes from files, or trains."""
-    from core.training.base_networks import base_network
-
     config = directory.config
-    classes = data.num_classes if data else config.dataset.known_classes
+    classes, names = (data.num_classes, data.class_names) if data else (config.dataset.known_classes, None)
     for role in config.base_models:
         denoises = role in config.denoisers
         own = config.denoiser if denoises else config.classifier(role)
         assert own is not None, "a role of the configuration"
-        key = f"base.{role}" if "-" not in role else f"base.experts.{role.partition('-')[2]}"
         if data is None and own.checkpoint is None:
             continue
-        with found.collect(key):
-            local = local_models(directory, key)
-            if classes is None and not denoises:  # the data are missing too
-                continue
-            # timm's own weights do not load without their tensors.
-            with torch.device("cpu" if getattr(own, "pretrained", False) else "meta"):
-                names = data.class_names if data else None
-                found.networks[role] = base_network(local, role, _shape(config, data), classes or 0, names)
+        if classes is None and not denoises:  # the data are missing too
+            with found.collect(model_key(role)):
+                local_models(directory, model_key(role))
+            continue
+        _build(found, role, own, partial(base_model, directory, role, _shape(config, data), classes or 0, names))
 
 
 def _check_backbone(directory: RunDirectory, data: Dataset | None, found: Found) -> None:
-    from core.training.base_networks import base_network
     from core.training.estimator import new_estimator
 
     config, backbone = directory.config, directory.config.estimator.backbone
     if data is None and (backbone is None or config.estimator.reads_features):
         return
-    with found.collect("estimator.backbone"), torch.device("cpu" if backbone and backbone.pretrained else "meta"):
-        shape, classes, names = _shape(config, data), *((data.num_classes, data.class_names) if data else (0, None))
-        found.networks["estimator"] = new_estimator(
-            local_models(directory, "estimator"),
-            shape,
-            lambda role: base_network(local_models(directory, "base"), role, shape, classes, names),
-        )
+    if config.estimator.reads_features and any(
+        model_key(role) in found.absent and role not in found.networks for role in config.classifiers
+    ):
+        return
+    shape, classes, names = _shape(config, data), *((data.num_classes, data.class_names) if data else (0, None))
+
+    def estimator(absent: Collection[str] = ()) -> nn.Module:
+        absent = (*absent, *found.absent)
+        local = local_models(directory, "estimator", absent)
+        return new_estimator(local, shape, lambda role: base_model(directory, role, shape, classes, names, absent))
+
+    _build(found, "estimator", backbone, estimator)
+
+
+def _build(
+    found: Found, name: str, own: DenoiserConfig | ClassifierConfig | None, network: Callable[..., nn.Module]
+) -> None:
+    """Build a network on the meta device; where its files are missing, note that and what is known without them."""
+    key = model_key(name)
+    # timm's own weights do not load without their tensors.
+    place = torch.device("cpu" if getattr(own, "pretrained", False) else "meta")
+    with found.collect(key), place:
+        found.networks[name] = network()
+    if name in found.networks or not isinstance(found.problems[-1], ModelError):
+        return
+    if own is None or own.checkpoint is None or has_weights(own.checkpoint):
+        return
+    found.absent[key] = found.problems[-1]
+    try:
+        with place:
+            found.networks[name] = network(absent=[key])
+    except DualRSError as error:
+        found.facts.append((name, f"{error}: nothing is measured of it"))
 
 
 def _shape(config: Config, data: Dataset | None) -> tuple[int, int, int]:

@@ -4,26 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
-
 from core.config import Config
-from core.data import Dataset, Split
-from core.data.subsets import choose
 from core.errors import ConfigError, DataError
 from core.records import CLASSIFIER, ESTIMATOR
 from distributed.checks.dry_run import show_parts
 from distributed.checks.estimate import DENOISER, TRAINING, Part, count_parts, rows_of
 from distributed.checks.preflight import Found, refuse, unfinished
+from distributed.checks.published import published_data
 from distributed.cluster.cluster import replicas_here
 from distributed.store.run_directory import RunDirectory
 
 __all__ = ["parse_rates", "price_at"]
 
 _NETWORKS: Final = (DENOISER, ESTIMATOR, CLASSIFIER)
-_PUBLISHED: Final[Mapping[str, Mapping[Split, int]]] = {
-    "cifar10": {"train": 50_000, "test": 10_000},
-    "imagenet": {"train": 1_281_167, "test": 50_000},
-}
 _BACKWARD: Final = 3
 """Forward passes that a forward and a backward pass take, by arithmetic."""
 
@@ -69,7 +62,9 @@ def price_at(directory: RunDirectory, steps: Sequence[str], price: float | None,
         try:
             found.data[split] = directory.data(split)
         except (DataError, OSError) as error:
-            found.data[split] = _published(config, split, error)
+            if (data := published_data(config, split)) is None:
+                raise DataError(f"dataset.{split}: cannot be counted without its files: {error}") from error
+            found.data[split] = data
             notes.append(f"dataset.{split} is not here: counted as published, {len(found.data[split]):,} examples")
     replicas = replicas_here(config.compute)[1]
     parts = count_parts(directory, found.steps, found.data, {}, replicas)
@@ -81,16 +76,6 @@ def price_at(directory: RunDirectory, steps: Sequence[str], price: float | None,
     said = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
     notes.append(f"rates are stated, not measured: {said} a second (networks: images; steps: copies), of one device")
     show_parts(directory, parts, price, notes)
-
-
-def _published(config: Config, split: Split, error: Exception) -> Dataset:
-    size, classes = _PUBLISHED.get(config.dataset.name, {}).get(split), config.dataset.known_classes
-    part = getattr(config.dataset, split)
-    if size is None or classes is None or part.ids_file is not None:
-        raise DataError(f"dataset.{split}: cannot be counted without its files: {error}") from error
-    ids = tuple(map(str, range(size)))
-    whole = Dataset(config.dataset.name, ids, np.zeros((size, 1, 1, 1), np.uint8), np.zeros(size, np.int64), classes)
-    return choose(whole, part, f"dataset.{split}")
 
 
 def _set_rates(part: Part, config: Config, rates: Mapping[str, float]) -> None:

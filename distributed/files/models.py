@@ -14,7 +14,7 @@ from core.files import cache_folder, known_sha256
 from core.models.hub import FOLDERS, WEIGHTS, files_of, local_path
 from distributed.files.storage import Folder, Stored
 
-__all__ = ["fetch_model", "model_sha256"]
+__all__ = ["fetch_model", "has_weights", "model_sha256"]
 
 
 def fetch_model(source: str) -> Path:
@@ -43,6 +43,15 @@ def fetch_model(source: str) -> Path:
     for name, file in files.items():
         _download(root, name, target / name, file.size)
     return target / folder.name if single else target
+
+
+def has_weights(source: str) -> bool:
+    """Whether there is something to load at `source`: a file, or a folder with weights in it."""
+    try:
+        path = fetch_model(source)
+    except ModelError:
+        return False
+    return path.is_file() or any(file.suffix in (".safetensors", ".bin") for file in path.rglob("*"))
 
 
 def _download(folder: Folder, name: str, target: Path, size: int) -> None:

@@ -69,6 +69,21 @@ def test_denoisers_survive_a_folder_and_our_own_format(arguments: dict[str, Any]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "own.safetensors"]
 
 
+def test_load_denoiser_untrained_needs_a_folder_without_its_weights_only(tmp_path: Path) -> None:
+    denoiser = tiny_denoiser(schedule="cosine", num_steps=4000)
+    write_folder(denoiser, tmp_path / "folder")
+    (tmp_path / "folder" / "diffusion_pytorch_model.safetensors").unlink()
+    found = load_denoiser(str(tmp_path / "folder"), untrained=True)
+    shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (denoiser, found)]
+    assert shapes[0] == shapes[1]
+    assert (found.schedule, found.num_steps) == ("cosine", 4000)
+    (tmp_path / "folder" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"cannot read .*config.json"):
+        load_denoiser(str(tmp_path / "folder"), untrained=True)
+    with pytest.raises(ModelError, match=r"owner/name' is missing, and neither a config.json nor a published name"):
+        load_denoiser("owner/name", untrained=True)
+
+
 @pytest.mark.parametrize("layout", ["pipeline", "unet of a pipeline", "old names"])
 def test_load_denoiser_other_layouts_of_a_folder_give_the_same(layout: str, tmp_path: Path) -> None:
     denoiser = tiny_denoiser()

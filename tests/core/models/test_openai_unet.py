@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ModelError
-from core.models.checkpoints import assemble_denoiser
+from core.models.checkpoints import assemble_denoiser, load_denoiser
 from core.models.denoiser import OneShotDenoiser
 from core.models.openai_unet import convert_openai_unet, is_openai_unet
 from tests.helpers.openai_reference import CIFAR, IMAGENET, Shape, UNetModel, randomised
@@ -87,6 +87,12 @@ def test_convert_published_shapes_give_the_published_architecture(
     assert {key: converted.config[key] for key in config} == config
     steps = ("linear", 1000) if shape is not CIFAR else ("cosine", 4000)
     assert tuple(converted.schedule_arguments.values()) == (*steps, True)
+    assert converted.published is not None
+    with torch.device("meta"):  # by its name alone
+        named = load_denoiser(f"nowhere/{converted.published}", untrained=True)
+    shapes = {key: tensor.shape for key, tensor in converted.weights.items()}
+    assert {key: tensor.shape for key, tensor in named.unet.state_dict().items()} == shapes
+    assert (named.schedule, named.num_steps) == steps
     assert is_openai_unet(state)
     assert not is_openai_unet(converted.weights)
 
