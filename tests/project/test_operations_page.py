@@ -113,8 +113,14 @@ def test_page_jobs_and_their_options_exist() -> None:
 
 
 def test_page_metrics_are_those_of_the_code() -> None:
-    source = (ROOT / "distributed" / "execution" / "metrics.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `ray_(dualrs_\w+)`", PAGE, re.MULTILINE)) == set(re.findall(r'"(dualrs_\w+)"', source))
+    said = set(re.findall(r"^\| `ray_dualrs_(\w+)`", PAGE, re.MULTILINE))
+    made = set(re.findall(r'"([a-z_]+)": "', (ROOT / "distributed/execution/metrics.py").read_text(encoding="utf-8")))
+    for file in (ROOT / "distributed").rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Gauges":
+                made |= {keyword.arg for keyword in call.keywords if keyword.arg is not None}
+    assert said == made
+    assert len(made) == 13
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)]+)\)", PAGE))))
