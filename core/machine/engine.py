@@ -225,12 +225,12 @@ class Engine:
         finally:
             self._reset()
 
+    @torch.inference_mode()
     def _reset(self) -> None:
         """Forget unfinished work, so that an abandoned or failed run leaves nothing to the next one."""
         self._lanes.clear()
         self._in_flight.clear()
-        if self.live:
-            self._votes.zero_()
+        self._votes.zero_()  # also where nothing is live: what was made ahead may be half drawn
         self._free_slots = list(range(len(self._votes) - 1, 0, -1))
         self.live = 0
 

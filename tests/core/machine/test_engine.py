@@ -215,6 +215,20 @@ def test_run_abandoned_and_started_again_gives_the_same_results() -> None:
     assert {f.key: f.result for f in engine.run(tasks(6))} == run(module, 64)
 
 
+def test_run_abandoned_with_draws_made_ahead_half_done_leaves_no_vote_to_the_next() -> None:
+    def broken() -> Generator[Draws, Answer, Certificate]:
+        later = Draws(0.5, 1000, (CLASSIFIER,), Phase.ESTIMATION)
+        yield Draws(0.5, 70, (CLASSIFIER,), Phase.SELECTION, ahead=(later,))
+        raise ValueError("in the procedure")
+
+    module = HalfSpace(axis(16, 2), 0.4)
+    engine = Engine(Network({CLASSIFIER: Head(module, 2)}), GaussianNoise(3), batch_size=64)
+    failed = next(engine.run([Task(0, "x", images(1)[0], broken())]))  # nothing is live any more
+    assert isinstance(failed.error, ValueError)
+    assert engine.rows_run == 128, "and some rows of the later draws have run"
+    assert {f.key: f.result for f in engine.run(tasks(6))} == run(module, 64)
+
+
 @pytest.mark.parametrize("batch_size", [10, 64, 1000])
 def test_run_draws_made_ahead_are_those_asked_for_later(batch_size: int) -> None:
     """Asked in another order, in part, or never: the votes are the ones of the same request without `ahead`."""
