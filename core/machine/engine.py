@@ -292,7 +292,8 @@ class Engine:
             if self._device.type == "cpu":
                 fitting = min(max(_CPU_NUMBERS // max(1, self._image_shape.numel()), 16), 1024)
                 shape = min(shape, fitting * torch.get_num_threads())
-            shape = -(-lane.rows // -(-lane.rows // shape))  # of equal passes
+            if lane.rows < 2 * shape:  # the last passes: equal ones
+                shape = -(-lane.rows // -(-lane.rows // shape))
         if self._noisy is None or len(self._noisy) < shape:
             self._noisy = torch.empty((shape, *self._image_shape), device=self._device)
         noisy = self._noisy[:shape]

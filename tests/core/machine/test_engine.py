@@ -130,11 +130,11 @@ def test_run_without_padding_runs_no_more_rows_than_the_work_has(monkeypatch: py
     expected, padded = results(module, 1000, True)
     assert set(padded) == {1000}
     assert results(module, 1000, False) == (expected, [700])
-    assert results(module, 150, False) == (expected, [117, 146, 146, 146, 145])
+    assert results(module, 150, False) == (expected, [150, 150, 150, 125, 125])
     assert results(lambda noisy: module(noisy), 1000, False) == (expected, padded), "it may know one shape only"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr("core.machine.engine._CPU_NUMBERS", 150 * 16)
-    assert results(module, 1000, False) == (expected, [234, 233, 233]), "150 a thread"
+    assert results(module, 1000, False) == (expected, [300, 200, 200]), "150 a thread"
 
 
 def test_run_keeps_batches_full_until_the_end() -> None:
