@@ -225,12 +225,12 @@ class Engine:
         finally:
             self._reset()
 
+    @torch.inference_mode()
     def _reset(self) -> None:
         """Forget unfinished work, so that an abandoned or failed run leaves nothing to the next one."""
         self._lanes.clear()
         self._in_flight.clear()
-        if self.live:
-            self._votes.zero_()
+        self._votes.zero_()  # also where nothing is live: what was made ahead may be half drawn
         self._free_slots = list(range(len(self._votes) - 1, 0, -1))
         self.live = 0
 
@@ -292,7 +292,8 @@ class Engine:
             if self._device.type == "cpu":
                 fitting = min(max(_CPU_NUMBERS // max(1, self._image_shape.numel()), 16), 1024)
                 shape = min(shape, fitting * torch.get_num_threads())
-            shape = -(-lane.rows // -(-lane.rows // shape))  # of equal passes
+            if lane.rows < 2 * shape:  # the last passes: equal ones
+                shape = -(-lane.rows // -(-lane.rows // shape))
         if self._noisy is None or len(self._noisy) < shape:
             self._noisy = torch.empty((shape, *self._image_shape), device=self._device)
         noisy = self._noisy[:shape]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError, ModelError
 from core.machine.row_check import FEW, check_levels, check_rows
-from core.machine.user_modules import Traits, direct_module, evaluating, only_tensor, submodules, traits
+from core.machine.user_modules import Traits, evaluating, only_tensor, submodules, traits
 from core.records import ESTIMATOR, Draws
 
 __all__ = ["Compile", "Denoiser", "Forward", "Head", "Module", "Network", "Precision", "set_tf32"]
@@ -143,20 +143,17 @@ class Network:
     def look(self) -> None:
         """Find anew the torch modules inside the networks, and the types that these take.
 
-        A function's own may have been replaced since, and are then checked anew. Those that cannot be seen
-        (`user_modules.submodules`) keep their mode; if that is training mode, `check` refuses what they do. Networks
-        whose modules are all registered are not searched for others again while these are the same.
+        Some may have been replaced since, or hung on a module unregistered, and all are then checked anew. Those that
+        cannot be seen (`user_modules.submodules`) keep their mode; if that is training mode, `check` refuses what they
+        do.
 
         Raises:
             ConfigError: for a module without weights.
         """
-        direct = [direct_module(call) for call in self._calls.values()]
-        registered = {id(each) for module in direct if module is not None for each in module.modules()}
-        if not self._modules or None in direct or registered != set(map(id, self._modules)):
-            modules = submodules(*self._calls.values())
-            if set(map(id, modules)) != set(map(id, self._modules)):
-                self._checked.clear()
-            self._modules = modules
+        modules = submodules(*self._calls.values())
+        if set(map(id, modules)) != set(map(id, self._modules)):
+            self._checked.clear()
+        self._modules = modules
         self._traits = {key: traits(call) for key, call in self._calls.items()}
         for (name, _), known in self._traits.items():
             if not known.materialised:

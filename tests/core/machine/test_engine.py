@@ -130,11 +130,11 @@ def test_run_without_padding_runs_no_more_rows_than_the_work_has(monkeypatch: py
     expected, padded = results(module, 1000, True)
     assert set(padded) == {1000}
     assert results(module, 1000, False) == (expected, [700])
-    assert results(module, 150, False) == (expected, [117, 146, 146, 146, 145])
+    assert results(module, 150, False) == (expected, [150, 150, 150, 125, 125])
     assert results(lambda noisy: module(noisy), 1000, False) == (expected, padded), "it may know one shape only"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr("core.machine.engine._CPU_NUMBERS", 150 * 16)
-    assert results(module, 1000, False) == (expected, [234, 233, 233]), "150 a thread"
+    assert results(module, 1000, False) == (expected, [300, 200, 200]), "150 a thread"
 
 
 def test_run_keeps_batches_full_until_the_end() -> None:
@@ -212,6 +212,20 @@ def test_run_abandoned_and_started_again_gives_the_same_results() -> None:
     module = HalfSpace(axis(16, 2), 0.4)
     engine = Engine(Network({CLASSIFIER: Head(module, 2)}), GaussianNoise(3), batch_size=64)
     next(iter(engine.run(tasks(6))))  # the generator is dropped half-way
+    assert {f.key: f.result for f in engine.run(tasks(6))} == run(module, 64)
+
+
+def test_run_abandoned_with_draws_made_ahead_half_done_leaves_no_vote_to_the_next() -> None:
+    def broken() -> Generator[Draws, Answer, Certificate]:
+        later = Draws(0.5, 1000, (CLASSIFIER,), Phase.ESTIMATION)
+        yield Draws(0.5, 70, (CLASSIFIER,), Phase.SELECTION, ahead=(later,))
+        raise ValueError("in the procedure")
+
+    module = HalfSpace(axis(16, 2), 0.4)
+    engine = Engine(Network({CLASSIFIER: Head(module, 2)}), GaussianNoise(3), batch_size=64)
+    failed = next(engine.run([Task(0, "x", images(1)[0], broken())]))  # nothing is live any more
+    assert isinstance(failed.error, ValueError)
+    assert engine.rows_run == 128, "and some rows of the later draws have run"
     assert {f.key: f.result for f in engine.run(tasks(6))} == run(module, 64)
 
 

@@ -238,6 +238,29 @@ def test_certify_a_network_of_which_a_part_was_replaced(registered: bool) -> Non
     assert g.certify(IMAGE, **options) == first  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kept", ["in a list", "as its forward"])
+def test_certify_a_network_that_was_hung_on_a_module_later(kept: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = noisy_in_training().eval()
+            self.others: list[nn.Module] = []
+
+        def forward(self, x: Tensor) -> Any:
+            return (self.others or [self.inner])[-1](x)
+
+    model = Outer()
+    g = SmoothedClassifier(model, 3, 0.5, seed=1)
+    options = {"num_selection": 50, "num_estimation": 350, "batch_size": 100}
+    first = g.certify(IMAGE, **options)  # type: ignore[arg-type]
+    later = copy.deepcopy(model.inner).train()
+    if kept == "in a list":
+        model.others.append(later)
+    else:
+        model.forward = lambda x: later(x)  # type: ignore[method-assign]
+    assert g.certify(IMAGE, **options) == first  # type: ignore[arg-type]
+
+
 def test_certify_the_network_that_fails_is_put_back_too() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).train()
     with pytest.raises(ModelError, match=r"logits of shape \(100, 5\)"):
