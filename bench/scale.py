@@ -182,8 +182,8 @@ class SleepingReplica(Replica):
 
 
 @contextmanager
-def _counted_store() -> Iterator[tuple[Folder, Counter[str]]]:
-    """An S3 bucket in this process, and a count of its requests by kind."""
+def _counted_store(name: str) -> Iterator[tuple[Folder, Counter[str]]]:
+    """A folder in an S3 bucket of this process, and a count of its requests by kind."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -194,8 +194,8 @@ def _counted_store() -> Iterator[tuple[Folder, Counter[str]]]:
         count["LIST" if listing else environ["REQUEST_METHOD"]] += 1
         return application(environ, start_response)
 
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        os.environ.setdefault(name, "testing")
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ.setdefault(key, "testing")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or it prints every request
     server = make_server("127.0.0.1", 0, counted, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -204,7 +204,7 @@ def _counted_store() -> Iterator[tuple[Folder, Counter[str]]]:
         pafs.S3FileSystem(
             endpoint_override=f"127.0.0.1:{server.port}", scheme="http", region="us-east-1", allow_bucket_creation=True
         ).create_dir("bucket")
-        yield Folder(f"s3://bucket/run?{query}"), count
+        yield Folder(f"s3://bucket/{name}?{query}"), count
     finally:
         server.shutdown()
 
@@ -213,7 +213,7 @@ def _requests(num: int) -> dict[str, Counter[str]]:
     """Of `num` shards of two examples: each on its way, and each of a resumption and of the last step."""
     config = parse_config({"sigmas": list(SIGMAS), "report": {"radii": [0.0]}})
     ids, made = [f"example-{place:08d}" for place in range(2 * num)], dict[str, Counter[str]]()
-    with _counted_store() as (folder, count):
+    with _counted_store(f"run-{num}") as (folder, count):
         RunDirectory(folder, config)
         store = ShardStore(folder, "dataset")
         plan = Plan.divide(len(ids), 2, len(SIGMAS), {})
@@ -261,11 +261,9 @@ def scale(settings: Settings) -> list[Line]:
     def line(what: str, value: float, unit: str) -> Line:
         return Line("scale", what, spread([value]), unit=unit)
 
-    num = 4 if settings.tiny else 40
-    found, each = (
-        [],
-        {step: {kind: count / num for kind, count in kinds.items()} for step, kinds in _requests(num).items()},
-    )
+    num, found = 4 if settings.tiny else 100, []
+    few, many = _requests(num), _requests(2 * num)  # what a run asks for once is none of a shard's
+    each = {step: {kind: (kinds[kind] - few[step][kind]) / num for kind in kinds} for step, kinds in many.items()}
     for step, kinds in each.items():
         what = ", ".join(f"{kind} {count:.2g}" for kind, count in sorted(kinds.items()))
         found.append(line(f"measured: requests of a shard, {step} ({what})", math.fsum(kinds.values()), ""))
