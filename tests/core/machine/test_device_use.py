@@ -259,6 +259,26 @@ def test_run_out_of_memory_goes_on_in_micro_batches_with_the_same_results(
     assert f"a batch of {batch_size} rows runs as {passes} passes of {micro}" in record.message
 
 
+def test_run_out_of_memory_rows_keep_their_levels() -> None:
+    def votes(most: int) -> dict[Any, list[int]]:
+        def denoiser(noisy: Tensor, sigma: Tensor) -> Tensor:
+            if len(noisy) > most:
+                raise torch.OutOfMemoryError(f"tried to allocate {len(noisy)} rows")
+            return noisy / sigma.view(-1, 1, 1, 1)
+
+        def bright(images: Tensor) -> Tensor:
+            return torch.stack([images.flatten(1).mean(dim=1), torch.ones(len(images))], dim=1)
+
+        engine = Engine(Network({CLASSIFIER: Head(bright, 2)}, denoiser), GaussianNoise(3), batch_size=64)
+        image, sampling = torch.full((1, 4, 4), 0.5), Sampling(30, 70, 0.01)
+        tasks = [Task((n, sigma), f"x{n}", image, certify(sigma, sampling)) for n in range(5) for sigma in (0.4, 0.6)]
+        return {each.key: each.result.counts_estimation.tolist() for each in engine.run(tasks)}
+
+    expected = votes(64)
+    assert all(first > 35 if sigma == 0.4 else first < 35 for (_, sigma), (first, _) in expected.items())
+    assert votes(20) == expected
+
+
 def test_run_memory_that_runs_out_half_way_is_seen_once_more(caplog: pytest.LogCaptureFixture) -> None:
     device = Small(sign_count, 64)
 
