@@ -11,6 +11,7 @@ from distributed.cluster.joining import joins
 from distributed.store.lock import read_lock
 from distributed.store.progress import device_hours
 from distributed.store.run_directory import RunDirectory
+from distributed.store.sources import model_key
 
 __all__ = ["dry_run", "show_parts"]
 
@@ -65,15 +66,15 @@ def dry_run(directory: RunDirectory, steps: Sequence[str], price: float | None, 
 
         print(f"measuring on {device}, {seconds:g} s each ...", flush=True)
         notes += measure_parts(directory, parts, found.data, device, seconds, found.absent)
-    images = [key for key in found.absent if key.startswith("dataset.")]
-    weights = [key for key in found.absent if key not in images]
+    images = [key for key in found.absent if key.startswith("dataset.") and key.removeprefix("dataset.") in found.data]
+    weights = [key for key in map(model_key, found.networks) if key in found.absent]
     for what, keys in (("black images", images), ("random weights", weights)):
         if keys and any(part.rates for part in parts):
             notes.insert(
                 0, f"{what}, files are missing: {', '.join(keys)}; with them the same passes take the same time"
             )
-    for key in images:
-        if key.removeprefix("dataset.") not in found.data:
+    for key in found.absent:
+        if key.startswith("dataset.") and key not in images:
             notes.append(f"{key} is missing, and of no published size: the steps that read it are not counted")
     show_parts(directory, parts, price, notes)
     refuse(found.problems)

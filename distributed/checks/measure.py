@@ -330,7 +330,7 @@ class _Training:
 
     def rate(self, name: str) -> float:
         """Noisy copies per second of a part."""
-        loaded = [self._load(each) for each in self._config.denoisers]
+        loaded = [self._load(each) for each in self._config.denoisers if self._run.model(each).exists()]  # if known
         denoiser = cast(OneShotDenoiser, loaded[0]) if loaded else None
         step, _, role = name.partition(", ")
         return self._of_base(name, role, denoiser) if step == "train_base" else self._on_pixels(name, denoiser)
@@ -359,6 +359,8 @@ class _Training:
         learns = name == "train_estimator"
         model = self._load("estimator" if learns else next(iter(self._run.config.classifiers)))
         router = model if isinstance(model, FeatureRouter) else None
+        if router is not None:  # of random weights, float16 would not hold them
+            router.extractor.register_forward_hook(lambda _, __, features: features.nan_to_num().clamp(-1, 1))
         front: Denoiser | None = denoiser if estimator.denoiser or not learns else None
         batch = estimator.batch_size if learns else finetune.batch_size
         each = (estimator.num_copies if router is None else estimator.feature_copies) if learns else 1

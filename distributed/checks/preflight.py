@@ -96,7 +96,7 @@ def check(directory: RunDirectory, steps: Sequence[str], here: bool = True) -> F
             where = getattr(config.dataset, split).path or config.dataset.path
             if split not in found.data and where and not is_address(where) and not Path(where).exists():
                 found.absent[f"dataset.{split}"] = found.problems[-1]
-                if (data := published_data(config, split)) is not None:
+                if (data := published_data(config, split)) is not None and all(data.shape):
                     found.data[split] = data
                     shape = "x".join(map(str, data.shape))
                     found.facts.append((f"{split} data", f"missing; as published, {len(data):,} images {shape}"))

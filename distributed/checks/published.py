@@ -21,12 +21,12 @@ _PUBLISHED: Final[Mapping[str, Mapping[Split, int]]] = {
 def published_data(config: Config, split: Split) -> Dataset | None:
     """A split with as many images of the shape as are published, all black and of class 0; None for other sets.
 
-    Its images are one in memory.
+    Its images are one in memory; of side 0, to be counted only, where `dataset.crop` leaves their sizes as they are.
     """
     size, classes = _PUBLISHED.get(config.dataset.name, {}).get(split), config.dataset.known_classes
     side = 32 if config.dataset.name == "cifar10" else config.dataset.resize_crop[1]
     part = getattr(config.dataset, split)
-    if size is None or classes is None or not side or part.ids_file is not None:
+    if size is None or classes is None or part.ids_file is not None:
         return None
     ids, labels = tuple(map(str, range(size))), np.zeros(size, np.int64)
     whole = Dataset(config.dataset.name, ids, np.zeros((size, 1, 1, 1), np.uint8), labels, classes)

@@ -134,6 +134,37 @@ def test_dry_run_measures_slow_networks_on_a_single_image_and_says_so(
     assert rows_of(said)["build_dataset"][5] == "0.125"
 
 
+@pytest.mark.parametrize(
+    ("override", "random", "said"),
+    [
+        ("estimator={backbone: features}", "base.experts.0.25, base.experts.0.5", "of 2 images instead of 4"),
+        (
+            "base={denoiser: nowhere/own.pt, classifier: {arch: resnet18, checkpoint: nowhere/b.pt, input_size: 32}}",
+            "base.classifier",
+            "build_dataset: not measured, its denoiser is not known",
+        ),
+    ],
+)
+def test_training_on_slow_random_networks_is_measured_in_smaller_batches(
+    override: str,
+    random: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where float16 does not hold the features of random weights, and beside a denoiser that nothing reads."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "_one_image_s", lambda *args: 8.0)
+    monkeypatch.setattr(measure, "_engine_rate", lambda *args: (1000.0, 0.0))
+    run_dry(parse_config(EXPERTS, [override, "estimator.denoiser=false"]), tmp_path / "run")
+    text = capsys.readouterr().out
+    assert said in text
+    assert "train_estimator: measured in batches of 2 images" in text
+    assert f"random weights, files are missing: {random};" in text
+    assert float(rows_of(text)["train_estimator"][5]) > 0
+
+
 def test_missing_files_do_not_hide_another_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "measure_parts", lambda *args: pytest.fail("measured before it was refused"))

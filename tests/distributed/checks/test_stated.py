@@ -62,6 +62,7 @@ def test_price_counts_a_training_step_as_three_passes_of_what_learns(
 
 def test_price_of_a_part_of_imagenet_counts_that_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = dry("imagenet_rn50_experts.yaml", tmp_path, capsys, *RATES)
+    assert rows == dry("imagenet_rn50_experts.yaml", tmp_path, capsys, *RATES, "dataset.crop=0")
     assert [rows[step][0] for step in ("build_dataset", "certify-standard")] == ["64,058", "500"]
     assert round(0.05 * 1_281_167) == 64_058
 
