@@ -128,9 +128,9 @@ def test_dry_run_measures_slow_networks_on_a_single_image_and_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "_one_row_s", lambda *args: 8.0)
-    run_dry(parse_config(EXPERTS, []), tmp_path / "run", "train_base", "build_dataset")
+    run_dry(parse_config(EXPERTS, ["compute.batch_size=auto"]), tmp_path / "run", "train_base", "build_dataset")
     said = capsys.readouterr().out
-    assert "classifier: measured in two passes of one image instead of batches of 16: one image takes 8 s" in said
+    assert "classifier: measured in two passes of one image instead of batches of 500: one image takes 8 s" in said
     assert rows_of(said)["build_dataset"][5] == "0.125"
 
 
