@@ -214,11 +214,11 @@ def _engine_rate(
         engine = build_engine(work, split.num_classes, work.config.compute.training_batch_size)
         one_row_s = _one_row_s(engine.network, split, work, kind)
         if one_row_s * engine.batch_size > _PATIENCE_S:
-            engine.batch_size = max(1, int(_BRIEF_S / one_row_s))
+            batch, engine.batch_size = engine.batch_size, max(1, int(_BRIEF_S / one_row_s))
             notes.append(
                 f"{work.store}, {' and '.join(kind)}: measured in "
                 + (f"batches of {engine.batch_size}" if one_row_s <= seconds else "two passes of one image")
-                + f" instead of batches of {work.config.compute.batch_size}: one image takes {one_row_s:.2g} s"
+                + f" instead of batches of {batch}: one image takes {one_row_s:.2g} s"
             )
         if one_row_s > seconds:  # what surrounds the networks is nothing beside that
             return 1 / one_row_s, time.perf_counter() - start

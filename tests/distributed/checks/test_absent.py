@@ -1,5 +1,6 @@
 """A dry run without the files: the same architectures with random weights, said so, and refused in the end."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from core.errors import DualRSError
 from core.models.resnet_cifar import ResNetCifar
 from distributed.checks import measure
 from distributed.checks.dry_run import dry_run
-from distributed.checks.preflight import check
+from distributed.checks.preflight import check, count_found
 from distributed.checks.published import published_data
 from distributed.store.run_directory import RunDirectory
 from distributed.store.sources import base_model
@@ -128,9 +129,9 @@ def test_dry_run_measures_slow_networks_on_a_single_image_and_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "_one_row_s", lambda *args: 8.0)
-    run_dry(parse_config(EXPERTS, []), tmp_path / "run", "train_base", "build_dataset")
+    run_dry(parse_config(EXPERTS, ["compute.batch_size=auto"]), tmp_path / "run", "train_base", "build_dataset")
     said = capsys.readouterr().out
-    assert "classifier: measured in two passes of one image instead of batches of 16: one image takes 8 s" in said
+    assert "classifier: measured in two passes of one image instead of batches of 500: one image takes 8 s" in said
     assert rows_of(said)["build_dataset"][5] == "0.125"
 
 
@@ -163,6 +164,23 @@ def test_training_on_slow_random_networks_is_measured_in_smaller_batches(
     assert "train_estimator: measured in batches of 2 images" in text
     assert f"random weights, files are missing: {random};" in text
     assert float(rows_of(text)["train_estimator"][5]) > 0
+
+
+def test_replica_elsewhere_stands_in_for_the_files_that_are_missing_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a task of Ray runs, with what it is given, in another folder."""
+    config = parse_config(EXPERTS, ["dataset.train={first: 64}"])
+    run = RunDirectory(tmp_path / "run", config, "dry")
+    monkeypatch.chdir(tmp_path)
+    found = check(run, ["train_base", "build_dataset"], here=False)
+    given = (run.folder, config, count_found(run, found, 1), tuple(found.data), "cpu", 0.02, tuple(found.absent))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    parts, notes, _ = measure._measured(*pickle.loads(pickle.dumps(given)))
+    assert [(part.name, part.examples, notes) for part in parts] == [("build_dataset", 64, [])]
+    assert all(rate > 0 for rate in parts[0].rates.values())
+    assert parts[0].rates
 
 
 def test_missing_files_do_not_hide_another_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
