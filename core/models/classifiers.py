@@ -147,7 +147,7 @@ def _resized(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[-2:]
     rows = weights(height)
     columns = rows if width == height else weights(width)
-    # No autocast (the meta device knows none): pixels stay float32 in half precision; tf32 rounds them, as it does a layer.
+    # No autocast (the meta device has none): pixels stay float32 in half precision; tf32 rounds them, as any product.
     with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
         return rows @ (images @ columns.mT)
 
