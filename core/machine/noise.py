@@ -74,9 +74,9 @@ def make_noise(kind: str, seed: int, version: int = 2, chunk_size: int = 100) ->
 
         return SplittingNoise(seed)
     if ":" in kind:
-        from core.machine.own_noise import OwnNoise
+        from core.machine.own_noise import UserNoise
 
-        return OwnNoise(kind, seed)
+        return UserNoise(kind, seed)
     return GaussianNoise(seed)
 
 

@@ -13,10 +13,10 @@ from core.machine.keystream import Part, words_on_host
 from core.machine.noise import Copies, rows_of
 from core.machine.noise_key import noise_key
 
-__all__ = ["OwnNoise"]
+__all__ = ["UserNoise"]
 
 
-class OwnNoise:
+class UserNoise:
     """Noise of the user's own; a `core.machine.noise.Noise`. Drawn on the CPU, so that all devices see the same.
 
     Raises:
