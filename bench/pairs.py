@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from core.config import load_config
 from core.machine.batch_size import DeviceProbe, choose_batch_size
 from core.machine.network import Forward, Head, Network, set_tf32
-from core.models.checkpoints import build_denoiser, load_model
+from core.models.checkpoints import build_denoiser, load_denoiser, load_model
 from core.models.classifiers import ImageClassifier
 from core.models.denoiser import OneShotDenoiser, trained_unet_config
 from core.models.small import SmallConvNet
@@ -35,25 +35,6 @@ CIFAR_NARROW = {
     "resnet_time_scale_shift": "scale_shift",
 }
 """improved-diffusion's CIFAR-10 U-Net with a quarter of its channels or less and one block a level."""
-
-CIFAR = CIFAR_NARROW | {
-    "layers_per_block": 3,
-    "block_out_channels": (128, 256, 256, 256),
-    "attention_head_dim": 64,
-    "attn_norm_num_groups": 32,
-}
-"""`cifar10_uncond_50M_500K.pt`, 52.5 million parameters."""
-
-IMAGENET = CIFAR | {
-    "sample_size": 256,
-    "layers_per_block": 2,
-    "block_out_channels": (256, 256, 512, 512, 1024, 1024),
-    "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
-    "up_block_types": ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
-    "downsample_type": "resnet",
-    "upsample_type": "resnet",
-}
-"""`256x256_diffusion_uncond.pt`, 552.8 million parameters."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +145,7 @@ def cifar() -> Pair:
     torch.manual_seed(0)
     return Pair(
         "CIFAR U-Net + ViT-B/16",
-        build_denoiser(CIFAR, "cosine", 4000).eval(),
+        load_denoiser("cifar10_uncond_50M_500K.pt", untrained=True),
         ImageClassifier("vit_base_patch16_224", 10).eval(),
         (3, 32, 32),
         (0.25, 0.5, 1.0),
@@ -187,7 +168,7 @@ def imagenet(arch: str = "beit_large_patch16_512") -> Pair:
     beit = arch.startswith("beit")
     return Pair(
         f"ImageNet U-Net + {'BEiT-L at 512' if beit else arch}",
-        build_denoiser(IMAGENET, "linear", 1000).eval(),
+        load_denoiser("256x256_diffusion_uncond.pt", untrained=True),
         ImageClassifier(arch, 1000).eval(),
         (3, 224, 224),
         (0.5, 1.0),

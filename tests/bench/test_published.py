@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import published
-from bench.pairs import CIFAR, IMAGENET, Pair, cifar, imagenet, resnet110
+from bench.pairs import Pair, cifar, imagenet, resnet110
 from bench.replicas import _prepare
 from bench.settings import Settings
 from bench.timing import Line, as_markdown, spread, write_json
@@ -34,10 +34,10 @@ def small(**more: Any) -> Pair:
     return Pair("small", None, SmallConvNet(1, 8, 10).eval(), (1, 8, 8), (0.25, 0.5), 4, **more)
 
 
-@pytest.mark.parametrize(("config", "shape"), [(CIFAR, openai.CIFAR), (IMAGENET, openai.IMAGENET)])
-def test_full_size_u_nets_are_those_of_the_published_checkpoints(config: Any, shape: Any) -> None:
+@pytest.mark.parametrize(("make", "shape"), [(cifar, openai.CIFAR), (imagenet, openai.IMAGENET)])
+def test_full_size_u_nets_are_those_of_the_published_checkpoints(make: Any, shape: Any) -> None:
     with torch.device("meta"):
-        ours = UNet2DModel(**config)
+        ours = make().denoiser.unet
         theirs = UNet2DModel(**convert_openai_unet(state_on_meta(shape)).config)
     one, two = ({**net.config, "_use_default_values": None} for net in (ours, theirs))
     assert one == two
