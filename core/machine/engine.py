@@ -417,12 +417,10 @@ class Engine:
             if draws.auxiliary:
                 number = auxiliary(self.noise.seed, live.task.example_id, draws.phase, draws.sigma)
                 answer[AUXILIARY] = np.array([number])
-            if live.waits_for != draws:  # made ahead, and not asked for yet
-                live.answers[draws] = answer
-                continue
-            del live.answers[draws]
-            live.waits_for = None
-            yield from self._resume(live, answer)
+            live.answers[draws] = answer
+            if live.waits_for == draws:  # or it was made ahead, and is not asked for yet
+                live.waits_for = None
+                yield from self._resume(live, live.answers.pop(draws))
 
     def _to_device(self, host: Tensor) -> Tensor:
         if self._device.type == "cuda":
